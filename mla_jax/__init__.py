@@ -1,5 +1,7 @@
 """Multi-head Latent Attention for JAX and Flax."""
 
+from mla_jax import checkpoint as checkpoint
+from mla_jax import costs as costs
 from mla_jax.attention import MultiHeadLatentAttention as MultiHeadLatentAttention
 from mla_jax.cache import LatentCache as LatentCache
 from mla_jax.config import MLAConfig as MLAConfig

@@ -124,9 +124,12 @@ class LatentCache:
         # Padding goes out of bounds too, each token to a slot of its own, and is dropped.
         slot = jnp.where(token < lengths[:, None], slot, slots + token)
         row = jnp.arange(batch, dtype=jnp.int32)[:, None]
-        write = lambda held, new: held.at[row, slot].set(  # noqa: E731
-            new, mode="drop", unique_indices=True
-        )
+
+        def write(held, new):
+            held = held.at[row, slot].set(new, mode="drop", unique_indices=True)
+            # Fused into a matmul that reads the cache, the write would copy it.
+            return jax.lax.optimization_barrier(held)
+
         return LatentCache(
             latent=write(self.latent, latent),
             k_rope=write(self.k_rope, k_rope),

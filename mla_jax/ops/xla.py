@@ -151,14 +151,14 @@ def _attend(queries, keys, value, *, lengths, mask, segment_ids, **options):
     if segment_ids is not None:
         segment_ids = (segment_ids[:, slots - tokens :], segment_ids)
 
-    def by_blocks(queries, keys, value):
+    def by_blocks(queries, keys, value, size=_BLOCK_SLOTS):
         def load(start, size, alive):
             cut = functools.partial(_slice_clean, start=start, size=size, alive=alive)
             return tuple(cut(key) for key in keys), cut(value)
 
         return _blocks(
             queries, load, limits, slots, value.shape[-1], shared=value.ndim == 3, mask=mask,
-            segment_ids=segment_ids, **options,
+            segment_ids=segment_ids, size=size, **options,
         )  # fmt: skip
 
     if batch * tokens * heads * slots > _WHOLE_SCORES:
@@ -176,7 +176,8 @@ def _attend(queries, keys, value, *, lengths, mask, segment_ids, **options):
     @jax.custom_jvp
     def cached(queries, keys, value):
         out, lse = whole(queries, keys, value)
-        careful = lambda: by_blocks(queries, keys, value)[0]  # noqa: E731
+        # Small blocks: this branch hardly ever runs, and its buffers always count.
+        careful = lambda: by_blocks(queries, keys, value, -(-slots // 64))[0]  # noqa: E731
         return lax.cond(jnp.isfinite(out).all(), lambda: out, careful), lse
 
     @cached.defjvp
@@ -193,27 +194,20 @@ def _scores(queries, keys, shared, scale, soft_cap, precision):
     """
 
     def product(query, key):
-        of_key = "BSK" if key.ndim == 3 else "BSNK"
-        out = "BTNS" if shared else "BNTS"
-        letters, operands = f"BTNK,{of_key}->{out}", (query, key)
-        if shared and _transposes_operands(key.shape[0]):
-            letters, operands = f"{of_key},BTNK->{out}", (key, query)
-        return jnp.einsum(
-            letters, *operands, precision=precision, preferred_element_type=jnp.float32
+        einsum = functools.partial(
+            jnp.einsum, precision=precision, preferred_element_type=jnp.float32
         )
+        if shared and key.shape[0] == 1 and jax.default_backend() == "cpu":
+            # On CPU, XLA copies and transposes the right operand of a matmul without batch: let
+            # that be the query, not the cache.
+            swapped = lax.optimization_barrier(einsum("BSK,BTNK->BSTN", key, query))
+            return jnp.moveaxis(swapped, 1, 3)
+        of_key = "BSK" if key.ndim == 3 else "BSNK"
+        return einsum(f"BTNK,{of_key}->{'BTNS' if shared else 'BNTS'}", query, key)
 
     pairs = [(q, k) for q, k in zip(queries, keys, strict=True) if q.shape[-1]]
     scores = scale * sum(product(query, key) for query, key in pairs)
     return scores if soft_cap is None else soft_cap * jnp.tanh(scores / soft_cap)
-
-
-def _transposes_operands(batch: int) -> bool:
-    """Whether XLA would copy the cache, transposed, as the right operand of the score matmul.
-
-    It does on CPU where the batch of a matmul is 1; with the operands exchanged it transposes the
-    small one instead.
-    """
-    return batch == 1 and jax.default_backend() == "cpu"
 
 
 def _mix(weights, value, shared, precision):
@@ -255,14 +249,14 @@ def _slice_clean(array, start, size, alive):
 
 def _blocks(
     queries, load, limits, slots, width, *, shared, mask, segment_ids, scale, soft_cap, window,
-    precision,
+    precision, size=_BLOCK_SLOTS,
 ):  # fmt: skip
     """Attention by blocks of queries and of slots, with a running maximum and sum.
 
     `load(start, size, alive [B size])` gives the keys and the value of a block of slots.
     """
     batch, tokens, heads = queries[0].shape[:3]
-    size = min(_BLOCK_SLOTS, slots)
+    size = min(size, slots)
     rows = max(1, min(tokens, _BLOCK_SCORES // (batch * heads * size)))
 
     def query_block(first):
