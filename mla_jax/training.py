@@ -56,8 +56,8 @@ def train(
     *,
     steps: int,
     batch: int = 16,
-    length: int = 192,
-    learning_rate: float = 4e-3,
+    length: int = 128,
+    learning_rate: float = 6e-3,
     seed: int = 0,
 ) -> Iterator[float]:
     """Trains `model` in place on windows of `text`; yields the loss in bits per byte of each step.
@@ -93,7 +93,7 @@ def train(
     nnx.update(model, params)
 
 
-def held_out_loss(model: nnx.Module, text: np.ndarray, *, length: int = 192, batch: int = 16) -> float:
+def held_out_loss(model: nnx.Module, text: np.ndarray, *, length: int = 128, batch: int = 16) -> float:
     """Loss in bits per byte on the last `batch` windows of `text`, which should not be trained on."""
     tail = text[-batch * (length + 1) :].reshape(batch, length + 1).astype(np.int32)
     return float(jax.jit(loss_bits)(model, tail))
