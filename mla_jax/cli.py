@@ -14,6 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tyro
 from flax import nnx
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -259,36 +260,28 @@ def _costs(options: Costs, console: Console) -> None:
     )
     table = Table(
         title=f"{options.preset}: {options.queries} token(s) in {options.batch} row(s) of "
-        f"{options.context:,} on {options.device}, bf16"
+        f"{options.context:,} on {options.device}, bf16",
+        box=box.SIMPLE,
+        padding=(0, 1),
     )
-    for header in ("attention", "cache", "a token", "read", "operations", "op/byte", "time", "bound"):
-        table.add_column(header, justify="left" if header == "attention" else "right")
+    for header in ("attention", "cache GiB", "KiB/token", "read", "GFLOP", "op/byte", "us", "bound"):
+        table.add_column(header, justify="left" if header == "attention" else "right", no_wrap=True)
     for row in rows:
         table.add_row(
-            row.kind, _bytes(row.cache_bytes) + ("" if row.fits else " !"),
-            _bytes(row.cache_bytes_per_token), f"{row.numbers_read:,}",
-            f"{row.core.flops / 1e9:,.2f} G", f"{row.core.intensity:,.0f}",
-            f"{row.core_seconds * 1e6:,.1f} us", row.bound,
+            row.kind, f"{row.cache_bytes / 2**30:,.1f}" + ("" if row.fits else "!"),
+            f"{row.cache_bytes_per_token / 2**10:,.1f}", f"{row.numbers_read:,}",
+            f"{row.core.flops / 1e9:,.1f}", f"{row.core.intensity:,.0f}",
+            f"{row.core_seconds * 1e6:,.1f}", row.bound,
         )  # fmt: skip
     console.print(table)
     console.print(
-        "cache: all layers, ! = more than the device has; read: numbers per context token and "
-        "layer;\noperations, operations per byte and roofline time: attention core of one layer."
+        "cache: all layers, ! = more than the device has; read: numbers per context token\n"
+        "and layer; operations and roofline time: attention core of one layer."
     )
     print(f"absorbed up to {costs.crossover_queries(config, options.context):.0f} new tokens per "
           "row, expanded above")  # fmt: skip
     until = costs.queries_until_slower(config, device)
     print(f"slower than MHA's core above {until:.1f} new tokens per row on long contexts")
-
-
-def _bytes(number: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if number < 1024:
-            break
-        number /= 1024
-    else:
-        unit = "GiB"
-    return f"{number:,.0f} {unit}" if unit == "B" else f"{number:,.1f} {unit}"
 
 
 def _explain(options: Explain, console: Console) -> None:

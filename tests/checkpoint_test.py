@@ -1,0 +1,95 @@
+import json
+import pathlib
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from common import MICRO
+from flax import nnx
+
+from mla_jax import MLAConfig, MultiHeadLatentAttention, checkpoint
+
+CASES = sorted((pathlib.Path(__file__).parent / "testdata").glob("*.npz"))
+
+
+@pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
+def test_families(path):
+    z = np.load(path)
+    meta = json.loads(str(z["meta"]))
+    weights = {key[2:]: z[key] for key in z.files if key.startswith("w/")}
+    config = MLAConfig.from_hf(json.loads(str(z["config"])))
+    assert config == MLAConfig.from_hf(json.loads(str(z["config_hub"])))
+    layer = MultiHeadLatentAttention(config, precision="highest", rngs=nnx.Rngs(0))
+    checkpoint.load_attention(layer, weights)
+    back = checkpoint.attention_tensors(layer)
+    assert back.keys() == weights.keys()
+    for name, tensor in weights.items():
+        np.testing.assert_array_equal(back[name], tensor)
+
+    x, real = z["in/hidden_states"], z["in/attention_mask"] == 1
+    tolerance = {"atol": meta["atol"], "rtol": meta["rtol"]}
+    for form in ("expanded", "absorbed"):
+        y = layer(
+            jnp.asarray(x), positions=jnp.asarray(z["in/position_ids"]),
+            mask=jnp.asarray(real)[:, None, None], form=form,
+        )  # fmt: skip
+        np.testing.assert_allclose(np.asarray(y)[real], z["out/full"][real], **tolerance)
+
+    # The cached pass, rows moved to the left: padding comes first in the file, last in a chunk.
+    batch, length = real.shape
+    padding = (~real).sum(1)
+    cache, outputs, start = layer.init_cache(batch, length), np.zeros_like(z["out/cached"]), 0
+    for count in meta["schedule"]:
+        end = start + count
+        lengths = np.clip(end - np.maximum(start, padding), 0, count)
+        chunk = np.zeros((batch, count, x.shape[-1]), np.float32)
+        for b, n in enumerate(lengths):
+            chunk[b, :n] = x[b, end - n : end]
+        if count <= 3:
+            y, cache = layer.decode(jnp.asarray(chunk), cache, form="absorbed")
+        else:
+            y, cache = layer.prefill(jnp.asarray(chunk), cache, jnp.asarray(lengths))
+        for b, n in enumerate(lengths):
+            outputs[b, end - n : end] = np.asarray(y)[b, :n]
+        start = end
+    np.testing.assert_allclose(outputs[real], z["out/cached"][real], **tolerance)
+    for b, n in enumerate(padding):
+        np.testing.assert_allclose(
+            cache.latent[b, : length - n], z["cache/kv_latent"][b, n:], atol=1e-5
+        )
+        k_rope = z["cache/k_rope"][b, n:]
+        if meta["rope_cache_layout"] == "interleaved":
+            k_rope = np.concatenate([k_rope[:, 0::2], k_rope[:, 1::2]], axis=-1)
+        np.testing.assert_allclose(cache.k_rope[b, : length - n], k_rope, atol=1e-5)
+
+
+def test_bf16_error_is_that_of_the_expanded_form():
+    z = np.load(next(path for path in CASES if "realdims" in path.stem))
+    weights = {key[2:]: z[key] for key in z.files if key.startswith("w/")}
+    config = MLAConfig.from_hf(json.loads(str(z["config"])))
+    layer = MultiHeadLatentAttention(
+        config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)
+    )
+    checkpoint.load_attention(layer, weights)
+    x = jnp.asarray(z["in/hidden_states"], jnp.bfloat16)
+    error = {
+        form: np.linalg.norm(np.asarray(layer(x, form=form), np.float64) - z["out/full"])
+        for form in ("expanded", "absorbed")
+    }
+    assert error["absorbed"] < 1.5 * error["expanded"]
+    theirs = np.linalg.norm(z["out/full_bf16"].astype(np.float64) - z["out/full"])
+    assert error["expanded"] < 1.5 * theirs
+
+
+def test_errors_name_the_tensor():
+    layer = MultiHeadLatentAttention(MICRO, rngs=nnx.Rngs(0))
+    tensors = checkpoint.attention_tensors(layer)
+    assert "q_a_proj.bias" in tensors
+    before = nnx.to_pure_dict(nnx.state(layer))
+    with pytest.raises(ValueError, match=r"missing \['o_proj.weight'\], unexpected \['g_proj"):
+        other = {key: value for key, value in tensors.items() if key != "o_proj.weight"}
+        checkpoint.load_attention(layer, other | {"g_proj.weight": tensors["o_proj.weight"]})
+    with pytest.raises(ValueError, match=r"kv_b_proj.weight has shape \(2, 2\)"):
+        checkpoint.load_attention(layer, tensors | {"kv_b_proj.weight": np.zeros((2, 2))})
+    after = nnx.to_pure_dict(nnx.state(layer))
+    np.testing.assert_array_equal(before["o_proj"]["kernel"], after["o_proj"]["kernel"])
