@@ -71,14 +71,18 @@ def test_bf16_error_is_that_of_the_expanded_form():
         config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)
     )
     checkpoint.load_attention(layer, weights)
-    x = jnp.asarray(z["in/hidden_states"], jnp.bfloat16)
+    x, real = jnp.asarray(z["in/hidden_states"], jnp.bfloat16), z["in/attention_mask"] == 1
+    positions, mask = jnp.asarray(z["in/position_ids"]), jnp.asarray(real)[:, None, None]
+
+    def norm(y):
+        return np.linalg.norm(np.asarray(y, np.float64)[real] - z["out/full"][real])
+
     error = {
-        form: np.linalg.norm(np.asarray(layer(x, form=form), np.float64) - z["out/full"])
+        form: norm(layer(x, positions=positions, mask=mask, form=form))
         for form in ("expanded", "absorbed")
     }
     assert error["absorbed"] < 1.5 * error["expanded"]
-    theirs = np.linalg.norm(z["out/full_bf16"].astype(np.float64) - z["out/full"])
-    assert error["expanded"] < 1.5 * theirs
+    assert error["expanded"] < 1.5 * norm(z["out/full_bf16"])
 
 
 def test_errors_name_the_tensor():

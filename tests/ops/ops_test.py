@@ -1,0 +1,267 @@
+"""Chain of trust: a float64 loop -> reference -> xla, for both cores; then their properties."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from common import loop_attention, relative
+
+import mla_jax
+from mla_jax.ops import api, reference, xla
+
+B, T, S, N, R, P, H, V = 3, 3, 11, 2, 6, 4, 5, 7
+SCALE = 0.3
+LENGTHS = np.array([11, 0, 5], np.int32)
+
+OPTIONS = {
+    "plain": {},
+    "full": {"lengths": None},
+    "per_query": {"lengths": np.array([[1, 4, 9], [0, 0, 0], [5, 0, 11]], np.int32)},
+    "window": {"window": 4},
+    "soft_cap": {"soft_cap": 1.5},
+    "mask": {"mask": True},
+    "segments": {"segment_ids": np.array([[0] * 4 + [1] * 7] * 3, np.int32)},
+}
+
+
+def operands(op, rng, dtype=np.float32):
+    draw = lambda *shape: rng.standard_normal(shape).astype(dtype)  # noqa: E731
+    if op == "latent_attention":
+        latent = draw(B, S, R)
+        return (draw(B, T, N, R), draw(B, T, N, P), latent, draw(B, S, P)), latent
+    value = draw(B, S, N, V)
+    return (draw(B, T, N, H), draw(B, T, N, P), draw(B, S, N, H), draw(B, S, P), value), value
+
+
+def case(name, rng):
+    options = {"lengths": LENGTHS} | OPTIONS[name]
+    if "mask" in options:
+        options["mask"] = rng.random((B, N, T, S)) < 0.6
+    allowed = np.ones((B, N, T, S), bool) if "mask" not in options else options["mask"].copy()
+    if "segment_ids" in options:
+        ids = options["segment_ids"]
+        allowed &= (ids[:, -T:, None] == ids[:, None])[:, None]
+    lengths = options["lengths"]
+    if lengths is None:
+        lengths = np.full(B, S)
+    limits = lengths if lengths.ndim == 2 else lengths[:, None] - (T - 1 - np.arange(T))[None]
+    return options, limits, allowed
+
+
+def expected(op, args, value, options, limits, allowed):
+    return loop_attention(
+        args[:2], args[2:4], value, limits, SCALE, soft_cap=options.get("soft_cap"),
+        window=options.get("window"), allowed=allowed,
+    )  # fmt: skip
+
+
+def jaxed(options):
+    return {k: jnp.asarray(v) if isinstance(v, np.ndarray) else v for k, v in options.items()}
+
+
+OPS = ["latent_attention", "expanded_attention"]
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_reference_is_the_loop(op, name, rng):
+    args, value = operands(op, rng, np.float64)
+    options, limits, allowed = case(name, rng)
+    out, lse = expected(op, args, value, options, limits, allowed)
+    with jax.enable_x64(True):
+        got = getattr(mla_jax, op)(
+            *map(jnp.asarray, args), scale=SCALE, implementation="reference", **jaxed(options)
+        )
+    assert got[0].dtype == np.float64
+    np.testing.assert_allclose(got[0], out, atol=1e-13)
+    np.testing.assert_allclose(got[1], lse, atol=1e-13)
+
+
+@pytest.mark.parametrize("blocks", [False, True], ids=["whole", "blocks"])
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_xla_is_the_loop(op, name, blocks, rng, monkeypatch):
+    if blocks:  # several blocks of queries and slots, the last of each partly over
+        monkeypatch.setattr(xla, "_WHOLE_SCORES", 0)
+        monkeypatch.setattr(xla, "_BLOCK_SCORES", B * N * 4 * 2)
+        monkeypatch.setattr(xla._blocks, "__kwdefaults__", xla._blocks.__kwdefaults__ | {"size": 4})
+        monkeypatch.setattr(xla, "_BLOCK_SLOTS", 4)
+    args, value = operands(op, rng)
+    options, limits, allowed = case(name, rng)
+    out, lse = expected(op, args, value, options, limits, allowed)
+    core = getattr(xla, op).__wrapped__  # past jit, whose cache does not see the patched sizes
+    full = dict.fromkeys(("soft_cap", "window", "mask", "segment_ids", "precision"))
+    got = core(*map(jnp.asarray, args), scale=SCALE, **full | jaxed(options))
+    np.testing.assert_allclose(got[0], out, atol=2e-6)
+    np.testing.assert_allclose(got[1], lse, atol=2e-6)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize("op", OPS)
+def test_unseen_slots_may_hold_anything(op, implementation, rng):
+    args, _ = operands(op, rng)
+    call = functools.partial(
+        getattr(mla_jax, op), scale=SCALE, lengths=jnp.asarray(LENGTHS),
+        implementation=implementation,
+    )  # fmt: skip
+    clean = call(*map(jnp.asarray, args))
+    for poison in (np.nan, np.inf):
+        dirty = list(args[:2])
+        for array in args[2:]:
+            array = array.copy()
+            for b, length in enumerate(LENGTHS):
+                array[b, length:] = poison
+            dirty.append(array)
+        got = call(*map(jnp.asarray, dirty))
+        np.testing.assert_allclose(got[0], clean[0], atol=1e-6)
+        np.testing.assert_allclose(got[1], clean[1], atol=1e-6)
+        assert (np.asarray(got[0])[1] == 0).all()  # a row with nothing to attend to
+        assert (np.asarray(got[1])[1] == -np.inf).all()
+
+        def loss(*arrays):
+            out, lse = call(*arrays)
+            return (out**2).sum() + jnp.where(jnp.isfinite(lse), lse, 0).sum()
+
+        grads = [jax.grad(loss, range(len(args)))(*map(jnp.asarray, a)) for a in (args, dirty)]
+        for of_clean, of_dirty in zip(*grads, strict=True):
+            np.testing.assert_allclose(of_dirty, of_clean, atol=2e-5)
+
+
+def test_nan_that_is_seen_stays_in_its_row(rng):
+    args = [jnp.asarray(a) for a in operands("latent_attention", rng)[0]]
+    args[2] = args[2].at[0, 3].set(jnp.nan)
+    out, _ = mla_jax.latent_attention(*args, lengths=jnp.asarray(LENGTHS), scale=SCALE)
+    assert np.isnan(out[0]).all()
+    assert np.isfinite(out[1:]).all()
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("name", ["plain", "full", "window", "soft_cap"])
+def test_gradients_are_the_reference_s(op, name, rng):
+    args, _ = operands(op, rng)
+    options = jaxed({"lengths": LENGTHS} | OPTIONS[name])
+
+    def loss(implementation, *arrays):
+        out, lse = getattr(mla_jax, op)(
+            *arrays, scale=SCALE, implementation=implementation, **options
+        )
+        return (jnp.sin(out) * jnp.arange(out.size).reshape(out.shape)).sum() + jnp.where(
+            jnp.isfinite(lse), lse, 0
+        ).sum()
+
+    grads = [
+        jax.grad(functools.partial(loss, name), range(len(args)))(*map(jnp.asarray, args))
+        for name in ("reference", "xla")
+    ]
+    for one, two in zip(*grads, strict=True):
+        assert relative(two, one) < 5e-6
+
+
+def test_two_halves_merge(rng):
+    args = [jnp.asarray(a) for a in operands("latent_attention", rng)[0]]
+    lengths = jnp.asarray(np.array([[9, 10, 11], [0, 0, 0], [2, 3, 4]], np.int32))
+    whole = mla_jax.latent_attention(*args, lengths=lengths, scale=SCALE)
+    halves = [
+        mla_jax.latent_attention(
+            *args[:2], *(a[:, part] for a in args[2:]), lengths=jnp.clip(lengths - first, 0, count),
+            scale=SCALE,
+        )
+        for part, first, count in ((slice(0, 5), 0, 5), (slice(5, 11), 5, 6))
+    ]  # fmt: skip
+    merged = mla_jax.merge_attention(*halves)
+    np.testing.assert_allclose(merged[0], whole[0], atol=1e-6)
+    np.testing.assert_allclose(merged[1], whole[1], atol=1e-6)
+
+
+def test_long_rows_take_another_softmax(rng, monkeypatch):
+    args, value = operands("latent_attention", rng)
+    monkeypatch.setattr(xla, "_FUSED_ROW", 4)
+    options, limits, allowed = case("plain", rng)
+    out, lse = expected("latent_attention", args, value, options, limits, allowed)
+    full = dict.fromkeys(("soft_cap", "window", "mask", "segment_ids", "precision"))
+    got = xla.latent_attention.__wrapped__(
+        *map(jnp.asarray, args), scale=SCALE, **full | jaxed(options)
+    )
+    np.testing.assert_allclose(got[0], out, atol=2e-6)
+    np.testing.assert_allclose(got[1], lse, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_half_precision_operands(dtype, batch, rng):
+    args, _ = operands("latent_attention", rng)
+    args = [jnp.asarray(a[:batch], dtype) for a in args]
+    call = functools.partial(
+        mla_jax.latent_attention, *args, lengths=jnp.asarray([7, 5][:batch]), scale=SCALE
+    )
+    out, lse = call()
+    exact = call(implementation="reference")
+    assert out.dtype == dtype
+    assert lse.dtype == jnp.float32
+    # rounded weights and a rounded result, each within half a unit of the last place
+    assert relative(out, exact[0]) < 2 * float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(lse, exact[1], atol=1e-5)
+
+
+def test_no_rotary_channels_and_vmap(rng):
+    args = [jnp.asarray(a) for a in operands("latent_attention", rng)[0]]
+    args[1], args[3] = args[1][..., :0], args[3][..., :0]
+    lengths = jnp.asarray(LENGTHS)
+    out, _ = mla_jax.latent_attention(*args, lengths=lengths, scale=SCALE)
+    ref = mla_jax.latent_attention(*args, lengths=lengths, scale=SCALE, implementation="reference")
+    np.testing.assert_allclose(out, ref[0], atol=1e-6)
+    call = functools.partial(mla_jax.latent_attention, scale=SCALE)
+    many = jax.vmap(lambda *a: call(*a[:-1], lengths=a[-1]))(*(a[None] for a in (*args, lengths)))
+    np.testing.assert_allclose(many[0][0], out, atol=1e-6)
+
+
+BAD = {
+    "float8": (lambda a: a.update(latent=a["latent"].astype(jnp.float8_e4m3fn)), "float8_e4m3fn"),
+    "mixed": (lambda a: a.update(latent=a["latent"].astype(jnp.bfloat16)), "mixed dtypes: .*latent"),
+    "width": (lambda a: a.update(latent=a["latent"][..., 1:]), r"latent has shape .*\[B S R\]"),
+    "rank": (lambda a: a.update(pattern=a["pattern"][0]), r"pattern has shape .*\[B T N R\]"),
+    "rope": (lambda a: a.update(k_rope=a["k_rope"][..., 1:]), "k_rope has shape"),
+    "long": (lambda a: a.update(lengths=jnp.array([1, 12, 1])), "go beyond the S = 11"),
+    "rows": (lambda a: a.update(lengths=jnp.array([1, 2])), r"lengths has shape \(2,\)"),
+    "float": (lambda a: a.update(lengths=jnp.ones(3)), "lengths is float32"),
+    "mask": (lambda a: a.update(mask=jnp.ones((B, N, T, S))), "mask is float32"),
+    "mask_shape": (lambda a: a.update(mask=jnp.ones((B, N, T, 3), bool)), "not broadcastable"),
+    "window": (lambda a: a.update(window=0), "window=0"),
+    "soft_cap": (lambda a: a.update(soft_cap=-1.0), r"soft_cap=-1\.0"),
+    "name": (lambda a: a.update(implementation="cuda"), "implementation='cuda'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name, rng):
+    change, message = BAD[name]
+    keys = ("pattern", "q_rope", "latent", "k_rope")
+    args = dict(zip(keys, map(jnp.asarray, operands("latent_attention", rng)[0]), strict=True))
+    args |= {"lengths": jnp.asarray(LENGTHS), "scale": SCALE}
+    change(args)
+    with pytest.raises(ValueError, match=message):
+        mla_jax.latent_attention(
+            *(args.pop(key) for key in keys), **args
+        )
+
+
+def test_a_named_backend_that_cannot_serve_says_why(rng):
+    args = map(jnp.asarray, operands("expanded_attention", rng)[0])
+    with pytest.raises(NotImplementedError, match="'cudnn': needs an NVIDIA GPU"):
+        mla_jax.expanded_attention(*args, scale=SCALE, implementation="cudnn")
+
+
+def test_explain(capsys):
+    mla_jax.explain(mla_jax.MLAConfig.from_preset("deepseek_v3"), batch_size=2, length=8192)
+    text = capsys.readouterr().out
+    assert "xla: runs" in text
+    assert "cudnn: no: needs an NVIDIA GPU" in text
+    assert "absorbed up to 167 tokens" in text
+
+
+def test_limits_clip():
+    limits = reference.query_limits(jnp.array([1, 9]), 2, 3, 8)
+    assert limits.tolist() == [[0, 0, 1], [7, 8, 8]]
+    assert api.serving("latent_attention", "cudnn") is None
