@@ -151,40 +151,45 @@ def _attend(queries, keys, value, *, lengths, mask, segment_ids, **options):
     if segment_ids is not None:
         segment_ids = (segment_ids[:, slots - tokens :], segment_ids)
 
-    def by_blocks(queries, keys, value, size=_BLOCK_SLOTS):
+    seers = (limits, mask, segment_ids)
+
+    def by_blocks(queries, keys, value, seers, size=_BLOCK_SLOTS):
         def load(start, size, alive):
             cut = functools.partial(_slice_clean, start=start, size=size, alive=alive)
             return tuple(cut(key) for key in keys), cut(value)
 
+        limits, mask, segment_ids = seers
         return _blocks(
             queries, load, limits, slots, value.shape[-1], shared=value.ndim == 3, mask=mask,
             segment_ids=segment_ids, size=size, **options,
         )  # fmt: skip
 
     if batch * tokens * heads * slots > _WHOLE_SCORES:
-        return by_blocks(queries, keys, value)
+        return by_blocks(queries, keys, value, seers)
 
-    def whole(queries, keys, value):
+    def whole(queries, keys, value, seers):
+        limits, mask, segment_ids = seers
         seen = visible(
             limits, jnp.arange(slots), window=options["window"], segment_ids=segment_ids, mask=mask
         )
         return _whole(queries, keys, value, seen, options)
 
     if lengths is None:
-        return whole(queries, keys, value)  # every slot is some query's own
+        return whole(queries, keys, value, seers)  # every slot is some query's own
 
     @jax.custom_jvp
-    def cached(queries, keys, value):
-        out, lse = whole(queries, keys, value)
+    def cached(queries, keys, value, seers):
+        out, lse = whole(queries, keys, value, seers)
         # Small blocks: this branch hardly ever runs, and its buffers always count.
-        careful = lambda: by_blocks(queries, keys, value, -(-slots // 64))[0]  # noqa: E731
+        careful = lambda: by_blocks(queries, keys, value, seers, -(-slots // 64))[0]  # noqa: E731
         return lax.cond(jnp.isfinite(out).all(), lambda: out, careful), lse
 
     @cached.defjvp
     def cached_jvp(primals, tangents):
-        return jax.jvp(by_blocks, primals, tangents)
+        *arrays, seers = primals
+        return jax.jvp(lambda *arrays: by_blocks(*arrays, seers), tuple(arrays), tangents[:3])
 
-    return cached(queries, keys, value)
+    return cached(queries, keys, value, seers)
 
 
 def _scores(queries, keys, shared, scale, soft_cap, precision):

@@ -1,0 +1,228 @@
+"""The contract: one parameter tree, two forms, any split into prefill and decode, one result."""
+
+import contextlib
+import functools
+from unittest import mock
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from common import MICRO, PLAIN, relative
+from flax import nnx
+
+import mla_jax
+from mla_jax import MLAConfig, MultiHeadLatentAttention, costs
+from mla_jax.ops import api
+
+CONFIGS = {
+    "micro": MICRO,
+    "plain": PLAIN,
+    "nope": MICRO.replace(mla_use_nope=True),
+    "no_rotary": PLAIN.replace(qk_rope_head_dim=0),
+}
+T = 7
+
+
+def make(config=MICRO, **options):
+    layer = MultiHeadLatentAttention(config, rngs=nnx.Rngs(0), **options)
+    x = jax.random.normal(jax.random.key(1), (2, T, config.hidden_size))
+    return layer, x
+
+
+def cached_outputs(layer, x, form, splits):
+    """Every row split at its own point: the first tokens prefilled, the rest decoded singly."""
+    poison = lambda held: jnp.full_like(held, jnp.nan)  # noqa: E731
+    cache = layer.init_cache(x.shape[0], T)
+    cache = cache.replace(latent=poison(cache.latent), k_rope=poison(cache.k_rope))
+    splits = np.asarray(splits, np.int32)
+    y, cache = prefill(layer, x, cache, jnp.asarray(splits), form)
+    outputs = np.zeros(x.shape, np.float32)
+    for b, n in enumerate(splits):
+        outputs[b, :n] = y[b, :n]
+        np.testing.assert_array_equal(y[b, n:], 0)
+    for step in range(T - splits.min()):
+        at = np.minimum(splits + step, T - 1)
+        live = jnp.asarray(splits + step < T, jnp.int32)
+        y, cache = prefill(layer, x[jnp.arange(len(at)), at][:, None], cache, live, form)
+        for b, t in enumerate(at):
+            if live[b]:
+                outputs[b, t] = y[b, 0]
+    return outputs
+
+
+@functools.partial(jax.jit, static_argnames="form")
+def prefill(layer, x, cache, lengths, form):
+    return layer.prefill(x, cache, lengths, form=form)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_forms_agree_in_values_and_gradients(name):
+    layer, x = make(CONFIGS[name])
+
+    @functools.partial(jax.value_and_grad, argnums=(0, 1))
+    def loss(layer, x, form):
+        return (jnp.sin(layer(x, form=form)) * jnp.arange(x.size).reshape(x.shape)).sum()
+
+    expanded, absorbed = loss(layer, x, "expanded"), loss(layer, x, "absorbed")
+    assert relative(layer(x, form="absorbed"), layer(x, form="expanded")) < 1e-6
+    chex.assert_trees_all_close(
+        jax.tree.leaves(absorbed[1]), jax.tree.leaves(expanded[1]), rtol=1e-4, atol=1e-3
+    )
+
+
+@pytest.mark.parametrize("form", ["absorbed", "expanded"])
+@pytest.mark.parametrize("name", ["micro", "plain"])
+def test_any_split_is_one_full_pass(name, form):
+    layer, x = make(CONFIGS[name])
+    full = layer(x)
+    for split in range(T + 1):
+        got = cached_outputs(layer, x, form, [split, T - split])
+        np.testing.assert_allclose(got, full, atol=3e-6)
+
+
+def test_chunks_of_any_size(rng):
+    layer, x = make()
+    full = layer(x)
+    for form in ("absorbed", "expanded", "auto"):
+        cache, outputs = layer.init_cache(2, 16), []
+        for start, end in ((0, 3), (3, 5), (5, 7)):
+            y, cache = layer.decode(x[:, start:end], cache, form=form)
+            outputs.append(y)
+        np.testing.assert_allclose(jnp.concatenate(outputs, 1), full, atol=3e-6)
+
+
+@pytest.mark.parametrize("form", ["absorbed", "expanded"])
+def test_accuracy_against_float64(form):
+    config = MLAConfig.from_preset("deepseek_v3").replace(
+        hidden_size=96, num_attention_heads=2, q_lora_rank=64
+    )
+    layer = MultiHeadLatentAttention(config, precision="highest", rngs=nnx.Rngs(0))
+    x = np.random.default_rng(1).standard_normal((2, 33, 96))
+    with jax.enable_x64(True):
+        graph, state = nnx.split(layer)
+        double = nnx.merge(graph, jax.tree.map(lambda p: jnp.asarray(p, jnp.float64), state))
+        double.precision, double.implementation = "highest", "reference"
+        exact = np.asarray(double(jnp.asarray(x), form=form))
+        assert exact.dtype == np.float64
+    got = layer(jnp.asarray(x, jnp.float32), form=form)
+    assert relative(got, exact) < 2e-6
+    cached, _ = layer.prefill(jnp.asarray(x, jnp.float32), layer.init_cache(2, 40), form=form)
+    assert relative(cached, exact) < 2e-6
+
+
+# What a change could break, and the properties above would have to notice.
+def _shifted_slot(cache, latent, k_rope, lengths=None, *, real):
+    new = real(cache.replace(length=cache.length + 1), latent, k_rope, lengths)
+    return new.replace(length=jnp.minimum(new.length - 1, cache.max_length))
+
+
+def _attend_with(change):
+    def broken(*args, real, **options):
+        return real(*args, **change(options))
+
+    return broken
+
+
+PLANTED = {
+    "off_by_one_slot": (mla_jax.LatentCache, "append", _shifted_slot),
+    "missing_rope": (mla_jax.attention, "apply_rope", lambda x, positions, config, real: x),
+    "wrong_scale": (
+        api, "latent_attention",
+        _attend_with(lambda o: o | {"scale": o["scale"] * 1.01}),
+    ),
+    "dropped_first_key": (
+        api, "latent_attention",
+        _attend_with(lambda o: o | {"window": jnp.iinfo(jnp.int32).max}
+                     if o["lengths"] is None else o | {"window": 4}),
+    ),
+    "future_token_visible": (
+        api, "latent_attention",
+        _attend_with(lambda o: o | {"lengths": jnp.where(o["lengths"] > 0, o["lengths"] + 1, 0)}
+                     if o["lengths"] is not None else o),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bug", [None, *PLANTED])
+def test_planted_bugs_are_noticed(bug):
+    layer, x = make()
+    full = np.asarray(layer(x))
+    with contextlib.ExitStack() as stack:
+        if bug:
+            owner, name, broken = PLANTED[bug]
+            wrapped = functools.partial(broken, real=getattr(owner, name))
+            if isinstance(owner, type):  # a method: keep the binding of self
+                method = wrapped
+                wrapped = lambda self, *args: method(self, *args)  # noqa: E731
+            stack.enter_context(mock.patch.object(owner, name, wrapped))
+        cache, outputs = layer.init_cache(2, 16), []
+        for t in (slice(0, 3), slice(3, 6), slice(6, 7)):  # several tokens: causal inside
+            y, cache = layer.decode(x[:, t], cache, form="absorbed")
+            outputs.append(y)
+    worst = np.abs(np.concatenate(outputs, 1) - full).max()
+    assert (worst > 1e-3) if bug else (worst < 3e-6)
+
+
+def compiled_step(config, batch, slots, dtype=jnp.float32, queries=1):
+    layer = nnx.eval_shape(
+        lambda: MultiHeadLatentAttention(config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))
+    )
+    cache = jax.eval_shape(lambda: mla_jax.LatentCache.init(config, batch, slots, dtype))
+    x = jax.ShapeDtypeStruct((batch, queries, config.hidden_size), dtype)
+    return mla_jax.decode_step.lower(layer, x, cache).compile()
+
+
+@pytest.mark.parametrize("slots", [1024, 4096])
+def test_the_decode_step_stays_absorbed(slots):
+    config = MLAConfig.from_preset("deepseek_v2_lite")
+    compiled = compiled_step(config, 2, slots)
+    flops = compiled.cost_analysis()["flops"]
+    assert flops == pytest.approx(costs.decode_step(config, 2, 1, slots).flops, rel=0.05)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_the_decode_step_holds_no_copy_of_the_cache(batch):
+    config, slots = MLAConfig.from_preset("deepseek_v2_lite"), 32768
+    compiled = compiled_step(config, batch, slots)
+    memory = compiled.memory_analysis()
+    cache_bytes = batch * slots * 576 * 4
+    assert memory.alias_size_in_bytes >= cache_bytes  # donation
+    scores = 4 * batch * config.num_attention_heads * slots
+    kernel = 4 * 512 * 16 * 256  # kv_b_proj, which XLA on CPU lays out anew
+    assert memory.temp_size_in_bytes < 2 * scores + kernel
+    assert memory.temp_size_in_bytes < cache_bytes / 4
+    for line in compiled.as_text().splitlines():
+        copied = " copy(" in line or " transpose(" in line
+        assert not (copied and f"[{batch},{slots},512]" in line.split("=")[1][:40]), line
+
+
+def test_one_trace_for_a_thousand_steps():
+    layer, x = make()
+
+    @functools.partial(jax.jit, donate_argnums=2)
+    @chex.assert_max_traces(n=1)
+    def step(layer, x, cache):
+        return layer.decode(x, cache)
+
+    cache = layer.init_cache(2, 1024)
+    held = cache.latent
+    for _ in range(1000):
+        _, cache = step(layer, x[:, :1], cache)
+    assert cache.length.tolist() == [1000, 1000]
+    assert held.is_deleted()  # donated
+
+
+def test_overflow_is_never_silent():
+    layer, x = make()
+    cache = layer.init_cache(2, 8)
+    _, cache = layer.prefill(x[:, :6], cache, jnp.array([6, 3]))
+    with pytest.raises(ValueError, match=r"rows \[0\] would hold \[9\] tokens.*max_length=8"):
+        layer.decode(x[:, :3], cache)
+    before = np.asarray(cache.latent)
+    _, after = jax.jit(lambda layer, x, cache: layer.decode(x, cache))(layer, x[:, :3], cache)
+    assert after.length.tolist() == [8, 6]
+    assert after.overflowed.tolist() == [True, False]
+    np.testing.assert_array_equal(after.latent[0, :6], before[0, :6])
+
