@@ -1,4 +1,4 @@
-"""Models built from the public layer."""
+"""Whole models built from the public layer."""
 
 from mla_jax.models.decoder import Decoder as Decoder
 from mla_jax.models.decoder import DecoderConfig as DecoderConfig
