@@ -7,11 +7,11 @@ from mla_jax.cache import LatentCache as LatentCache
 from mla_jax.config import MLAConfig as MLAConfig
 from mla_jax.config import RopeScaling as RopeScaling
 from mla_jax.config import presets as presets
-from mla_jax.ops.api import expanded_attention as expanded_attention
-from mla_jax.ops.api import explain as explain
-from mla_jax.ops.api import latent_attention as latent_attention
-from mla_jax.ops.api import merge_attention as merge_attention
 from mla_jax.decoding import decode_loop as decode_loop
 from mla_jax.decoding import decode_step as decode_step
 from mla_jax.decoding import prefill_step as prefill_step
 from mla_jax.decoding import sample as sample
+from mla_jax.ops.api import expanded_attention as expanded_attention
+from mla_jax.ops.api import explain as explain
+from mla_jax.ops.api import latent_attention as latent_attention
+from mla_jax.ops.api import merge_attention as merge_attention

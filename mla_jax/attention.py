@@ -76,7 +76,7 @@ class MultiHeadLatentAttention(nnx.Module):
         dtype=None,
         param_dtype=jnp.float32,
         precision=None,
-        kernel_init: nnx.Initializer = nnx.initializers.lecun_normal(),
+        kernel_init: nnx.Initializer = nnx.initializers.lecun_normal(),  # noqa: B008
         implementation: str | None = None,
         rngs: nnx.Rngs,
     ):
@@ -277,7 +277,7 @@ class MultiHeadLatentAttention(nnx.Module):
         return checkpoint_name(latent, "latent"), checkpoint_name(k_rope, "k_rope")
 
     def _absorbed(self, q_nope, q_rope, latent, k_rope, **options):
-        """heads [B T N V] by the absorbed form, never making keys or values."""
+        """Heads [B T N V] by the absorbed form, never making keys or values."""
         with jax.named_scope("w_uk"):
             pattern = self._fold("BTNH,RNH->BTNR", q_nope, self.w_uk)
         out_latent, _ = api.latent_attention(
@@ -296,7 +296,7 @@ class MultiHeadLatentAttention(nnx.Module):
         return y.astype(x.dtype)
 
     def _expanded(self, q_nope, q_rope, latent, k_rope, **options):
-        """heads [B T N V] and lse [B T N] by the expanded form, over the tokens given."""
+        """Heads [B T N V] and lse [B T N] by the expanded form, over the tokens given."""
         k_nope, value = self._keys_values(latent)
         return api.expanded_attention(
             q_nope, q_rope, k_nope, k_rope, value, scale=self.config.scale,
@@ -305,7 +305,7 @@ class MultiHeadLatentAttention(nnx.Module):
         )  # fmt: skip
 
     def _expanded_cached(self, q_nope, q_rope, latent, k_rope, cache, context):
-        """heads by the expanded form over new tokens and the first `context` [B] cached ones."""
+        """Heads by the expanded form over new tokens and the first `context` [B] cached ones."""
         fresh = self._expanded(
             q_nope, q_rope, latent, k_rope, lengths=None, mask=None, segment_ids=None
         )

@@ -139,9 +139,9 @@ class LatentCache:
 
     def truncate(self, lengths: Int[Array, "B"] | int) -> "LatentCache":
         """Forgets the tokens past `lengths`, e.g. rejected drafts. Longer than a row: no change."""
-        lengths = jnp.broadcast_to(jnp.asarray(lengths, jnp.int32), (self.batch_size,))
-        if not isinstance(lengths, jax.core.Tracer) and (lengths < 0).any():
+        if not isinstance(lengths, jax.core.Tracer) and (np.asarray(lengths) < 0).any():
             raise ValueError(f"lengths={np.asarray(lengths)}: they must be at least 0.")
+        lengths = jnp.broadcast_to(jnp.asarray(lengths, jnp.int32), (self.batch_size,))
         # A row cut below its capacity holds exactly the tokens it says, whatever was dropped.
         return self.replace(
             length=jnp.minimum(self.length, lengths),
@@ -194,19 +194,19 @@ class LatentCache:
     def _row_counts(self, lengths, tokens: int) -> Int[Array, "B"]:
         if lengths is None:
             return jnp.full((self.batch_size,), tokens, jnp.int32)
-        lengths = jnp.asarray(lengths)
+        lengths = lengths if isinstance(lengths, jax.Array) else np.asarray(lengths)
         if lengths.shape != (self.batch_size,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
             raise ValueError(
                 f"lengths is {lengths.dtype} of shape {lengths.shape}: it must be an integer array "
                 f"[B] = ({self.batch_size},)."
             )
         if not isinstance(lengths, jax.core.Tracer):
-            if (lengths < 0).any() or (lengths > tokens).any():
+            known = np.asarray(lengths)  # jax would trace the comparison under jit
+            if (known < 0).any() or (known > tokens).any():
                 raise ValueError(
-                    f"lengths={np.asarray(lengths)}: each must be between 0 and the {tokens} "
-                    "tokens given."
+                    f"lengths={known}: each must be between 0 and the {tokens} tokens given."
                 )
-        return jnp.clip(lengths.astype(jnp.int32), 0, tokens)
+        return jnp.clip(jnp.asarray(lengths, jnp.int32), 0, tokens)
 
     def _check_capacity(self, end: Int[Array, "B"]) -> None:
         if isinstance(end, jax.core.Tracer):

@@ -8,6 +8,7 @@ Letters: N heads, D hidden size, Q q_lora_rank, R kv_lora_rank, H nope, P rotary
 """
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -77,7 +78,7 @@ def attention_tensors(layer: MultiHeadLatentAttention) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _parameters(layer: MultiHeadLatentAttention) -> Iterator[tuple[str, nnx.Param]]:
+def _parameters(layer: MultiHeadLatentAttention) -> Iterator[tuple[str, Any]]:
     for ours, theirs in _MODULES.items():
         module = getattr(layer, ours, None)
         if module is None:

@@ -102,7 +102,12 @@ def main(args: list[str] | None = None) -> None:
     )
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
     try:
-        {Demo: _demo, Costs: _costs, Explain: _explain}[type(command)](command, console)
+        if isinstance(command, Demo):
+            _demo(command, console)
+        elif isinstance(command, Costs):
+            _costs(command, console)
+        else:
+            _explain(command)
     except (ValueError, NotImplementedError, FileNotFoundError) as error:
         print(f"mla-jax: {error}", file=sys.stderr)
         raise SystemExit(2) from error
@@ -116,9 +121,7 @@ def _demo(options: Demo, console: Console) -> None:
     else:
         config = DecoderConfig(attention=MLAConfig.from_preset(options.preset))
         _check_memory(config)
-        model = Decoder(
-            config, implementation=options.implementation, rngs=nnx.Rngs(options.seed)
-        )
+        model = Decoder(config, implementation=options.implementation, rngs=nnx.Rngs(options.seed))
     attention = model.config.attention
     count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
     console.print(
@@ -208,9 +211,7 @@ def _write(model, options, console) -> None:
 
 def _check_memory(config: DecoderConfig) -> None:
     """Refuses a model whose training would not fit this machine, where that is known."""
-    shapes = jax.eval_shape(
-        lambda: nnx.state(Decoder(config, rngs=nnx.Rngs(0)), nnx.Param)
-    )
+    shapes = jax.eval_shape(lambda: nnx.state(Decoder(config, rngs=nnx.Rngs(0)), nnx.Param))
     need = 20 * sum(leaf.size for leaf in jax.tree.leaves(shapes))  # 5 x float32: Adam and copies
     statistics = jax.devices()[0].memory_stats() or {}
     have = statistics.get("bytes_limit")
@@ -264,7 +265,16 @@ def _costs(options: Costs, console: Console) -> None:
         box=box.SIMPLE,
         padding=(0, 1),
     )
-    for header in ("attention", "cache GiB", "KiB/token", "read", "GFLOP", "op/byte", "us", "bound"):
+    for header in (
+        "attention",
+        "cache GiB",
+        "KiB/token",
+        "read",
+        "GFLOP",
+        "op/byte",
+        "us",
+        "bound",
+    ):
         table.add_column(header, justify="left" if header == "attention" else "right", no_wrap=True)
     for row in rows:
         table.add_row(
@@ -284,8 +294,7 @@ def _costs(options: Costs, console: Console) -> None:
     print(f"slower than MHA's core above {until:.1f} new tokens per row on long contexts")
 
 
-def _explain(options: Explain, console: Console) -> None:
-    del console
+def _explain(options: Explain) -> None:
     try:
         jnp.dtype(options.dtype)
     except TypeError as error:

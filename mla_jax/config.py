@@ -79,14 +79,20 @@ class RopeScaling:
 
     def __post_init__(self):
         prefix = "rope_scaling."
-        _check(self.rope_type in _ROPE_TYPES, prefix + "rope_type", self.rope_type,
-               f"one of {_ROPE_TYPES}")
+        _check(
+            self.rope_type in _ROPE_TYPES,
+            prefix + "rope_type",
+            self.rope_type,
+            f"one of {_ROPE_TYPES}",
+        )
         for key in ("short_factor", "long_factor"):
             value = getattr(self, key)
             if value is not None:
                 _check(
                     isinstance(value, list | tuple) and all(_is_number(v) and v > 0 for v in value),
-                    prefix + key, value, "a list of positive numbers",
+                    prefix + key,
+                    value,
+                    "a list of positive numbers",
                 )
                 object.__setattr__(self, key, tuple(float(v) for v in value))
         for key in ("beta_fast", "beta_slow", "attention_factor", "factor"):
@@ -99,8 +105,12 @@ class RopeScaling:
                 _check(_is_number(value) and value >= 0, prefix + key, value, "a number >= 0")
         original = self.original_max_position_embeddings
         if original is not None or self.rope_type != "linear":
-            _check(_is_int(original) and original > 0, prefix + "original_max_position_embeddings",
-                   original, "a positive whole number of tokens")
+            _check(
+                isinstance(original, int) and _is_int(original) and original > 0,
+                prefix + "original_max_position_embeddings",
+                original,
+                "a positive whole number of tokens",
+            )
         _check(isinstance(self.truncate, bool), prefix + "truncate", self.truncate, "true or false")
         if self.rope_type != "longrope":
             _check(self.factor is not None, prefix + "factor", self.factor, "a positive number")
@@ -178,21 +188,44 @@ class MLAConfig:
     def __post_init__(self):
         if isinstance(self.rope_scaling, Mapping):
             object.__setattr__(self, "rope_scaling", RopeScaling.from_mapping(self.rope_scaling))
-        for key in ("hidden_size", "num_attention_heads", "kv_lora_rank", "v_head_dim",
-                    "num_hidden_layers", "max_position_embeddings"):
+        for key in (
+            "hidden_size",
+            "num_attention_heads",
+            "kv_lora_rank",
+            "v_head_dim",
+            "num_hidden_layers",
+            "max_position_embeddings",
+        ):
             value = getattr(self, key)
             _check(_is_int(value) and value > 0, key, value, "a positive whole number")
         for key in ("qk_nope_head_dim", "qk_rope_head_dim"):
             value = getattr(self, key)
             _check(_is_int(value) and value >= 0, key, value, "a whole number >= 0")
-        _check(self.q_lora_rank is None or (_is_int(self.q_lora_rank) and self.q_lora_rank > 0),
-               "q_lora_rank", self.q_lora_rank, "a positive whole number or None")
-        _check(self.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", self.qk_rope_head_dim,
-               "even: rotary channels turn in pairs")
-        _check(self.qk_head_dim > 0, "qk_nope_head_dim", self.qk_nope_head_dim,
-               "positive where qk_rope_head_dim is 0")
-        for key in ("rope_interleave", "mla_use_nope", "attention_bias", "mla_scale_q_lora",
-                    "mla_scale_kv_lora"):
+        _check(
+            self.q_lora_rank is None or (_is_int(self.q_lora_rank) and self.q_lora_rank > 0),
+            "q_lora_rank",
+            self.q_lora_rank,
+            "a positive whole number or None",
+        )
+        _check(
+            self.qk_rope_head_dim % 2 == 0,
+            "qk_rope_head_dim",
+            self.qk_rope_head_dim,
+            "even: rotary channels turn in pairs",
+        )
+        _check(
+            self.qk_head_dim > 0,
+            "qk_nope_head_dim",
+            self.qk_nope_head_dim,
+            "positive where qk_rope_head_dim is 0",
+        )
+        for key in (
+            "rope_interleave",
+            "mla_use_nope",
+            "attention_bias",
+            "mla_scale_q_lora",
+            "mla_scale_kv_lora",
+        ):
             value = getattr(self, key)
             _check(isinstance(value, bool), key, value, "True or False")
         for key in ("rope_theta", "latent_norm_eps", "softmax_scale"):
@@ -201,16 +234,28 @@ class MLAConfig:
                 continue
             _check(_is_number(value) and value > 0, key, value, "a positive number")
             object.__setattr__(self, key, float(value))
-        _check(self.rope_scaling is None or isinstance(self.rope_scaling, RopeScaling),
-               "rope_scaling", self.rope_scaling, "a RopeScaling, a mapping or None")
-        _check(not (self.mla_scale_q_lora and self.q_lora_rank is None), "mla_scale_q_lora", True,
-               "False where q_lora_rank is None")
+        _check(
+            self.rope_scaling is None or isinstance(self.rope_scaling, RopeScaling),
+            "rope_scaling",
+            self.rope_scaling,
+            "a RopeScaling, a mapping or None",
+        )
+        _check(
+            not (self.mla_scale_q_lora and self.q_lora_rank is None),
+            "mla_scale_q_lora",
+            True,
+            "False where q_lora_rank is None",
+        )
         scaling = self.rope_scaling
         if scaling is not None and scaling.rope_type == "longrope":
             for key in ("short_factor", "long_factor"):
                 value = getattr(scaling, key)
-                _check(len(value) == self.qk_rope_head_dim // 2, f"rope_scaling.{key}", value,
-                       f"of length qk_rope_head_dim / 2 = {self.qk_rope_head_dim // 2}")
+                _check(
+                    len(value) == self.qk_rope_head_dim // 2,
+                    f"rope_scaling.{key}",
+                    value,
+                    f"of length qk_rope_head_dim / 2 = {self.qk_rope_head_dim // 2}",
+                )
 
     @property
     def qk_head_dim(self) -> int:
@@ -219,7 +264,7 @@ class MLAConfig:
 
     @property
     def scale(self) -> float:
-        """Softmax temperature: (H+P)^-0.5, times m^2 under YaRN with m = 0.1 mscale_all_dim ln f + 1.
+        """Softmax temperature: (H+P)^-0.5, times m^2 under YaRN: m = 0.1 mscale_all_dim ln f + 1.
 
         YaRN (arXiv 2309.00071) eq. 15 as DeepSeek-V2's code applies it. It does not depend on the
         form: in the absorbed form scores are the same numbers, made from R+P channels.
@@ -336,7 +381,7 @@ def _hf_fields(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
             f"{where}: model_type={family!r} is not a family that this layer knows to be right "
             f"for; known: {sorted(_HF_FAMILIES)}. Build MLAConfig(...) from its fields instead."
         )
-    fields = dict(_HF_FAMILIES.get(family, {}))
+    fields = dict(_HF_FAMILIES.get(family or "", {}))
     names = {field.name for field in dataclasses.fields(MLAConfig)} - {"rope_scaling"}
     fields |= {key: value for key, value in hf.items() if key in names and value is not None}
     if "q_lora_rank" in hf:

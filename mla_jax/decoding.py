@@ -69,6 +69,7 @@ def sample(
     if temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits.astype(jnp.float32) / temperature
+    assert key is not None  # checked above
     if top_k is None and top_p is None:
         return jax.random.categorical(key, logits).astype(jnp.int32)
     kept, tokens = lax.top_k(logits, words if top_k is None else min(top_k, words))
@@ -141,9 +142,7 @@ def _loop(model, tokens, cache, key, *, steps, temperature, top_k, top_p, stop_t
             logits, cache = model.prefill(token[:, None], cache, active.astype(jnp.int32))
         else:
             logits, cache = model.decode(token[:, None], cache)
-        drawn = sample(
-            logits[:, 0], step_key, temperature=temperature, top_k=top_k, top_p=top_p
-        )
+        drawn = sample(logits[:, 0], step_key, temperature=temperature, top_k=top_k, top_p=top_p)
         token = jnp.where(active, drawn, token)
         stopped = (token[:, None] == stops[None]).any(-1)
         return (token, active & ~stopped, cache), (token, active)

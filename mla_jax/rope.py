@@ -20,8 +20,8 @@ from mla_jax.config import _YARN, MLAConfig, yarn_mscale
 def inverse_frequencies(config: MLAConfig) -> np.ndarray:
     """Radians per token of the P/2 channel pairs, float64 [P/2].
 
-    YaRN: arXiv 2309.00071 section 3.2 with the rounding of Hugging Face's code; the upper end of the
-    correction range is clamped to P-1, not to P/2-1. LongRoPE picks `long_factor` where
+    YaRN: arXiv 2309.00071 section 3.2 with the rounding of Hugging Face's code; the upper end of
+    the correction range is clamped to P-1, not to P/2-1. LongRoPE picks `long_factor` where
     max_position_embeddings exceeds the original length: one choice for the life of a cache.
     """
     width, scaling = config.qk_rope_head_dim, config.rope_scaling
@@ -29,16 +29,20 @@ def inverse_frequencies(config: MLAConfig) -> np.ndarray:
     base = config.rope_theta ** (2 * pair / max(width, 1))
     if scaling is None:
         return 1 / base
+    factor = scaling.factor or 1.0  # only longrope goes without
     if scaling.rope_type == "linear":
-        return 1 / (scaling.factor * base)
-    original = scaling.original_max_position_embeddings
+        return 1 / (factor * base)
+    original = scaling.original_max_position_embeddings or 0
     if scaling.rope_type == "longrope":
         extended = config.max_position_embeddings > original
         return 1 / (np.array(scaling.long_factor if extended else scaling.short_factor) * base)
 
     def channel(rotations: float) -> float:  # the pair that turns so often within `original`
-        return width * math.log(original / (rotations * 2 * math.pi)) / (
-            2 * math.log(config.rope_theta))
+        return (
+            width
+            * math.log(original / (rotations * 2 * math.pi))
+            / (2 * math.log(config.rope_theta))
+        )
 
     low, high = channel(scaling.beta_fast), channel(scaling.beta_slow)
     if scaling.truncate:
@@ -47,7 +51,7 @@ def inverse_frequencies(config: MLAConfig) -> np.ndarray:
     if low == high:
         high += 0.001
     interpolated = np.clip((pair - low) / (high - low), 0, 1)
-    return interpolated / (scaling.factor * base) + (1 - interpolated) / base
+    return interpolated / (factor * base) + (1 - interpolated) / base
 
 
 def attention_factor(config: MLAConfig) -> float:
@@ -60,15 +64,16 @@ def attention_factor(config: MLAConfig) -> float:
     if scaling.rope_type in _YARN:
         if scaling.mscale and scaling.mscale_all_dim:
             return yarn_mscale(scaling.factor, scaling.mscale) / yarn_mscale(
-                scaling.factor, scaling.mscale_all_dim)
+                scaling.factor, scaling.mscale_all_dim
+            )
         return yarn_mscale(scaling.factor, 1.0)
-    original = scaling.original_max_position_embeddings
+    original = scaling.original_max_position_embeddings or 0
     factor = scaling.factor or config.max_position_embeddings / original
     return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
 
 
 def angles(positions: Int[Array, "*shape"], inv_freq: np.ndarray) -> Float[Array, "*shape half"]:
-    """position x inv_freq in [-pi, pi], float32, right to 1e-6 rad at position 131072.
+    """Position x inv_freq in [-pi, pi], float32, right to 1e-6 rad at position 131072.
 
     The plain float32 product is off by up to 0.008 rad there. Turns are counted in fixed point
     instead: int32 arithmetic wraps at 2^32, and so does an angle at a full turn, so the integer

@@ -90,9 +90,10 @@ def test_errors_name_the_tensor():
     tensors = checkpoint.attention_tensors(layer)
     assert "q_a_proj.bias" in tensors
     before = nnx.to_pure_dict(nnx.state(layer))
+    other = {key: value for key, value in tensors.items() if key != "o_proj.weight"}
+    other["g_proj.weight"] = tensors["o_proj.weight"]
     with pytest.raises(ValueError, match=r"missing \['o_proj.weight'\], unexpected \['g_proj"):
-        other = {key: value for key, value in tensors.items() if key != "o_proj.weight"}
-        checkpoint.load_attention(layer, other | {"g_proj.weight": tensors["o_proj.weight"]})
+        checkpoint.load_attention(layer, other)
     with pytest.raises(ValueError, match=r"kv_b_proj.weight has shape \(2, 2\)"):
         checkpoint.load_attention(layer, tensors | {"kv_b_proj.weight": np.zeros((2, 2))})
     after = nnx.to_pure_dict(nnx.state(layer))

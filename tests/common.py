@@ -28,7 +28,9 @@ def relative(actual, expected) -> float:
     return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
 
 
-def loop_attention(queries, keys, value, limits, scale, *, soft_cap=None, window=None, allowed=None):
+def loop_attention(
+    queries, keys, value, limits, scale, *, soft_cap=None, window=None, allowed=None
+):
     """float64 attention, one query at a time; keys and value [B S K] or per head [B S N K]."""
     batch, tokens, heads = queries[0].shape[:3]
     out = np.zeros((batch, tokens, heads, value.shape[-1]))
@@ -50,6 +52,8 @@ def loop_attention(queries, keys, value, limits, scale, *, soft_cap=None, window
         top = max(scores)
         weights = np.exp(np.array(scores) - top)
         lse[b, t, n] = top + math.log(weights.sum())
-        mixed = sum(w * pick(value, b, s, n).astype(np.float64) for w, s in zip(weights, slots, strict=True))
+        mixed = sum(
+            w * pick(value, b, s, n).astype(np.float64) for w, s in zip(weights, slots, strict=True)
+        )
         out[b, t, n] = mixed / weights.sum()
     return out, lse

@@ -102,7 +102,7 @@ def test_longrope_needs_lists_of_the_right_length():
 
 
 def test_unknown_preset_lists_what_there_is():
-    with pytest.raises(ValueError, match="deepseek_v4.*Did you mean.*tiny"):
+    with pytest.raises(ValueError, match=r"deepseek_v4.*Did you mean.*tiny"):
         MLAConfig.from_preset("deepseek_v4")
 
 

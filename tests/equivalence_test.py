@@ -225,4 +225,3 @@ def test_overflow_is_never_silent():
     assert after.length.tolist() == [8, 6]
     assert after.overflowed.tolist() == [True, False]
     np.testing.assert_array_equal(after.latent[0, :6], before[0, :6])
-

@@ -29,7 +29,9 @@ def test_frequencies_are_the_families_own(path):
     if "rope/cos" not in z.files:  # Kimi-Linear does not rotate
         return
     config = MLAConfig.from_hf(json.loads(str(z["config"])))
-    theta = np.asarray(rope.angles(jnp.asarray(z["in/position_ids"]), rope.inverse_frequencies(config)))
+    theta = np.asarray(
+        rope.angles(jnp.asarray(z["in/position_ids"]), rope.inverse_frequencies(config))
+    )
     cos, sin = np.cos(theta), np.sin(theta)
     expected = z["rope/cos"], z["rope/sin"]
     if expected[0].ndim == 2:
@@ -49,7 +51,9 @@ def test_rotation(config, per_row, rng):
     got = rope.apply_rope(jnp.asarray(x), jnp.asarray(positions), config)
     rows = positions if per_row else np.stack([positions] * 2)
     theta = (rows[..., None] * rope.inverse_frequencies(config))[:, :, None]
-    pairs = x[..., 0::2] + 1j * x[..., 1::2] if config.rope_interleave else x[..., :2] + 1j * x[..., 2:]
+    pairs = (
+        x[..., 0::2] + 1j * x[..., 1::2] if config.rope_interleave else x[..., :2] + 1j * x[..., 2:]
+    )
     turned = pairs * np.exp(1j * theta) * rope.attention_factor(config)
     expected = np.concatenate([turned.real, turned.imag], axis=-1)
     np.testing.assert_allclose(got, expected, atol=4e-6)

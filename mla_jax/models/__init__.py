@@ -1,4 +1,4 @@
-"""Whole models built from the public layer."""
+"""Models built from the public layer."""
 
 from mla_jax.models.decoder import Decoder as Decoder
 from mla_jax.models.decoder import DecoderConfig as DecoderConfig

@@ -106,9 +106,7 @@ def latent_attention(
         batch, tokens, slots, heads, lengths=lengths, soft_cap=soft_cap, window=window, mask=mask,
         segment_ids=segment_ids,
     )  # fmt: skip
-    spec = Spec(
-        "latent_attention", batch, tokens, slots, heads, (rank, rope), rank, dtype, options
-    )
+    spec = Spec("latent_attention", batch, tokens, slots, heads, (rank, rope), rank, dtype, options)
     backend = _choose(_LATENT, spec, implementation)
     with jax.named_scope(f"latent_attention.{backend}"):
         return _LATENT[backend].latent_attention(
@@ -156,9 +154,7 @@ def expanded_attention(
     _expect("k_nope", k_nope, (batch, slots, heads, nope), "B S N H")
     _expect("k_rope", k_rope, (batch, slots, rope), "B S P")
     _expect("value", value, (batch, slots, heads, value_dim), "B S N V")
-    dtype = _common_dtype(
-        q_nope=q_nope, q_rope=q_rope, k_nope=k_nope, k_rope=k_rope, value=value
-    )
+    dtype = _common_dtype(q_nope=q_nope, q_rope=q_rope, k_nope=k_nope, k_rope=k_rope, value=value)
     options = _options(
         batch, tokens, slots, heads, lengths=lengths, soft_cap=soft_cap, window=window, mask=mask,
         segment_ids=segment_ids,
@@ -306,7 +302,8 @@ def _options(batch, tokens, slots, heads, *, lengths, soft_cap, window, mask, se
                 f"lengths has shape {lengths.shape}: it must be [B] = ({batch},) or "
                 f"[B T] = ({batch}, {tokens})."
             )
-        if not isinstance(lengths, jax.core.Tracer) and batch and (lengths > slots).any():
+        # numpy: under jit, jax would trace the comparison even of a constant
+        if not isinstance(lengths, jax.core.Tracer) and (np.asarray(lengths) > slots).any():
             raise ValueError(f"lengths={np.asarray(lengths)} go beyond the S = {slots} slots.")
         used.append("lengths" if lengths.ndim == 1 else "lengths per query")
     if soft_cap is not None:
@@ -322,7 +319,9 @@ def _options(batch, tokens, slots, heads, *, lengths, soft_cap, window, mask, se
             raise ValueError(f"mask is {mask.dtype}: it must be boolean, True = may attend.")
         full = (batch, heads, tokens, slots)
         if mask.ndim != 4 or any(m not in (1, f) for m, f in zip(mask.shape, full, strict=True)):
-            raise ValueError(f"mask has shape {mask.shape}: not broadcastable to {full}, [B N T S].")
+            raise ValueError(
+                f"mask has shape {mask.shape}: not broadcastable to {full}, [B N T S]."
+            )
         used.append("mask")
     if segment_ids is not None:
         if segment_ids.shape != (batch, slots):

@@ -1,15 +1,16 @@
 """Causal self-attention of the expanded form through cuDNN's flash attention, on NVIDIA GPUs.
 
-cuDNN takes keys of H + P channels and values of V from Hopper on (cuDNN 9.10), but jax's public
-`jax.nn.dot_product_attention` refuses unequal widths. The function below it is called where it is
-there; else values, or queries and keys, are padded with zeros to the wider of the two and the
-public function serves. On an H200 (4096 tokens, 128 heads, 192/128) native forward and backward
-take 0.68 of the padded time.
+cuDNN takes keys of H + P channels and values of V from Hopper on (cuDNN 9.10); elsewhere values, or
+queries and keys, are padded with zeros to the wider of the two. On an H200 (4096 tokens, 128 heads,
+192/128) native forward and backward take 0.68 of the padded time. jax's public
+`jax.nn.dot_product_attention` refuses unequal widths and rounds lse to the operands' dtype, so the
+function below it is called where it is there; where it is not, `why_not` says so and XLA serves.
 
 Letters: B batch, T tokens, N heads, H key, P rotary, V value channels.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +18,19 @@ from jax.custom_derivatives import SymbolicZero
 
 from mla_jax.ops import xla
 
-try:  # not public: guarded, and `_padded` serves where it is gone
-    from jax._src.cudnn import fused_attention_stablehlo as _fused
+try:
+    from jax._src.cudnn import fused_attention_stablehlo  # not public
 except ImportError:
-    _fused = None
+    fused_attention_stablehlo = None
+_fused: Any = fused_attention_stablehlo
 
 
 def why_not(spec, device) -> str | None:
     """Why cuDNN cannot serve `spec` on `device`, or None."""
     if device.platform != "gpu" or "NVIDIA" not in device.device_kind.upper():
         return f"needs an NVIDIA GPU, this is {device.device_kind} ({device.platform})"
+    if _fused is None:
+        return "this version of jax has moved its cuDNN attention"
     if spec.dtype not in ("bfloat16", "float16"):
         return f"takes bfloat16 and float16, not {spec.dtype}"
     if spec.options:
@@ -54,26 +58,25 @@ def expanded_attention(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _attention(q_nope, q_rope, k_nope, k_rope, value, scale):
+    tokens = q_nope.shape[1]
+    if tokens % 2:  # cuDNN's backward wants an even length; causal, so a last token is not seen
+        more = lambda x: jnp.pad(x, [(0, 0), (0, 1)] + [(0, 0)] * (x.ndim - 2))  # noqa: E731
+        padded = map(more, (q_nope, q_rope, k_nope, k_rope, value))
+        out, lse = _attention.fun(*padded, scale)
+        return out[:, :tokens], lse[:, :tokens]
     query = jnp.concatenate([q_nope, q_rope], axis=-1)
     shared = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], k_rope.shape[-1]))
     key = jnp.concatenate([k_nope, shared], axis=-1)
-    native = _fused is not None and query.shape[-1] != value.shape[-1]
-    if native and _fused.check_cudnn_version() >= 91000 and _fused.check_compute_capability("9.0"):
-        out, lse = _fused.dot_product_attention(
-            query, key, value, scale=scale, mask_type=_fused.MaskType.CAUSAL, return_residual=True
-        )
-        return out, jnp.swapaxes(lse, 1, 2).astype(jnp.float32)
-    return _padded(query, key, value, scale)
-
-
-def _padded(query, key, value, scale):
-    width = max(query.shape[-1], value.shape[-1])
-    wide = lambda x: jnp.pad(x, [(0, 0)] * 3 + [(0, width - x.shape[-1])])  # noqa: E731
-    out, lse = jax.nn.dot_product_attention(
-        wide(query), wide(key), wide(value), scale=scale, is_causal=True, implementation="cudnn",
-        return_residual=True,
-    )  # fmt: skip
-    return out[..., : value.shape[-1]], lse.astype(jnp.float32)
+    native = _fused.check_cudnn_version() >= 91000 and _fused.check_compute_capability("9.0")
+    width = value.shape[-1]
+    if not native and query.shape[-1] != width:
+        widest = max(query.shape[-1], width)
+        pad = lambda x: jnp.pad(x, [(0, 0)] * 3 + [(0, widest - x.shape[-1])])  # noqa: E731
+        query, key, value = pad(query), pad(key), pad(value)
+    out, lse = _fused.dot_product_attention(
+        query, key, value, scale=scale, mask_type=_fused.MaskType.CAUSAL, return_residual=True
+    )
+    return out[..., :width], jnp.swapaxes(lse, 1, 2).astype(jnp.float32)
 
 
 def _forward(q_nope, q_rope, k_nope, k_rope, value, scale):
@@ -82,8 +85,10 @@ def _forward(q_nope, q_rope, k_nope, k_rope, value, scale):
     return outputs, (arrays, backward)
 
 
-def _backward(scale, residuals, cotangents):
+def _backward(scale, residuals: Any, cotangents: Any):
     arrays, backward = residuals
+    d_out: Any
+    d_lse: Any
     d_out, d_lse = cotangents
     if isinstance(d_lse, SymbolicZero):  # always, unless the caller uses lse
         d_out = jnp.zeros(d_out.shape, d_out.dtype) if isinstance(d_out, SymbolicZero) else d_out

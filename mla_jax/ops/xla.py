@@ -24,7 +24,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mla_jax.ops.reference import merge_attention, query_limits, visible
 
-_WHOLE_SCORES = 2**27  # scores, 512 MiB in float32: what decode of 128 rows x 4096 x 128 heads x 2 needs
+_WHOLE_SCORES = (
+    2**27
+)  # scores, 512 MiB in float32: what decode of 128 rows x 4096 x 128 heads x 2 needs
 _BLOCK_SCORES = 2**24  # scores of one block of the long path
 _BLOCK_SLOTS = 1024
 # Rows up to here are one fused softmax kernel on a GPU; for longer ones XLA takes three passes, and
@@ -123,9 +125,7 @@ def add_cached_context(
 
     def load(start, size, alive):
         block = _slice_clean(latent, start, size, alive)
-        expanded = jnp.einsum(
-            "BSR,RNK->BSNK", block, kv_b.astype(block.dtype), precision=precision
-        )
+        expanded = jnp.einsum("BSR,RNK->BSNK", block, kv_b.astype(block.dtype), precision=precision)
         k_nope, value = jnp.split(expanded, [nope], axis=-1)
         return (k_nope, _slice_clean(k_rope, start, size, alive)), value
 
@@ -187,13 +187,14 @@ def _attend(queries, keys, value, *, lengths, mask, segment_ids, **options):
     @cached.defjvp
     def cached_jvp(primals, tangents):
         *arrays, seers = primals
-        return jax.jvp(lambda *arrays: by_blocks(*arrays, seers), tuple(arrays), tangents[:3])
+        blocks = lambda queries, keys, value: by_blocks(queries, keys, value, seers)  # noqa: E731
+        return jax.jvp(blocks, tuple(arrays), tangents[:3])
 
     return cached(queries, keys, value, seers)
 
 
 def _scores(queries, keys, shared, scale, soft_cap, precision):
-    """scale (sum of query . key), soft-capped: float32 [B T N S] if shared, else [B N T S].
+    """Scale (sum of query . key), soft-capped: float32 [B T N S] if shared, else [B N T S].
 
     The two orders are those in which the matmul leaves its result.
     """
@@ -216,7 +217,7 @@ def _scores(queries, keys, shared, scale, soft_cap, precision):
 
 
 def _mix(weights, value, shared, precision):
-    """weights x value in float32: [B T N V] if shared, else [B N T V]."""
+    """Weights x value in float32: [B T N V] if shared, else [B N T V]."""
     letters = "BTNS,BSV->BTNV" if shared else "BNTS,BSNV->BNTV"
     return jnp.einsum(
         letters, weights.astype(value.dtype), value, precision=precision,

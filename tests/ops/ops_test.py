@@ -219,7 +219,10 @@ def test_no_rotary_channels_and_vmap(rng):
 
 BAD = {
     "float8": (lambda a: a.update(latent=a["latent"].astype(jnp.float8_e4m3fn)), "float8_e4m3fn"),
-    "mixed": (lambda a: a.update(latent=a["latent"].astype(jnp.bfloat16)), "mixed dtypes: .*latent"),
+    "mixed": (
+        lambda a: a.update(latent=a["latent"].astype(jnp.bfloat16)),
+        "mixed dtypes: .*latent",
+    ),
     "width": (lambda a: a.update(latent=a["latent"][..., 1:]), r"latent has shape .*\[B S R\]"),
     "rank": (lambda a: a.update(pattern=a["pattern"][0]), r"pattern has shape .*\[B T N R\]"),
     "rope": (lambda a: a.update(k_rope=a["k_rope"][..., 1:]), "k_rope has shape"),

@@ -1,0 +1,103 @@
+"""The command line: its output, repeated seeds, round trips, and errors without traceback."""
+
+import re
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mla_jax import cli
+from mla_jax.models import Decoder, DecoderConfig
+
+_QUICK = ("demo", "--batch", "2", "--tokens", "6", "--prompt", "def ")
+
+
+def _run(capsys, *args):
+    cli.main(list(args))
+    return capsys.readouterr().out
+
+
+def _error(capsys, *args):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(list(args))
+    assert caught.value.code == 2
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.out + captured.err
+    return captured.err
+
+
+def _text(out):
+    return re.search(r"─ text ─+\n(.*?)\n─+ decoding", out, re.DOTALL).group(1)
+
+
+def test_same_seed_same_text_also_when_loaded(capsys, tmp_path):
+    folder = str(tmp_path / "model")
+    first = _run(capsys, *_QUICK, "--steps", "2", "--seed", "3", "--save", folder)
+    assert _text(first).startswith("def ")
+    assert _text(_run(capsys, *_QUICK, "--steps", "2", "--seed", "3")) == _text(first)
+    loaded = _run(capsys, *_QUICK, "--seed", "3", "--load", folder)
+    assert _text(loaded) == _text(first)
+    assert "held-out loss" in first
+    assert "held-out loss" not in loaded  # loading trains only where --steps asks for it
+    for line in ("time to first token", "tokens/s", "1,280 bytes per token", "xla: runs"):
+        assert line in first
+    assert "\x1b" not in first  # not a terminal: no control codes
+    assert max(map(len, first.splitlines())) < 120
+
+
+def test_save_and_load_give_identical_logits(tmp_path, rng):
+    attention = cli.MLAConfig.from_preset("tiny").replace(
+        num_hidden_layers=1,
+        rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256},
+    )
+    model = Decoder(DecoderConfig(attention=attention, vocab_size=40), rngs=nnx.Rngs(5))
+    cli.save(model, tmp_path / "model")
+    loaded = cli.load(tmp_path / "model")
+    tokens = jnp.asarray(rng.integers(0, 40, (2, 9)), jnp.int32)
+    assert loaded.config == model.config
+    np.testing.assert_array_equal(loaded(tokens), model(tokens))
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("costs", "deepseek_v33"), r"unknown preset 'deepseek_v33'. Did you mean 'deepseek_v3'"),
+        (("explain", "nothing"), r"unknown preset 'nothing'"),
+        (("demo", "--preset", "nothing"), r"unknown preset 'nothing'"),
+        (("costs", "tiny", "--device", "h20"), r"device='h20'.*Did you mean 'h200'"),
+        (("costs", "tiny", "--context", "0"), r"slots=0|context=0|length=0"),
+        (("explain", "tiny", "--dtype", "bf17"), r"dtype='bf17'"),
+        (("demo", "--implementation", "cuda"), r"implementation='cuda' is not known"),
+        (("demo", "--load", "/nonexistent/model"), r"/nonexistent/model holds no model"),
+        (("demo", "--tokens", "0"), r"at least 1"),
+        (("demo", "--prompt", ""), r"not empty"),
+        (("demo", "--preset", "deepseek_v3"), r"takes about [\d,]+ GiB"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_wrong_arguments(capsys, args, message):
+    error = _error(capsys, *args)
+    assert re.search(message, error)
+    assert error.startswith("mla-jax: ")
+    assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("args", [("costs",), ("costs", "tiny", "--batch", "x"), ("nothing",)])
+def test_wrong_usage(capsys, args):
+    _error(capsys, *args)
+
+
+def test_costs_table(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    out = _run(capsys, "costs", "deepseek_v3", "--device", "h200", "--context", "131072")
+    rows = {line.split()[0]: line for line in out.splitlines() if line.strip()}
+    assert rows["absorbed"].split()[1] == "8.6"
+    assert rows["mha"].split()[1] == "488.0!"  # GiB: more than an H200 has
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_explain(capsys):
+    out = _run(capsys, "explain", "deepseek_v3", "--queries", "256", "--length", "8192")
+    assert "expanded (absorbed up to 167 tokens" in out
+    assert "xla: runs" in out

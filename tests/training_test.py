@@ -1,0 +1,65 @@
+"""Training: the corpus is deterministic, the loss falls, and seeds decide everything."""
+
+import jax
+import numpy as np
+import pytest
+from common import MICRO
+from flax import nnx
+
+from mla_jax import training
+from mla_jax.models import Decoder, DecoderConfig
+
+
+def _model(seed=0):
+    config = DecoderConfig(attention=MICRO.replace(hidden_size=32), intermediate_size=48)
+    return Decoder(config, rngs=nnx.Rngs(seed))
+
+
+@pytest.fixture(scope="module")
+def text():
+    return training.standard_library_text(0.2)
+
+
+def test_text_is_python_and_the_same_every_time(text):
+    assert text.dtype == np.uint8
+    assert len(text) == 200_000
+    assert b"\nimport " in text.tobytes()
+    np.testing.assert_array_equal(text, training.standard_library_text(0.2))
+
+
+def test_loss_falls_and_held_out_follows(text):
+    model = _model()
+    before = training.held_out_loss(model, text, length=32, batch=4)
+    losses = list(
+        training.train(model, text[: -4 * 33], steps=20, batch=4, length=32, learning_rate=1e-2)
+    )
+    assert len(losses) == 20
+    assert np.mean(losses[-3:]) < losses[0] - 1.5
+    assert training.held_out_loss(model, text, length=32, batch=4) < before - 1.5
+
+
+def test_seed_decides_the_parameters(text):
+    def trained(seed):
+        model = _model()
+        losses = list(training.train(model, text, steps=3, batch=2, length=16, seed=seed))
+        return losses, jax.tree.leaves(nnx.state(model, nnx.Param))
+
+    losses, params = trained(1)
+    again, same = trained(1)
+    other, _ = trained(2)
+    assert losses == again != other
+    for left, right in zip(params, same, strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+def test_first_loss_is_that_of_the_untrained_model(text):
+    model = _model()
+    window = text[:17].astype(np.int32)[None]
+    expected = float(training.loss_bits(model, window))
+    (loss,) = training.train(model, text[:18], steps=1, batch=1, length=16)
+    assert abs(loss - expected) < 1e-4
+
+
+def test_text_shorter_than_a_window():
+    with pytest.raises(ValueError, match="text has 9 bytes"):
+        next(training.train(_model(), np.zeros(9, np.uint8), steps=1, length=16))
