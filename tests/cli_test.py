@@ -91,7 +91,7 @@ def test_wrong_usage(capsys, args):
 def test_costs_table(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     out = _run(capsys, "costs", "deepseek_v3", "--device", "h200", "--context", "131072")
-    rows = {line.split()[0]: line for line in out.splitlines() if line.strip()}
+    rows = {line.split()[0]: line for line in reversed(out.splitlines()) if line.strip()}
     assert rows["absorbed"].split()[1] == "8.6"
     assert rows["mha"].split()[1] == "488.0!"  # GiB: more than an H200 has
     assert max(map(len, out.splitlines())) <= 80

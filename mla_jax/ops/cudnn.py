@@ -90,15 +90,15 @@ def _backward(scale, residuals: Any, cotangents: Any):
     d_out: Any
     d_lse: Any
     d_out, d_lse = cotangents
+    if isinstance(d_out, SymbolicZero):
+        d_out = jnp.zeros(d_out.shape, arrays[0].dtype)
     if isinstance(d_lse, SymbolicZero):  # always, unless the caller uses lse
-        d_out = jnp.zeros(d_out.shape, d_out.dtype) if isinstance(d_out, SymbolicZero) else d_out
-        return backward((d_out, jnp.zeros(d_lse.shape, d_lse.dtype)))
+        outputs = (d_out, jnp.zeros(d_lse.shape, jnp.float32))
+        return backward(outputs)
     # cuDNN's backward ignores the derivative of lse without a word; XLA's does not.
     options = dict.fromkeys(("lengths", "soft_cap", "window", "mask", "segment_ids", "precision"))
     core = functools.partial(xla.expanded_attention, scale=scale, **options)
-    outputs, exact = jax.vjp(core, *arrays)
-    if isinstance(d_out, SymbolicZero):
-        d_out = jnp.zeros_like(outputs[0])
+    _, exact = jax.vjp(core, *arrays)
     return exact((d_out, d_lse))
 
 
