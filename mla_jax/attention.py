@@ -222,6 +222,7 @@ class MultiHeadLatentAttention(nnx.Module):
 
     def _extend(self, x, cache, lengths, form):
         batch, tokens = self._check_input(x)
+        self._check_cache(cache, batch)
         _check_form(form)
         if form == "auto":
             form = choose_form(self.config, queries=tokens, slots=cache.max_length)
@@ -235,7 +236,12 @@ class MultiHeadLatentAttention(nnx.Module):
         positions = start + token
         q_nope, q_rope = self._queries(x, positions)
         latent, k_rope = self._latents(x, positions)
-        self._check_cache(cache, batch, latent.dtype)
+        if latent.dtype != cache.latent.dtype:
+            raise ValueError(
+                f"cache.latent is {cache.latent.dtype}, the layer computes in {latent.dtype} for "
+                f"this input: use init_cache(..., dtype=jnp.{latent.dtype}) or the layer's dtype "
+                "argument."
+            )
         with jax.named_scope("cache_append"):
             new = cache.append(latent, k_rope, lengths)
         if form == "absorbed":
@@ -336,7 +342,7 @@ class MultiHeadLatentAttention(nnx.Module):
             )
         return x.shape[:2]
 
-    def _check_cache(self, cache, batch, dtype):
+    def _check_cache(self, cache, batch):
         config = self.config
         for name, held, width in (
             ("latent", cache.latent, config.kv_lora_rank),
@@ -346,11 +352,6 @@ class MultiHeadLatentAttention(nnx.Module):
                 raise ValueError(
                     f"cache.{name} has shape {held.shape}: for this input and layer it must be "
                     f"({batch}, S, {width})."
-                )
-            if held.dtype != dtype:
-                raise ValueError(
-                    f"cache.{name} is {held.dtype}, the layer computes in {dtype} for this input: "
-                    f"use init_cache(..., dtype=jnp.{dtype}) or the layer's dtype argument."
                 )
 
 

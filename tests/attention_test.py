@@ -1,0 +1,149 @@
+"""The layer among Flax's transformations, its dtypes, and what it refuses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from common import MICRO, PLAIN, relative
+from flax import nnx
+
+import mla_jax
+from mla_jax import MultiHeadLatentAttention
+
+X = jax.random.normal(jax.random.key(1), (2, 5, MICRO.hidden_size))
+
+
+def make(config=MICRO, **options):
+    return MultiHeadLatentAttention(config, rngs=nnx.Rngs(0), **options)
+
+
+def test_parameters_have_the_names_of_the_design():
+    names = {"kv_a_proj", "kv_a_norm", "kv_b_proj", "o_proj"}
+    state = nnx.to_pure_dict(nnx.state(make()))
+    assert set(state) == names | {"q_a_proj", "q_a_norm", "q_b_proj"}
+    assert set(nnx.to_pure_dict(nnx.state(make(PLAIN)))) == names | {"q_proj"}
+    assert state["kv_b_proj"]["kernel"].shape == (16, 3, 17)
+    assert set(state["o_proj"]) == {"kernel", "bias"}
+    assert not nnx.state(make(), nnx.RngState)
+
+
+@pytest.mark.parametrize("jit", [jax.jit, nnx.jit])
+def test_jit_and_split(jit):
+    layer = make()
+    expected = layer(X)
+    assert relative(jit(lambda layer, x: layer(x))(layer, X), expected) < 1e-6
+    graph, state = nnx.split(layer)
+    assert relative(nnx.merge(graph, state)(X), expected) < 1e-6
+
+
+def test_training_with_nnx_optimizer():
+    layer = make()
+    optimizer = nnx.Optimizer(layer, optax.adam(1e-2), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(layer, optimizer):
+        loss, grads = nnx.value_and_grad(lambda layer: ((layer(X) - 1) ** 2).mean())(layer)
+        optimizer.update(layer, grads)
+        return loss
+
+    losses = [float(step(layer, optimizer)) for _ in range(20)]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_named_remat():
+    graph, state = nnx.split(make())
+    policy = jax.checkpoint_policies.save_only_these_names("latent", "k_rope")
+    forward = lambda state: (nnx.merge(graph, state)(X) ** 2).sum()  # noqa: E731
+    plain = jax.grad(forward)(state)
+    again = jax.grad(jax.checkpoint(forward, policy=policy))(state)
+    for one, two in zip(jax.tree.leaves(plain), jax.tree.leaves(again), strict=True):
+        assert relative(two, one) < 1e-5
+
+
+def test_linen():
+    model = nnx.bridge.to_linen(MultiHeadLatentAttention, MICRO)
+    variables = model.init(jax.random.key(0), X)
+    assert model.apply(variables, X).shape == X.shape
+    assert "params" in variables
+
+
+def test_orbax(tmp_path):
+    layer = make()
+    _, cache = layer.prefill(X, layer.init_cache(2, 8))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "cache", cache)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "cache", cache)
+    np.testing.assert_array_equal(restored.latent, cache.latent)
+    assert isinstance(restored, mla_jax.LatentCache)
+
+
+def test_segments_positions_and_padding():
+    layer = make()
+    alone = layer(X[:, 2:])
+    ids = jnp.array([[0, 0, 1, 1, 1]] * 2)
+    packed = layer(X, segment_ids=ids, positions=jnp.array([0, 1, 0, 1, 2]))
+    for form in ("expanded", "absorbed"):
+        packed = layer(X, segment_ids=ids, positions=jnp.array([0, 1, 0, 1, 2]), form=form)
+        np.testing.assert_allclose(packed[:, 2:], alone, atol=3e-6)
+        left = layer(
+            X, mask=(ids == 1)[:, None, None], form=form,
+            positions=jnp.array([[1, 1, 0, 1, 2]] * 2),
+        )  # fmt: skip
+        np.testing.assert_allclose(left[:, 2:], alone, atol=3e-6)
+
+
+def test_dtypes():
+    half = make(dtype=jnp.bfloat16)
+    assert half(X).dtype == jnp.bfloat16
+    assert half.kv_b_proj.kernel.dtype == jnp.float32
+    assert half.init_cache(1, 4).latent.dtype == jnp.bfloat16
+    both = make(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    assert both.kv_b_proj.kernel.dtype == jnp.bfloat16
+    y, _ = both.decode(X[:, :1].astype(jnp.bfloat16), both.init_cache(2, 4))
+    assert y.dtype == jnp.bfloat16
+    assert make()(X.astype(jnp.bfloat16)).dtype == jnp.float32  # promoted, as Flax does
+
+
+def test_folds_accumulate_in_float32_for_one_token():
+    layer = make(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    cache = layer.init_cache(2, 4)
+    lowered = jax.jit(lambda x, cache: layer.decode(x, cache)).lower(
+        X[:, :1].astype(jnp.bfloat16), cache
+    )
+    folds = [
+        line for line in lowered.as_text().splitlines()
+        if "dot_general" in line and "tensor<16x3x" in line
+    ]  # fmt: skip
+    assert len(folds) == 2
+    assert all("xf32>" in line.split("->")[1] for line in folds)
+
+
+BAD = [
+    (lambda layer: layer(X[..., 1:]), r"x has shape \(2, 5, 23\).*hidden_size = 24"),
+    (lambda layer: layer(X[0]), "x has shape"),
+    (lambda layer: layer(X[:, :0]), "T >= 1"),
+    (lambda layer: layer(X.astype(jnp.float8_e4m3fn)), "x is float8_e4m3fn"),
+    (lambda layer: layer(X.astype(jnp.int32)), "x is int32"),
+    (lambda layer: layer(X, form="folded"), "form='folded'"),
+    (lambda layer: layer(X, positions=jnp.arange(4)), r"positions is int32 of shape \(4,\)"),
+    (lambda layer: layer(X, segment_ids=jnp.zeros(5, int)), "segment_ids has shape"),
+    (lambda layer: layer(X, mask=jnp.ones((2, 5), bool)), "mask has shape"),
+    (lambda layer: layer.decode(X, make(PLAIN.replace(kv_lora_rank=8)).init_cache(2, 8)),
+     r"cache.latent has shape \(2, 8, 8\)"),
+    (lambda layer: layer.decode(X, layer.init_cache(3, 8)), "cache.latent has shape"),
+    (lambda layer: layer.decode(X, layer.init_cache(2, 8, jnp.bfloat16)), "latent is bfloat16"),
+    (lambda layer: layer.prefill(X, layer.init_cache(2, 8), jnp.array([6, 1])), "each must"),
+    (lambda layer: layer.prefill(X, layer.init_cache(2, 4)), "max_length=4"),
+    (lambda layer: make(implementation="triton"), "implementation='triton'"),
+    (lambda layer: MultiHeadLatentAttention({"hidden_size": 3}, rngs=nnx.Rngs(0)), "MLAConfig"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", range(len(BAD)))
+def test_bad_input(case):
+    call, message = BAD[case]
+    with pytest.raises(ValueError, match=message):
+        call(make())

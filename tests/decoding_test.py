@@ -1,0 +1,85 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from common import MICRO
+from flax import nnx
+
+from mla_jax import decode_loop, prefill_step, sample
+from mla_jax.models import Decoder, DecoderConfig
+
+WORDS = 19
+CONFIG = DecoderConfig(attention=MICRO, vocab_size=WORDS, intermediate_size=20)
+
+
+def prefilled(model, lengths=(3, 1)):
+    tokens = jnp.arange(6).reshape(2, 3) % WORDS
+    logits, cache = prefill_step(model, tokens, model.init_cache(2, 16), jnp.array(lengths))
+    last = logits[jnp.arange(2), jnp.array(lengths) - 1].argmax(-1)
+    return last.astype(jnp.int32), cache
+
+
+def test_stop_tokens_end_rows_on_their_own():
+    model = Decoder(CONFIG, rngs=nnx.Rngs(0))
+    free, lengths, _ = decode_loop(model, *prefilled(model), steps=8)
+    assert lengths.tolist() == [8, 8]
+    stop = int(free[0, 2])
+    written, lengths, cache = decode_loop(model, *prefilled(model), steps=8, stop_tokens=(stop,))
+    for row, start in enumerate((3, 1)):
+        found = np.flatnonzero(np.asarray(free[row]) == stop)
+        end = int(found[0]) + 1 if found.size else 8
+        assert lengths[row] == end
+        np.testing.assert_array_equal(written[row, :end], free[row, :end])
+        np.testing.assert_array_equal(written[row, end:], stop)
+        assert cache[0].length[row] == start + end
+
+
+def test_sampling_in_the_loop_repeats_with_its_key():
+    model = Decoder(CONFIG, rngs=nnx.Rngs(0))
+    draw = lambda seed: decode_loop(  # noqa: E731
+        model, *prefilled(model), steps=8, key=jax.random.key(seed), temperature=1.5, top_k=9,
+        top_p=0.95,
+    )[0].tolist()  # fmt: skip
+    assert draw(1) == draw(1) != draw(2)
+
+
+def test_sample_draws_from_the_distribution():
+    logits = jnp.log(jnp.array([[0.1, 0.5, 0.15, 0.25]]))
+    keys = jax.random.split(jax.random.key(0), 20_000)
+
+    def frequencies(**options):
+        drawn = jax.vmap(lambda key: sample(logits, key, **options))(keys)
+        return np.bincount(np.asarray(drawn)[:, 0], minlength=4) / len(keys)
+
+    tolerance = 4 * 0.5 / np.sqrt(len(keys))  # four standard deviations at most
+    for options, expected in (
+        ({"temperature": 1.0}, [0.1, 0.5, 0.15, 0.25]),
+        ({"temperature": 0.5}, np.array([0.01, 0.25, 0.0225, 0.0625]) / 0.345),
+        ({"temperature": 1.0, "top_k": 2}, [0, 2 / 3, 0, 1 / 3]),
+        ({"temperature": 1.0, "top_k": 1}, [0, 1, 0, 0]),
+        ({"temperature": 1.0, "top_p": 0.7}, [0, 2 / 3, 0, 1 / 3]),
+        ({"temperature": 1.0, "top_p": 0.01}, [0, 1, 0, 0]),
+        ({"temperature": 1.0, "top_p": 1.0}, [0.1, 0.5, 0.15, 0.25]),
+    ):
+        np.testing.assert_allclose(frequencies(**options), expected, atol=tolerance)
+    assert sample(logits, None).tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "steps=0"),
+        ({"steps": 14}, r"steps=14 do not fit: rows hold \[3, 1\] of max_length=16"),
+        ({"steps": 2, "temperature": 1.0}, "give key="),
+        ({"steps": 2, "temperature": -1.0}, r"temperature=-1\.0"),
+        ({"steps": 2, "top_k": 0}, "top_k=0"),
+        ({"steps": 2, "top_p": 0.0}, r"top_p=0\.0"),
+    ],
+)
+def test_bad_options(options, message):
+    model = Decoder(CONFIG, rngs=nnx.Rngs(0))
+    tokens, cache = prefilled(model)
+    with pytest.raises(ValueError, match=message):
+        decode_loop(model, tokens, cache, **options)
+    with pytest.raises(ValueError, match="tokens is float32"):
+        decode_loop(model, tokens.astype(jnp.float32), cache, steps=1)
