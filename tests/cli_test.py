@@ -10,7 +10,7 @@ from flax import nnx
 from mla_jax import cli
 from mla_jax.models import Decoder, DecoderConfig
 
-_QUICK = ("demo", "--batch", "2", "--tokens", "6", "--prompt", "def ")
+_QUICK = ("demo", "--batch", "2", "--tokens", "6", "--prompt", "def ", "--temperature", "2")
 
 
 def _run(capsys, *args):

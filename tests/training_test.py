@@ -51,6 +51,14 @@ def test_seed_decides_the_parameters(text):
         np.testing.assert_array_equal(left, right)
 
 
+def test_loss_is_of_the_next_byte_in_bits():
+    tokens = np.arange(3, 9)[None]
+    knows_next = lambda given: 50.0 * jax.nn.one_hot(given + 1, 256)  # noqa: E731
+    knows_nothing = lambda given: jax.numpy.zeros((*given.shape, 256))  # noqa: E731
+    assert float(training.loss_bits(knows_next, tokens)) < 1e-6
+    assert abs(float(training.loss_bits(knows_nothing, tokens)) - 8) < 1e-5
+
+
 def test_text_shorter_than_a_window():
     with pytest.raises(ValueError, match="text has 9 bytes"):
         next(training.train(_model(), np.zeros(9, np.uint8), steps=1, length=16))
