@@ -1,5 +1,7 @@
 """The layer among Flax's transformations, its dtypes, and what it refuses."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,13 +31,81 @@ def test_parameters_have_the_names_of_the_design():
     assert not nnx.state(make(), nnx.RngState)
 
 
+@pytest.fixture(params=[True, False], ids=["graph", "tree"])
+def flax_mode(request):
+    with nnx.set_graph_mode(request.param), nnx.set_graph_updates(request.param):
+        yield request.param
+
+
 @pytest.mark.parametrize("jit", [jax.jit, nnx.jit])
-def test_jit_and_split(jit):
+def test_jit_and_split(jit, flax_mode):
     layer = make()
     expected = layer(X)
     assert relative(jit(lambda layer, x: layer(x))(layer, X), expected) < 1e-6
     graph, state = nnx.split(layer)
     assert relative(nnx.merge(graph, state)(X), expected) < 1e-6
+
+
+@pytest.mark.parametrize("jit", [jax.jit, nnx.jit])
+def test_the_cache_goes_through_jit(jit, flax_mode):
+    layer = make()
+    step = jit(lambda layer, x, cache: layer.decode(x, cache))
+    cache = layer.init_cache(2, 8)
+    _, eager = layer.decode(X, cache)
+    y, cache = step(layer, X, cache)
+    np.testing.assert_array_equal(cache.length, [5, 5])
+    np.testing.assert_allclose(cache.latent, eager.latent, atol=1e-6)
+    assert relative(y, layer(X)) < 1e-5
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_scan_over_layers(remat, flax_mode):
+    make_layers = nnx.vmap(lambda rngs: MultiHeadLatentAttention(MICRO, rngs=rngs))
+    layers = make_layers(nnx.Rngs(0).split(3))
+    if flax_mode:
+        apart = [jax.tree.map(lambda a: a[i], nnx.state(layers)) for i in range(3)]  # noqa: B023
+    else:
+        apart = [nnx.state(jax.tree.map(lambda a: a[i], layers)) for i in range(3)]  # noqa: B023
+    add = nnx.remat(lambda x, layer: x + layer(x)) if remat else lambda x, layer: x + layer(x)
+    forward = nnx.scan(add, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+    loss, grads = nnx.jit(nnx.value_and_grad(lambda layers: (forward(X, layers) ** 2).mean()))(
+        layers
+    )
+    graph = nnx.graphdef(make())
+
+    def unrolled(states):
+        x = X
+        for state in states:
+            x = x + nnx.merge(graph, state)(x)
+        return (x**2).mean()
+
+    expected, expected_grads = jax.value_and_grad(unrolled)(apart)
+    assert relative(loss, expected) < 1e-6
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *expected_grads)
+    for got, want in zip(jax.tree.leaves(nnx.state(grads)), jax.tree.leaves(stacked), strict=True):
+        assert relative(got, want) < 1e-5
+
+
+@pytest.mark.parametrize("form", ["absorbed", "expanded"])
+def test_shard_map_over_rows(form):
+    layer = make()
+    mesh = jax.make_mesh((2,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.P("rows")
+
+    @jax.jit
+    @functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=(jax.P(), rows, rows), out_specs=(rows, rows)
+    )
+    def step(layer, x, cache):
+        return layer.decode(x, cache, form=form)
+
+    _, cache = layer.prefill(X, layer.init_cache(2, 8), jnp.array([5, 2]))
+    new = jax.random.normal(jax.random.key(2), (2, 2, MICRO.hidden_size))
+    expected, expected_cache = layer.decode(new, cache)
+    y, cache = step(layer, new, cache)
+    assert relative(y, expected) < 1e-5
+    np.testing.assert_allclose(cache.latent, expected_cache.latent, atol=1e-6)
+    np.testing.assert_array_equal(cache.length, [7, 4])
 
 
 def test_training_with_nnx_optimizer():

@@ -132,8 +132,8 @@ def add_cached_context(
     def with_context():
         old = _blocks(
             (q_nope, q_rope), load, limits, latent.shape[1], kv_b.shape[-1] - nope, shared=False,
-            mask=None, segment_ids=None, scale=scale, soft_cap=None, window=None,
-            precision=precision,
+            zero=_zero_of(q_nope, q_rope, latent, k_rope, kv_b, lengths), mask=None,
+            segment_ids=None, scale=scale, soft_cap=None, window=None, precision=precision,
         )  # fmt: skip
         return merge_attention(fresh, old)[0]
 
@@ -160,8 +160,9 @@ def _attend(queries, keys, value, *, lengths, mask, segment_ids, **options):
 
         limits, mask, segment_ids = seers
         return _blocks(
-            queries, load, limits, slots, value.shape[-1], shared=value.ndim == 3, mask=mask,
-            segment_ids=segment_ids, size=size, **options,
+            queries, load, limits, slots, value.shape[-1], shared=value.ndim == 3,
+            zero=_zero_of(queries, keys, value, seers), mask=mask, segment_ids=segment_ids,
+            size=size, **options,
         )  # fmt: skip
 
     if batch * tokens * heads * slots > _WHOLE_SCORES:
@@ -246,6 +247,12 @@ def _whole(queries, keys, value, seen, options):
     return out.astype(value.dtype), lse
 
 
+def _zero_of(*arrays):
+    """0.0 that varies, inside shard_map, over every mesh axis over which one of the arrays does."""
+    arrays = [array for array in jax.tree.leaves(arrays) if array.size]
+    return sum(jnp.where(array[(0,) * array.ndim] == 0, 0.0, 0.0) for array in arrays)
+
+
 def _slice_clean(array, start, size, alive):
     """array[:, start:start+size] with zeros in the slots that are not alive [B size]."""
     block = lax.dynamic_slice_in_dim(array, start, size, axis=1)
@@ -254,12 +261,13 @@ def _slice_clean(array, start, size, alive):
 
 
 def _blocks(
-    queries, load, limits, slots, width, *, shared, mask, segment_ids, scale, soft_cap, window,
-    precision, size=_BLOCK_SLOTS,
+    queries, load, limits, slots, width, *, shared, zero, mask, segment_ids, scale, soft_cap,
+    window, precision, size=_BLOCK_SLOTS,
 ):  # fmt: skip
     """Attention by blocks of queries and of slots, with a running maximum and sum.
 
-    `load(start, size, alive [B size])` gives the keys and the value of a block of slots.
+    `load(start, size, alive [B size])` gives the keys and the value of a block of slots. `zero` is
+    `_zero_of` all operands: the carry of a loop inside shard_map must vary as its results do.
     """
     batch, tokens, heads = queries[0].shape[:3]
     size = min(size, slots)
@@ -314,6 +322,7 @@ def _blocks(
             jnp.zeros(grid, jnp.float32),
             jnp.zeros((*grid, width), jnp.float32),
         )
+        empty = jax.tree.map(lambda array: array + zero, empty)
         indices = jnp.arange(math.ceil(slots / size), dtype=jnp.int32)
         (top, total, mixed), _ = lax.scan(step, empty, indices)
         some = total > 0
