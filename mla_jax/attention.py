@@ -19,7 +19,7 @@ R kv_lora_rank, H qk_nope_head_dim, P qk_rope_head_dim, V v_head_dim.
 """
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -202,13 +202,38 @@ class MultiHeadLatentAttention(nnx.Module):
         return self._extend(x, cache, lengths, form)
 
     def decode(
-        self, x: Float[Array, "B T D"], cache: LatentCache, *, form: Form = "auto"
+        self,
+        x: Float[Array, "B T D"],
+        cache: LatentCache,
+        *,
+        form: Form = "auto",
+        schedule: Any = None,
     ) -> tuple[Float[Array, "B T D"], LatentCache]:
         """Appends T new tokens (1, or a few drafts) to every row; causal among themselves.
 
-        Args, returns and errors are those of `prefill` without `lengths`.
+        Args, returns and errors are those of `prefill` without `lengths`. `schedule` is
+        `decode_schedule(cache, T)`, worth making once where several layers share a step.
         """
-        return self._extend(x, cache, None, form)
+        return self._extend(x, cache, None, form, schedule)
+
+    def decode_schedule(self, cache: LatentCache, queries: int = 1) -> Any:
+        """How to cut a step's work among processors, the same for all layers of a model.
+
+        Args:
+            cache: before the step, of this layer or of any other whose rows are as long.
+            queries: T, tokens of the step.
+
+        Returns:
+            `schedule` for `decode` of every layer; None where the backend needs none.
+        """
+        if choose_form(self.config, queries=queries, slots=cache.max_length) != "absorbed":
+            return None
+        lengths = jnp.minimum(cache.length + queries, cache.max_length)
+        return api.decode_schedule(
+            self.config, lengths, slots=cache.max_length, queries=queries,
+            dtype=cache.latent.dtype,
+            implementation=api.serving("latent_attention", self.implementation),
+        )  # fmt: skip
 
     @property
     def w_uk(self) -> Float[Array, "R N H"]:
@@ -220,7 +245,7 @@ class MultiHeadLatentAttention(nnx.Module):
         """W_UV, the part of kv_b_proj that makes values: applied after mixing when absorbed."""
         return self.kv_b_proj.kernel[...][..., self.config.qk_nope_head_dim :]
 
-    def _extend(self, x, cache, lengths, form):
+    def _extend(self, x, cache, lengths, form, schedule=None):
         batch, tokens = self._check_input(x)
         self._check_cache(cache, batch)
         _check_form(form)
@@ -248,8 +273,9 @@ class MultiHeadLatentAttention(nnx.Module):
             seen = new.length if valid is None else jnp.where(valid, positions + 1, 0)
             seen = jnp.minimum(seen, cache.max_length)
             heads = self._absorbed(
-                q_nope, q_rope, new.latent, new.k_rope, lengths=seen, mask=None, segment_ids=None
-            )
+                q_nope, q_rope, new.latent, new.k_rope, lengths=seen, mask=None, segment_ids=None,
+                schedule=schedule,
+            )  # fmt: skip
         else:
             heads = self._expanded_cached(q_nope, q_rope, latent, k_rope, new, cache.length)
         y = self._output(heads)

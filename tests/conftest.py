@@ -1,6 +1,12 @@
-import jax
-import numpy as np
-import pytest
+import os
+
+# The GPU kernels' interpreter runs every warpgroup in a thread of XLA's pool: more than small
+# machines have.
+os.environ.setdefault("NPROC", "16")
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")

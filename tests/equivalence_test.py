@@ -190,7 +190,8 @@ def test_the_decode_step_holds_no_copy_of_the_cache(batch):
     cache_bytes = batch * slots * 576 * 4
     assert memory.alias_size_in_bytes >= cache_bytes  # donation
     scores = 4 * batch * config.num_attention_heads * slots
-    kernel = 4 * 512 * 16 * 256  # kv_b_proj, which XLA on CPU lays out anew
+    # XLA on CPU lays a kernel out anew: kv_b_proj, or with some releases q_proj, the largest.
+    kernel = 4 * 2048 * 16 * 192
     assert memory.temp_size_in_bytes < 2 * scores + kernel
     assert memory.temp_size_in_bytes < cache_bytes / 4
     for line in compiled.as_text().splitlines():
