@@ -13,7 +13,7 @@ from mla_jax.config import configs_dir
 # softmax temperatures of the released models' own code
 SCALES = {
     "deepseek_v2": 0.135234, "deepseek_v2_lite": 0.114721, "deepseek_v3": 0.135234,
-    "kimi_k2": 0.130861, "glm_4_7_flash": 0.0625, "minicpm3": 96**-0.5,
+    "kimi_k2_0711": 0.130861, "glm_4_7_flash": 0.0625, "minicpm3": 96**-0.5,
     "longcat_flash": 192**-0.5, "kimi_linear": 192**-0.5, "tiny": 48**-0.5,
 }  # fmt: skip
 
@@ -137,6 +137,6 @@ def test_the_wheel_has_the_presets(tmp_path):
 
 
 def test_configs_are_data():
-    config = MLAConfig.from_preset("kimi_k2")
+    config = MLAConfig.from_preset("kimi_k2_0711")
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.hidden_size = 1

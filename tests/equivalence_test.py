@@ -127,7 +127,7 @@ def _attend_with(change):
 
 PLANTED = {
     "off_by_one_slot": (mla_jax.LatentCache, "append", _shifted_slot),
-    "missing_rope": (mla_jax.attention, "apply_rope", lambda x, positions, config, real: x),
+    "missing_rope": (mla_jax.attention, "apply_rope", lambda x, positions, config, length, real: x),
     "wrong_scale": (
         api, "latent_attention",
         _attend_with(lambda o: o | {"scale": o["scale"] * 1.01}),
