@@ -276,15 +276,18 @@ class MultiHeadLatentAttention(nnx.Module):
             )
         with jax.named_scope("cache_append"):
             new = cache.append(latent, k_rope, lengths)
-        seen = new.length if valid is None else jnp.where(valid, slot + 1, 0)
+        seen = slot + 1 if valid is None else jnp.where(valid, slot + 1, 0)
         seen = jnp.minimum(seen, cache.max_length)
         if form == "absorbed":
+            # A length per row, where there is one, tells kernels more than one per query.
+            lengths = new.length if valid is None else seen
             heads, lse = self._absorbed(
-                q_nope, q_rope, new.latent, new.k_rope, lengths=seen, mask=None, segment_ids=None
-            )
+                q_nope, q_rope, new.latent, new.k_rope, lengths=lengths, mask=None,
+                segment_ids=None,
+            )  # fmt: skip
         else:
             heads, lse = self._expanded_cached(
-                q_nope, q_rope, latent, k_rope, new, cache.length, slot + 1
+                q_nope, q_rope, latent, k_rope, new, cache.length, seen
             )
         y = self._output(heads, lse, gate)
         return (y if valid is None else jnp.where(valid[..., None], y, 0)), new
@@ -384,10 +387,10 @@ class MultiHeadLatentAttention(nnx.Module):
         """Heads and lse by the expanded form over new tokens and the first `context` [B] cached.
 
         Under a sliding window every token has its own first slot, so all of it goes through the
-        cache, which holds the new tokens too: token t of `seen` [B T] ends at slot seen - 1.
+        cache, which holds the new tokens too: a token sees the last of its `seen` [B T] slots.
         """
         if self.config.sliding_window is not None:
-            fresh, context = None, jnp.minimum(seen, cache.max_length)
+            fresh, context = None, seen
         else:
             fresh = self._expanded(
                 q_nope, q_rope, latent, k_rope, lengths=None, mask=None, segment_ids=None
@@ -404,7 +407,7 @@ class MultiHeadLatentAttention(nnx.Module):
             return jnp.split(self.kv_b_proj(latent), [self.config.qk_nope_head_dim], axis=-1)
 
     def _output(self, heads, lse, gate):
-        """y [B T D] from heads [B T N V], their lse [B T N] and the gate's logits."""
+        """Y [B T D] from heads [B T N V], their lse [B T N] and the gate's logits."""
         dtype = heads.dtype
         if self.config.attention_sinks:
             with jax.named_scope("sinks"):

@@ -255,7 +255,8 @@ class MLAConfig:
             object.__setattr__(self, "attention_bias", tuple(self.attention_bias))
         names = self.attention_bias if isinstance(self.attention_bias, tuple) else ()
         _check(
-            (names or isinstance(self.attention_bias, bool)) and set(names) <= set(_PROJECTIONS),
+            (bool(names) or isinstance(self.attention_bias, bool))
+            and all(name in _PROJECTIONS for name in names),
             "attention_bias",
             self.attention_bias,
             f"True, False or names among {_PROJECTIONS}",

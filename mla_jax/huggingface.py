@@ -51,19 +51,23 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "bailing_moe_v2_5": {},
     "bailing_moe_linear": {},
     "mistral4": {},
-    "mistral_large4": {"query_scale_ssmax": True, "latent_norm_eps": "rms_norm_eps"},
-    "mistral_large4_text": {"query_scale_ssmax": True, "latent_norm_eps": "rms_norm_eps"},
+    "mistral_large4": {
+        "q_lora_rank": None, "query_scale_ssmax": True, "latent_norm_eps": "rms_norm_eps",
+    },
     "hy_v4": {"rope_interleave": False, "attention_sinks": True, "output_gate": "elementwise"},
     "dots3_note": {
         "latent_norm_eps": "rms_norm_eps", "k_rope_norm": True, "mla_scale_q_lora": True,
         "mla_scale_kv_lora": True, "output_gate": "head",
     },
 }  # fmt: skip
-_FAMILIES["dots3_note_text"] = _FAMILIES["dots3_note"]
+for _name in ("dots3_note", "glm5_next", "mistral_large4"):  # as they are called inside a VLM
+    _FAMILIES[f"{_name}_text"] = _FAMILIES[_name]
 
 # Families whose every full layer is sparse, also where the config leaves index_topk out.
-_SPARSE = ("deepseek_v32", "glm_moe_dsa", "glm5_next", "hy_v4", "axk2", "dots3_note",
-           "dots3_note_text", "mistral_large4", "mistral_large4_text")  # fmt: skip
+_SPARSE = (
+    "deepseek_v32", "glm_moe_dsa", "hy_v4", "axk2", "glm5_next", "glm5_next_text", "dots3_note",
+    "dots3_note_text", "mistral_large4", "mistral_large4_text",
+)  # fmt: skip
 
 # Known families that need what this layer does not do.
 _REFUSED = {
@@ -143,9 +147,8 @@ def attention_fields(hf: Mapping[str, Any], where: str, layer: int | None = None
     """
     hf = dict(language_model(hf))
     family = hf.get("model_type")
-    known = isinstance(family, str) and family in _FAMILIES
-    if family is not None and not known:
-        reason = _REFUSED.get(family) if isinstance(family, str) else None
+    if family is not None and (not isinstance(family, str) or family not in _FAMILIES):
+        reason = _REFUSED.get(str(family))
         if reason is not None:
             raise ValueError(f"{where}: model_type={family!r} needs {reason}: not supported.")
         raise ValueError(
@@ -154,13 +157,15 @@ def attention_fields(hf: Mapping[str, Any], where: str, layer: int | None = None
         )
     for theirs, ours in _RENAMED.items():
         if hf.get(theirs) is not None and hf.get(ours) is None:
-            hf[ours] = _GATES.get(hf[theirs], hf[theirs]) if ours == "output_gate" else hf[theirs]
+            value = hf[theirs]
+            gate = ours == "output_gate" and isinstance(value, bool | str)
+            hf[ours] = _GATES.get(value, value) if gate else value
     if family in ("dots3_note", "dots3_note_text"):
         hf = _dots3_layer(hf, where, layer)
     if family in ("mistral_large4", "mistral_large4_text"):
         hf = _mistral_large4_layer(hf, where, layer)
     _refuse(hf, family, where)
-    fields = dict(_FAMILIES[family]) if known else {}
+    fields = dict(_FAMILIES[family]) if family is not None else {}
     if fields.get("latent_norm_eps") == "rms_norm_eps":
         fields["latent_norm_eps"] = hf.get("rms_norm_eps", 1e-5)
     if family == "bailing_hybrid" and "V2_5" in str(hf.get("architectures")):
@@ -192,7 +197,9 @@ def _refuse(hf: Mapping[str, Any], family: str | None, where: str) -> None:
     if sparse and not (dense and family in _SPARSE):
         raise ValueError(f"{where}: index_topk={sparse!r}: sparse attention is not supported yet.")
     sources = hf.get("kv_source_layers")
-    if sources is not None and sources != list(range(len(sources))):
+    if sources is not None and (
+        not isinstance(sources, list) or sources != list(range(len(sources)))
+    ):
         raise ValueError(
             f"{where}: kv_source_layers={sources!r}: attention to another layer's cache is not "
             "supported yet."
@@ -272,22 +279,24 @@ def _dots3_layer(hf: dict[str, Any], where: str, layer: int | None) -> dict[str,
             "sliding_attention" if sliding and i >= 2 and i % 4 != 1 else full
             for i in range(_count(hf, where))
         ]
-    elif sparse is not None:
+    elif sparse is not None and isinstance(kinds, list):
         renamed = ("full_attention", "indexed_attention")[:: 1 if sparse else -1]
         kinds = [renamed[1] if kind == renamed[0] else kind for kind in kinds]
     kind = _one_of(kinds, where, layer, "layer_types")
     hf["layer_types"] = [kind]
     window = hf.pop("sliding_window", None) or hf.pop("sliding_window_size", None) or 512
     parameters = hf.get("rope_parameters") or hf.get("rope_scaling")
-    if isinstance(parameters, Mapping) and isinstance(parameters.get(kind), Mapping):
-        hf["rope_parameters"] = parameters[kind]
+    if isinstance(parameters, Mapping):
+        own = [value for key, value in parameters.items() if key == kind]
+        if own and isinstance(own[0], Mapping):
+            hf["rope_parameters"] = own[0]
     if kind != "sliding_attention":
         hf.setdefault("rope_theta", 80_000_000.0)
         return hf
     hf["sliding_window"], hf["index_topk"] = window, None
     if canonical:
         own = hf["per_layer_config"]
-        index = layer if layer is not None else kinds.index(kind)
+        index = 0 if layer is None else layer  # all alike where None
         own = own.get(str(index), own.get(index)) if isinstance(own, Mapping) else None
         if not isinstance(own, Mapping):
             raise ValueError(f"{where}: per_layer_config lacks the sliding layer {index}.")
@@ -298,8 +307,10 @@ def _dots3_layer(hf: dict[str, Any], where: str, layer: int | None) -> dict[str,
             "qk_nope_head_dim": 192, "v_head_dim": 128, "head_dim": 256,
         }  # fmt: skip
         hf |= {name: hf.get(f"swa_{name}", default) for name, default in widths.items()}
-        rope = hf["head_dim"] - hf["qk_nope_head_dim"]
-        hf["qk_rope_head_dim"] = hf.get("swa_qk_rope_head_dim", rope)
+        if hf.get("swa_qk_rope_head_dim") is not None:
+            hf["qk_rope_head_dim"] = hf["swa_qk_rope_head_dim"]
+        elif isinstance(hf["head_dim"], int) and isinstance(hf["qk_nope_head_dim"], int):
+            hf["qk_rope_head_dim"] = hf["head_dim"] - hf["qk_nope_head_dim"]
         hf["rope_theta"] = hf.get("swa_rope_theta", 50_000.0)
     return hf
 
@@ -309,6 +320,8 @@ def _mistral_large4_layer(hf: dict[str, Any], where: str, layer: int | None) -> 
     rotated = hf.get("no_rope_layers")  # 1 where the layer does rotate
     if rotated is None:
         every = hf.get("no_rope_layer_interval", 4)
+        if not isinstance(every, int) or every < 1:
+            raise ValueError(f"{where}: no_rope_layer_interval={every!r} must be at least 1.")
         rotated = [int((i + 1) % every != 0) for i in range(_count(hf, where))]
     if _one_of(rotated, where, layer, "no_rope_layers"):
         return hf
