@@ -7,6 +7,7 @@ The rotary channels keep the checkpoint's order: `MLAConfig.rope_interleave` say
 Letters: N heads, D hidden size, Q q_lora_rank, R kv_lora_rank, H nope, P rotary, V value channels.
 """
 
+import concurrent.futures
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -20,6 +21,8 @@ from mla_jax.attention import MultiHeadLatentAttention
 from mla_jax.checkpoint import names as naming
 from mla_jax.checkpoint.files import AttentionTensors, save_tensors
 
+_THREADS = min(8, os.cpu_count() or 1)
+_WORTH_THREADS = 2**22  # bytes
 _ALIGNMENT = 64  # bytes: what jax needs to take an array over on a CPU
 
 Sharding = jax.sharding.Sharding
@@ -64,6 +67,8 @@ def load_attention(
             f"these tensors{source} are not the layer's: missing {missing}, unexpected "
             f"{unexpected}. Does the layer's config belong to this checkpoint?"
         )
+    if isinstance(tensors, AttentionTensors):
+        tensors.prefetch()
     loaded = {}
     for name, (path, parameter) in expected.items():
         # numpy's view of the array: jax would round a float64 or copy it to a device first.
@@ -154,9 +159,21 @@ def _ordered(host: np.ndarray, dtype: np.dtype) -> np.ndarray:
         except ValueError:
             continue
     axis = int(np.argmax(source.strides))
-    for start in range(0, source.shape[axis], 16):
-        rows = (slice(None),) * axis + (slice(start, start + 16),)
-        target[rows] = source[rows]
+
+    rows = source.shape[axis]
+    threads = _THREADS if size >= _WORTH_THREADS else 1
+    share = -(-rows // (16 * threads)) * 16
+
+    def copy(first):
+        for start in range(first, min(first + share, rows), 16):
+            part = (slice(None),) * axis + (slice(start, min(start + 16, first + share)),)
+            target[part] = source[part]
+
+    if threads == 1:
+        copy(0)
+    else:  # numpy lets other threads run while it copies
+        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+            list(pool.map(copy, range(0, rows, share)))
     return out
 
 

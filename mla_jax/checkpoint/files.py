@@ -5,12 +5,15 @@ A tensor that is not fp8 is a view of the file. An fp8 weight is multiplied by i
 The `safetensors` library judges whether a file is whole; its header says where the bytes are.
 """
 
+import concurrent.futures
 import contextlib
 import json
+import math
 import mmap
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Self
 
 import ml_dtypes
@@ -30,6 +33,7 @@ _DTYPES = {
 }  # fmt: skip
 _FP8 = (np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2))
 _BLOCK = (128, 128)
+_READ = 2**23  # bytes read ahead at once
 
 
 class Checkpoint:
@@ -52,6 +56,8 @@ class Checkpoint:
         folder = self.path if self.path.is_dir() else self.path.parent
         self._files = _index(self.path)
         self._shards: dict[pathlib.Path, _Shard] = {}
+        self._ahead: set[str] = set()
+        self._reader = concurrent.futures.ThreadPoolExecutor(1)
         self.config: Mapping[str, Any] = {}
         for name in ("config.json", "params.json"):
             if not self.config and (folder / name).is_file():
@@ -65,6 +71,7 @@ class Checkpoint:
 
     def close(self) -> None:
         """Forgets the open files; views of them stay valid until they are dropped."""
+        self._reader.shutdown(cancel_futures=True)
         self._shards.clear()
 
     def __contains__(self, name: str) -> bool:
@@ -142,6 +149,17 @@ class Checkpoint:
         count = _layer_count(self.config)
         found = {layer for layer, _ in naming.attention_prefixes(self)}
         return sorted(layer for layer in found if count is None or layer < count)
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Reads tensors ahead in the background, each once, into the system's cache of the files.
+
+        What is there does not count as this process' memory, and pages of a memory map are then
+        found rather than waited for one by one.
+        """
+        for name in names:
+            if name not in self._ahead:
+                self._ahead.add(name)
+                self._reader.submit(self._shard(name).read_ahead, name)
 
     def release(self) -> None:
         """Lets the operating system take back the memory of what was read, views included."""
@@ -235,6 +253,13 @@ class AttentionTensors(Mapping[str, np.ndarray]):
         full = self._names[name]
         return f"{full} in {self.files.file_of(full)}"
 
+    def prefetch(self) -> None:
+        """Reads these tensors and the next layer's ahead: see `Checkpoint.prefetch`."""
+        self.files.prefetch(self._names.values())
+        head, layer, tail = re.split(r"(?<=layers\.)(\d+)", self.prefix, maxsplit=1)
+        following = f"{head}{int(layer) + 1}{tail}"
+        self.files.prefetch([name for name in self.files if name.startswith(following)])
+
     def release(self) -> None:
         """See `Checkpoint.release`."""
         self.files.release()
@@ -303,11 +328,23 @@ class _Shard:
 
     def view(self, name: str) -> np.ndarray:
         dtype, shape, start = self.entry(name)
-        flat = np.frombuffer(self._map, dtype, int(np.prod(shape, dtype=np.int64)), start)
+        flat = np.frombuffer(self._map, dtype, math.prod(shape), start)
         return flat.reshape(shape)
 
+    def read_ahead(self, name: str) -> None:
+        dtype, shape, start = self.entry(name)
+        end = start + math.prod(shape) * dtype.itemsize
+        scratch = memoryview(bytearray(min(_READ, end - start)))
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(start)
+            while start < end:
+                count = file.readinto(scratch[: min(_READ, end - start)])
+                if not count:
+                    return
+                start += count
+
     def release(self) -> None:
-        if hasattr(mmap, "MADV_DONTNEED"):
+        if hasattr(mmap, "MADV_DONTNEED"):  # advice only: a system may not know it
             with contextlib.suppress(OSError):
                 self._map.madvise(mmap.MADV_DONTNEED)
 
