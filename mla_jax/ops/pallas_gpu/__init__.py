@@ -12,14 +12,16 @@ Letters: B batch, T query tokens, S cache slots, N heads, R latent width, P rope
 """
 
 import functools
+import tomllib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from mla_jax.config import configs_dir
 from mla_jax.ops import xla
-from mla_jax.ops.pallas_gpu.schedule import BLOCK, STEP, TILE, Schedule, make_schedule
+from mla_jax.ops.pallas_gpu.schedule import BLOCK, SLACK, STEP, TILE, Schedule, make_schedule
 
 try:
     from mla_jax.ops.pallas_gpu import kernel
@@ -77,10 +79,27 @@ def decode_schedule(
     Args:
         lengths: slots in use, the T new tokens included.
         queries, heads, slots: T, N, S of the calls.
-        slack: see `make_schedule`; None takes the device's.
+        slack: see `make_schedule`; None takes the device's from `configs/tuning`.
     """
-    options = {} if slack is None else {"slack": slack}
-    return make_schedule(lengths, rows=queries * heads, slots=slots, num_sms=_sms(), **options)
+    rows, device = queries * heads, _device()
+    if slack is None:
+        slack = tuned(device.device_kind, rows).get("slack", SLACK)
+    sms = device.core_count if device.platform == "gpu" else _H200_SMS
+    return make_schedule(lengths, rows=rows, slots=slots, num_sms=sms, slack=slack)
+
+
+@functools.cache
+def tuned(device_kind: str, rows: int) -> dict[str, int]:
+    """What `benchmarks/tune.py` found for this kind of device and T N query rows of a batch row.
+
+    A device without a table gets {}: the defaults of `schedule.py`, which are the H200's.
+    """
+    for path in sorted((configs_dir() / "tuning").glob("*.toml")):
+        table = tomllib.loads(path.read_text())
+        if table["device_kind"] == device_kind:
+            fitting = [entry for entry in table["latent_attention"] if rows <= entry["rows"]]
+            return min(fitting, key=lambda entry: entry["rows"], default={})
+    return {}
 
 
 def latent_attention(
@@ -188,8 +207,6 @@ def _call(scale, interpret, arrays, lengths, schedule):
     return [out.reshape(pattern.shape), lse.reshape(pattern.shape[:-1])]
 
 
-def _sms() -> int:
+def _device() -> Any:
     device = jax.config.jax_default_device
-    if device is None or isinstance(device, str):
-        device = jax.devices(device)[0]
-    return device.core_count if device.platform == "gpu" else _H200_SMS
+    return jax.devices(device)[0] if device is None or isinstance(device, str) else device

@@ -34,6 +34,7 @@ from mla_jax.ops.pallas_gpu.schedule import BLOCK, STEP, TILE
 
 LOG2E = math.log2(math.e)
 _LOWEST = -1e30  # first running maximum: finite, so that exp2(old - new) is never NaN
+_MERGE = ((1, 8), (4, 2))  # query rows and pieces at once, for many pieces and for few
 _WG = plgpu.Layout.WGMMA
 _ROW = plgpu.Layout.WGMMA.reduce(1)
 _FLAGS = ("max0", "max1", "p0", "issued")  # what one warpgroup tells the other
@@ -577,8 +578,8 @@ def _merge_share(
                 0, lax.div(hi - lo + (rows_at_once - 1), jnp.int32(rows_at_once)), body, ()
             )
 
-    # One register row of pieces at a time keeps many loads in flight: over pieces, or over rows.
-    lax.cond(count >= 8, lambda: merge(1, 8), lambda: merge(4, 2))
+    # Eight loads in flight: over the pieces of a row, or over rows of few pieces.
+    lax.cond(count >= 8, lambda: merge(*_MERGE[0]), lambda: merge(*_MERGE[1]))
     if shape.native:
         mosaic.leave_global(arrivals, row * shape.tiles + tile, 4 * count - 1)
 
