@@ -162,6 +162,6 @@ class _Loader:
                 left.append(name)
         if left:
             raise ValueError(
-                f"{self.files.path} has {len(left)} tensors that this decoder does not use, such as "
-                f"{left[:3]}."
+                f"{self.files.path} has {len(left)} tensors that this decoder does not use, such "
+                f"as {left[:3]}."
             )

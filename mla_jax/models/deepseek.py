@@ -1,9 +1,9 @@
 """The decoder of DeepSeek-V2 and V3, and of the models that share its shape.
 
-Embedding, layers of x + attention(norm(x)) and x + mlp(norm(x)), final norm, head. The first layers'
-MLPs are dense and gated; the others' are mixtures of experts: a float32 router scores all experts,
-each token goes to its best few, and a shared expert sees every token. By their configs: DeepSeek-V2,
-V3 and R1, Kimi-K2, Moonlight, GLM-4.7-Flash, Youtu-LLM, A.X-K1, Sarvam and MiniCPM3.
+Embedding, layers of x + attention(norm(x)) and x + mlp(norm(x)), final norm, head. The first
+layers' MLPs are dense and gated; the others' are mixtures of experts: a float32 router scores all
+experts, each token goes to its best few, and a shared expert sees every token. By their configs:
+DeepSeek-V2, V3 and R1, Kimi-K2, Moonlight, GLM-4.7-Flash, Youtu-LLM, A.X-K1, Sarvam and MiniCPM3.
 
 The layers are a Python loop, not a scan: a scan would slice each layer's experts out of one stacked
 array, and XLA copies such a slice before a library's matmul reads it, doubling what a decode step
