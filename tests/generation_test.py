@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 from flax import nnx
 
 from mla_jax import generation
@@ -151,7 +152,6 @@ def test_bytes_where_there_is_no_tokenizer(tmp_path):
 
 
 def test_a_tokenizer_of_a_checkpoint(tmp_path):
-    tokenizers = pytest.importorskip("tokenizers")
     words = tokenizers.models.WordLevel({"<s>": 0, "hello": 1, "world": 2, "?": 3}, unk_token="?")
     own = tokenizers.Tokenizer(words)
     own.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
