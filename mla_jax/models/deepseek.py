@@ -7,13 +7,14 @@ DeepSeek-V2, V3 and R1, Kimi-K2, Moonlight, GLM-4.7-Flash, Youtu-LLM, A.X-K1, Sa
 
 The layers are a Python loop, not a scan: a scan would slice each layer's experts out of one stacked
 array, and XLA copies such a slice before a library's matmul reads it, doubling what a decode step
-moves. The experts of one layer are one array and one `jax.lax.ragged_dot`.
+moves. The experts of one layer are one array, never a loop in Python.
 
 Letters: B batch, T tokens, D hidden size, F intermediate size, W words, M = B T tokens in a row,
 E experts, K experts per token, G groups of experts.
 """
 
 import dataclasses
+import functools
 import math
 import os
 import tomllib
@@ -35,6 +36,8 @@ _FAMILIES = (
     "deepseek_v2", "deepseek_v3", "kimi_k2", "kimi_k25", "kimi_vl", "glm4_moe_lite", "youtu",
     "youtu_llm", "axk1", "AXK1", "sarvam_mla", "minicpm3",
 )  # fmt: skip
+_DENSE_TOKENS = 256  # up to here reading every expert once beats sorting
+_BLOCK = 256  # tokens of one expert in a matmul
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -292,24 +295,93 @@ class MixtureOfExperts(nnx.Module):
             return mixed + self.shared(x)
 
     def _experts(self, x, experts, weights):
-        """Every token through its experts: tokens sorted by expert, one ragged matmul a kernel."""
-        count = self.config.num_experts_per_tok
+        """Every token through its experts, by whichever way moves the fewest weights for M tokens.
+
+        `lax.ragged_dot` is made for this and used on TPUs. Elsewhere jax may turn it into a product
+        with E masked copies of its input, [E MK D], as it does on CPUs.
+        """
+        config = self.config
         dtype = self.dtype or jnp.promote_types(x.dtype, self.gate_proj.dtype)
-        order = jnp.argsort(experts.reshape(-1), stable=True)
-        sizes = jnp.bincount(experts.reshape(-1), length=self.config.n_routed_experts)
-        sizes = sizes.astype(jnp.int32)
+        x, pairs = x.astype(dtype), experts.size
+        if 2 * pairs <= config.n_routed_experts:
+            mixed = self._by_pair(x, experts, weights)
+        elif len(x) <= _DENSE_TOKENS:
+            mixed = self._all_experts(x, experts, weights)
+        else:
+            mixed = self._sorted(x, experts, weights)
+        return mixed.astype(dtype)
 
-        def ragged(inputs, kernel):
-            return lax.ragged_dot(
-                inputs, kernel[...].astype(dtype), sizes, precision=self.precision,
-                preferred_element_type=jnp.promote_types(dtype, jnp.float32),
-            )  # fmt: skip
+    def _gated(self, letters, back, x, kernels):
+        """Gated MLPs as two einsums: `letters` takes x to [... F], `back` returns it."""
+        gate, up, down = (kernel.astype(x.dtype) for kernel in kernels)
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        einsum = functools.partial(
+            jnp.einsum, precision=self.precision, preferred_element_type=wide
+        )
+        hidden = jax.nn.silu(einsum(letters, x, gate)) * einsum(letters, x, up)
+        return einsum(back, hidden.astype(x.dtype), down)
 
-        inputs = x.astype(dtype)[order // count]
-        hidden = jax.nn.silu(ragged(inputs, self.gate_proj)) * ragged(inputs, self.up_proj)
-        outputs = ragged(hidden.astype(dtype), self.down_proj)
-        own = outputs[jnp.argsort(order)].reshape(len(x), count, -1)  # back in the tokens' order
-        return (own * weights[..., None]).sum(1).astype(dtype)
+    def _kernels(self):
+        return self.gate_proj[...], self.up_proj[...], self.down_proj[...]
+
+    def _by_pair(self, x, experts, weights):
+        """Few pairs of token and expert: the kernels of just those, gathered."""
+        chosen = [kernel[experts] for kernel in self._kernels()]
+        own = self._gated("MD,MKDF->MKF", "MKF,MKFD->MKD", x, chosen)
+        return (own * weights[..., None]).sum(1)
+
+    def _all_experts(self, x, experts, weights):
+        """Some tokens, which need most experts: all experts for all tokens, kernels read once."""
+        own = self._gated("MD,EDF->EMF", "EMF,EFD->EMD", x, self._kernels())
+        rows = jnp.arange(len(x))[:, None]
+        share = jnp.zeros((len(x), len(own)), weights.dtype).at[rows, experts].add(weights)
+        return jnp.einsum("EMD,ME->MD", own, share, precision=self.precision)
+
+    def _sorted(self, x, experts, weights):
+        """Many tokens: sorted by expert, then ragged matmuls, or matmuls of one expert's block."""
+        count, groups = self.config.num_experts_per_tok, self.config.n_routed_experts
+        flat = experts.reshape(-1)
+        order = jnp.argsort(flat, stable=True)
+        sizes = jnp.bincount(flat, length=groups).astype(jnp.int32)
+        if jax.default_backend() == "tpu":
+            outputs = self._ragged(x[order // count], sizes)
+            own = outputs[jnp.argsort(order)]  # back in the tokens' order
+        else:
+            # Every expert's tokens start a block of their own; at most one block each is not full.
+            blocks = -(-flat.size // _BLOCK) + groups
+            needed = -(-sizes // _BLOCK)
+            ends = jnp.cumsum(needed)
+            starts, before = ends - needed, jnp.cumsum(sizes) - sizes
+            ranked = flat[order]
+            rank = jnp.arange(flat.size, dtype=jnp.int32) - before[ranked]
+            place = starts[ranked] * _BLOCK + rank
+            padded = (
+                jnp.zeros((blocks * _BLOCK, x.shape[-1]), x.dtype)
+                .at[place]
+                .set(x[order // count], unique_indices=True)
+            )
+            owner = jnp.searchsorted(ends, jnp.arange(blocks), side="right")
+            kernels = self._kernels()
+
+            def one(block):
+                tokens, expert = block
+                return self._gated("MD,DF->MF", "MF,FD->MD", tokens, [k[expert] for k in kernels])
+
+            blocked = padded.reshape(blocks, _BLOCK, -1)
+            owner = jnp.minimum(owner, groups - 1)
+            outputs = lax.map(one, (blocked, owner), batch_size=min(16, blocks))
+            outputs = outputs.reshape(blocks * _BLOCK, -1)
+            own = outputs[jnp.zeros_like(place).at[order].set(place, unique_indices=True)]
+        return (own.reshape(len(x), count, -1) * weights[..., None]).sum(1)
+
+    def _ragged(self, x, sizes):
+        ragged = functools.partial(
+            lax.ragged_dot, group_sizes=sizes, precision=self.precision,
+            preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
+        )  # fmt: skip
+        gate, up, down = (kernel.astype(x.dtype) for kernel in self._kernels())
+        hidden = jax.nn.silu(ragged(x, gate)) * ragged(x, up)
+        return ragged(hidden.astype(x.dtype), down)
 
 
 class DeepseekBlock(nnx.Module):
