@@ -315,7 +315,7 @@ def _model(options: Generate, console: Console):
         tokenizer = generation.Tokenizer.from_checkpoint(options.checkpoint)
         source = options.checkpoint
     else:
-        if not options.random_weights:
+        if not options.random_weights or options.preset is None:
             raise ValueError("a preset has no weights: add --random-weights, or --checkpoint.")
         config = DeepseekConfig.from_preset(options.preset)
         model = DeepseekDecoder(

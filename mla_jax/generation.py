@@ -218,14 +218,15 @@ def _prefill(model, prompts, cache, clock):
     tokens = np.zeros((len(prompts), chunks * width), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
-    logits, program = None, None
-    for start in range(0, chunks * width, width):
-        inside = jnp.asarray(np.clip(lengths - start, 0, width))
-        chunk = jnp.asarray(tokens[:, start : start + width])
-        if program is None:
-            program = clock.compile(_prefill_chunk, model, chunk, cache, inside)
-        new, cache = program(model, chunk, cache, inside)
-        logits = new if logits is None else jnp.where(inside[:, None] > 0, new, logits)
+    parts = [
+        (jnp.asarray(tokens[:, start : start + width]), np.clip(lengths - start, 0, width))
+        for start in range(0, chunks * width, width)
+    ]
+    program = clock.compile(_prefill_chunk, model, parts[0][0], cache, jnp.asarray(parts[0][1]))
+    logits = jnp.zeros((len(prompts), model.config.vocab_size), jnp.float32)
+    for chunk, inside in parts:
+        new, cache = program(model, chunk, cache, jnp.asarray(inside))
+        logits = jnp.where(jnp.asarray(inside[:, None] > 0), new, logits)
     return logits, cache
 
 

@@ -31,7 +31,7 @@ Shardings = Sharding | Mapping[str, Sharding] | Callable[[str, tuple[int, ...]],
 
 def load_attention(
     layer: MultiHeadLatentAttention,
-    tensors: Mapping[str, Array],
+    tensors: Mapping[str, Array] | Mapping[str, np.ndarray],
     *,
     sharding: Shardings | None = None,
 ) -> None:

@@ -16,7 +16,9 @@ from flax import nnx
 from mla_jax.checkpoint import names as naming
 from mla_jax.checkpoint.attention import Shardings, _ordered, load_attention, place, sharding_of
 from mla_jax.checkpoint.files import Checkpoint, is_scale
-from mla_jax.models.deepseek import DeepseekConfig, DeepseekDecoder, GatedMLP, MixtureOfExperts
+from mla_jax.models.deepseek import DeepseekDecoder
+from mla_jax.models.deepseek_config import DeepseekConfig
+from mla_jax.models.experts import GatedMLP, MixtureOfExperts
 
 
 def load_decoder(

@@ -11,7 +11,8 @@ from flax import nnx
 
 from mla_jax import rope
 from mla_jax.decoding import decode_step, prefill_step
-from mla_jax.models import DeepseekConfig, DeepseekDecoder, decoder_presets, deepseek
+from mla_jax.models import DeepseekConfig, DeepseekDecoder, decoder_presets
+from mla_jax.models import experts as experts_module
 
 SIGMOID = DeepseekConfig(
     attention=PLAIN.replace(num_hidden_layers=3), vocab_size=31, intermediate_size=20,
@@ -179,14 +180,14 @@ def test_experts_every_way(name, tokens, rng, monkeypatch):
     assert relative(mlp._experts(x, experts, share), expected) < 2e-6
     for way in (mlp._by_pair, mlp._all_experts, mlp._sorted):
         assert relative(way(x, experts, share), expected) < 2e-6
-    monkeypatch.setattr(deepseek, "_BLOCK", 4)
+    monkeypatch.setattr(experts_module, "_BLOCK", 4)
     assert relative(mlp._sorted(x, experts, share), expected) < 2e-6
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")  # lowered for a CPU all the same
     assert relative(mlp._sorted(x, experts, share), expected) < 2e-6
 
 
 def test_every_token_to_one_expert(rng, monkeypatch):
-    monkeypatch.setattr(deepseek, "_BLOCK", 4)
+    monkeypatch.setattr(experts_module, "_BLOCK", 4)
     mlp = make("softmax").blocks[1].mlp
     x = jnp.asarray(rng.standard_normal((10, 24)), jnp.float32)
     experts = jnp.broadcast_to(jnp.array([[5, 11, 0]]), (10, 3))
