@@ -31,6 +31,7 @@ from jaxtyping import Array, Int
 from mla_jax.decoding import _check_sampling, sample
 
 _PREFILL_TOKENS = 16384  # of all rows together, in one chunk: bounds the experts' activations
+_SLOTS = 128  # a cache's length is a multiple of
 _NGRAM = 3  # tokens of the text's end that a prompt lookup looks for, then fewer
 
 
@@ -157,7 +158,8 @@ def generate(
     _check_sampling(None, key, temperature, top_k, top_p)
     longest = max(map(len, prompts))
     need = longest + max_new_tokens + speculate
-    slots = need if max_length is None else max_length
+    # Kernels want whole blocks of slots.
+    slots = -(-need // _SLOTS) * _SLOTS if max_length is None else max_length
     limit = model.config.attention.max_position_embeddings
     if slots < need or longest + max_new_tokens > limit:
         raise ValueError(
