@@ -33,7 +33,7 @@ def make(name, **options):
     random = np.random.default_rng(1)
     for path, parameter in nnx.iter_graph(model):
         if isinstance(parameter, nnx.Param) and (path[-1] in ("scale", "bias")):
-            shift = -0.5 if path[-2] == "router" else 1  # negative biases: a masked 0 would win
+            shift = -2.0 if path[-2] == "router" else 1  # negative biases: a masked 0 would win
             noise = 0.2 * random.standard_normal(parameter.shape)
             parameter.set_value(jnp.asarray(shift + noise, jnp.float32))
     return model
@@ -191,7 +191,7 @@ def test_every_token_to_one_expert(rng, monkeypatch):
     mlp = make("softmax").blocks[1].mlp
     x = jnp.asarray(rng.standard_normal((10, 24)), jnp.float32)
     experts = jnp.broadcast_to(jnp.array([[5, 11, 0]]), (10, 3))
-    share = jnp.ones((10, 3))
+    share = jnp.broadcast_to(jnp.array([[1.0, 2.0, 3.0]]), (10, 3))
     assert relative(mlp._sorted(x, experts, share), mlp._by_pair(x, experts, share)) < 2e-6
 
 
