@@ -163,6 +163,8 @@ class _Sizes:
     known: tuple[int, ...] | None  # lengths of the rows where they are no operand
 
 
+# Jitted here too, so that the layers of a model share one lowering.
+@functools.partial(jax.jit, static_argnames=("scale", "plan"))
 def decode(pattern, q_rope, latent, k_rope, lengths, scale, plan: Plan):
     """Runs the kernel by `plan`; arguments and results as `api.latent_attention`."""
     batch, tokens, heads, rank = pattern.shape

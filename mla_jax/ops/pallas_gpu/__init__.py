@@ -175,6 +175,8 @@ def _backward(scale, interpret, residuals, cotangents):
 _attention.defvjp(_forward, _backward)
 
 
+# Jitted here too, so that the layers of a model share one lowering, which takes seconds.
+@functools.partial(jax.jit, static_argnames=("scale", "interpret"))
 def _call(scale, interpret, arrays, lengths, schedule):
     pattern, q_rope, latent, k_rope = arrays
     batch, tokens, heads, rank = pattern.shape
