@@ -1,9 +1,15 @@
 """Times the latent-attention core on the default device; prints a Markdown table.
 
-Device time: many calls inside one jitted loop of known length, less a loop of one, median of five,
-so that dispatch does not count. Floor: the longer of 2 B S N T (2R+P) operations at the rate of an
-8192^3 matmul and the bytes of cache, queries and outputs at the rate of a copy, both measured in
-the same run. Every result is compared with the reference on a few rows first.
+Device time: many calls inside one jitted loop of static length, less an empty call, median of five,
+so that dispatch does not count; small shapes rotate among copies of the cache, so that the L2 cache
+does not count either. Loops of shapes and ceilings last equally long, as a chip at its power limit
+lowers its clock within milliseconds. Floor: the longer of 2 B S N T (2R+P) operations at the rate
+of an 8192^3 matmul and the bytes of cache, queries and outputs at the rate of a copy, both measured
+in the same run. Every result is compared with float64 on a few rows and heads.
+
+`--implementation` may be several backends of `latent_attention`, and `expanded`: the same attention
+with per-head keys and values through cuDNN, where they fit. The cut of the batch that a kernel may
+want is made once per step for all layers, so it is timed apart ("cut").
 """
 
 import argparse
@@ -19,97 +25,245 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from mla_jax import MLAConfig, latent_attention
+from mla_jax import MLAConfig, decode_schedule, latent_attention
 from mla_jax.config import configs_dir
 
-R, P, SCALE = 512, 64, 192**-0.5
+R, P, H, V, SCALE = 512, 64, 128, 128, 192**-0.5
+CACHED_BYTES = 2e8  # rotate among copies up to here: a few times the L2
 
 
-def seconds(step, state, calls):
-    """Device seconds of `state = step(state)`."""
+def timer(step, guess, last):
+    """f(state): device seconds of `state = step(state)`, and the last states of two runs.
 
-    @functools.partial(jax.jit, static_argnames="count")
-    def loop(state, count):
-        return lax.fori_loop(0, count, lambda _, s: lax.optimization_barrier(step(s)), state)
+    `guess` is about what a step takes, `last` what a timed loop should.
+    """
+    calls = max(5, min(5000, int(last / guess)))
 
-    def run(count):
-        jax.block_until_ready(loop(state, count))
+    @jax.jit
+    def loop(state):
+        # A static count: with a dynamic one XLA asks the device after every turn.
+        return lax.fori_loop(0, calls, lambda _, s: lax.optimization_barrier(step(s)), state)
+
+    empty = jax.jit(lambda state: jax.tree.leaves(state)[-1])
+
+    def run(f, state):
         started = time.perf_counter()
-        jax.block_until_ready(loop(state, count))
-        return time.perf_counter() - started
+        result = jax.block_until_ready(f(state))
+        return time.perf_counter() - started, result
 
-    run(calls), run(1)
-    return statistics.median((run(calls) - run(1)) / (calls - 1) for _ in range(5))
+    def measured(state):
+        run(empty, state)
+        results = [run(loop, state)[1] for _ in range(2)]
+        taken = statistics.median(run(loop, state)[0] - run(empty, state)[0] for _ in range(5))
+        return taken / calls, results
+
+    return measured
 
 
-def ceilings(calls):
+def ceilings(last):
     """Measured copy bandwidth in bytes/s (read and written) and matmul rate in FLOP/s."""
     size = 8192 if jax.default_backend() != "cpu" else 1024
     a = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
-    matmul = 2 * size**3 / seconds(lambda s: (s[0], s[0] @ s[1]), (a, a), calls)
-    big = jnp.zeros((2**30 if size == 8192 else 2**22,), jnp.float32)
-    copy = 2 * big.nbytes / seconds(lambda s: s + 1, big, calls)
-    return copy, matmul
+    narrow = a * size**-0.5  # products keep their size
+    guess = 2 * size**3 / (7e14 if size == 8192 else 1e12)
+    taken, _ = timer(lambda s: (s[0], s[1] @ s[0]), guess, last)((narrow, a))
+    matmul = 2 * size**3 / taken
+    # Not in a loop, which may copy its state once more; long enough for dispatch not to count.
+    big = jnp.ones((2**30 if size == 8192 else 2**22,), jnp.float32)
+    add = jax.jit(lambda x: x + 1, donate_argnums=0)
+    big = jax.block_until_ready(add(big))
+    rates, calls = [], max(3, int(last / 2e-3))
+    for _ in range(5):
+        started = time.perf_counter()
+        for _ in range(calls):
+            big = add(big)
+        jax.block_until_ready(big)
+        rates.append(2 * big.nbytes * calls / (time.perf_counter() - started))
+    return statistics.median(rates), matmul
 
 
-def check(implementation, args, lengths):
-    """Relative Frobenius error against the reference on the first two rows."""
-    few = [a[:2] for a in (*args, lengths)]
-    got, _ = latent_attention(*few[:4], lengths=few[4], scale=SCALE, implementation=implementation)
-    few = [a.astype(jnp.float32) for a in few[:4]] + [few[4]]
-    want, _ = latent_attention(*few[:4], lengths=few[4], scale=SCALE, implementation="reference")
-    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-    return np.linalg.norm(got - want) / np.linalg.norm(want)
+def oracle(arrays, lengths, rows, heads):
+    """float64 on the host, some batch rows and heads: (out, lse)."""
+    pattern, q_rope, latent, k_rope = arrays
+    outs, lses = [], []
+    for b in rows:
+        keys, ropes = (np.asarray(x[b], np.float64) for x in (latent, k_rope))
+        for t in range(pattern.shape[1]):
+            n = int(lengths[b]) - (pattern.shape[1] - 1 - t)
+            scores = np.asarray(pattern[b, t][heads], np.float64) @ keys[:n].T
+            scores += np.asarray(q_rope[b, t][heads], np.float64) @ ropes[:n].T
+            top = SCALE * scores.max(1, keepdims=True)
+            weights = np.exp(SCALE * scores - top)
+            outs.append(weights @ keys[:n] / weights.sum(1, keepdims=True))
+            lses.append(top[:, 0] + np.log(weights.sum(1)))
+    return np.stack(outs), np.stack(lses)
+
+
+def latent_case(implementation, arrays, lengths):
+    """call(arrays, lengths, schedule), and the function that makes the schedule, or None."""
+    call = functools.partial(latent_attention, scale=SCALE, implementation=implementation)
+    heads, slots = arrays[0].shape[2], arrays[2].shape[1]
+    config = MLAConfig.from_preset("deepseek_v3").replace(num_attention_heads=heads)
+    make = functools.partial(
+        decode_schedule, config, slots=slots, queries=arrays[0].shape[1],
+        dtype=arrays[0].dtype, implementation=implementation,
+    )  # fmt: skip
+    needed = jax.eval_shape(make, lengths) is not None
+    run = lambda arrays, lengths, schedule: call(*arrays, lengths=lengths, schedule=schedule)  # noqa: E731
+    return run, (make if needed else None)
+
+
+def measure(implementation, shape, lengths, dtype, guess, last):
+    """Seconds of a call and of the cut, and the errors of the result."""
+    batch, slots, heads, tokens = shape
+    draw = lambda i, *shape: jax.random.normal(jax.random.key(i), shape, dtype)  # noqa: E731
+    queries = (draw(0, batch, tokens, heads, R), draw(1, batch, tokens, heads, P))
+    one = batch * slots * (R + P) * dtype.itemsize
+    copies = int(min(8, max(1, -(-CACHED_BYTES // one))))
+    caches = [(draw(2 + i, batch, slots, R), draw(90 + i, batch, slots, P)) for i in range(copies)]
+    limits = jnp.asarray(lengths, jnp.int32)
+    run, make = latent_case(implementation, (*queries, *caches[0]), limits)
+    schedule = jax.jit(make)(limits) if make else None
+    results = tuple(jnp.full(x.shape, jnp.nan, x.dtype) for x in jax.eval_shape(
+        run, (*queries, *caches[0]), limits, schedule))  # fmt: skip
+
+    def step(state):
+        # As many results as caches: none is computed in vain, or only copied.
+        queries, caches, results = state
+        results = []
+        for cache in caches:
+            results.append(run((*queries, *cache), limits, schedule))
+            queries, results = lax.optimization_barrier((queries, results))
+        return queries, caches, results
+
+    start = (queries, caches, [results] * copies)
+    taken, (state, again) = timer(step, guess * copies, last)(start)
+    pairs = zip(jax.tree.leaves(state[2]), jax.tree.leaves(again[2]), strict=True)
+    same = all(bool((x == y).all()) for x, y in pairs)
+    rows, some = sorted({0, batch // 2, batch - 1}), np.array(sorted({0, heads // 2, heads - 1}))
+    want = oracle((*queries, *caches[0]), lengths, rows, some)
+    out, lse = (np.asarray(x[np.array(rows)], np.float64)[:, :, some] for x in state[2][0])
+    error = np.linalg.norm(out.reshape(want[0].shape) - want[0]) / np.linalg.norm(want[0])
+    lse_error = np.abs(lse.reshape(want[1].shape) - want[1]).max()
+    cut = None
+    if make:
+        anew = lambda s: (s[0], make(s[0] + 0 * s[1].arrivals[0]))  # noqa: E731
+        cut, _ = timer(anew, 1e-5, last)((limits, schedule))
+    return {"seconds": taken / copies, "cut": cut, "error": float(error),
+            "lse_error": float(lse_error), "repeatable": same}  # fmt: skip
+
+
+def measure_expanded(shape, lengths, dtype, guess, last):
+    """The same attention on per-head keys and values, already expanded, through cuDNN."""
+    batch, slots, heads, tokens = shape
+    draw = lambda i, *shape: jax.random.normal(jax.random.key(i), shape, dtype)  # noqa: E731
+    query, key = draw(0, batch, tokens, heads, H + P), draw(1, batch, slots, heads, H + P)
+    value = jnp.pad(draw(2, batch, slots, heads, V), [(0, 0)] * 3 + [(0, H + P - V)])
+    limits = jnp.asarray(lengths, jnp.int32)
+
+    def step(state):
+        query, key, value, _ = state
+        out = jax.nn.dot_product_attention(
+            query, key, value, scale=SCALE, key_value_seq_lengths=limits, implementation="cudnn"
+        )
+        return query, key, value, out
+
+    taken, _ = timer(step, 20 * guess, last)((query, key, value, query))
+    return {"seconds": taken, "cut": None, "error": None, "lse_error": None, "repeatable": None}
+
+
+def draw_plot(result, path):
+    """Fraction of the floor by shape, one bar per implementation."""
+    import matplotlib.pyplot as plt  # of the extra `notebooks`
+
+    names = list(dict.fromkeys(row["implementation"] for row in result["rows"]))
+    shapes = list(dict.fromkeys(row["name"] for row in result["rows"]))
+    figure, axes = plt.subplots(figsize=(10, 4.5), layout="constrained")
+    for i, name in enumerate(names):
+        rows = {row["name"]: row["fraction"] for row in result["rows"]
+                if row["implementation"] == name}  # fmt: skip
+        at = np.arange(len(shapes)) + i / (len(names) + 1)
+        axes.bar(at, [rows.get(s, 0) for s in shapes], 1 / (len(names) + 1), label=name)
+    axes.set_xticks(np.arange(len(shapes)) + 0.3, shapes, rotation=30, ha="right")
+    axes.set_ylabel("fraction of the floor")
+    axes.set_ylim(0, 1)
+    axes.set_title(f"Latent attention, {result['device']}, {result['dtype']}, jax {result['jax']}")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def cases(most_bytes, itemsize):
+    """(name, shape, lengths) of configs/shapes/decode.toml."""
+    grid = tomllib.loads((configs_dir() / "shapes" / "decode.toml").read_text())
+    for shape in grid["shapes"]:
+        batch, slots, *_ = shape
+        if batch * slots * (R + P) * itemsize <= most_bytes:
+            yield ", ".join(map(str, shape)), shape, np.full(batch, slots)
+    for batch, low, high, heads, tokens in grid.get("ragged", []):
+        if batch * high * (R + P) * itemsize <= most_bytes:
+            rng = np.random.default_rng(0)
+            lengths = np.exp(rng.uniform(np.log(low), np.log(high), batch)).astype(int)
+            name = f"{batch}, {low}..{high}, {heads}, {tokens}"
+            yield name, [batch, high, heads, tokens], lengths
 
 
 def main():
     """Runs the grid of configs/shapes/decode.toml."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--implementation", default="xla")
+    parser.add_argument("--implementation", nargs="+", default=["xla"])
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--calls", type=int, default=20)
+    parser.add_argument("--last", type=float, default=0.06, help="seconds of a timed loop")
     parser.add_argument("--most-bytes", type=float, default=8e9, help="skip larger caches")
+    parser.add_argument("--only", help="shapes whose name contains this")
     parser.add_argument("--json", type=pathlib.Path, help="write the rows here too")
+    parser.add_argument("--plot", type=pathlib.Path, help="draw the fractions here (matplotlib)")
     options = parser.parse_args()
     dtype = jnp.dtype(options.dtype)
-    MLAConfig.from_preset("deepseek_v3")  # the widths here are its
-    copy, matmul = ceilings(options.calls)
+    copy, matmul = ceilings(options.last)
     kind = jax.devices()[0].device_kind
-    print(f"{kind}, jax {jax.__version__}, {dtype.name}, {options.implementation}; measured "
-          f"{copy / 1e12:.2f} TB/s copy, {matmul / 1e12:.0f} TFLOP/s matmul\n")  # fmt: skip
-    print("| B, S, N, T | us | TFLOP/s | TB/s | of floor | error |\n|---|---|---|---|---|---|")
+    print(f"{kind}, jax {jax.__version__}, {dtype.name}; measured {copy / 1e12:.2f} TB/s copy, "
+          f"{matmul / 1e12:.0f} TFLOP/s matmul\n")  # fmt: skip
+    titles = ("B, S, N, T", "implementation", "us", "TFLOP/s", "TB/s", "of floor", "of xla's time",
+              "cut us", "error", "lse error", "repeatable")  # fmt: skip
+    print(f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
     rows = []
-    grid = tomllib.loads((configs_dir() / "shapes" / "decode.toml").read_text())["shapes"]
-    for batch, slots, heads, tokens in grid:
-        if batch * slots * (R + P) * dtype.itemsize > options.most_bytes:
+    for name, shape, lengths in cases(options.most_bytes, dtype.itemsize):
+        if options.only and options.only not in name:
             continue
-        draw = lambda i, *shape: jax.random.normal(jax.random.key(i), shape, dtype)  # noqa: E731
-        args = (draw(0, batch, tokens, heads, R), draw(1, batch, tokens, heads, P),
-                draw(2, batch, slots, R), draw(3, batch, slots, P))  # fmt: skip
-        lengths = jnp.full((batch,), slots - 5, jnp.int32)
-        error = check(options.implementation, args, lengths)
-
-        def step(state):
-            (pattern, *rest), _ = state
-            out, _ = latent_attention(
-                pattern, *rest, lengths=lengths, scale=SCALE,  # noqa: B023
-                implementation=options.implementation,
-            )  # fmt: skip
-            return (pattern, *rest), out
-
-        taken = seconds(step, (args, jnp.zeros_like(args[0])), options.calls)
-        flops = 2 * batch * slots * heads * tokens * (2 * R + P)
-        moved = sum(a.nbytes for a in args) + args[0].nbytes
+        batch, slots, heads, tokens = shape
+        used = int(lengths.sum())
+        flops = 2 * used * heads * tokens * (2 * R + P)
+        moved = dtype.itemsize * (used * (R + P) + batch * tokens * heads * (2 * R + P))
         floor = max(flops / matmul, moved / copy)
-        print(f"| {batch}, {slots}, {heads}, {tokens} | {taken * 1e6:.0f} | "
-              f"{flops / taken / 1e12:.0f} | {moved / taken / 1e12:.2f} | {floor / taken:.2f} | "
-              f"{error:.1e} |", flush=True)  # fmt: skip
-        rows.append({"shape": [batch, slots, heads, tokens], "seconds": taken, "floor": floor,
-                     "error": float(error)})  # fmt: skip
+        times = {}
+        for implementation in options.implementation:
+            if implementation == "expanded":
+                if 2 * batch * slots * heads * (H + P) * dtype.itemsize > 4 * options.most_bytes:
+                    continue
+                try:
+                    row = measure_expanded(shape, lengths, dtype, floor, options.last)
+                except Exception as error:  # cuDNN's versions differ in what they take
+                    print(f"| {name} | expanded | {str(error).splitlines()[0][:80]} |")
+                    continue
+            else:
+                row = measure(implementation, shape, lengths, dtype, floor, options.last)
+            taken = times[implementation] = row["seconds"]
+            row |= {"name": name, "shape": shape, "implementation": implementation, "floor": floor,
+                    "fraction": floor / taken}  # fmt: skip
+            rows.append(row)
+            show = lambda x, form: "" if x is None else format(x, form)  # noqa: E731
+            ratio = taken / times["xla"] if "xla" in times else None
+            print(f"| {name} | {implementation} | {taken * 1e6:.1f} | {flops / taken / 1e12:.0f} | "
+                  f"{moved / taken / 1e12:.2f} | {floor / taken:.3f} | {show(ratio, '.2f')} | "
+                  f"{show(row['cut'] and row['cut'] * 1e6, '.1f')} | {show(row['error'], '.1e')} | "
+                  f"{show(row['lse_error'], '.0e')} | {show(row['repeatable'], '')} |",
+                  flush=True)  # fmt: skip
+    result = {"device": kind, "jax": jax.__version__, "dtype": dtype.name, "copy": copy,
+              "matmul": matmul, "rows": rows}  # fmt: skip
     if options.json:
-        result = {"device": kind, "jax": jax.__version__, "implementation": options.implementation,
-                  "dtype": dtype.name, "copy": copy, "matmul": matmul, "rows": rows}  # fmt: skip
         options.json.write_text(json.dumps(result, indent=2))
+    if options.plot:
+        draw_plot(result, options.plot)
 
 
 if __name__ == "__main__":

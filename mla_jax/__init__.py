@@ -11,6 +11,7 @@ from mla_jax.decoding import decode_loop as decode_loop
 from mla_jax.decoding import decode_step as decode_step
 from mla_jax.decoding import prefill_step as prefill_step
 from mla_jax.decoding import sample as sample
+from mla_jax.ops.api import decode_schedule as decode_schedule
 from mla_jax.ops.api import expanded_attention as expanded_attention
 from mla_jax.ops.api import explain as explain
 from mla_jax.ops.api import latent_attention as latent_attention

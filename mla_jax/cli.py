@@ -14,7 +14,6 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tyro
 from flax import nnx
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -262,31 +261,28 @@ def _costs(options: Costs, console: Console) -> None:
     table = Table(
         title=f"{options.preset}: {options.queries} token(s) in {options.batch} row(s) of "
         f"{options.context:,} on {options.device}, bf16",
-        box=box.SIMPLE,
-        padding=(0, 1),
+        box=None,
+        padding=(0, 2, 0, 0),
+        pad_edge=False,
     )
-    for header in (
-        "attention",
-        "cache GiB",
-        "KiB/token",
-        "read",
-        "GFLOP",
-        "op/byte",
-        "us",
-        "bound",
-    ):
+    columns = ("attention", "GiB", "KiB/token", "read", "GFLOP", "op/byte", "us", "bound")
+    for header in columns:
         table.add_column(header, justify="left" if header == "attention" else "right", no_wrap=True)
+
+    def short(number):
+        return f"{number:,.1f}" if number < 1000 else f"{number:,.0f}"
+
     for row in rows:
         table.add_row(
-            row.kind, f"{row.cache_bytes / 2**30:,.1f}" + ("" if row.fits else "!"),
-            f"{row.cache_bytes_per_token / 2**10:,.1f}", f"{row.numbers_read:,}",
-            f"{row.core.flops / 1e9:,.1f}", f"{row.core.intensity:,.0f}",
-            f"{row.core_seconds * 1e6:,.1f}", row.bound,
+            row.kind, short(row.cache_bytes / 2**30) + ("" if row.fits else "!"),
+            short(row.cache_bytes_per_token / 2**10), f"{row.numbers_read:,}",
+            short(row.core.flops / 1e9), f"{row.core.intensity:,.0f}",
+            short(row.core_seconds * 1e6), row.bound,
         )  # fmt: skip
     console.print(table)
     console.print(
-        "cache: all layers, ! = more than the device has; read: numbers per context token\n"
-        "and layer; operations and roofline time: attention core of one layer."
+        "GiB: cache of all layers, ! = more than the device has; read: numbers a context\n"
+        "token and layer; operations and roofline time: attention core of one layer."
     )
     print(f"absorbed up to {costs.crossover_queries(config, options.context):.0f} new tokens per "
           "row, expanded above")  # fmt: skip

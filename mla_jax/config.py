@@ -10,16 +10,33 @@ P qk_rope_head_dim, V v_head_dim.
 import dataclasses
 import difflib
 import importlib.resources
-import json
 import math
 import os
 import pathlib
 import tomllib
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 _YARN = ("yarn", "deepseek_yarn")  # two names of the same formula
 _ROPE_TYPES = (*_YARN, "longrope", "linear")
+_PROJECTIONS = ("q_a_proj", "q_proj", "q_b_proj", "kv_a_proj", "o_proj")
+_POSITIVE_INTEGERS = (
+    "hidden_size", "num_attention_heads", "kv_lora_rank", "v_head_dim", "num_hidden_layers",
+    "max_position_embeddings",
+)  # fmt: skip
+_OPTIONAL_INTEGERS = (
+    "q_lora_rank", "sliding_window", "llama_4_original_max_position_embeddings", "index_topk",
+)  # fmt: skip
+_SWITCHES = (
+    "rope_interleave", "mla_use_nope", "latent_norm", "k_rope_norm", "mla_scale_q_lora",
+    "mla_scale_kv_lora", "attention_sinks", "query_scale_ssmax",
+)  # fmt: skip
+# Releases that share another's shapes.
+_PRESET_ALIASES = {
+    "kimi_k2": "kimi_k2_0711",
+    "deepseek_r1": "deepseek_v3",
+    "deepseek_v3_1": "deepseek_v3",
+}
 
 
 def _check(condition: bool, key: str, value: Any, allowed: str) -> None:
@@ -149,13 +166,30 @@ class MLAConfig:
         rope_theta: base of the rotary frequencies.
         rope_scaling: a `RopeScaling`, a mapping of its fields, or None.
         rope_interleave: whether the stored weights rotate channel pairs (0,1), (2,3), ...
-            (DeepSeek, Kimi, GLM) rather than (i, i + P/2) (MiniCPM3).
+            (DeepSeek, Kimi, GLM) rather than (i, i + P/2) (MiniCPM3, Hy4).
+        rope_inv_freq: the P/2 inverse frequencies outright, such as a model's learned ones
+            (Mistral Large 4's LeRoPE); None derives them from rope_theta and rope_scaling.
         mla_use_nope: the P channels exist and are cached but never rotated (Kimi-Linear).
-        attention_bias: biases on q_a_proj, kv_a_proj and o_proj.
-        latent_norm_eps: epsilon of the RMSNorms on both latents. Not the model's rms_norm_eps:
-            the reference code of every family here leaves it at 1e-6.
-        mla_scale_q_lora: multiply queries by sqrt(D/Q) (LongCat).
-        mla_scale_kv_lora: multiply latents by sqrt(D/R) before they are cached (LongCat).
+        attention_bias: biases on q_a_proj, kv_a_proj and o_proj; or the names of the projections
+            that have one (TransMLA: q_a_proj or q_proj, and kv_a_proj).
+        latent_norm: RMSNorms on the query and key-value latents; False is TransMLA's.
+        latent_norm_eps: epsilon of the RMSNorms on the latents. Not the model's rms_norm_eps:
+            the reference code of most families leaves it at 1e-6.
+        k_rope_norm: RMSNorm on the shared rotary key before it is rotated (dots3).
+        mla_scale_q_lora: multiply queries by sqrt(D/Q) (LongCat, dots3).
+        mla_scale_kv_lora: multiply latents by sqrt(D/R) before they are cached (LongCat, dots3).
+        output_gate: heads are multiplied by a sigmoid before o_proj. "head" is one gate a head from
+            x (Ling 3, dots3), "elementwise" one a channel from x (Kimi K3, Hy4), "query" one a
+            channel which q_b_proj makes beside the query, reading the query latent with and without
+            its norm (A.X-K2).
+        attention_sinks: a learned logit per head in the softmax's denominator (Hy4).
+        sliding_window: a token attends to this many tokens, itself included; None to all.
+        llama_4_scaling_beta: queries times 1 + beta ln(1 + floor(position / original)) (Mistral 4).
+        llama_4_original_max_position_embeddings: that original length, in tokens.
+        query_scale_ssmax: queries times s ln(position + 1) + b, s and b learned per head (SSMax,
+            Mistral Large 4).
+        index_topk: tokens that a sparse-attention query attends to. Data for presets and costs:
+            the layer refuses it.
         softmax_scale: overrides the softmax temperature that `scale` would derive.
 
     Raises:
@@ -178,84 +212,122 @@ class MLAConfig:
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     rope_interleave: bool = True
+    rope_inv_freq: tuple[float, ...] | None = None
     mla_use_nope: bool = False
-    attention_bias: bool = False
+    attention_bias: bool | tuple[str, ...] = False
+    latent_norm: bool = True
     latent_norm_eps: float = 1e-6
+    k_rope_norm: bool = False
     mla_scale_q_lora: bool = False
     mla_scale_kv_lora: bool = False
+    output_gate: Literal["head", "elementwise", "query"] | None = None
+    attention_sinks: bool = False
+    sliding_window: int | None = None
+    llama_4_scaling_beta: float | None = None
+    llama_4_original_max_position_embeddings: int | None = None
+    query_scale_ssmax: bool = False
+    index_topk: int | None = None
     softmax_scale: float | None = None
 
     def __post_init__(self):
         if isinstance(self.rope_scaling, Mapping):
             object.__setattr__(self, "rope_scaling", RopeScaling.from_mapping(self.rope_scaling))
-        for key in (
-            "hidden_size",
-            "num_attention_heads",
-            "kv_lora_rank",
-            "v_head_dim",
-            "num_hidden_layers",
-            "max_position_embeddings",
-        ):
+        for key in _POSITIVE_INTEGERS:
             value = getattr(self, key)
             _check(_is_int(value) and value > 0, key, value, "a positive whole number")
+        for key in _OPTIONAL_INTEGERS:
+            value = getattr(self, key)
+            allowed = "a positive whole number or None"
+            _check(value is None or (_is_int(value) and value > 0), key, value, allowed)
         for key in ("qk_nope_head_dim", "qk_rope_head_dim"):
             value = getattr(self, key)
             _check(_is_int(value) and value >= 0, key, value, "a whole number >= 0")
+        for key in _SWITCHES:
+            value = getattr(self, key)
+            _check(isinstance(value, bool), key, value, "True or False")
+        for key in ("rope_theta", "latent_norm_eps", "softmax_scale", "llama_4_scaling_beta"):
+            value = getattr(self, key)
+            if value is None and key in ("softmax_scale", "llama_4_scaling_beta"):
+                continue
+            _check(_is_number(value) and value > 0, key, value, "a positive number")
+            object.__setattr__(self, key, float(value))
+        if isinstance(self.attention_bias, list):
+            object.__setattr__(self, "attention_bias", tuple(self.attention_bias))
+        names = self.attention_bias if isinstance(self.attention_bias, tuple) else ()
         _check(
-            self.q_lora_rank is None or (_is_int(self.q_lora_rank) and self.q_lora_rank > 0),
-            "q_lora_rank",
-            self.q_lora_rank,
-            "a positive whole number or None",
+            (bool(names) or isinstance(self.attention_bias, bool))
+            and all(name in _PROJECTIONS for name in names),
+            "attention_bias",
+            self.attention_bias,
+            f"True, False or names among {_PROJECTIONS}",
         )
+        _check(
+            self.output_gate in (None, "head", "elementwise", "query"),
+            "output_gate",
+            self.output_gate,
+            "None, 'head', 'elementwise' or 'query'",
+        )
+        self._check_rope()
+        self._check_together()
+
+    def _check_rope(self) -> None:
+        half = self.qk_rope_head_dim // 2
         _check(
             self.qk_rope_head_dim % 2 == 0,
             "qk_rope_head_dim",
             self.qk_rope_head_dim,
             "even: rotary channels turn in pairs",
         )
+        scaling = self.rope_scaling
+        _check(
+            scaling is None or isinstance(scaling, RopeScaling),
+            "rope_scaling",
+            scaling,
+            "a RopeScaling, a mapping or None",
+        )
+        given = {"rope_inv_freq": self.rope_inv_freq}
+        if scaling is not None and scaling.rope_type == "longrope":
+            given["rope_scaling.short_factor"] = scaling.short_factor
+            given["rope_scaling.long_factor"] = scaling.long_factor
+        for key, value in given.items():
+            if value is not None:
+                _check(
+                    isinstance(value, list | tuple)
+                    and len(value) == half
+                    and all(_is_number(v) and v > 0 for v in value),
+                    key,
+                    value,
+                    f"positive numbers, of length qk_rope_head_dim / 2 = {half}",
+                )
+        if self.rope_inv_freq is not None:
+            object.__setattr__(self, "rope_inv_freq", tuple(float(v) for v in self.rope_inv_freq))
+
+    def _check_together(self) -> None:
+        """What one key asks of another."""
         _check(
             self.qk_head_dim > 0,
             "qk_nope_head_dim",
             self.qk_nope_head_dim,
             "positive where qk_rope_head_dim is 0",
         )
-        for key in (
-            "rope_interleave",
-            "mla_use_nope",
-            "attention_bias",
-            "mla_scale_q_lora",
-            "mla_scale_kv_lora",
-        ):
-            value = getattr(self, key)
-            _check(isinstance(value, bool), key, value, "True or False")
-        for key in ("rope_theta", "latent_norm_eps", "softmax_scale"):
-            value = getattr(self, key)
-            if value is None and key == "softmax_scale":
-                continue
-            _check(_is_number(value) and value > 0, key, value, "a positive number")
-            object.__setattr__(self, key, float(value))
         _check(
-            self.rope_scaling is None or isinstance(self.rope_scaling, RopeScaling),
-            "rope_scaling",
-            self.rope_scaling,
-            "a RopeScaling, a mapping or None",
-        )
-        _check(
-            not (self.mla_scale_q_lora and self.q_lora_rank is None),
-            "mla_scale_q_lora",
+            not (self.k_rope_norm and self.qk_rope_head_dim == 0),
+            "k_rope_norm",
             True,
-            "False where q_lora_rank is None",
+            "False where qk_rope_head_dim is 0",
         )
-        scaling = self.rope_scaling
-        if scaling is not None and scaling.rope_type == "longrope":
-            for key in ("short_factor", "long_factor"):
-                value = getattr(scaling, key)
-                _check(
-                    len(value) == self.qk_rope_head_dim // 2,
-                    f"rope_scaling.{key}",
-                    value,
-                    f"of length qk_rope_head_dim / 2 = {self.qk_rope_head_dim // 2}",
-                )
+        if self.q_lora_rank is None:
+            needless = "False where q_lora_rank is None"
+            _check(not self.mla_scale_q_lora, "mla_scale_q_lora", True, needless)
+            allowed = "another where q_lora_rank is None"
+            _check(self.output_gate != "query", "output_gate", "query", allowed)
+        original = self.llama_4_original_max_position_embeddings
+        _check(
+            (self.llama_4_scaling_beta is None) == (original is None),
+            "llama_4_original_max_position_embeddings",
+            original,
+            "given if and only if llama_4_scaling_beta is",
+        )
 
     @property
     def qk_head_dim(self) -> int:
@@ -285,6 +357,7 @@ class MLAConfig:
     @classmethod
     def from_preset(cls, name: str) -> Self:
         """The config of a released model, one of `presets()`."""
+        name = _PRESET_ALIASES.get(name, name)
         if name not in presets():
             close = difflib.get_close_matches(str(name), presets(), n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -303,29 +376,30 @@ class MLAConfig:
         return cls._from_mapping(keys, str(path))
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any] | str | os.PathLike) -> Self:
+    def from_hf(
+        cls, config: Mapping[str, Any] | str | os.PathLike, *, layer: int | None = None
+    ) -> Self:
         """Reads a Hugging Face config.json: a mapping, the file, or the folder that holds it.
 
         Both styles are read: `rope_theta` with `rope_scaling` (the hub's files) and
-        `rope_parameters` (transformers 5). Keys that do not shape attention are left alone; one
-        that asks for attention which this layer does not compute is refused.
+        `rope_parameters` (transformers 5); so are Mistral's params.json and models that nest their
+        language model. `mla_jax.huggingface` says what each family's code does beyond its config.
+        Keys that do not shape attention are left alone; one that asks for attention which this
+        layer does not compute is refused.
+
+        Args:
+            config: the mapping or path.
+            layer: which layer, where a model's attention layers differ (dots3, Mistral Large 4).
 
         Raises:
             ValueError: a needed key is missing, a value is impossible, or the model needs a
                 variation that is not supported; the message names the key.
+            FileNotFoundError: no config.json (or params.json) there.
         """
-        where = "config"
-        if not isinstance(config, Mapping):
-            path = pathlib.Path(config)
-            path = path / "config.json" if path.is_dir() else path
-            where = str(path)
-            try:
-                config = json.loads(path.read_text(encoding="utf-8"))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path} is not valid JSON: {error}") from error
-        if not isinstance(config, Mapping):
-            raise ValueError(f"{where} holds a {type(config).__name__}, not a JSON object.")
-        return cls._from_mapping(_hf_fields(config, where), where)
+        from mla_jax import huggingface  # it imports this module
+
+        hf, where = huggingface.read_config(config)
+        return cls._from_mapping(huggingface.attention_fields(hf, where, layer), where)
 
     @classmethod
     def _from_mapping(cls, keys: Mapping[str, Any], where: str) -> Self:
@@ -346,60 +420,6 @@ class MLAConfig:
 def yarn_mscale(factor: float | None, weight: float) -> float:
     """YaRN's 0.1 weight ln(factor) + 1 for factor > 1 (arXiv 2309.00071, eq. 15)."""
     return 1.0 if factor is None or factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
-
-
-# What a family's code does where its config.json says nothing.
-_HF_FAMILIES: dict[str, dict[str, Any]] = {
-    "deepseek_v2": {},
-    "deepseek_v3": {},
-    "kimi_k2": {},
-    "glm4_moe_lite": {},
-    "youtu": {},
-    "kimi_linear": {"mla_use_nope": True},
-    "longcat_flash": {"mla_scale_q_lora": True, "mla_scale_kv_lora": True},
-    "minicpm3": {"rope_interleave": False},
-}
-
-# Keys that change the attention itself, and what they ask for.
-_HF_UNSUPPORTED = {
-    "index_topk": "sparse attention (a lightning indexer)",
-    "sliding_window": "sliding-window attention",
-    "use_output_gate": "an output gate",
-}
-
-
-def _hf_fields(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Fields of MLAConfig from the keys of a Hugging Face config."""
-    if "kv_lora_rank" not in hf and isinstance(hf.get("text_config"), Mapping):
-        hf = hf["text_config"]  # a vision-language model nests its language model
-    for key, what in _HF_UNSUPPORTED.items():
-        if hf.get(key):
-            raise ValueError(f"{where}: {key}={hf[key]!r} asks for {what}: not supported yet.")
-    family = hf.get("model_type")
-    if family is not None and family not in _HF_FAMILIES:
-        raise ValueError(
-            f"{where}: model_type={family!r} is not a family that this layer knows to be right "
-            f"for; known: {sorted(_HF_FAMILIES)}. Build MLAConfig(...) from its fields instead."
-        )
-    fields = dict(_HF_FAMILIES.get(family or "", {}))
-    names = {field.name for field in dataclasses.fields(MLAConfig)} - {"rope_scaling"}
-    fields |= {key: value for key, value in hf.items() if key in names and value is not None}
-    if "q_lora_rank" in hf:
-        fields["q_lora_rank"] = hf["q_lora_rank"]  # null: queries are projected directly
-    parameters = hf.get("rope_parameters")
-    if parameters is None:
-        parameters = hf.get("rope_scaling")
-    if parameters is not None:
-        if not isinstance(parameters, Mapping):
-            raise ValueError(f"{where}: rope_scaling={parameters!r} must be an object or null.")
-        if "rope_theta" in parameters:
-            fields["rope_theta"] = parameters["rope_theta"]
-        fields["rope_scaling"] = RopeScaling.from_mapping(parameters)
-    if family == "minicpm3" and hf.get("v_head_dim") is None:
-        if not (_is_int(hf.get("hidden_size")) and _is_int(hf.get("num_attention_heads"))):
-            raise ValueError(f"{where} lacks hidden_size or num_attention_heads.")
-        fields["v_head_dim"] = hf["hidden_size"] // hf["num_attention_heads"]
-    return fields
 
 
 def configs_dir() -> pathlib.Path:

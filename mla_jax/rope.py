@@ -17,14 +17,21 @@ from jaxtyping import Array, Float, Int
 from mla_jax.config import _YARN, MLAConfig, yarn_mscale
 
 
-def inverse_frequencies(config: MLAConfig) -> np.ndarray:
+def inverse_frequencies(config: MLAConfig, length: int | None = None) -> np.ndarray:
     """Radians per token of the P/2 channel pairs, float64 [P/2].
 
     YaRN: arXiv 2309.00071 section 3.2 with the rounding of Hugging Face's code; the upper end of
-    the correction range is clamped to P-1, not to P/2-1. LongRoPE picks `long_factor` where
-    max_position_embeddings exceeds the original length: one choice for the life of a cache.
+    the correction range is clamped to P-1, not to P/2-1. LongRoPE has a list for contexts up to the
+    original length and one for longer ones: `length` says how long this one may become (the slots
+    of a cache, the tokens of a pass without one), so that one choice holds for a cache's life.
+
+    Args:
+        config: the layer.
+        length: tokens that the context may hold; None is max_position_embeddings.
     """
     width, scaling = config.qk_rope_head_dim, config.rope_scaling
+    if config.rope_inv_freq is not None:
+        return np.array(config.rope_inv_freq, np.float64)
     pair = np.arange(width // 2, dtype=np.float64)
     base = config.rope_theta ** (2 * pair / max(width, 1))
     if scaling is None:
@@ -34,7 +41,7 @@ def inverse_frequencies(config: MLAConfig) -> np.ndarray:
         return 1 / (factor * base)
     original = scaling.original_max_position_embeddings or 0
     if scaling.rope_type == "longrope":
-        extended = config.max_position_embeddings > original
+        extended = (config.max_position_embeddings if length is None else length) > original
         return 1 / (np.array(scaling.long_factor if extended else scaling.short_factor) * base)
 
     def channel(rotations: float) -> float:  # the pair that turns so often within `original`
@@ -90,7 +97,10 @@ def angles(positions: Int[Array, "*shape"], inv_freq: np.ndarray) -> Float[Array
 
 
 def apply_rope(
-    x: Float[Array, "B T *N P"], positions: Int[Array, "*B T"], config: MLAConfig
+    x: Float[Array, "B T *N P"],
+    positions: Int[Array, "*B T"],
+    config: MLAConfig,
+    length: int | None = None,
 ) -> Float[Array, "B T *N P"]:
     """Rotates the channels of queries [B T N P] or of the shared key [B T P].
 
@@ -98,13 +108,14 @@ def apply_rope(
         x: channels in the order of the stored weights (`config.rope_interleave`).
         positions: int [T], the same for all rows, or [B T].
         config: frequencies, layout, and whether to rotate at all (`mla_use_nope`).
+        length: tokens that the context may hold, as in `inverse_frequencies`.
 
     Returns:
         Rotated channels in x's dtype, computed in float32, ordered pair-firsts then pair-seconds.
     """
     if config.mla_use_nope or config.qk_rope_head_dim == 0:
         return x
-    theta = angles(positions, inverse_frequencies(config))
+    theta = angles(positions, inverse_frequencies(config, length))
     if theta.ndim == 2:
         theta = theta[None]
     if x.ndim == 4:

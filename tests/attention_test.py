@@ -37,6 +37,23 @@ def flax_mode(request):
         yield request.param
 
 
+def test_parameters_of_the_variations():
+    config = MICRO.replace(
+        output_gate="head", k_rope_norm=True, attention_sinks=True, query_scale_ssmax=True,
+        latent_norm=False, attention_bias=("q_b_proj", "kv_a_proj"),
+    )  # fmt: skip
+    state = nnx.to_pure_dict(nnx.state(make(config)))
+    assert set(state) == {"q_a_proj", "q_b_proj", "kv_a_proj", "kv_b_proj", "o_proj", "g_proj",
+                          "k_rope_norm", "sinks", "ssmax_scale", "ssmax_bias"}  # fmt: skip
+    assert state["g_proj"]["kernel"].shape == (24, 3, 1)
+    assert {name for name, own in state.items() if isinstance(own, dict) and "bias" in own} == {
+        "q_b_proj",
+        "kv_a_proj",
+    }
+    gated = nnx.to_pure_dict(nnx.state(make(MICRO.replace(output_gate="query"))))
+    assert gated["q_b_proj"]["kernel"].shape == (24, 3, 7 + 4 + 10)
+
+
 @pytest.mark.parametrize("jit", [jax.jit, nnx.jit])
 def test_jit_and_split(jit, flax_mode):
     layer = make()
@@ -208,6 +225,7 @@ BAD = [
     (lambda layer: layer.prefill(X, layer.init_cache(2, 8), jnp.array([6, 1])), "each must"),
     (lambda layer: layer.prefill(X, layer.init_cache(2, 4)), "max_length=4"),
     (lambda layer: make(implementation="triton"), "implementation='triton'"),
+    (lambda layer: make(MICRO.replace(index_topk=4)), "index_topk=4: sparse attention is not supp"),
     (lambda layer: MultiHeadLatentAttention({"hidden_size": 3}, rngs=nnx.Rngs(0)), "MLAConfig"),
 ]  # fmt: skip
 

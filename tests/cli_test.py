@@ -97,6 +97,8 @@ def test_costs_table(capsys, monkeypatch):
     assert rows["absorbed"].split()[1] == "8.6"
     assert rows["mha"].split()[1] == "488.0!"  # GiB: more than an H200 has
     assert max(map(len, out.splitlines())) <= 80
+    assert "…" not in out
+    assert "…" not in _run(capsys, "costs", "deepseek_v3", "--context", "1000000", "--batch", "8")
 
 
 def test_explain(capsys):

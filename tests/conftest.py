@@ -1,3 +1,9 @@
+import os
+
+# The GPU kernels' interpreter runs every warpgroup in a thread of XLA's pool: more than small
+# machines have.
+os.environ.setdefault("NPROC", "16")
+
 import jax
 import numpy as np
 import pytest

@@ -89,7 +89,7 @@ class FiguresTest(parameterized.TestCase):
         assert round(costs.cache_bytes(V3, 1, 131072) / 2**30, 1) == 8.6
         assert costs.cache_bytes(V3, 3, 5, "expanded", width=4, layers=7) == 3 * 5 * 7 * 576 * 4
 
-    @parameterized.parameters("deepseek_v2_lite", "deepseek_v3", "kimi_k2", "longcat_flash")
+    @parameterized.parameters("deepseek_v2_lite", "deepseek_v3", "kimi_k2_0711", "longcat_flash")
     def test_crossover_is_171_tokens(self, preset):
         config = MLAConfig.from_preset(preset)
         assert round(costs.crossover_queries(config, 10**9)) == 171

@@ -151,7 +151,13 @@ class Decoder(nnx.Module):
         self, tokens: Int[Array, "B T"], cache: tuple[LatentCache, ...]
     ) -> tuple[Float[Array, "B T W"], tuple[LatentCache, ...]]:
         """Appends T new tokens to every row: see `MultiHeadLatentAttention.decode`."""
-        return self._cached(tokens, cache, lambda layer, x, held: layer.decode(x, held))
+        # One cut of the batch for all layers, whose caches are equally long.
+        schedule = None
+        if cache and tokens.ndim == 2:
+            schedule = self.blocks[0].attention.decode_schedule(cache[0], tokens.shape[1])
+        return self._cached(
+            tokens, cache, lambda layer, x, held: layer.decode(x, held, schedule=schedule)
+        )
 
     def _cached(self, tokens, cache, attend):
         if len(cache) != len(self.blocks):

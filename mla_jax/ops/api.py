@@ -9,6 +9,7 @@ P qk_rope_head_dim, V v_head_dim.
 
 import dataclasses
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +17,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from mla_jax.config import MLAConfig
-from mla_jax.ops import cudnn, reference, xla
+from mla_jax.ops import cudnn, pallas_gpu, reference, xla
 from mla_jax.ops.reference import merge_attention as merge_attention
 
-_LATENT: dict[str, types.ModuleType] = {"xla": xla, "reference": reference}
+_LATENT: dict[str, types.ModuleType] = {
+    "pallas_gpu": pallas_gpu, "xla": xla, "reference": reference
+}  # fmt: skip
 _EXPANDED: dict[str, types.ModuleType] = {"cudnn": cudnn, "xla": xla, "reference": reference}
 
 IMPLEMENTATIONS = tuple(dict.fromkeys([*_LATENT, *_EXPANDED]))
@@ -64,6 +67,7 @@ def latent_attention(
     segment_ids: Int[Array, "B S"] | None = None,
     precision=None,
     implementation: str | None = None,
+    schedule: Any = None,
 ) -> tuple[Float[Array, "B T N R"], Float[Array, "B T N"]]:
     """Attention of per-head patterns over shared latents: the core of the absorbed form.
 
@@ -86,6 +90,8 @@ def latent_attention(
             the last T.
         precision: of the matmuls, as in jax.lax.dot; kernels ignore it.
         implementation: a backend's name, or None for the first that can serve.
+        schedule: what `decode_schedule` made of the same lengths, for many layers at once; None
+            makes it here where the backend needs one.
 
     Returns:
         out_latent [B T N R] in the operands' dtype and lse [B T N] float32, the natural log of the
@@ -108,11 +114,47 @@ def latent_attention(
     )  # fmt: skip
     spec = Spec("latent_attention", batch, tokens, slots, heads, (rank, rope), rank, dtype, options)
     backend = _choose(_LATENT, spec, implementation)
+    more = {"schedule": schedule} if hasattr(_LATENT[backend], "decode_schedule") else {}
     with jax.named_scope(f"latent_attention.{backend}"):
         return _LATENT[backend].latent_attention(
             pattern, q_rope, latent, k_rope, lengths=lengths, scale=scale, soft_cap=soft_cap,
-            window=window, mask=mask, segment_ids=segment_ids, precision=precision,
+            window=window, mask=mask, segment_ids=segment_ids, precision=precision, **more,
         )  # fmt: skip
+
+
+def decode_schedule(
+    config: MLAConfig,
+    lengths: Int[Array, "B"],
+    *,
+    slots: int,
+    queries: int = 1,
+    dtype="bfloat16",
+    implementation: str | None = None,
+) -> Any:
+    """How the chosen backend would cut these rows among processors: once a step, for all layers.
+
+    Args:
+        config: of the layers.
+        lengths: int [B], slots in use of every row, the new tokens included.
+        slots: S, slots of the cache.
+        queries: T, new tokens of the step.
+        dtype: of the cache.
+        implementation: as in `latent_attention`.
+
+    Returns:
+        what `latent_attention` and the layer's `decode` take as `schedule`: a pytree of arrays, or
+        None where the backend that would run needs none.
+    """
+    heads, rank = config.num_attention_heads, config.kv_lora_rank
+    spec = Spec(
+        "latent_attention", lengths.shape[0], queries, slots, heads,
+        (rank, config.qk_rope_head_dim), rank, jnp.dtype(dtype).name, ("lengths",),
+    )  # fmt: skip
+    module = _LATENT[_choose(_LATENT, spec, implementation)]
+    if not hasattr(module, "decode_schedule"):
+        return None
+    with jax.named_scope("decode_schedule"):
+        return module.decode_schedule(lengths, queries=queries, heads=heads, slots=slots)
 
 
 def expanded_attention(

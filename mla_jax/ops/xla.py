@@ -90,38 +90,41 @@ def expanded_attention(
     )  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "precision"))
+@functools.partial(jax.jit, static_argnames=("scale", "window", "precision"))
 def add_cached_context(
-    fresh: tuple[Float[Array, "B T N V"], Float[Array, "B T N"]],
+    fresh: tuple[Float[Array, "B T N V"], Float[Array, "B T N"]] | None,
     q_nope: Float[Array, "B T N H"],
     q_rope: Float[Array, "B T N P"],
     latent: Float[Array, "B S R"],
     k_rope: Float[Array, "B S P"],
     kv_b: Float[Array, "R N H+V"],
     *,
-    lengths: Int[Array, "B"],
+    lengths: Int[Array, "B"] | Int[Array, "B T"],
     scale: float,
+    window: int | None = None,
     precision=None,
-) -> Float[Array, "B T N V"]:
+) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
     """Adds what a chunk of a long prompt attends to before itself, in the expanded form.
 
     Cached latents are expanded to keys and values block by block, so that they never stand in
     memory for all S at once; blocks past every row's length are neither expanded nor computed.
 
     Args:
-        fresh: (out, lse) of the chunk's tokens among themselves.
+        fresh: (out, lse) of the chunk's tokens among themselves; None where the cache holds them.
         q_nope, q_rope: their queries, the rotary part rotated.
         latent, k_rope: the cache's arrays.
         kv_b: the kernel that expands latents.
-        lengths: slots of the cache that row b attends to, [B].
+        lengths: slots of the cache that row b attends to, [B]; or of each query, [B T].
         scale: softmax temperature.
+        window: a query attends only to the last `window` of its slots.
         precision: of the matmuls.
 
     Returns:
-        out [B T N V] over cached and fresh tokens.
+        out [B T N V] and lse [B T N] over cached and fresh tokens.
     """
     (batch, tokens), nope = q_nope.shape[:2], q_nope.shape[-1]
-    limits = jnp.broadcast_to(lengths[:, None], (batch, tokens))
+    limits = lengths if lengths.ndim == 2 else lengths[:, None]
+    limits = jnp.broadcast_to(limits, (batch, tokens))
 
     def load(start, size, alive):
         block = _slice_clean(latent, start, size, alive)
@@ -129,15 +132,16 @@ def add_cached_context(
         k_nope, value = jnp.split(expanded, [nope], axis=-1)
         return (k_nope, _slice_clean(k_rope, start, size, alive)), value
 
-    def with_context():
-        old = _blocks(
+    def cached():
+        return _blocks(
             (q_nope, q_rope), load, limits, latent.shape[1], kv_b.shape[-1] - nope, shared=False,
             zero=_zero_of(q_nope, q_rope, latent, k_rope, kv_b, lengths), mask=None,
-            segment_ids=None, scale=scale, soft_cap=None, window=None, precision=precision,
+            segment_ids=None, scale=scale, soft_cap=None, window=window, precision=precision,
         )  # fmt: skip
-        return merge_attention(fresh, old)[0]
 
-    return lax.cond((lengths > 0).any(), with_context, lambda: fresh[0])
+    if fresh is None:
+        return cached()
+    return lax.cond((lengths > 0).any(), lambda: merge_attention(fresh, cached()), lambda: fresh)
 
 
 def _attend(queries, keys, value, *, lengths, mask, segment_ids, **options):

@@ -9,7 +9,8 @@ from flax import nnx
 
 from mla_jax import MLAConfig, MultiHeadLatentAttention, checkpoint
 
-CASES = sorted((pathlib.Path(__file__).parent / "testdata").glob("*.npz"))
+TESTDATA = pathlib.Path(__file__).parents[1] / "testdata"
+CASES = sorted(path for path in TESTDATA.glob("*.npz") if not path.stem.startswith("ckpt"))
 
 
 @pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
@@ -21,7 +22,8 @@ def test_families(path):
     assert config == MLAConfig.from_hf(json.loads(str(z["config_hub"])))
     layer = MultiHeadLatentAttention(config, precision="highest", rngs=nnx.Rngs(0))
     checkpoint.load_attention(layer, weights)
-    back = checkpoint.attention_tensors(layer)
+    style = {"hy_v4": "transformers_hy_v4", "axk2": "transformers_axk2"}.get(path.stem)
+    back = checkpoint.attention_tensors(layer, names=style or "huggingface")
     assert back.keys() == weights.keys()
     for name, tensor in weights.items():
         np.testing.assert_array_equal(back[name], tensor)
@@ -38,21 +40,29 @@ def test_families(path):
     # The cached pass, rows moved to the left: padding comes first in the file, last in a chunk.
     batch, length = real.shape
     padding = (~real).sum(1)
-    cache, outputs, start = layer.init_cache(batch, length), np.zeros_like(z["out/cached"]), 0
+    full = z["out/cached"] if "out/cached" in z.files else z["out/full"]
+    first = int(z["in/position_ids"].min())
+    cache, outputs, start = layer.init_cache(batch, length), np.zeros_like(full), 0
     for count in meta["schedule"]:
         end = start + count
         lengths = np.clip(end - np.maximum(start, padding), 0, count)
         chunk = np.zeros((batch, count, x.shape[-1]), np.float32)
         for b, n in enumerate(lengths):
             chunk[b, :n] = x[b, end - n : end]
+        positions = first + np.asarray(cache.length)[:, None] + np.arange(count)
+        options = {"positions": jnp.asarray(positions) if first else None}
         if count <= 3:
-            y, cache = layer.decode(jnp.asarray(chunk), cache, form="absorbed")
+            y, cache = layer.decode(jnp.asarray(chunk), cache, form="absorbed", **options)
         else:
-            y, cache = layer.prefill(jnp.asarray(chunk), cache, jnp.asarray(lengths))
+            y, cache = layer.prefill(
+                jnp.asarray(chunk), cache, jnp.asarray(lengths), form="expanded", **options
+            )
         for b, n in enumerate(lengths):
             outputs[b, end - n : end] = np.asarray(y)[b, :n]
         start = end
-    np.testing.assert_allclose(outputs[real], z["out/cached"][real], **tolerance)
+    np.testing.assert_allclose(outputs[real], full[real], **tolerance)
+    if "cache/kv_latent" not in z.files:
+        return
     for b, n in enumerate(padding):
         np.testing.assert_allclose(
             cache.latent[b, : length - n], z["cache/kv_latent"][b, n:], atol=1e-5
@@ -92,9 +102,29 @@ def test_errors_name_the_tensor():
     before = nnx.to_pure_dict(nnx.state(layer))
     other = {key: value for key, value in tensors.items() if key != "o_proj.weight"}
     other["g_proj.weight"] = tensors["o_proj.weight"]
+    with pytest.raises(ValueError, match=r"o_proj.weight and wo.weight are the same tensor"):
+        checkpoint.load_attention(layer, tensors | {"wo.weight": tensors["o_proj.weight"]})
     with pytest.raises(ValueError, match=r"missing \['o_proj.weight'\], unexpected \['g_proj"):
         checkpoint.load_attention(layer, other)
     with pytest.raises(ValueError, match=r"kv_b_proj.weight has shape \(2, 2\)"):
         checkpoint.load_attention(layer, tensors | {"kv_b_proj.weight": np.zeros((2, 2))})
     after = nnx.to_pure_dict(nnx.state(layer))
     np.testing.assert_array_equal(before["o_proj"]["kernel"], after["o_proj"]["kernel"])
+
+
+def test_a_whole_checkpoint(tmp_path):
+    """Two shards in bf16, an MTP block behind the last layer: exact weights, known outputs."""
+    expected = np.load(TESTDATA / "ckpt_bf16_expected.npz")
+    meta, x = json.loads(str(expected["meta"])), jnp.asarray(expected["in/hidden_states"])
+    with checkpoint.Checkpoint(TESTDATA / "deepseek_v3_bf16") as files:
+        config = MLAConfig.from_hf(files.config)
+        assert files.layers() == [0, 1]
+        for index in files.layers():
+            layer = MultiHeadLatentAttention(config, precision="highest", rngs=nnx.Rngs(0))
+            checkpoint.load_attention(layer, files.attention(index))
+            for name, tensor in checkpoint.attention_tensors(layer).items():
+                full = f"expected/model.layers.{index}.self_attn.{name}"
+                np.testing.assert_array_equal(tensor, expected[full])
+            np.testing.assert_allclose(
+                layer(x), expected[f"out/layer{index}"], atol=meta["atol"], rtol=meta["rtol"]
+            )

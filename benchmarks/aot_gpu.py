@@ -1,0 +1,126 @@
+"""Compiles the Hopper decode kernel for an H200 with no GPU there; prints what the compiler made.
+
+Per shape: registers and spilled bytes a thread, shared memory, matrix instructions, and the
+compiler's warnings. Fails where something spills or a warning says that matrix products were
+serialised. Needs jax's CUDA plugin (no driver) and a CUDA toolkit with `ptxas`; says so and leaves
+where one is missing.
+"""
+
+import argparse
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+
+CUDA = pathlib.Path(os.environ.get("CUDA_ROOT", "/usr/local/cuda"))
+DUMP = pathlib.Path(tempfile.mkdtemp(prefix="aot_gpu_"))
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # CUDA only as something to compile for
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
+os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_cuda_data_dir={CUDA}"
+os.environ |= {"MOSAIC_GPU_DUMP_TO": str(DUMP), "MOSAIC_GPU_DUMP_PTX": "1"}
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
+
+from mla_jax.ops import pallas_gpu  # noqa: E402
+
+SHAPES = ((128, 128, 1, 512, 64), (128, 20, 4, 512, 64), (64, 16, 1, 512, 0), (8, 40, 2, 256, 32),
+          (8, 40, 8, 128, 16))  # fmt: skip  # B, N, T, R, P
+SERIALISED = {"C7510", "C7511", "C7512"}
+H200 = """gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32
+  shared_memory_per_block: 49152 shared_memory_per_core: 233472 threads_per_core_limit: 2048
+  core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
+  block_dim_limit_z: 65535 memory_bandwidth: 4800000000000 l2_cache_size: 52428800
+  clock_rate_ghz: 1.98 device_memory_size: 150754820096 shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536 } platform_name: "CUDA"
+  dnn_version_info { major: 9 minor: 10 } runtime_version { major: 13 minor: 0 patch: 0 }
+  device_description_str: "NVIDIA H200" """
+
+
+def compile_shape(target, batch, heads, tokens, rank, rope, slots, dtype):
+    """Compiles one call; leaves its PTX in DUMP."""
+    from jax._src.mesh import AbstractDevice  # where jax has it today
+    from jax.sharding import AbstractMesh, SingleDeviceSharding
+
+    where = SingleDeviceSharding(target)
+    struct = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=where)  # noqa: E731
+    widths = ((batch, tokens, heads, rank), (batch, tokens, heads, rope), (batch, slots, rank),
+              (batch, slots, rope))  # fmt: skip
+    args = [struct(shape, dtype) for shape in widths] + [struct((batch,), jnp.int32)]
+    call = lambda *a: pallas_gpu.latent_attention(*a[:4], lengths=a[4], scale=192**-0.5)  # noqa: E731
+    # Pallas asks which GPU it lowers for: an abstract one answers.
+    device = AbstractDevice(device_kind=target.device_kind, num_cores=132, platform="gpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        lowered = jax.jit(call).trace(*args).lower(lowering_platforms=("cuda",))
+    lowered.compile()
+
+
+def quick_dumps():
+    """Debug dumps print every operation of a constraint in full: most of the compile time."""
+    from jax.experimental.mosaic.gpu import layout_inference
+
+    for kind in vars(layout_inference).values():
+        if isinstance(kind, type) and "__str__" in vars(kind) and hasattr(kind, "memory_space"):
+            kind.__str__ = lambda self: f"{self.operation.name}:{self.index}"
+
+
+def report(ptx, ptxas):
+    """(registers, spilled bytes, matrix instructions, warnings) of a PTX file."""
+    text = ptx.read_text()
+    command = [ptxas, "-v", "-arch=sm_90a", str(ptx), "-o", str(ptx.with_suffix(".cubin"))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    log = done.stdout + done.stderr
+    spilled = sum(map(int, re.findall(r"(\d+) bytes spill", log)))
+    registers = max(map(int, re.findall(r"Used (\d+) registers", log)), default=0)
+    warnings = sorted(set(re.findall(r"C75\d\d", log)))
+    return registers, spilled, text.count("wgmma.mma_async"), warnings
+
+
+def main():
+    """Compiles and reports every shape."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--slots", type=int, default=4096)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--quick", action="store_true", help="the first shape only")
+    options = parser.parse_args()
+    ptxas = shutil.which("ptxas") or shutil.which("ptxas", path=str(CUDA / "bin"))
+    if ptxas is None:
+        sys.exit(f"skipped: no ptxas in PATH nor in {CUDA}/bin (set CUDA_ROOT)")
+    try:
+        topology = topologies.get_topology_desc(
+            platform="cuda", target_config=H200, topology="1x1x1"
+        )
+    except Exception as error:
+        sys.exit(f"skipped: jax's CUDA plugin is not here ({error})")
+    quick_dumps()
+    print(f"jax {jax.__version__}, {ptxas}\n\n| B, N, T, R, P | registers | spilled bytes | "
+          "shared memory | wgmma | warnings |\n|---|---|---|---|---|---|")  # fmt: skip
+    bad = False
+    for shape in SHAPES[:1] if options.quick else SHAPES:
+        shutil.rmtree(DUMP, ignore_errors=True)
+        DUMP.mkdir()
+        os.environ["MOSAIC_GPU_DUMP_RESOURCES"] = "1"
+        compile_shape(topology.devices[0], *shape, options.slots, jnp.dtype(options.dtype))
+        found = sorted(DUMP.glob("*.ptx"))
+        if not found:
+            sys.exit(f"{shape}: no PTX was written")
+        memory = "".join(p.read_text() for p in DUMP.glob("*.resources.txt"))
+        shared = re.findall(r"smem_scratch_bytes=(\d+)", memory)
+        for ptx in found:
+            registers, spilled, products, warnings = report(ptx, ptxas)
+            bad |= spilled > 0 or not products or bool(SERIALISED & set(warnings))
+            cells = (", ".join(map(str, shape)), registers, spilled, ", ".join(shared), products,
+                     ", ".join(warnings))  # fmt: skip
+            print(f"| {' | '.join(map(str, cells))} |", flush=True)
+    shutil.rmtree(DUMP, ignore_errors=True)
+    sys.exit("spills, or matrix products were serialised" if bad else 0)
+
+
+if __name__ == "__main__":
+    main()

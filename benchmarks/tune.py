@@ -1,0 +1,74 @@
+"""Finds what the Hopper decode kernel should do on this device; prints a table for configs/tuning.
+
+What there is to tune is `slack`: by how many steps of 128 slots the longest part of a batch may
+exceed the balanced cut where that keeps rows whole, since writing and merging the parts of a row
+costs time too. For batches with one row per part and fewer, both cuts are timed; slack is the
+largest excess at which whole rows still are not slower.
+"""
+
+import argparse
+import pathlib
+
+import jax
+import jax.numpy as jnp
+from decode import SCALE, P, R, timer
+
+from mla_jax.ops import pallas_gpu
+
+ROWS = {64: (64, 1), 1024: (128, 1)}  # class of query rows: what stands for it, N and T
+
+
+def time_cuts(shape, slacks, last):
+    """Seconds of a call with each slack."""
+    batch, slots, heads, tokens = shape
+    draw = lambda i, *shape: jax.random.normal(jax.random.key(i), shape, jnp.bfloat16)  # noqa: E731
+    arrays = (draw(0, batch, tokens, heads, R), draw(1, batch, tokens, heads, P),
+              draw(2, batch, slots, R), draw(3, batch, slots, P))  # fmt: skip
+    lengths = jnp.full((batch,), slots, jnp.int32)
+    schedules = [
+        pallas_gpu.decode_schedule(lengths, queries=tokens, heads=heads, slots=slots, slack=slack)
+        for slack in slacks
+    ]
+
+    def step(state):
+        arrays, schedule, _ = state
+        call = pallas_gpu.latent_attention
+        results = call(*arrays, lengths=lengths, scale=SCALE, schedule=schedule)
+        return arrays, schedule, results
+
+    start = (arrays[0], jnp.zeros(arrays[0].shape[:-1], jnp.float32))
+    measured = timer(step, 1e-4, last)
+    return [measured((arrays, schedule, start))[0] for schedule in schedules]
+
+
+def main():
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--slots", type=int, default=4096)
+    parser.add_argument("--last", type=float, default=0.06, help="seconds of a timed loop")
+    parser.add_argument("--write", type=pathlib.Path, help="the table's file")
+    options = parser.parse_args()
+    device = jax.devices()[0]
+    steps = options.slots // pallas_gpu.STEP
+    text = f"# Made by benchmarks/tune.py, jax {jax.__version__}.\n"
+    text += f'device_kind = "{device.device_kind}"\n'
+    for rows, (heads, tokens) in ROWS.items():
+        parts = device.core_count // -(-heads * tokens // pallas_gpu.TILE)
+        slack = 0
+        for batch in (parts - parts // 16, parts - parts // 6, parts - parts // 4):
+            excess = steps - -(-batch * steps // parts)
+            shape = (batch, options.slots, heads, tokens)
+            whole, cut = time_cuts(shape, (steps, 0), options.last)
+            text += (
+                f"# {shape}: whole {whole * 1e6:.1f} us, {excess} steps fewer {cut * 1e6:.1f} us\n"
+            )
+            if whole <= cut:
+                slack = max(slack, excess)
+        text += f"[[latent_attention]]\nrows = {rows}\nslack = {slack}\n"
+    print(text)
+    if options.write:
+        options.write.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

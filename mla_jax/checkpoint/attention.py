@@ -1,0 +1,224 @@
+"""Hugging Face attention weights to and from a layer's parameters.
+
+Torch stores a linear as [out, in] with the heads flattened into one axis, per head first the nope,
+then the rotary or value channels. Here kernels are [in, ...] with the heads an axis of their own.
+The rotary channels keep the checkpoint's order: `MLAConfig.rope_interleave` says which it is.
+
+Letters: N heads, D hidden size, Q q_lora_rank, R kv_lora_rank, H nope, P rotary, V value channels.
+"""
+
+import concurrent.futures
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Array
+
+from mla_jax.attention import MultiHeadLatentAttention
+from mla_jax.checkpoint import names as naming
+from mla_jax.checkpoint.files import AttentionTensors, save_tensors
+
+_THREADS = min(8, os.cpu_count() or 1)
+_WORTH_THREADS = 2**22  # bytes
+_ALIGNMENT = 64  # bytes: what jax needs to take an array over on a CPU
+
+Sharding = jax.sharding.Sharding
+Shardings = Sharding | Mapping[str, Sharding] | Callable[[str, tuple[int, ...]], Sharding | None]
+
+
+def load_attention(
+    layer: MultiHeadLatentAttention,
+    tensors: Mapping[str, Array],
+    *,
+    sharding: Shardings | None = None,
+) -> None:
+    """Fills a layer's parameters in place, each cast to the layer's param_dtype.
+
+    The layer may be abstract (`nnx.eval_shape`): then nothing is held twice.
+
+    Args:
+        layer: its config must be the checkpoint's.
+        tensors: Hugging Face names relative to "self_attn." to arrays in torch's [out, in] layout:
+            q_a_proj.weight [Q D], q_a_layernorm.weight [Q], q_b_proj.weight [N(H+P) Q] (or
+            q_proj.weight [N(H+P) D]), kv_a_proj_with_mqa.weight [R+P D],
+            kv_a_layernorm.weight [R], kv_b_proj.weight [N(H+V) R], o_proj.weight [D NV], and what
+            the config adds: biases, g_proj.weight, sinks, k_rope_only_layernorm.weight and
+            softmax_scaling.{scale,bias}. Other families' names of these are known too
+            (`checkpoint.names`). `Checkpoint.attention` gives such a mapping.
+        sharding: where parameters go: one for all, by parameter ("q_b_proj.kernel"), or a function
+            of the parameter's path and shape. Each device gets only its part. None is the default
+            device, also for parameters that a mapping leaves out.
+
+    Raises:
+        ValueError: a name missing or left over, or a shape that is not the layer's. Nothing is
+            changed then.
+    """
+    given = _by_canonical_name(tensors)
+    expected = dict(_parameters(layer))
+    missing = sorted(expected.keys() - given.keys())
+    unexpected = sorted(given.keys() - expected.keys())
+    if missing or unexpected:
+        files = isinstance(tensors, AttentionTensors)
+        source = f" of {tensors.prefix} in {tensors.files.path}" if files else ""
+        raise ValueError(
+            f"these tensors{source} are not the layer's: missing {missing}, unexpected "
+            f"{unexpected}. Does the layer's config belong to this checkpoint?"
+        )
+    if isinstance(tensors, AttentionTensors):
+        tensors.prefetch()
+    loaded = {}
+    for name, (path, parameter) in expected.items():
+        # numpy's view of the array: jax would round a float64 or copy it to a device first.
+        tensor = np.asarray(tensors[given[name]])
+        shape = _torch_shape(path, parameter.shape)
+        if tensor.shape != shape:
+            where = tensors.where(name) if isinstance(tensors, AttentionTensors) else name
+            raise ValueError(f"{where} has shape {tensor.shape}: this layer needs {shape}.")
+        kernel = tensor.T if path.endswith(".kernel") else tensor
+        goal = _sharding_of(sharding, path, parameter.shape)
+        loaded[name] = place(kernel.reshape(parameter.shape), parameter.dtype, goal)
+        if isinstance(tensors, AttentionTensors):
+            tensors.release()
+    for name, (_, parameter) in expected.items():
+        parameter.set_value(loaded[name])
+
+
+def attention_tensors(
+    layer: MultiHeadLatentAttention, *, names: str = "huggingface"
+) -> dict[str, np.ndarray]:
+    """The inverse of `load_attention`: the layer's parameters under a checkpoint's names.
+
+    Args:
+        layer: the layer.
+        names: "huggingface", or another of `checkpoint.names.STYLES`.
+    """
+    tensors = {}
+    for name, (path, parameter) in _parameters(layer):
+        value = np.asarray(parameter[...])
+        shape = _torch_shape(path, parameter.shape)
+        value = value.reshape(shape[::-1]).T if path.endswith(".kernel") else value.reshape(shape)
+        tensors[naming.rename(name, names)] = np.ascontiguousarray(value)
+    return tensors
+
+
+def save_attention(
+    path: str | os.PathLike,
+    layers: Mapping[int, MultiHeadLatentAttention],
+    *,
+    names: str = "huggingface",
+    prefix: str = "model.layers.{layer}.self_attn.",
+    shard_bytes: float = 5e9,
+) -> None:
+    """Writes layers' attention as safetensors with an index, which `Checkpoint` reads back.
+
+    Args:
+        path: the folder, made where it is not there.
+        layers: by index.
+        names: as in `attention_tensors`.
+        prefix: before every name, "{layer}" being the index.
+        shard_bytes: a new file starts before one would grow beyond this.
+    """
+    tensors = {
+        prefix.format(layer=index) + name: tensor
+        for index, layer in layers.items()
+        for name, tensor in attention_tensors(layer, names=names).items()
+    }
+    save_tensors(path, tensors, shard_bytes=shard_bytes)
+
+
+def place(host: np.ndarray, dtype, sharding: Sharding | None = None) -> jax.Array:
+    """A host array, of any strides, as a jax array; with a sharding only its parts are copied."""
+    dtype = np.dtype(jax.dtypes.canonicalize_dtype(dtype))  # x64 may narrow it
+    if sharding is None:
+        # The copy is nobody else's: on a CPU it becomes the jax array, without a second one.
+        return jax.block_until_ready(jax.device_put(_ordered(host, dtype), may_alias=True))
+    part = lambda index: _ordered(host[index], dtype)  # noqa: E731
+    return jax.block_until_ready(jax.make_array_from_callback(host.shape, sharding, part))
+
+
+def _ordered(host: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """A C-ordered copy in another dtype, aligned as jax wants it."""
+    size = int(np.prod(host.shape, dtype=np.int64)) * dtype.itemsize
+    raw = np.empty(size + _ALIGNMENT, np.uint8)
+    raw = raw[-raw.ctypes.data % _ALIGNMENT :][:size]
+    out = raw.view(dtype).reshape(host.shape)
+    source, target = (_bits(host), _bits(out)) if host.dtype == dtype else (host, out)
+    if host.ndim < 2 or host.flags.c_contiguous:
+        target[...] = source
+        return out
+    # A transposed kernel: written 16 of torch's rows at a time, which stays in cache and is six
+    # times as fast as numpy's own order.
+    for shape in ((host.shape[0], -1), (-1, host.shape[-1])):
+        try:  # the heads' axis and the channels' are one in the file
+            source = source.reshape(shape, copy=False)
+            target = target.reshape(shape)
+            break
+        except ValueError:
+            continue
+    axis = int(np.argmax(source.strides))
+
+    rows = source.shape[axis]
+    threads = _THREADS if size >= _WORTH_THREADS else 1
+    share = -(-rows // (16 * threads)) * 16
+
+    def copy(first):
+        for start in range(first, min(first + share, rows), 16):
+            part = (slice(None),) * axis + (slice(start, min(start + 16, first + share)),)
+            target[part] = source[part]
+
+    if threads == 1:
+        copy(0)
+    else:  # numpy lets other threads run while it copies
+        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+            list(pool.map(copy, range(0, rows, share)))
+    return out
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+    """The same memory as plain integers, which numpy copies faster than ml_dtypes' numbers."""
+    kinds = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+    return array.view(kinds[array.dtype.itemsize])
+
+
+def _sharding_of(sharding, path: str, shape: tuple[int, ...]) -> Sharding | None:
+    if callable(sharding):
+        return sharding(path, shape)
+    return sharding.get(path) if isinstance(sharding, Mapping) else sharding
+
+
+def _by_canonical_name(tensors: Mapping[str, Any]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name in tensors:
+        if naming.IGNORED.search(name):
+            continue
+        known = found.setdefault(naming.canonical(name), name)
+        if known != name:
+            raise ValueError(f"{known} and {name} are the same tensor: give one.")
+    return found
+
+
+def _parameters(layer: MultiHeadLatentAttention) -> Iterator[tuple[str, tuple[str, Any]]]:
+    """Hugging Face's name of every parameter, its path in the layer, and itself."""
+    for ours, theirs in naming.MODULES.items():
+        module = getattr(layer, ours, None)
+        if module is None:
+            continue
+        if isinstance(module, nnx.RMSNorm):
+            yield f"{theirs}.weight", (f"{ours}.scale", module.scale)
+            continue
+        yield f"{theirs}.weight", (f"{ours}.kernel", module.kernel)
+        if module.bias is not None:
+            yield f"{theirs}.bias", (f"{ours}.bias", module.bias)
+    for ours, theirs in naming.VECTORS.items():
+        if hasattr(layer, ours):
+            yield theirs, (ours, getattr(layer, ours))
+
+
+def _torch_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    if not path.endswith(".kernel"):
+        return (int(np.prod(shape)),)  # norms, vectors, biases: heads flattened
+    inputs = 2 if path.startswith("o_proj") else 1  # o_proj takes heads and channels
+    return (int(np.prod(shape[inputs:])), int(np.prod(shape[:inputs])))
