@@ -1,4 +1,4 @@
-"""What MkDocs does not do by itself: links between notebooks, tables made from the package, doctests."""
+"""What MkDocs does not do by itself: links between notebooks, tables of presets, doctests."""
 
 import re
 
@@ -10,7 +10,9 @@ from mla_jax import costs
 
 def on_page_markdown(markdown, **kwargs):
     """Replaces `{{ presets }}` by a table of all presets."""
-    return markdown.replace("{{ presets }}", _presets()) if "{{ presets }}" in markdown else markdown
+    if "{{ presets }}" not in markdown:
+        return markdown
+    return markdown.replace("{{ presets }}", _presets())
 
 
 def on_page_content(html, page, **kwargs):

@@ -10,8 +10,11 @@ import mla_jax
 from mla_jax import checkpoint
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
-PUBLIC = {name: value for name, value in vars(mla_jax).items() if callable(value)} | {
-    name: getattr(checkpoint, name) for name in ("load_attention", "attention_tensors")
+PUBLIC = {
+    name: value
+    for module in (mla_jax, checkpoint)
+    for name, value in vars(module).items()
+    if callable(value) and not name.startswith("_")
 }
 
 
