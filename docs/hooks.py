@@ -1,5 +1,6 @@
 """What MkDocs does not do by itself: links between notebooks, tables of presets, doctests."""
 
+import pathlib
 import re
 
 import griffe
@@ -7,12 +8,24 @@ import griffe
 import mla_jax
 from mla_jax import costs
 
+ROOT = pathlib.Path(__file__).parents[1]
 
-def on_page_markdown(markdown, **kwargs):
-    """Replaces `{{ presets }}` by a table of all presets."""
-    if "{{ presets }}" not in markdown:
-        return markdown
-    return markdown.replace("{{ presets }}", _presets())
+
+def on_page_markdown(markdown, config, **kwargs):
+    """Replaces `{{ presets }}` by a table and `--8<-- "FILE:SECTION"` by that text."""
+
+    def include(match):
+        text = (ROOT / match[1]).read_text(encoding="utf-8")
+        if match[2]:
+            text = text.split(f"[start:{match[2]}] -->\n")[1].split(
+                f"<!-- --8<-- [end:{match[2]}]"
+            )[0]
+        # Links to files beside README.md lead to the repository.
+        link = rf"]({config['repo_url']}/blob/main/\1)"
+        return re.sub(r"\]\((?!https?:|#)([^)]+)\)", link, text).rstrip()
+
+    markdown = re.sub(r'--8<-- "([^":]+)(?::(\w+))?"', include, markdown)
+    return markdown.replace("{{ presets }}", _presets()) if "{{ presets" in markdown else markdown
 
 
 def on_page_content(html, page, **kwargs):

@@ -2,6 +2,7 @@
 
 from mla_jax import checkpoint as checkpoint
 from mla_jax import costs as costs
+from mla_jax import generation as generation
 from mla_jax.attention import MultiHeadLatentAttention as MultiHeadLatentAttention
 from mla_jax.cache import LatentCache as LatentCache
 from mla_jax.config import MLAConfig as MLAConfig

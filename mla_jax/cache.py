@@ -16,6 +16,7 @@ from jax import export
 from jaxtyping import Array, Bool, Float, Int
 
 from mla_jax.config import MLAConfig
+from mla_jax.ops.api import default_device
 
 
 @jax.tree_util.register_dataclass
@@ -126,6 +127,8 @@ class LatentCache:
         row = jnp.arange(batch, dtype=jnp.int32)[:, None]
 
         def write(held, new):
+            if tokens <= 8 and held.shape[2] % 128 and default_device().platform == "tpu":
+                return _write_singly(held, new, slot)
             held = held.at[row, slot].set(new, mode="drop", unique_indices=True)
             # Fused into a matmul that reads the cache, the write would copy it.
             return jax.lax.optimization_barrier(held)
@@ -217,6 +220,26 @@ class LatentCache:
                 f"rows {over.tolist()} would hold {np.asarray(end)[over].tolist()} tokens, the "
                 f"cache has max_length={self.max_length} slots: make it longer or truncate rows."
             )
+
+
+def _write_singly(held, new, slot):
+    """held.at[row, slot].set(new, mode="drop"), one token after the other.
+
+    On TPU an array narrower than 128 is laid out slot-minor, and a scatter would copy all of it to
+    another layout and back; this writes in place.
+    """
+    batch, tokens, width = new.shape
+    last = held.shape[1] - 1
+
+    def step(i, held):
+        row, token = i // tokens, i % tokens
+        to = slot[row, token]
+        at = (row, jnp.minimum(to, last), jnp.int32(0))
+        fresh = jax.lax.dynamic_slice(new, (row, token, 0), (1, 1, width))
+        kept = jax.lax.dynamic_slice(held, at, (1, 1, width))
+        return jax.lax.dynamic_update_slice(held, jnp.where(to <= last, fresh, kept), at)
+
+    return jax.lax.fori_loop(0, batch * tokens, step, held)
 
 
 export.register_pytree_node_serialization(

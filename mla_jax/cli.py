@@ -1,4 +1,4 @@
-"""The command `mla-jax`: a demo that trains and decodes, costs of a preset, and what would run."""
+"""The command `mla-jax`: a demo that trains and decodes, generation, costs, and what would run."""
 
 import dataclasses
 import json
@@ -18,10 +18,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from mla_jax import costs, training
+from mla_jax import costs, generation, training
 from mla_jax.config import MLAConfig
 from mla_jax.decoding import decode_loop, prefill_step, sample
-from mla_jax.models import Decoder, DecoderConfig
+from mla_jax.models import Decoder, DecoderConfig, DeepseekConfig, DeepseekDecoder
 from mla_jax.ops import api
 
 _STEPS = 350
@@ -94,20 +94,64 @@ class Explain:
     dtype: str = "bfloat16"
 
 
+@dataclasses.dataclass
+class Generate:
+    """Continue prompts with a model from a checkpoint, or at real shapes with random weights.
+
+    Attributes:
+        checkpoint: folder (or, with huggingface_hub, repo id) of a model of DeepSeek's shape.
+        preset: a whole model of configs/models, with --random-weights.
+        random_weights: initialize the preset at random, to measure speed.
+        prompt: what to continue; several make a batch.
+        prompt_tokens: instead of a prompt, this many random tokens in each of --batch rows.
+        batch: rows of random tokens, or copies of a single prompt.
+        max_new_tokens: of each row.
+        max_length: slots of the cache; what is needed where not given.
+        dtype: of parameters, computation and cache.
+        temperature: of sampling; 0 is greedy.
+        top_k: draw among the k most likely tokens.
+        top_p: draw among the likeliest tokens that reach this probability together.
+        seed: of sampling, random weights and random tokens.
+        speculate: tokens to draft by prompt lookup and verify at once; greedy only.
+        block: decode steps in one program, after which text is shown.
+        implementation: backend of the attention core; chosen where not given.
+    """
+
+    checkpoint: str | None = None
+    preset: str | None = None
+    random_weights: bool = False
+    prompt: list[str] = dataclasses.field(default_factory=list)
+    prompt_tokens: int = 0
+    batch: int = 1
+    max_new_tokens: int = 128
+    max_length: int | None = None
+    dtype: str = "bfloat16"
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+    speculate: int = 0
+    block: int = 16
+    implementation: str | None = None
+
+
 def main(args: list[str] | None = None) -> None:
     """Runs a subcommand; a wrong argument ends with its one-line error and exit status 2."""
     command = tyro.extras.subcommand_cli_from_dict(
-        {"demo": Demo, "costs": Costs, "explain": Explain}, args=args, prog="mla-jax"
-    )
+        {"demo": Demo, "generate": Generate, "costs": Costs, "explain": Explain},
+        args=args, prog="mla-jax",
+    )  # fmt: skip
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
     try:
         if isinstance(command, Demo):
             _demo(command, console)
+        elif isinstance(command, Generate):
+            _generate(command, console)
         elif isinstance(command, Costs):
             _costs(command, console)
         else:
             _explain(command)
-    except (ValueError, NotImplementedError, FileNotFoundError) as error:
+    except (ValueError, NotImplementedError, FileNotFoundError, ImportError) as error:
         print(f"mla-jax: {error}", file=sys.stderr)
         raise SystemExit(2) from error
 
@@ -206,6 +250,106 @@ def _write(model, options, console) -> None:
     table.add_row("cache", f"{ours:,} bytes per token ({theirs:,} for MHA: {theirs / ours:.1f}x)")
     console.print(table)
     api.explain(attention, length=slots, dtype="float32")
+
+
+def _generate(options: Generate, console: Console) -> None:
+    _check_dtype(options.dtype)
+    model, tokenizer = _model(options, console)
+    config = model.config
+    prompts = _prompts(options, tokenizer, config.vocab_size)
+    alone = len(prompts) == 1 and not options.prompt_tokens
+    shown: list[list[int]] = [[] for _ in prompts]
+
+    def stream(row: int, tokens: list[int]) -> None:
+        before = tokenizer.decode(shown[row])
+        shown[row] += tokens
+        # A character may be several tokens: what is not whole yet is shown with the next ones.
+        fresh = tokenizer.decode(shown[row])
+        print(fresh[len(before) :], end="", flush=True)
+
+    if alone:
+        console.rule("text")
+        print(options.prompt[0], end="", flush=True)
+    result = generation.generate(
+        model, prompts, max_new_tokens=options.max_new_tokens, max_length=options.max_length,
+        temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
+        seed=options.seed, stop_tokens=() if options.random_weights else config.eos_token_ids,
+        speculate=options.speculate, block=options.block, on_tokens=stream if alone else None,
+    )  # fmt: skip
+    if alone:
+        print()
+    elif not options.prompt_tokens:
+        for row, tokens in enumerate(result.tokens):
+            console.rule(f"text {row}")
+            console.out(options.prompt[row % len(options.prompt)] + tokenizer.decode(tokens))
+    console.rule("decoding")
+    longest = max(map(len, prompts))
+    table = Table(show_header=False, box=None)
+    table.add_row("rows, prompt tokens, new", f"{len(prompts)}, {longest}, {result.new_tokens}")
+    table.add_row("time to first token", f"{result.first_token_seconds * 1e3:,.1f} ms")
+    if result.steps:
+        each = result.decode_seconds / result.steps * 1e3
+        table.add_row("decoding", f"{result.tokens_per_second:,.1f} tokens/s, {each:.2f} ms/step")
+    if result.accepted is not None:
+        table.add_row("drafts accepted", f"{result.accepted:.1%} of {options.speculate} a step")
+    table.add_row("compiling, once", f"{result.compile_seconds:.1f} s")
+    table.add_row("cache", f"{result.cache_bytes / 2**20:,.1f} MiB")
+    console.print(table)
+    api.explain(
+        config.attention, batch_size=len(prompts), length=longest + options.max_new_tokens,
+        queries=1 + options.speculate, dtype=options.dtype,
+    )  # fmt: skip
+
+
+def _model(options: Generate, console: Console):
+    """The decoder and its tokenizer."""
+    given = {"dtype": options.dtype, "implementation": options.implementation}
+    if (options.checkpoint is None) == (options.preset is None):
+        raise ValueError("give one of --checkpoint FOLDER and --preset NAME --random-weights.")
+    started = time.perf_counter()
+    if options.checkpoint is not None:
+        from mla_jax import checkpoint  # which imports this package's models
+
+        model = checkpoint.load_decoder(options.checkpoint, **given)
+        tokenizer = generation.Tokenizer.from_checkpoint(options.checkpoint)
+        source = options.checkpoint
+    else:
+        if not options.random_weights or options.preset is None:
+            raise ValueError("a preset has no weights: add --random-weights, or --checkpoint.")
+        config = DeepseekConfig.from_preset(options.preset)
+        model = DeepseekDecoder(
+            config, param_dtype=options.dtype, rngs=nnx.Rngs(options.seed), **given
+        )
+        tokenizer, source = generation.Tokenizer(), f"{options.preset}, random weights"
+    leaves = jax.block_until_ready(jax.tree.leaves(nnx.state(model, nnx.Param)))
+    console.print(
+        f"{source}: {sum(leaf.size for leaf in leaves) / 1e9:.3f} G parameters, "
+        f"{sum(leaf.nbytes for leaf in leaves) / 2**30:.2f} GiB, ready in "
+        f"{time.perf_counter() - started:.1f} s on {jax.devices()[0].device_kind}"
+    )
+    return model, tokenizer
+
+
+def _prompts(options: Generate, tokenizer, vocabulary: int) -> list[list[int]]:
+    if options.prompt_tokens < 0 or options.batch < 1:
+        raise ValueError("--prompt-tokens must be at least 0 and --batch at least 1.")
+    if options.prompt_tokens:
+        random = np.random.default_rng(options.seed)
+        shape = (options.batch, options.prompt_tokens)
+        return random.integers(0, vocabulary, shape).tolist()
+    if not options.prompt:
+        raise ValueError("give --prompt TEXT, or --prompt-tokens NUMBER.")
+    prompts = tokenizer.encode(options.prompt)
+    return prompts * options.batch if len(prompts) == 1 else prompts
+
+
+def _check_dtype(name: str) -> None:
+    try:
+        known = jnp.dtype(name) in (jnp.bfloat16, jnp.float16, jnp.float32)
+    except TypeError:
+        known = False
+    if not known:
+        raise ValueError(f"dtype={name!r}: use bfloat16, float16 or float32.")
 
 
 def _check_memory(config: DecoderConfig) -> None:

@@ -363,21 +363,30 @@ class MLAConfig:
     @classmethod
     def from_preset(cls, name: str) -> Self:
         """The config of a released model, one of `presets()`."""
-        name = _PRESET_ALIASES.get(name, name)
+        name = cls.preset_file(name)
         if name not in presets():
             close = difflib.get_close_matches(str(name), presets(), n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"unknown preset {name!r}.{hint} Presets: {', '.join(presets())}.")
         return cls.from_toml(configs_dir() / "models" / f"{name}.toml")
 
+    @staticmethod
+    def preset_file(name: str) -> str:
+        """The preset that a release of another name shares, without its suffix."""
+        return _PRESET_ALIASES.get(name, name)
+
     @classmethod
     def from_toml(cls, path: str | os.PathLike) -> Self:
-        """Reads a TOML file that holds the fields of this class, `rope_scaling` as a table."""
+        """Reads a TOML file that holds the fields of this class, `rope_scaling` as a table.
+
+        A [decoder] table is for `models.DeepseekConfig` and left alone.
+        """
         path = pathlib.Path(path)
         try:
             keys = tomllib.loads(path.read_text(encoding="utf-8"))
         except tomllib.TOMLDecodeError as error:
             raise ValueError(f"{path} is not valid TOML: {error}") from error
+        keys.pop("decoder", None)
         keys.setdefault("q_lora_rank", None)  # TOML cannot say null
         return cls._from_mapping(keys, str(path))
 

@@ -1,5 +1,6 @@
 """The command line: its output, repeated seeds, round trips, and errors without traceback."""
 
+import pathlib
 import re
 
 import jax.numpy as jnp
@@ -11,6 +12,10 @@ from mla_jax import cli
 from mla_jax.models import Decoder, DecoderConfig
 
 _QUICK = ("demo", "--batch", "2", "--tokens", "6", "--prompt", "def ", "--temperature", "2")
+
+
+_GENERATE = ("generate", "--preset", "tiny", "--random-weights", "--dtype", "float32",
+             "--max-new-tokens", "9")  # fmt: skip
 
 
 def _run(capsys, *args):
@@ -74,6 +79,13 @@ def test_save_and_load_give_identical_logits(tmp_path, rng):
         (("demo", "--load", "/nonexistent/model"), r"/nonexistent/model holds no model"),
         (("demo", "--tokens", "0"), r"at least 1"),
         (("demo", "--prompt", ""), r"not empty"),
+        (("generate",), r"give one of --checkpoint FOLDER and --preset"),
+        (("generate", "--preset", "tiny"), r"add --random-weights"),
+        (("generate", "--preset", "axk1", "--random-weights"), r"'axk1' describes the attention"),
+        (("generate", "--checkpoint", "/nonexistent/model"), r"/nonexistent/model is neither"),
+        ((*_GENERATE,), r"give --prompt TEXT"),
+        ((*_GENERATE, "--dtype", "int8"), r"dtype='int8': use bfloat16"),
+        ((*_GENERATE, "--prompt", "a", "--max-length", "4"), r"max_length=4"),
         (("demo", "--preset", "deepseek_v3"), r"takes about [\d,]+ GiB"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
@@ -88,6 +100,45 @@ def test_wrong_arguments(capsys, args, message):
 @pytest.mark.parametrize("args", [("costs",), ("costs", "tiny", "--batch", "x"), ("nothing",)])
 def test_wrong_usage(capsys, args):
     _error(capsys, *args)
+
+
+@pytest.fixture
+def shallow(monkeypatch):
+    config = cli.DeepseekConfig.from_preset("tiny")
+    config = config.replace(attention=config.attention.replace(num_hidden_layers=1))
+    monkeypatch.setattr(cli.DeepseekConfig, "from_preset", lambda name: config)
+
+
+def test_generate_streams_one_text(capsys, shallow):
+    text = "abcabcab"
+    plain = _run(capsys, *_GENERATE, "--prompt", text)
+    assert plain.startswith("tiny, random weights: 0.000 G parameters")
+    for line in ("time to first token", "tokens/s", "ms/step", "MiB", "xla: runs"):
+        assert line in plain
+    drafted = _run(capsys, *_GENERATE, "--prompt", text, "--speculate", "3", "--block", "2")
+    assert re.search(r"drafts accepted +[\d.]+% of 3 a step", drafted)
+    assert _text(drafted) == _text(plain)
+    assert _text(plain).startswith(text)
+
+
+def test_generate_in_batches(capsys, shallow):
+    two = _run(capsys, *_GENERATE, "--prompt", "one", "another")
+    assert "text 0" in two
+    assert "another" in two.split("text 1")[1]
+    random = _run(capsys, *_GENERATE, "--prompt-tokens", "12", "--batch", "3")
+    assert re.search(r"rows, prompt tokens, new +3, 12, 27", random)
+
+
+def test_generate_from_a_checkpoint(capsys):
+    folder = pathlib.Path(__file__).parent / "testdata" / "decoders" / "deepseek_v3"
+    expected = np.load(folder / "expected.npz")
+    prompt = bytes(expected["tokens"][0].astype(np.uint8)).decode()  # tokens below 40 are ASCII
+    out = _run(
+        capsys, "generate", "--checkpoint", str(folder), "--prompt", prompt, "--dtype", "float32",
+        "--max-new-tokens", "4",
+    )  # fmt: skip
+    assert str(folder) in out.replace("\n", "")
+    assert "cache" in out
 
 
 def test_costs_table(capsys, monkeypatch):

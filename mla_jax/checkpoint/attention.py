@@ -31,7 +31,7 @@ Shardings = Sharding | Mapping[str, Sharding] | Callable[[str, tuple[int, ...]],
 
 def load_attention(
     layer: MultiHeadLatentAttention,
-    tensors: Mapping[str, Array],
+    tensors: Mapping[str, Array] | Mapping[str, np.ndarray],
     *,
     sharding: Shardings | None = None,
 ) -> None:
@@ -86,7 +86,7 @@ def load_attention(
             where = tensors.where(name) if isinstance(tensors, AttentionTensors) else name
             raise ValueError(f"{where} has shape {tensor.shape}: this layer needs {shape}.")
         kernel = tensor.T if path.endswith(".kernel") else tensor
-        goal = _sharding_of(sharding, path, parameter.shape)
+        goal = sharding_of(sharding, path, parameter.shape)
         loaded[name] = place(kernel.reshape(parameter.shape), parameter.dtype, goal)
         if isinstance(tensors, AttentionTensors):
             tensors.release()
@@ -212,7 +212,8 @@ def _bits(array: np.ndarray) -> np.ndarray:
     return array.view(kinds[array.dtype.itemsize])
 
 
-def _sharding_of(sharding, path: str, shape: tuple[int, ...]) -> Sharding | None:
+def sharding_of(sharding, path: str, shape: tuple[int, ...]) -> Sharding | None:
+    """Where one parameter goes."""
     if callable(sharding):
         return sharding(path, shape)
     return sharding.get(path) if isinstance(sharding, Mapping) else sharding

@@ -240,7 +240,7 @@ class AttentionTensors(Mapping[str, np.ndarray]):
         inside = [name for name in files if name.startswith(prefix)]
         for full in inside:
             name = full.removeprefix(prefix)
-            if naming.IGNORED.search(name) or _is_scale(full, files):
+            if naming.IGNORED.search(name) or is_scale(full, files):
                 continue
             known = self._names.setdefault(naming.canonical(name), full)
             if known != full:
@@ -254,6 +254,10 @@ class AttentionTensors(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+    def full_name(self, name: str) -> str:
+        """What the checkpoint calls a tensor."""
+        return self._names[name]
 
     def where(self, name: str) -> str:
         """What a tensor is called in which file: for errors."""
@@ -362,7 +366,8 @@ class _Shard:
                 self._map.madvise(mmap.MADV_DONTNEED)
 
 
-def _is_scale(name: str, files: Checkpoint) -> bool:
+def is_scale(name: str, files: Checkpoint) -> bool:
+    """Whether a tensor is the scale of another, which is in the checkpoint too."""
     for suffix in naming.SCALES:
         if name.endswith("." + suffix):
             return name.removesuffix(suffix) + "weight" in files

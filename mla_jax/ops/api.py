@@ -17,12 +17,15 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from mla_jax.config import MLAConfig
-from mla_jax.ops import cudnn, pallas_gpu, reference, xla
+from mla_jax.ops import cudnn, pallas_gpu, pallas_tpu, reference, xla
 from mla_jax.ops.reference import merge_attention as merge_attention
 
 _LATENT: dict[str, types.ModuleType] = {
-    "pallas_gpu": pallas_gpu, "xla": xla, "reference": reference
-}  # fmt: skip
+    "pallas_gpu": pallas_gpu,
+    "pallas_tpu": pallas_tpu,
+    "xla": xla,
+    "reference": reference,
+}
 _EXPANDED: dict[str, types.ModuleType] = {"cudnn": cudnn, "xla": xla, "reference": reference}
 
 IMPLEMENTATIONS = tuple(dict.fromkeys([*_LATENT, *_EXPANDED]))
@@ -297,7 +300,10 @@ def explain(
 
 
 def default_device() -> jax.Device:
-    """The device that un-placed computations run on."""
+    """The device that un-placed computations run on, or that is being compiled for."""
+    abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    if getattr(abstract, "platform", None) is not None:
+        return abstract
     device = jax.config.jax_default_device
     if device is None or isinstance(device, str):
         return jax.devices(device)[0]

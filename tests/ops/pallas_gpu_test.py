@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import relative
+from common import MICRO, relative
 from flax import nnx
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -153,6 +153,40 @@ def test_gradients_vmap_and_no_lengths(monkeypatch):
     each = jax.vmap(lambda p, q, c, k: ours(p[None], q[None], c[None], k[None]))(*arrays)
     want = loop(arrays, np.array([64, 64]))
     check([x[:, 0] for x in each], want, jnp.bfloat16)
+
+
+def test_shard_map(monkeypatch):
+    """Types for several devices; the interpreter runs one device at a time."""
+    monkeypatch.setattr(pallas_gpu, "_H200_SMS", 2)
+    arrays, lengths = make(3, 2, 1, 72, 3, 128, 16, (70, 65), jnp.bfloat16)
+    attend = functools.partial(pallas_gpu.latent_attention, scale=SCALE)
+    for devices, interpret in ((2, None), (1, INTERPRET)):
+        mesh = jax.make_mesh((devices,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+        spec = jax.sharding.PartitionSpec("x")
+        local = jax.shard_map(
+            lambda *a: attend(*a[:4], lengths=a[4], interpret=interpret),  # noqa: B023
+            mesh=mesh, in_specs=spec, out_specs=spec,
+        )  # fmt: skip
+        assert jax.eval_shape(local, *arrays, lengths)[0].shape == (2, 1, 3, 128)
+    check(jax.jit(local)(*arrays, lengths), loop(arrays, lengths), jnp.bfloat16)
+
+
+def test_other_backends_need_no_schedule():
+    assert mla_jax.decode_schedule(MICRO, jnp.array([3, 4]), slots=64) is None
+
+
+def test_tuning_tables(tmp_path, monkeypatch):
+    (tmp_path / "tuning").mkdir()
+    (tmp_path / "tuning" / "gpu.toml").write_text(
+        'device_kind = "NVIDIA X"\n[[latent_attention]]\nrows = 1024\nslack = 7\n'
+        "[[latent_attention]]\nrows = 64\nslack = 3\n"
+    )
+    monkeypatch.setattr(pallas_gpu, "configs_dir", lambda: tmp_path)
+    pallas_gpu.tuned.cache_clear()
+    assert pallas_gpu.tuned("NVIDIA X", 64)["slack"] == 3
+    assert pallas_gpu.tuned("NVIDIA X", 65)["slack"] == 7
+    assert pallas_gpu.tuned("NVIDIA Y", 64) == {}
+    pallas_gpu.tuned.cache_clear()
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -96,7 +96,7 @@ def tuned(device_kind: str, rows: int) -> dict[str, int]:
     """
     for path in sorted((configs_dir() / "tuning").glob("*.toml")):
         table = tomllib.loads(path.read_text())
-        if table["device_kind"] == device_kind:
+        if table.get("device_kind") == device_kind:
             fitting = [entry for entry in table["latent_attention"] if rows <= entry["rows"]]
             return min(fitting, key=lambda entry: entry["rows"], default={})
     return {}

@@ -117,7 +117,7 @@ def source_slot(row, slot, length, slots, total):
 
 
 def _like(operand, shape, dtype):
-    kind = getattr(jax.typeof(operand), "manual_axis_type", None)  # under shard_map
+    kind = getattr(jax.typeof(operand), "mat", None)  # under shard_map, what it varies over
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)
 
 
@@ -182,7 +182,9 @@ class _Part:
 
     def walk(self, me, acc):
         """The steps of this part, row by row; `me` owns columns `me` of O, block `me` of steps."""
-        row = self.part_row[self.part]
+        # Under shard_map a loaded number varies over its axes and a computed one does not: the
+        # loop over rows wants the latter.
+        row = self.part_row[self.part] + 0
         length = self.lengths[row]
         slot = (self.first_step - self.row_step[row]) * STEP
         self.fetch_rope(me, self.source(row, slot + me * BLOCK, length))

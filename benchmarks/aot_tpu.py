@@ -1,0 +1,358 @@
+"""Compiles the TPU path for every generation without a TPU, and reads libtpu's static figures.
+
+Needs `libtpu` (pip install --group tpu-aot). For each generation: the decode kernel, a layer's
+whole decode step (donated), a prefill of 4096 tokens, and the same step on XLA. Checked: it
+compiles, with libtpu's linter on the kernel; the cache is aliased; nothing of its size is copied.
+Printed: scoped VMEM, HBM arguments and temporaries, and static cycles: the critical path of the
+final program by libtpu's own profiler, with lengths known at compile time. That is an estimate, not
+a measurement on hardware; the time to expect is at least max(cycles / clock, bytes / (0.85
+bandwidth)).
+
+    python benchmarks/aot_tpu.py              the table; --json FILE keeps the kernel's rows
+    python benchmarks/aot_tpu.py --short      one shape per generation, compile only: for CI
+    python benchmarks/aot_tpu.py --tune       measures block sizes for configs/tuning/tpu.toml
+    python benchmarks/aot_tpu.py --on-device  on a TPU: checks and times the same shapes
+"""
+
+import argparse
+import functools
+import glob
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+
+# Generation: topology, jax's device_kind, clock in GHz, HBM GB/s and bf16 TFLOP/s of a JAX device.
+GENERATIONS = {
+    "v5e": ("v5e:2x2", "TPU v5 lite", 1.50, 819, 197),
+    "v5p": ("v5p:2x2x1", "TPU v5", 1.75, 2765, 459),
+    "v6e": ("v6e:2x2", "TPU v6 lite", 1.75, 1638, 918),
+    "tpu7x": ("tpu7x:2x2x1", "TPU7x", 2.20, 3690, 1153.5),
+}
+PRESETS = [
+    ("deepseek_v3", 128), ("deepseek_v3", 16), ("deepseek_v2_lite", 16), ("kimi_k2", 64),
+    ("glm_4_7_flash", 20),
+]  # fmt: skip
+KERNELS = [
+    {"batch": 8, "slots": 4096, "heads": 128},
+    {"batch": 16, "slots": 4096, "heads": 16},
+    {"batch": 2, "slots": 32768, "heads": 128},
+    {"batch": 4, "slots": 32768, "heads": 16},
+    {"batch": 8, "slots": 4096, "heads": 128, "tokens": 4},
+    {"batch": 16, "slots": 4096, "heads": 16, "tokens": 4},
+    {"batch": 8, "slots": 4096, "heads": 16, "lengths": [4096, 1000, 0, 129, 3000, 2048, 1, 4000]},
+]
+LINT = {
+    "xla_tpu_enable_llo_linter": True,
+    "xla_tpu_llo_linter_analyze_tpu_custom_calls": True,
+    "xla_tpu_llo_linter_targets": ".*",
+}
+
+
+def environment(folder):
+    """Variables that libtpu reads when it is loaded; with a folder, the profiler writes there."""
+    flags = ""
+    if folder is not None:
+        flags = f"--xla_jf_dump_static_llo_profile_to={folder} --xla_jf_dump_to={folder}"
+        flags += " --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=.*utilization$"
+    return {
+        "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v6e-4",
+        "TPU_WORKER_HOSTNAMES": "localhost", "TPU_LOG_DIR": "disabled",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "LIBTPU_INIT_ARGS": flags,
+    }  # fmt: skip
+
+
+def compiled(fn, args, generation, *, lint=False, **jit_options):
+    """`fn` compiled for one chip of a generation."""
+    import jax
+    from jax._src.mesh import AbstractDevice  # not public
+    from jax.experimental import topologies
+    from jax.sharding import AbstractMesh, SingleDeviceSharding
+
+    device = topologies.get_topology_desc(GENERATIONS[generation][0], platform="tpu").devices[0]
+    here = SingleDeviceSharding(device)
+    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), args)
+    abstract = AbstractDevice(
+        device_kind=device.device_kind, num_cores=device.num_cores, platform="tpu"
+    )
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=abstract)):
+        lowered = jax.jit(fn, **jit_options).trace(*args).lower(lowering_platforms=("tpu",))
+    return lowered.compile(compiler_options=LINT if lint else None)
+
+
+def kernel(generation, *, batch, slots, heads, tokens=1, dtype="bfloat16", lengths=None, **changes):
+    """The kernel call alone, lengths known at compile time, and its plan."""
+    import dataclasses
+
+    import jax
+    import jax.numpy as jnp
+
+    from mla_jax.ops import pallas_tpu
+
+    kind = GENERATIONS[generation][1]
+    plan = pallas_tpu.plan(tokens * heads, slots, jnp.dtype(dtype).itemsize, kind)
+    plan = dataclasses.replace(plan, **changes)
+    shapes = ((batch, tokens, heads, 512), (batch, tokens, heads, 64))
+    shapes += ((batch, slots, 512), (batch, slots, 64))
+    args = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+    if lengths is not None:
+        lengths = tuple(lengths)
+    launch = functools.partial(
+        pallas_tpu.launch, lengths=None, scale=192**-0.5, plan=plan, known=lengths
+    )
+    return launch, args, plan
+
+
+def profile(generation, options):
+    """Runs in a child: compiles the kernel under the profiler, prints what it found as JSON."""
+    folder = os.environ["AOT_FOLDER"]
+    launch, args, plan = kernel(generation, **options)
+    program = compiled(launch, args, generation)
+    found = {"vmem": vmem(program.as_text()), "block": plan.block, "cycles": None}
+    for name in glob.glob(f"{folder}/*mla_decode*profile.textproto"):
+        with open(name) as file:
+            match = re.search(
+                r'hlo_op_name: "mla_decode[^"]*"\s+estimated_cycles: (\d+)', file.read()
+            )
+        found["cycles"] = int(match[1]) if match else None
+    for name in glob.glob(f"{folder}/*mla_decode*final_hlo-static-per-bundle-utilization.txt"):
+        with open(name) as file:
+            lines = file.read().split("\n")
+        units = [unit.strip() for unit in lines[1].split(",")]
+        rows = [[int(n) for n in line.split()] for line in lines[4:] if line.strip()]
+        sums = dict(zip(units, map(sum, zip(*rows, strict=True)), strict=True))
+        found["spills"] = sums["VSTORE:SPILL"]
+    print("@" + json.dumps(found))
+
+
+def static(generation, options):
+    """`profile` in a child process: where libtpu's profiler meets what it lacks, it aborts."""
+    with tempfile.TemporaryDirectory() as folder:
+        env = os.environ | environment(folder) | {"AOT_FOLDER": folder}
+        command = [sys.executable, __file__, "--profile", generation, json.dumps(options)]
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+    for line in done.stdout.splitlines():
+        if line.startswith("@"):
+            return json.loads(line[1:])
+    why = [line for line in done.stderr.splitlines() if "failed" in line or "Error" in line]
+    return {"abort": (why[0] if why else done.stderr[-200:])[-200:]}
+
+
+def vmem(text):
+    """Largest scoped VMEM of a kernel in a compiled program, in MiB."""
+    sizes = [0]
+    for line in text.splitlines():
+        if 'custom_call_target="tpu_custom_call"' in line:
+            match = re.search(r'"used_scoped_memory_configs":(\[[^\]]*\])', line)
+            sizes.append(sum(int(part["size"]) for part in json.loads(match[1])) if match else 0)
+    return round(max(sizes) / 2**20, 1)
+
+
+def cache_copies(text, batch, slots):
+    """Copies and transposes of a cache array in a compiled program."""
+    shape = re.compile(rf"= \w+\[{batch},({slots},\d+|\d+,{slots})\]\S* (copy|transpose)\(")
+    return [line.strip()[:160] for line in text.splitlines() if shape.search(line)]
+
+
+def step(generation, preset, heads, *, implementation=None, batch=64, slots=8192, tokens=None):
+    """A layer's decode step, or prefill of `tokens`, donated; what must hold is asserted."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    import mla_jax
+
+    config = mla_jax.MLAConfig.from_preset(preset).replace(num_attention_heads=heads)
+    layer = nnx.eval_shape(
+        lambda: mla_jax.MultiHeadLatentAttention(
+            config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, implementation=implementation,
+            rngs=nnx.Rngs(0),
+        )
+    )  # fmt: skip
+    cache = jax.eval_shape(lambda: mla_jax.LatentCache.init(config, batch, slots, jnp.bfloat16))
+    x = jax.ShapeDtypeStruct((batch, tokens or 1, config.hidden_size), jnp.bfloat16)
+
+    def run(layer, x, cache):
+        return layer.prefill(x, cache) if tokens else layer.decode(x, cache)
+
+    program = compiled(run, (layer, x, cache), generation, donate_argnums=(2,))
+    memory, text = program.memory_analysis(), program.as_text()
+    size = batch * slots * (config.kv_lora_rank + config.qk_rope_head_dim) * 2
+    assert memory.alias_size_in_bytes >= size, "the cache is not donated"
+    copies = cache_copies(text, batch, slots)
+    if not tokens and implementation is None:
+        assert "tpu_custom_call" in text, "the kernel was not chosen"
+        assert not copies, copies
+        assert memory.temp_size_in_bytes < size / 4, "temporaries as large as the cache"
+    return memory, vmem(text), len(copies)
+
+
+def short():
+    """One shape per generation, with the linter and dynamic lengths; for CI."""
+    import jax
+    import jax.numpy as jnp
+
+    from mla_jax.ops import pallas_tpu
+
+    for generation in GENERATIONS:
+        _, args, plan = kernel(generation, batch=8, slots=4096, heads=16)
+        fn = functools.partial(pallas_tpu.launch, scale=192**-0.5, plan=plan)
+        args = [*args, jax.ShapeDtypeStruct((8,), jnp.int32)]
+        program = compiled(fn, args, generation, lint=True)
+        assert not cache_copies(program.as_text(), 8, 4096)
+        step(generation, "deepseek_v2_lite", 16, batch=64)
+        print(
+            f"{generation}: compiles, {vmem(program.as_text())} MiB of VMEM, no copy of the cache"
+        )
+
+
+def table(options):
+    """Static cycles of the kernel, then programs of the layer."""
+    print("| | B, S, N, T | block | cycles | per 1k slots | HBM at 85% | MXU | us | of floor "
+          "| VMEM MiB | spills |\n|---|---|---|---|---|---|---|---|---|---|---|")  # fmt: skip
+    kept = []
+    for generation in options.generations:
+        _, _, clock, bandwidth, tera = GENERATIONS[generation]
+        for shape in KERNELS:
+            batch, slots, heads = shape["batch"], shape["slots"], shape["heads"]
+            tokens, total = shape.get("tokens", 1), sum(shape.get("lengths", [batch * slots]))
+            name = (
+                f"{generation} | {batch}, {slots if 'lengths' not in shape else 'ragged'}, {heads}"
+            )
+            found = static(generation, shape)
+            if not found.get("cycles"):
+                print(f"| {name}, {tokens} | profiler: {found.get('abort')} |", flush=True)
+                continue
+            cycles = found["cycles"]
+            hbm = total * 576 * 2 / (0.85 * bandwidth)  # ns
+            mxu = 2 * total * heads * tokens * 1088 / (tera * 1e3)
+            time, floor = max(cycles / clock, hbm), max(hbm, mxu)
+            columns = [
+                f"{name}, {tokens}", found["block"], cycles, f"{cycles * 1024 / total:.0f}",
+                f"{hbm * clock:.0f}", f"{mxu * clock:.0f}", f"{time / 1e3:.1f}",
+                f"{floor / time:.2f}", found["vmem"], found["spills"],
+            ]  # fmt: skip
+            print("|", " | ".join(map(str, columns)), "|", flush=True)
+            kept.append({"kind": GENERATIONS[generation][1], "shape": shape, "us": time / 1e3,
+                         "cycles": cycles})  # fmt: skip
+    if options.json:
+        options.json.write_text(json.dumps(kept, indent=1) + "\n")
+    print("\n| | program | arguments MiB | temporaries MiB | VMEM MiB | cache copies |\n"
+          "|---|---|---|---|---|---|")  # fmt: skip
+    for generation in options.generations:
+        for preset, heads in PRESETS:
+            programs = [("decode", {}), ("decode on xla", {"implementation": "xla"})]
+            if heads == 16:
+                programs.append(("prefill 4096", {"tokens": 4096, "batch": 1}))
+            for what, changes in programs:
+                memory, used, copies = step(generation, preset, heads, **changes)
+                print(f"| {generation} | {preset}, {heads} heads, {what} | "
+                      f"{memory.argument_size_in_bytes / 2**20:.0f} | "
+                      f"{memory.temp_size_in_bytes / 2**20:.1f} | {used} | {copies} |",
+                      flush=True)  # fmt: skip
+
+
+def on_device(options):
+    """On a TPU: the kernel's shapes checked against the reference, timed, beside static times."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from decode import seconds  # beside this file
+
+    from mla_jax import latent_attention
+
+    kind = jax.devices()[0].device_kind
+    rows = json.loads(options.json.read_text()) if options.json and options.json.exists() else []
+    print(f"{kind}, jax {jax.__version__}\n")
+    print("| B, S, N, T | us | static us | error |\n|---|---|---|---|")
+    for shape in KERNELS:
+        batch, slots, heads = shape["batch"], shape["slots"], shape["heads"]
+        tokens = shape.get("tokens", 1)
+        shapes = ((batch, tokens, heads, 512), (batch, tokens, heads, 64))
+        shapes += ((batch, slots, 512), (batch, slots, 64))
+        keys = jax.random.split(jax.random.key(0), 4)
+        args = [jax.random.normal(k, s, jnp.bfloat16) for k, s in zip(keys, shapes, strict=True)]
+        lengths = jnp.asarray(shape.get("lengths", [slots] * batch), jnp.int32)
+
+        def call(args, lengths, name=None):
+            return latent_attention(
+                *args, lengths=lengths, scale=192**-0.5, implementation=name
+            )[0]  # fmt: skip
+
+        few = [a[:1] for a in (*args, lengths)]
+        got = np.asarray(call([a[:1] for a in args], few[4]), np.float64)
+        exact = [a.astype(jnp.float32) for a in few[:4]]
+        want = np.asarray(call(exact, few[4], "reference"), np.float64)
+        error = np.linalg.norm(got - want) / np.linalg.norm(want)
+        assert error < 2**-7, f"wrong: relative error {error}"
+
+        def step(state, lengths=lengths):
+            args, _ = state
+            return args, call(args, lengths)
+
+        taken = seconds(step, (args, jnp.zeros_like(args[0])), options.calls)
+        static_us = [r["us"] for r in rows if r["kind"] == kind and r["shape"] == shape]
+        name = f"{batch}, {'ragged' if 'lengths' in shape else slots}, {heads}, {tokens}"
+        expected = f"{static_us[0]:.1f}" if static_us else "-"
+        print(f"| {name} | {taken * 1e6:.1f} | {expected} | {error:.1e} |", flush=True)
+
+
+def tune():
+    """Measures block sizes and writes the table."""
+    from mla_jax.config import configs_dir
+
+    path = configs_dir() / "tuning" / "tpu.toml"
+    text = path.read_text(encoding="utf-8")
+    for generation, (_, kind, *_) in GENERATIONS.items():
+        for heads, batch in ((16, 16), (128, 8)):
+            cycles = {}
+            for block in (512, 1024, 2048):
+                shape = {"batch": batch, "slots": 4096, "heads": heads, "block": block}
+                found = static(generation, shape)
+                print(generation, shape, found, flush=True)
+                if found.get("cycles"):
+                    cycles[block] = found["cycles"]
+            best = min(cycles, key=cycles.__getitem__)
+            key = f"block_of_{heads}_queries"
+            text = re.sub(rf'(\["{kind}"\][^\[]*{key} = )\d+', rf"\g<1>{best}", text)
+    path.write_text(text, encoding="utf-8")
+
+
+def main():
+    """Runs what the arguments ask for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("generations", nargs="*", default=list(GENERATIONS))
+    parser.add_argument("--short", action="store_true")
+    parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--on-device", action="store_true")
+    parser.add_argument("--json", type=pathlib.Path)
+    parser.add_argument("--calls", type=int, default=20, help="calls in a timed loop")
+    parser.add_argument("--profile", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.profile:
+        profile(options.profile[0], json.loads(options.profile[1]))
+        return
+    if options.on_device:
+        on_device(options)
+        return
+    os.environ.update(environment(None))
+    try:
+        import libtpu  # noqa: F401  # pyrefly: ignore
+    except ImportError:
+        print("libtpu is not installed (pip install --group tpu-aot): nothing compiled.")
+        return
+    if options.short:
+        short()
+    elif options.tune:
+        tune()
+    else:
+        table(options)
+
+
+if __name__ == "__main__":
+    main()

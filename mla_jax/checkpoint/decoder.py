@@ -1,0 +1,174 @@
+"""A whole decoder from a Hugging Face checkpoint: every tensor used, none left over.
+
+Layer by layer, each parameter placed as soon as it is read; the experts of a layer, which the
+checkpoint holds one by one, become one array.
+
+Letters: D hidden size, F intermediate size, E experts.
+"""
+
+import os
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mla_jax.checkpoint import names as naming
+from mla_jax.checkpoint.attention import Shardings, _ordered, load_attention, place, sharding_of
+from mla_jax.checkpoint.files import Checkpoint, is_scale
+from mla_jax.models.deepseek import DeepseekDecoder
+from mla_jax.models.deepseek_config import DeepseekConfig
+from mla_jax.models.experts import GatedMLP, MixtureOfExperts
+
+
+def load_decoder(
+    path: str | os.PathLike,
+    *,
+    dtype=jnp.bfloat16,
+    param_dtype=None,
+    precision=None,
+    implementation: str | None = None,
+    sharding: Shardings | None = None,
+) -> DeepseekDecoder:
+    """Reads a model of DeepSeek's shape: its config.json and its safetensors.
+
+    Args:
+        path: a folder, or a repo id where `huggingface_hub` is installed.
+        dtype: of the computation.
+        param_dtype: of the parameters; None is `dtype`. The router's stay float32.
+        precision, implementation: as in `MultiHeadLatentAttention`.
+        sharding: as in `load_attention`; paths begin with "blocks.3.attention." and the like.
+
+    Raises:
+        ValueError: a config that is not of this shape; tensors missing, left over, or of another
+            shape. The message names key and file.
+        FileNotFoundError: no such folder or file.
+
+    >>> import jax.numpy as jnp, mla_jax
+    >>> model = load_decoder("DeepSeek-V2-Lite")  # doctest: +SKIP
+    >>> model(jnp.array([[1, 2, 3]])).shape  # doctest: +SKIP
+    (1, 3, 102400)
+    """
+    with Checkpoint(path) as files:
+        if not files.config:
+            raise FileNotFoundError(
+                f"{files.path} has no config.json, which says what model it is."
+            )
+        config = DeepseekConfig.from_hf(files.config)
+        model = nnx.eval_shape(
+            lambda: DeepseekDecoder(
+                config, dtype=dtype, param_dtype=param_dtype or dtype, precision=precision,
+                implementation=implementation, rngs=nnx.Rngs(0),
+            )
+        )  # fmt: skip
+        _Loader(files, model, sharding).load()
+    return model
+
+
+class _Loader:
+    def __init__(self, files: Checkpoint, model: DeepseekDecoder, sharding: Shardings | None):
+        self.files, self.model, self.sharding = files, model, sharding
+        layers = files.layers()
+        count = model.config.attention.num_hidden_layers
+        if layers != list(range(count)):
+            raise ValueError(
+                f"{files.path} has latent attention in layers {layers}; its config says {count}."
+            )
+        first = naming.attention_prefixes(files)[0, 0]
+        self.root = first[: first.rindex("layers.0.")]
+        self.used: set[str] = set()
+
+    def load(self) -> None:
+        """Fills the model."""
+        root, model = self.root, self.model
+        self._fill("embed.embedding", model.embed.embedding, f"{root}embed_tokens.weight")
+        for index, block in enumerate(model.blocks):
+            prefix, path = f"{root}layers.{index}.", f"blocks.{index}."
+            tensors = self.files.attention(index)
+            own = self._attention_sharding(path)
+            load_attention(block.attention, tensors, sharding=own)
+            self.used |= {tensors.full_name(name) for name in tensors}
+            for norm, theirs in (("attention_norm", "input_layernorm"),
+                                 ("mlp_norm", "post_attention_layernorm")):  # fmt: skip
+                scale = getattr(block, norm).scale
+                self._fill(f"{path}{norm}.scale", scale, f"{prefix}{theirs}.weight")
+            if isinstance(block.mlp, MixtureOfExperts):
+                self._mixture(f"{path}mlp.", block.mlp, f"{prefix}mlp.")
+            else:
+                self._mlp(f"{path}mlp.", block.mlp, f"{prefix}mlp.")
+        self._fill("norm.scale", model.norm.scale, f"{root}norm.weight")
+        if model.head is not None:
+            # beside the root: "lm_head.weight", in a VLM "language_model.lm_head.weight"
+            head = f"{root.removesuffix('model.')}lm_head.weight"
+            self._fill("head.kernel", model.head.kernel, head, transposed=True)
+        self._check_all_used()
+
+    def _mixture(self, path: str, mlp: MixtureOfExperts, prefix: str) -> None:
+        self._fill(f"{path}router.kernel", mlp.router.kernel, f"{prefix}gate.weight", True)
+        if hasattr(mlp.router, "bias"):
+            bias = f"{prefix}gate.e_score_correction_bias"
+            self._fill(f"{path}router.bias", mlp.router.bias, bias)
+        for kernel in ("gate_proj", "up_proj", "down_proj"):
+            parameter = getattr(mlp, kernel)
+            experts, *shape = parameter.shape
+            dtype = np.dtype(parameter.dtype)
+            stacked = np.empty(parameter.shape, dtype)
+            for expert in range(experts):
+                name = f"{prefix}experts.{expert}.{kernel}.weight"
+                stacked[expert] = _ordered(self._read(name, tuple(shape[::-1])).T, dtype)
+                self.files.release()
+            self._place(path + kernel, parameter, stacked)
+        if mlp.shared is not None:
+            self._mlp(f"{path}shared.", mlp.shared, f"{prefix}shared_experts.")
+
+    def _mlp(self, path: str, mlp: GatedMLP, prefix: str) -> None:
+        for kernel in ("gate_proj", "up_proj", "down_proj"):
+            parameter = getattr(mlp, kernel).kernel
+            self._fill(f"{path}{kernel}.kernel", parameter, f"{prefix}{kernel}.weight", True)
+
+    def _fill(self, path: str, parameter: Any, name: str, transposed: bool = False) -> None:
+        shape = parameter.shape[::-1] if transposed else parameter.shape
+        tensor = self._read(name, shape)
+        self._place(path, parameter, tensor.T if transposed else tensor)
+        self.files.release()
+
+    def _place(self, path: str, parameter: Any, host: np.ndarray) -> None:
+        goal = sharding_of(self.sharding, path, parameter.shape)
+        parameter.set_value(place(host, parameter.dtype, goal))
+
+    def _read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        if name not in self.files:
+            raise ValueError(f"{self.files.path} lacks {name}, which its config asks for.")
+        tensor = self.files.tensor(name)
+        if tensor.shape != shape:
+            raise ValueError(
+                f"{name} in {self.files.file_of(name)} has shape {tensor.shape}: the config asks "
+                f"for {shape}."
+            )
+        self.used.add(name)
+        return tensor
+
+    def _attention_sharding(self, path: str) -> Shardings | None:
+        if self.sharding is None:
+            return None
+        full = f"{path}attention."
+        return lambda own, shape: sharding_of(self.sharding, full + own, shape)
+
+    def _check_all_used(self) -> None:
+        """Blocks for multi-token prediction and a tied head's copy may stay; nothing else."""
+        count = self.model.config.attention.num_hidden_layers
+        left = []
+        for name in self.files:
+            if name in self.used or not name.startswith(self.root):
+                continue
+            rest = name.removeprefix(self.root)
+            layer = rest.split(".")[1] if rest.startswith("layers.") else ""
+            if (layer.isdigit() and int(layer) >= count) or rest.startswith("mtp."):
+                continue
+            if not naming.IGNORED.search(name) and not is_scale(name, self.files):
+                left.append(name)
+        if left:
+            raise ValueError(
+                f"{self.files.path} has {len(left)} tensors that this decoder does not use, such "
+                f"as {left[:3]}."
+            )

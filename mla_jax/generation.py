@@ -1,0 +1,383 @@
+"""Text from a whole model: tokenizer, chunked prefill, decoding on the device, drafts.
+
+    model = mla_jax.checkpoint.load_decoder(folder)
+    tokenizer = Tokenizer.from_checkpoint(folder)
+    result = generate(model, tokenizer.encode(["Once upon a time"]), max_new_tokens=64)
+    print(tokenizer.decode(result.tokens[0]))
+
+A block of decode steps is one compiled program with the cache donated: the host hears of tokens a
+block at a time. Speculation (Leviathan et al. 2023, arXiv 2211.17192) drafts a few tokens by
+looking the last ones up in the text so far (Saxena 2023, prompt lookup), verifies them by one
+absorbed step over all, and cuts the rejected ones out of the cache; greedy output stays the same.
+
+Letters: B prompts, T tokens of a step, S slots of the cache, W words, K drafted tokens.
+"""
+
+import dataclasses
+import functools
+import math
+import os
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Int
+
+from mla_jax.decoding import _check_sampling, sample
+
+_PREFILL_TOKENS = 16384  # of all rows together, in one chunk: bounds the experts' activations
+_SLOTS = 128  # a cache's length is a multiple of
+_NGRAM = 3  # tokens of the text's end that a prompt lookup looks for, then fewer
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer.json, or bytes where there is none.
+
+    Args:
+        tokenizer: of the `tokenizers` library; None takes a text's UTF-8 bytes as its tokens.
+    """
+
+    def __init__(self, tokenizer: Any = None):
+        self._tokenizer = tokenizer
+
+    @classmethod
+    def from_checkpoint(cls, path: str | os.PathLike) -> "Tokenizer":
+        """Reads tokenizer.json from a folder; bytes where the folder has none.
+
+        Raises:
+            ImportError: there is one, and no `tokenizers` library to read it.
+            ValueError: it cannot be read.
+        """
+        file = pathlib.Path(path) / "tokenizer.json"
+        if not file.is_file():
+            return cls()
+        try:
+            import tokenizers
+        except ImportError as error:
+            raise ImportError(f"{file} needs the tokenizers library: install it.") from error
+        try:
+            return cls(tokenizers.Tokenizer.from_file(str(file)))
+        except Exception as error:  # the library raises bare Exceptions
+            raise ValueError(f"{file} cannot be read: {error}") from error
+
+    @property
+    def is_bytes(self) -> bool:
+        """Whether tokens are bytes."""
+        return self._tokenizer is None
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of every text, special tokens added as the tokenizer says."""
+        if self._tokenizer is None:
+            return [list(text.encode()) for text in texts]
+        return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of token ids; a byte above 255 becomes a replacement character."""
+        if self._tokenizer is None:
+            return b"".join(
+                bytes([token]) if 0 <= token < 256 else b"\xff" for token in map(int, tokens)
+            ).decode(errors="replace")
+        return self._tokenizer.decode([int(token) for token in tokens])
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What `generate` made.
+
+    Attributes:
+        tokens: per prompt the new tokens, up to and with the one that ended it.
+        first_token_seconds: from the start to the first token of all rows, compilation aside.
+        decode_seconds: from there to the end.
+        compile_seconds: spent compiling.
+        new_tokens: of all rows, the first ones included.
+        steps: passes of the model after the prefill.
+        cache_bytes: of all layers.
+        accepted: share of drafted tokens that were right; None without speculation.
+    """
+
+    tokens: list[list[int]]
+    first_token_seconds: float
+    decode_seconds: float
+    compile_seconds: float
+    new_tokens: int
+    steps: int
+    cache_bytes: int
+    accepted: float | None = None
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens of all rows per second of decoding."""
+        after_first = self.new_tokens - len(self.tokens)
+        return after_first / self.decode_seconds if self.decode_seconds > 0 else 0.0
+
+
+def generate(
+    model,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 128,
+    max_length: int | None = None,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    stop_tokens: Sequence[int] = (),
+    speculate: int = 0,
+    block: int = 16,
+    on_tokens: Callable[[int, list[int]], None] | None = None,
+) -> Result:
+    """Continues prompts.
+
+    Args:
+        model: a `models.DeepseekDecoder`, or what has its `prefill_last`, `decode`, `init_cache`.
+        prompts: token ids, at least one of each; their lengths may differ.
+        max_new_tokens: of each row.
+        max_length: slots of the cache; None is what the longest prompt and its new tokens need.
+        temperature, top_k, top_p: as in `decoding.sample`; 0 is greedy.
+        seed: of the sampling.
+        stop_tokens: end a row.
+        speculate: K, tokens drafted by prompt lookup and verified at once; 0 is plain decoding.
+            Greedy only.
+        block: decode steps in one program. Tokens are seen, and rows' ends noticed, per block.
+        on_tokens: called with a row's index and its next tokens as they come.
+
+    Returns:
+        a `Result`.
+
+    Raises:
+        ValueError: an argument out of range, or a prompt that does not fit.
+    """
+    vocabulary = model.config.vocab_size
+    _check(prompts, vocabulary, max_new_tokens, speculate, temperature, block)
+    key = jax.random.key(seed)
+    _check_sampling(None, key, temperature, top_k, top_p)
+    longest = max(map(len, prompts))
+    need = longest + max_new_tokens + speculate
+    # Kernels want whole blocks of slots.
+    slots = -(-need // _SLOTS) * _SLOTS if max_length is None else max_length
+    limit = model.config.attention.max_position_embeddings
+    if slots < need or longest + max_new_tokens > limit:
+        raise ValueError(
+            f"max_length={slots}: a prompt of {longest} tokens, {max_new_tokens} new ones and "
+            f"{speculate} drafts need {need} slots; the model has {limit} positions."
+        )
+    clock = _Clock()
+    rows = len(prompts)
+    sampling = {"temperature": float(temperature), "top_k": top_k, "top_p": top_p}
+    cache = model.init_cache(rows, slots)
+    cache_bytes = sum(layer.nbytes for layer in cache)
+    logits, cache = _prefill(model, prompts, cache, clock)
+    key, own = jax.random.split(key)
+    first = sample(logits, own, **sampling)
+    collector = _Collector(rows, max_new_tokens, stop_tokens, on_tokens)
+    collector.add(np.asarray(first)[:, None])
+    first_token = clock.lap()
+
+    steps, drafted, right = 0, 0, 0
+    if speculate:
+        history = _history(prompts, first, slots)
+        length = jnp.asarray([len(prompt) + 1 for prompt in prompts], jnp.int32)
+        goal = length - 1 + max_new_tokens
+        seen = np.asarray(length)
+        arguments = (model, history, length, goal, cache)
+        program = clock.compile(_speculate_block, *arguments, drafts=speculate, steps=block)
+        while not collector.done:
+            history, length, cache, counts = program(model, history, length, goal, cache)
+            now, text = np.asarray(length), np.asarray(history)
+            collector.add([text[b, seen[b] : now[b]] for b in range(rows)])
+            seen, steps = now, steps + block
+            drafted, right = drafted + int(counts[0]), right + int(counts[1])
+    else:
+        token, left = first, max_new_tokens - 1
+        steps_now = min(block, left)
+        program = None
+        while left > 0 and not collector.done:
+            if program is None or steps_now > left:
+                steps_now = min(steps_now, left)
+                program = clock.compile(
+                    _decode_block, model, token, cache, key, steps=steps_now, **sampling
+                )
+            drawn, token, cache, key = program(model, token, cache, key)
+            left, steps = left - steps_now, steps + steps_now
+            collector.add(np.asarray(drawn))
+    return Result(
+        tokens=collector.tokens, first_token_seconds=first_token, decode_seconds=clock.lap(),
+        compile_seconds=clock.compiling, new_tokens=sum(map(len, collector.tokens)), steps=steps,
+        cache_bytes=cache_bytes, accepted=(right / max(drafted, 1)) if speculate else None,
+    )  # fmt: skip
+
+
+def _prefill(model, prompts, cache, clock):
+    """Logits [B W] of every prompt's last token; chunks of one shape, so one program."""
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    width = max(1, min(int(lengths.max()), _PREFILL_TOKENS // len(prompts)))
+    chunks = math.ceil(int(lengths.max()) / width)
+    tokens = np.zeros((len(prompts), chunks * width), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+    parts = [
+        (jnp.asarray(tokens[:, start : start + width]), np.clip(lengths - start, 0, width))
+        for start in range(0, chunks * width, width)
+    ]
+    program = clock.compile(_prefill_chunk, model, parts[0][0], cache, jnp.asarray(parts[0][1]))
+    logits = jnp.zeros((len(prompts), model.config.vocab_size), jnp.float32)
+    for chunk, inside in parts:
+        new, cache = program(model, chunk, cache, jnp.asarray(inside))
+        logits = jnp.where(jnp.asarray(inside[:, None] > 0), new, logits)
+    return logits, cache
+
+
+@functools.partial(jax.jit, donate_argnames=("cache",))
+def _prefill_chunk(model, tokens, cache, lengths):
+    return model.prefill_last(tokens, cache, lengths)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("steps", "temperature", "top_k", "top_p"), donate_argnames=("cache",)
+)
+def _decode_block(model, token, cache, key, *, steps, temperature, top_k, top_p):
+    """`steps` tokens [B steps], the last of them [B], the cache and the next key."""
+    key, *own = jax.random.split(key, steps + 1)
+
+    def step(carry, step_key):
+        token, cache = carry
+        logits, cache = model.decode(token[:, None], cache)
+        drawn = sample(logits[:, 0], step_key, temperature=temperature, top_k=top_k, top_p=top_p)
+        return (drawn, cache), drawn
+
+    (token, cache), drawn = lax.scan(step, (token, cache), jnp.stack(own))
+    return drawn.T, token, cache, key
+
+
+@functools.partial(jax.jit, static_argnames=("drafts", "steps"), donate_argnames=("cache", "text"))
+def _speculate_block(model, text, length, goal, cache, *, drafts, steps):
+    """`steps` rounds of draft and verify; rows that reached their goal stay as they are.
+
+    `text` [B S] holds `length` [B] tokens of each row; the cache holds all but the last of them.
+    """
+    rows = jnp.arange(text.shape[0])[:, None]
+    offsets = jnp.arange(drafts + 1, dtype=jnp.int32)[None]
+
+    def round_(carry, _):
+        text, length, cache, counts = carry
+        draft = _look_up(text, length, drafts)
+        last = text[rows, length[:, None] - 1]
+        logits, cache = model.decode(jnp.concatenate([last, draft], axis=1), cache)
+        best = logits.argmax(-1).astype(jnp.int32)
+        right = jnp.cumprod(draft == best[:, :-1], axis=1).sum(1, dtype=jnp.int32)
+        active = length < goal
+        new = jnp.where(active, jnp.minimum(right + 1, goal - length), 0)
+        place = jnp.where(offsets < new[:, None], length[:, None] + offsets, text.shape[1])
+        text = text.at[rows, place].set(best, mode="drop")
+        length = length + new
+        cache = tuple(held.truncate(length - 1) for held in cache)
+        counted = jnp.stack([jnp.where(active, drafts, 0).sum(), jnp.where(active, right, 0).sum()])
+        return (text, length, cache, counts + counted), None
+
+    counts = jnp.zeros((2,), jnp.int32)
+    (text, length, cache, counts), _ = lax.scan(
+        round_, (text, length, cache, counts), None, length=steps
+    )
+    return text, length, cache, counts
+
+
+def _look_up(text: Int[Array, "B S"], length: Int[Array, "B"], drafts: int) -> Int[Array, "B K"]:
+    """What followed the last place where the text's last tokens stood before; K tokens.
+
+    The longest match of up to `_NGRAM` tokens wins, then the latest. Without one the last token is
+    repeated: a draft costs nothing and may be right.
+    """
+    slots = text.shape[1]
+    index = jnp.arange(slots, dtype=jnp.int32)[None]
+    rows = jnp.arange(text.shape[0])[:, None]
+    matched = jnp.ones(text.shape, bool)
+    score = jnp.zeros(text.shape, jnp.int32)  # tokens that match, ending at each slot
+    for back in range(_NGRAM):
+        wanted = text[rows, jnp.maximum(length[:, None] - 1 - back, 0)]
+        shifted = jnp.pad(text, ((0, 0), (back, 0)), constant_values=-1)[:, :slots]
+        matched &= shifted == wanted
+        score += matched
+    score = jnp.where(index < length[:, None] - 1, score, 0)
+    end = (score * slots + index).argmax(-1)[:, None]
+    found = jnp.take_along_axis(score, end, axis=1) > 0
+    ahead = end + 1 + jnp.arange(drafts, dtype=jnp.int32)[None]
+    ahead = jnp.where(found, ahead, length[:, None] - 1)
+    return text[rows, jnp.minimum(ahead, length[:, None] - 1)]
+
+
+def _history(prompts, first, slots):
+    text = np.zeros((len(prompts), slots + 1), np.int32)
+    for row, prompt in enumerate(prompts):
+        text[row, : len(prompt)] = prompt
+        text[row, len(prompt)] = first[row]
+    return jnp.asarray(text)
+
+
+class _Collector:
+    """Tokens of every row until its stop token or its number is reached."""
+
+    def __init__(self, rows, count, stop_tokens, on_tokens):
+        self.tokens: list[list[int]] = [[] for _ in range(rows)]
+        self._count, self._stop, self._on_tokens = count, set(map(int, stop_tokens)), on_tokens
+        self._ended = [False] * rows
+
+    @property
+    def done(self) -> bool:
+        return all(self._ended)
+
+    def add(self, new) -> None:
+        for row, tokens in enumerate(new):
+            fresh = []
+            for token in map(int, tokens):
+                if self._ended[row]:
+                    break
+                fresh.append(token)
+                total = len(self.tokens[row]) + len(fresh)
+                self._ended[row] = token in self._stop or total >= self._count
+            self.tokens[row] += fresh
+            if fresh and self._on_tokens is not None:
+                self._on_tokens(row, fresh)
+
+
+class _Clock:
+    """Seconds between laps, compilation counted apart."""
+
+    def __init__(self):
+        self.compiling = 0.0
+        self._start = time.perf_counter()
+
+    def compile(self, function, *arguments, **static):
+        """The compiled program of a jitted function for these arguments."""
+        started = time.perf_counter()
+        program = function.lower(*arguments, **static).compile()
+        spent = time.perf_counter() - started
+        self.compiling += spent
+        self._start += spent
+        return program
+
+    def lap(self) -> float:
+        now = time.perf_counter()
+        spent, self._start = now - self._start, now
+        return spent
+
+
+def _check(prompts, vocabulary, max_new_tokens, speculate, temperature, block) -> None:
+    if not prompts or not all(len(prompt) for prompt in prompts):
+        raise ValueError("prompts: there must be at least one, and none may be empty.")
+    for name, value, least in (("max_new_tokens", max_new_tokens, 1), ("speculate", speculate, 0),
+                               ("block", block, 1)):  # fmt: skip
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{name}={value!r}: it must be a whole number of at least {least}.")
+    if speculate and temperature:
+        raise ValueError(f"speculate={speculate}: drafts are verified greedily: temperature=0.")
+    for row, prompt in enumerate(prompts):
+        if min(prompt) < 0 or max(prompt) >= vocabulary:
+            raise ValueError(
+                f"prompt {row} has token {max(prompt)}: the model has {vocabulary} words. Is the "
+                "tokenizer this model's?"
+            )

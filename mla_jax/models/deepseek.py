@@ -1,0 +1,175 @@
+"""The decoder of DeepSeek-V2 and V3, and of the models that share its shape.
+
+Embedding, layers of x + attention(norm(x)) and x + mlp(norm(x)), final norm, head. The first
+layers' MLPs are dense and gated; the others' are mixtures of experts: a float32 router scores all
+experts, each token goes to its best few, and a shared expert sees every token. By their configs:
+DeepSeek-V2, V3 and R1, Kimi-K2, Moonlight, GLM-4.7-Flash, Youtu-LLM, A.X-K1, Sarvam and MiniCPM3.
+
+The layers are a Python loop, not a scan: a scan would slice each layer's experts out of one stacked
+array, and XLA copies such a slice before a library's matmul reads it, doubling what a decode step
+moves.
+
+Letters: B batch, T tokens, D hidden size, W words.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from mla_jax.attention import MultiHeadLatentAttention
+from mla_jax.cache import LatentCache
+from mla_jax.models.deepseek_config import DeepseekConfig
+from mla_jax.models.experts import GatedMLP, MixtureOfExperts
+
+
+class DeepseekBlock(nnx.Module):
+    """One layer: attention and MLP, each behind its norm."""
+
+    def __init__(self, config: DeepseekConfig, layer: int, *, precision, implementation, **types):
+        width = config.attention.hidden_size
+        self.scale = config.residual_scale
+        self.attention_norm = nnx.RMSNorm(width, epsilon=config.rms_norm_eps, **types)
+        self.attention = MultiHeadLatentAttention(
+            config.attention, precision=precision, implementation=implementation, **types
+        )
+        self.mlp_norm = nnx.RMSNorm(width, epsilon=config.rms_norm_eps, **types)
+        if config.is_sparse(layer):
+            self.mlp = MixtureOfExperts(config, precision=precision, **types)
+        else:
+            self.mlp = GatedMLP(width, config.intermediate_size, precision=precision, **types)
+
+    def add(self, x, y):
+        """The sum, y scaled as MiniCPM3 does."""
+        return x + (y if self.scale == 1 else y * self.scale)
+
+    def feed_forward(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The MLP with its norm and residual."""
+        with jax.named_scope("mlp"):
+            return self.add(x, self.mlp(self.mlp_norm(x)))
+
+
+class DeepseekDecoder(nnx.Module):
+    """A language model of DeepSeek's shape.
+
+    Args:
+        config: its shape.
+        dtype, param_dtype, precision, implementation, rngs: as in `MultiHeadLatentAttention`. The
+            router's parameters are float32 whatever param_dtype says.
+
+    >>> import mla_jax, jax.numpy as jnp
+    >>> from flax import nnx
+    >>> from mla_jax.models import DeepseekConfig, DeepseekDecoder
+    >>> model = DeepseekDecoder(DeepseekConfig.from_preset("tiny"), rngs=nnx.Rngs(0))
+    >>> model(jnp.zeros((2, 5), jnp.int32)).shape
+    (2, 5, 256)
+    """
+
+    def __init__(
+        self,
+        config: DeepseekConfig,
+        *,
+        dtype=None,
+        param_dtype=jnp.float32,
+        precision=None,
+        implementation: str | None = None,
+        rngs: nnx.Rngs,
+    ):
+        width = config.attention.hidden_size
+        types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.config = config
+        self.embed = nnx.Embed(
+            config.vocab_size, width, embedding_init=nnx.initializers.normal(width**-0.5), **types
+        )
+        self.blocks = nnx.List(
+            DeepseekBlock(
+                config, layer, precision=precision, implementation=implementation, **types
+            )
+            for layer in range(config.attention.num_hidden_layers)
+        )
+        self.norm = nnx.RMSNorm(width, epsilon=config.rms_norm_eps, **types)
+        tied = config.tie_word_embeddings
+        head = {"use_bias": False, "precision": precision, **types}
+        self.head = None if tied else nnx.Linear(width, config.vocab_size, **head)
+
+    def __call__(self, tokens: Int[Array, "B T"], **options) -> Float[Array, "B T W"]:
+        """Logits [B T W] in float32, without a cache; options as in the layer's `__call__`."""
+        x = self._embed(tokens)
+        for block in self.blocks:
+            y = block.attention(block.attention_norm(x), **options)
+            x = block.feed_forward(block.add(x, y))
+        return self._logits(x)
+
+    def init_cache(self, batch_size: int, max_length: int, dtype=None) -> tuple[LatentCache, ...]:
+        """An empty cache per layer: see `MultiHeadLatentAttention.init_cache`."""
+        return tuple(
+            block.attention.init_cache(batch_size, max_length, dtype) for block in self.blocks
+        )
+
+    def prefill(
+        self,
+        tokens: Int[Array, "B T"],
+        cache: tuple[LatentCache, ...],
+        lengths: Int[Array, "B"] | None = None,
+    ) -> tuple[Float[Array, "B T W"], tuple[LatentCache, ...]]:
+        """Appends `lengths[b]` tokens to row b: see `MultiHeadLatentAttention.prefill`.
+
+        Returns:
+            logits [B T W], meaningless past a row's length, and the new caches.
+        """
+        x, cache = self._hidden(tokens, cache, lengths)
+        return self._logits(x), cache
+
+    def prefill_last(
+        self,
+        tokens: Int[Array, "B T"],
+        cache: tuple[LatentCache, ...],
+        lengths: Int[Array, "B"],
+    ) -> tuple[Float[Array, "B W"], tuple[LatentCache, ...]]:
+        """`prefill` with the logits of each row's last token only: a prompt's are often too many.
+
+        A row of length 0 gives logits that mean nothing.
+        """
+        x, cache = self._hidden(tokens, cache, lengths)
+        last = jnp.maximum(lengths - 1, 0)[:, None, None]
+        return self._logits(jnp.take_along_axis(x, last, axis=1))[:, 0], cache
+
+    def decode(
+        self, tokens: Int[Array, "B T"], cache: tuple[LatentCache, ...]
+    ) -> tuple[Float[Array, "B T W"], tuple[LatentCache, ...]]:
+        """Appends T new tokens to every row: see `MultiHeadLatentAttention.decode`."""
+        x, cache = self._hidden(tokens, cache, None)
+        return self._logits(x), cache
+
+    def _hidden(self, tokens, cache, lengths):
+        if len(cache) != len(self.blocks):
+            raise ValueError(
+                f"cache has {len(cache)} layers, the model {len(self.blocks)}: make it with "
+                "model.init_cache()."
+            )
+        x, new, schedule = self._embed(tokens), [], None
+        if lengths is None:
+            schedule = self.blocks[0].attention.decode_schedule(cache[0], tokens.shape[1])
+        for block, held in zip(self.blocks, cache, strict=True):
+            hidden = block.attention_norm(x)
+            if lengths is None:
+                y, held = block.attention.decode(hidden, held, schedule=schedule)
+            else:
+                y, held = block.attention.prefill(hidden, held, lengths)
+            x = block.feed_forward(block.add(x, y))
+            new.append(held)
+        return x, tuple(new)
+
+    def _embed(self, tokens):
+        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(
+                f"tokens is {tokens.dtype} of shape {tokens.shape}: it must be integer [B T]."
+            )
+        x = self.embed(tokens)
+        return x if self.config.embed_scale == 1 else x * self.config.embed_scale
+
+    def _logits(self, x):
+        with jax.named_scope("head"):
+            x = self.norm(x)
+            logits = self.embed.attend(x) if self.head is None else self.head(x)
+            return logits.astype(jnp.float32) * self.config.logit_scale

@@ -1,0 +1,186 @@
+"""The shape of a whole model of DeepSeek's kind: from a preset or a Hugging Face config.json."""
+
+import dataclasses
+import math
+import os
+import tomllib
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+from mla_jax import huggingface
+from mla_jax.config import MLAConfig, configs_dir
+
+_FAMILIES = (
+    "deepseek_v2", "deepseek_v3", "kimi_k2", "kimi_k25", "kimi_vl", "glm4_moe_lite", "youtu",
+    "youtu_llm", "axk1", "AXK1", "sarvam_mla", "minicpm3",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeepseekConfig:
+    """Shape of a `DeepseekDecoder`; keys are the Hugging Face config's where it has them.
+
+    Attributes:
+        attention: of every layer; its hidden_size and num_hidden_layers are the model's.
+        vocab_size: W.
+        intermediate_size: F of the dense layers.
+        moe_intermediate_size: F of one expert.
+        n_routed_experts: E; None has dense layers only.
+        num_experts_per_tok: K.
+        n_shared_experts: experts' widths that every token's shared expert has; 0 is none.
+        first_k_dense_replace: dense layers before the first mixture.
+        scoring_func: how the router scores: "softmax" (V2) or "sigmoid" (V3).
+        norm_topk_prob: the chosen experts' weights are divided by their sum.
+        routed_scaling_factor: and multiplied by this.
+        n_group: G; where above 1, experts are chosen from the best `topk_group` groups only.
+        topk_group: those groups. A group counts as its best expert under softmax, as the sum of its
+            two best under sigmoid.
+        rms_norm_eps: epsilon of the norms around attention and MLP.
+        tie_word_embeddings: the head is the embedding.
+        embed_scale, residual_scale, logit_scale: MiniCPM3's factors on embeddings, on what a layer
+            adds, and on logits.
+        eos_token_ids: tokens that end a text.
+
+    Raises:
+        ValueError: a value that cannot be; the message names the key.
+    """
+
+    attention: MLAConfig
+    vocab_size: int
+    intermediate_size: int
+    moe_intermediate_size: int | None = None
+    n_routed_experts: int | None = None
+    num_experts_per_tok: int = 1
+    n_shared_experts: int = 0
+    first_k_dense_replace: int = 0
+    scoring_func: Literal["softmax", "sigmoid"] = "softmax"
+    norm_topk_prob: bool = False
+    routed_scaling_factor: float = 1.0
+    n_group: int = 1
+    topk_group: int = 1
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    embed_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        whole = ["vocab_size", "intermediate_size", "n_group", "topk_group", "num_experts_per_tok"]
+        if self.n_routed_experts is not None:
+            whole += ["n_routed_experts", "moe_intermediate_size"]
+        for key in whole:
+            value = getattr(self, key)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{key}={value!r}: {key} must be a positive whole number.")
+        for key in ("n_shared_experts", "first_k_dense_replace"):
+            value = getattr(self, key)
+            if not isinstance(value, int) or value < 0:
+                raise ValueError(f"{key}={value!r}: {key} must be a whole number >= 0.")
+        if self.scoring_func not in ("softmax", "sigmoid"):
+            raise ValueError(f"scoring_func={self.scoring_func!r}: must be softmax or sigmoid.")
+        experts = self.n_routed_experts or self.num_experts_per_tok
+        inside = self.topk_group * (experts // self.n_group)
+        if experts % self.n_group or self.topk_group > self.n_group:
+            raise ValueError(
+                f"n_group={self.n_group}: it must divide n_routed_experts={experts} and be at "
+                f"least topk_group={self.topk_group}."
+            )
+        if self.num_experts_per_tok > inside:
+            raise ValueError(
+                f"num_experts_per_tok={self.num_experts_per_tok}: only {inside} can be chosen from."
+            )
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether a layer's MLP is a mixture of experts."""
+        return self.n_routed_experts is not None and layer >= self.first_k_dense_replace
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    @classmethod
+    def from_preset(cls, name: str) -> Self:
+        """The whole shape of a released model: a preset of `MLAConfig` with a [decoder] table.
+
+        Raises:
+            ValueError: no such preset, or one that describes the attention only.
+        """
+        attention = MLAConfig.from_preset(name)
+        path = configs_dir() / "models" / f"{MLAConfig.preset_file(name)}.toml"
+        decoder = tomllib.loads(path.read_text(encoding="utf-8")).get("decoder")
+        if decoder is None:
+            raise ValueError(
+                f"the preset {name!r} describes the attention only; whole models: "
+                f"{', '.join(decoder_presets())}."
+            )
+        return cls(attention=attention, **decoder)
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any] | str | os.PathLike) -> Self:
+        """Reads a config.json: see `MLAConfig.from_hf`.
+
+        Raises:
+            ValueError: a family whose decoder has another shape, or a key that asks for what this
+                decoder does not do.
+        """
+        hf, where = huggingface.read_config(config)
+        attention = MLAConfig.from_hf(hf)
+        hf = huggingface.language_model(hf)
+        family = hf.get("model_type")
+        if family is not None and family not in _FAMILIES:
+            raise ValueError(
+                f"{where}: model_type={family!r}: this decoder has the shape of "
+                f"{', '.join(_FAMILIES)}; other families' attention layers load into "
+                "MultiHeadLatentAttention."
+            )
+        for key, allowed in (("hidden_act", ("silu",)), ("mlp_bias", (False,)),
+                             ("moe_layer_freq", (1,))):  # fmt: skip
+            if hf.get(key) not in (None, *allowed):
+                raise ValueError(f"{where}: {key}={hf[key]!r}: supported is {allowed[0]!r}.")
+        names = {field.name for field in dataclasses.fields(cls)} - {"attention"}
+        fields = {key: hf[key] for key in names if hf.get(key) is not None}
+        for theirs, ours in (("num_experts", "n_routed_experts"),
+                             ("num_shared_experts", "n_shared_experts")):  # fmt: skip
+            if hf.get(theirs) is not None:
+                fields.setdefault(ours, hf[theirs])
+        if "scoring_func" not in fields:
+            sigmoid = family not in ("deepseek_v2", None) or hf.get("topk_method") == "noaux_tc"
+            fields["scoring_func"] = "sigmoid" if sigmoid else "softmax"
+        if fields["scoring_func"] == "sigmoid":
+            fields.setdefault("norm_topk_prob", True)
+        if hf.get("topk_method") == "greedy":
+            fields |= {"n_group": 1, "topk_group": 1}
+        kinds = hf.get("mlp_layer_types")
+        if isinstance(kinds, list):
+            dense = kinds.index("sparse") if "sparse" in kinds else len(kinds)
+            if kinds != ["dense"] * dense + ["sparse"] * (len(kinds) - dense):
+                raise ValueError(
+                    f"{where}: mlp_layer_types={kinds!r}: dense layers must come first."
+                )
+            fields["first_k_dense_replace"] = dense
+        if family == "minicpm3":
+            depth, base = hf.get("scale_depth"), hf.get("dim_model_base")
+            fields["embed_scale"] = float(hf.get("scale_emb", 12))
+            if depth is not None:
+                fields["residual_scale"] = depth / math.sqrt(attention.num_hidden_layers)
+            if base is not None:
+                fields["logit_scale"] = base / attention.hidden_size
+            fields.setdefault("tie_word_embeddings", True)
+        stop = hf.get("eos_token_id")
+        fields["eos_token_ids"] = (
+            tuple(stop) if isinstance(stop, list) else () if stop is None else (stop,)
+        )
+        missing = [key for key in ("vocab_size", "intermediate_size") if key not in fields]
+        if missing:
+            raise ValueError(f"{where} lacks {', '.join(missing)}.")
+        try:
+            return cls(attention=attention, **fields)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where}: {error}") from error
+
+
+def decoder_presets() -> tuple[str, ...]:
+    """Presets that describe a whole decoder."""
+    files = sorted((configs_dir() / "models").glob("*.toml"))
+    return tuple(file.stem for file in files if "\n[decoder]" in file.read_text(encoding="utf-8"))

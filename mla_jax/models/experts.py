@@ -1,0 +1,193 @@
+"""Gated MLPs, and mixtures of them behind a router (DeepSeekMoE, arXiv 2401.06066).
+
+The experts of one layer are one array, never a loop in Python.
+
+Letters: D hidden size, F intermediate size, M tokens of all rows, E experts, K experts per token,
+G groups of experts.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from mla_jax.models.deepseek_config import DeepseekConfig
+
+_DENSE_TOKENS = 256  # up to here reading every expert once beats sorting
+_BLOCK = 256  # tokens of one expert in a matmul
+
+
+class GatedMLP(nnx.Module):
+    """down(silu(gate x) * up x), arXiv 2002.05202."""
+
+    def __init__(self, width: int, inner: int, *, precision, **types):
+        def linear(inputs, outputs):
+            return nnx.Linear(inputs, outputs, use_bias=False, precision=precision, **types)
+
+        self.gate_proj = linear(width, inner)
+        self.up_proj = linear(width, inner)
+        self.down_proj = linear(inner, width)
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Router(nnx.Module):
+    """Which experts a token goes to, and their weights: float32 throughout.
+
+    `bias` [E] (sigmoid scoring) shifts the choice but not the weights (DeepSeek-V3,
+    arXiv 2412.19437, section 2.1.2).
+    """
+
+    def __init__(self, config: DeepseekConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        shape = (config.attention.hidden_size, config.n_routed_experts)
+        self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), shape, jnp.float32))
+        if config.scoring_func == "sigmoid":
+            self.bias = nnx.Param(jnp.zeros((config.n_routed_experts,), jnp.float32))
+
+    def __call__(self, x: Float[Array, "M D"]) -> tuple[Int[Array, "M K"], Float[Array, "M K"]]:
+        config = self.config
+        logits = jnp.dot(x.astype(jnp.float32), self.kernel[...], precision="highest")
+        if config.scoring_func == "sigmoid":
+            scores = jax.nn.sigmoid(logits)
+            choice = scores + self.bias[...][None]
+        else:
+            scores = choice = jax.nn.softmax(logits, axis=-1)
+        if config.n_group > 1:
+            groups = choice.reshape(len(x), config.n_group, -1)
+            best = 2 if config.scoring_func == "sigmoid" else 1
+            worth = lax.top_k(groups, min(best, groups.shape[-1]))[0].sum(-1)
+            kept = lax.top_k(worth, config.topk_group)[1]
+            allowed = jax.nn.one_hot(kept, config.n_group, dtype=bool).any(1)
+            # -inf, not 0: with its bias a score may be negative, and 0 would win.
+            choice = jnp.where(allowed[..., None], groups, -jnp.inf).reshape(choice.shape)
+        experts = lax.top_k(choice, config.num_experts_per_tok)[1]
+        weights = jnp.take_along_axis(scores, experts, axis=-1)
+        if config.norm_topk_prob:
+            weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
+        return experts, weights * config.routed_scaling_factor
+
+
+class MixtureOfExperts(nnx.Module):
+    """A router's choice of experts, and a shared one: kernels [E D F], [E D F] and [E F D]."""
+
+    def __init__(self, config: DeepseekConfig, *, precision, dtype, param_dtype, rngs):
+        width, inner = config.attention.hidden_size, config.moe_intermediate_size
+        assert inner is not None
+        assert config.n_routed_experts is not None
+        self.config, self.precision, self.dtype = config, precision, dtype
+        self.router = Router(config, rngs=rngs)
+        initial = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", 1, 2, (0,))
+
+        def kernel(*shape):
+            return nnx.Param(initial(rngs.params(), shape, param_dtype))
+
+        self.gate_proj = kernel(config.n_routed_experts, width, inner)
+        self.up_proj = kernel(config.n_routed_experts, width, inner)
+        self.down_proj = kernel(config.n_routed_experts, inner, width)
+        shared = inner * config.n_shared_experts
+        types = {"precision": precision, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.shared = GatedMLP(width, shared, **types) if shared else None
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        flat = x.reshape(-1, x.shape[-1])
+        with jax.named_scope("router"):
+            experts, weights = self.router(flat)
+        with jax.named_scope("experts"):
+            mixed = self._experts(flat, experts, weights).reshape(x.shape)
+        if self.shared is None:
+            return mixed
+        with jax.named_scope("shared_expert"):
+            return mixed + self.shared(x)
+
+    def _experts(self, x, experts, weights):
+        """Every token through its experts, by whichever way moves the fewest weights for M tokens.
+
+        `lax.ragged_dot` is made for this and used on TPUs. Elsewhere jax may turn it into a product
+        with E masked copies of its input, [E MK D], as it does on CPUs.
+        """
+        dtype = self.dtype or jnp.promote_types(x.dtype, self.gate_proj.dtype)
+        x, pairs = x.astype(dtype), experts.size
+        if 2 * pairs <= self.gate_proj.shape[0]:
+            mixed = self._by_pair(x, experts, weights)
+        elif len(x) <= _DENSE_TOKENS:
+            mixed = self._all_experts(x, experts, weights)
+        else:
+            mixed = self._sorted(x, experts, weights)
+        return mixed.astype(dtype)
+
+    def _gated(self, letters, back, x, kernels):
+        """Gated MLPs as two einsums: `letters` takes x to [... F], `back` returns it."""
+        gate, up, down = (kernel.astype(x.dtype) for kernel in kernels)
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        einsum = functools.partial(
+            jnp.einsum, precision=self.precision, preferred_element_type=wide
+        )
+        hidden = jax.nn.silu(einsum(letters, x, gate)) * einsum(letters, x, up)
+        return einsum(back, hidden.astype(x.dtype), down)
+
+    def _kernels(self):
+        return self.gate_proj[...], self.up_proj[...], self.down_proj[...]
+
+    def _by_pair(self, x, experts, weights):
+        """Few pairs of token and expert: the kernels of just those, gathered."""
+        chosen = [kernel[experts] for kernel in self._kernels()]
+        own = self._gated("MD,MKDF->MKF", "MKF,MKFD->MKD", x, chosen)
+        return (own * weights[..., None]).sum(1)
+
+    def _all_experts(self, x, experts, weights):
+        """Some tokens, which need most experts: all experts for all tokens, kernels read once."""
+        own = self._gated("MD,EDF->EMF", "EMF,EFD->EMD", x, self._kernels())
+        rows = jnp.arange(len(x))[:, None]
+        share = jnp.zeros((len(x), len(own)), weights.dtype).at[rows, experts].add(weights)
+        return jnp.einsum("EMD,ME->MD", own, share, precision=self.precision)
+
+    def _sorted(self, x, experts, weights):
+        """Many tokens: sorted by expert, then ragged matmuls, or matmuls of one expert's block."""
+        count, groups = self.config.num_experts_per_tok, self.gate_proj.shape[0]
+        flat = experts.reshape(-1)
+        order = jnp.argsort(flat, stable=True)
+        sizes = jnp.bincount(flat, length=groups).astype(jnp.int32)
+        if jax.default_backend() == "tpu":
+            outputs = self._ragged(x[order // count], sizes)
+            own = outputs[jnp.argsort(order)]  # back in the tokens' order
+        else:
+            # Every expert's tokens start a block of their own; at most one block each is not full.
+            blocks = -(-flat.size // _BLOCK) + groups
+            needed = -(-sizes // _BLOCK)
+            ends = jnp.cumsum(needed)
+            starts, before = ends - needed, jnp.cumsum(sizes) - sizes
+            ranked = flat[order]
+            rank = jnp.arange(flat.size, dtype=jnp.int32) - before[ranked]
+            place = starts[ranked] * _BLOCK + rank
+            padded = (
+                jnp.zeros((blocks * _BLOCK, x.shape[-1]), x.dtype)
+                .at[place]
+                .set(x[order // count], unique_indices=True)
+            )
+            owner = jnp.searchsorted(ends, jnp.arange(blocks), side="right")
+            kernels = self._kernels()
+
+            def one(block):
+                tokens, expert = block
+                return self._gated("MD,DF->MF", "MF,FD->MD", tokens, [k[expert] for k in kernels])
+
+            blocked = padded.reshape(blocks, _BLOCK, -1)
+            owner = jnp.minimum(owner, groups - 1)
+            outputs = lax.map(one, (blocked, owner), batch_size=min(16, blocks))
+            outputs = outputs.reshape(blocks * _BLOCK, -1)
+            own = outputs[jnp.zeros_like(place).at[order].set(place, unique_indices=True)]
+        return (own.reshape(len(x), count, -1) * weights[..., None]).sum(1)
+
+    def _ragged(self, x, sizes):
+        ragged = functools.partial(
+            lax.ragged_dot, group_sizes=sizes, precision=self.precision,
+            preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
+        )  # fmt: skip
+        gate, up, down = (kernel.astype(x.dtype) for kernel in self._kernels())
+        hidden = jax.nn.silu(ragged(x, gate)) * ragged(x, up)
+        return ragged(hidden.astype(x.dtype), down)

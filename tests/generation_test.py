@@ -1,0 +1,167 @@
+"""Generation: plain, in batches, speculative; tokenizers; what it refuses."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+from flax import nnx
+
+from mla_jax import generation
+from mla_jax.generation import Tokenizer, generate
+from mla_jax.models import DeepseekConfig, DeepseekDecoder
+
+
+@functools.cache
+def model():
+    config = DeepseekConfig.from_preset("tiny")
+    config = config.replace(attention=config.attention.replace(num_hidden_layers=2))
+    return DeepseekDecoder(config, precision="highest", rngs=nnx.Rngs(0))
+
+
+PROMPTS = [list(b"abcabcabcab"), list(b"x"), list(b"one two three one two")]
+_full = jax.jit(lambda model, tokens: model(tokens))
+
+
+@functools.cache
+def greedy(prompt: bytes, count: int):
+    """By full passes, one token at a time."""
+    tokens = list(prompt)
+    for _ in range(count):
+        padded = np.zeros((1, 48), np.int32)
+        padded[0, : len(tokens)] = tokens
+        tokens.append(int(_full(model(), jnp.asarray(padded))[0, len(tokens) - 1].argmax()))
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("block", [4, 100])
+def test_a_ragged_batch_is_every_prompt_alone(block):
+    seen = [[], [], []]
+    result = generate(
+        model(), PROMPTS, max_new_tokens=11, block=block,
+        on_tokens=lambda row, tokens: seen[row].extend(tokens),
+    )  # fmt: skip
+    assert result.tokens == [greedy(bytes(prompt), 11) for prompt in PROMPTS] == seen
+    assert (result.new_tokens, result.steps, result.accepted) == (33, 10, None)
+    assert result.cache_bytes == 2 * 3 * 128 * 80 * 4  # 21 + 11 slots, rounded up
+    assert result.tokens_per_second > 0
+
+
+def test_prompts_in_chunks(monkeypatch):
+    whole = generate(model(), PROMPTS, max_new_tokens=5)
+    monkeypatch.setattr(generation, "_PREFILL_TOKENS", 15)  # 5 tokens a row
+    assert generate(model(), PROMPTS, max_new_tokens=5).tokens == whole.tokens
+
+
+@pytest.mark.parametrize("drafts", [1, 4])
+def test_speculation_changes_nothing_but_the_steps(drafts):
+    result = generate(model(), PROMPTS, max_new_tokens=20, speculate=drafts, block=4)
+    assert result.tokens == [greedy(bytes(prompt), 20) for prompt in PROMPTS]
+    assert 0 <= result.accepted <= 1
+
+
+def test_speculation_saves_steps_where_text_repeats():
+    class Parrot:
+        """After token t comes t + 1 modulo 7, whatever was before."""
+
+        config = model().config
+
+        def init_cache(self, rows, slots):
+            return model().init_cache(rows, slots)
+
+        def prefill_last(self, tokens, cache, lengths):
+            logits, cache = self._run(tokens, cache, lengths)
+            last = jnp.maximum(lengths - 1, 0)[:, None, None]
+            return jnp.take_along_axis(logits, last, axis=1)[:, 0], cache
+
+        def decode(self, tokens, cache):
+            return self._run(tokens, cache, None)
+
+        def _run(self, tokens, cache, lengths):
+            blank = [jnp.zeros((*tokens.shape, width)) for width in (64, 16)]
+            cache = tuple(held.append(*blank, lengths) for held in cache)
+            return jax.nn.one_hot((tokens + 1) % 7, 256), cache
+
+    jax.tree_util.register_static(Parrot)
+    prompt = [0, 1, 2, 3, 4, 5, 6, 0, 1]
+    expected = [(2 + i) % 7 for i in range(30)]
+    for drafts, least in ((0, 29), (4, 6)):
+        result = generate(Parrot(), [prompt], max_new_tokens=30, speculate=drafts, block=1)
+        assert result.tokens == [expected]
+        assert result.steps == least
+    assert result.accepted == 1
+
+
+def test_look_up():
+    text = jnp.asarray([[1, 2, 3, 9, 1, 2, 3, 0, 0, 0], [5, 6, 7, 8, 0, 0, 0, 0, 0, 0]])
+    found = generation._look_up(text, jnp.asarray([7, 4]), 3)
+    np.testing.assert_array_equal(found, [[9, 1, 2], [8, 8, 8]])
+    # the longest match wins over the latest
+    text = jnp.asarray([[1, 2, 3, 4, 3, 8, 1, 2, 3, 0]])
+    np.testing.assert_array_equal(generation._look_up(text, jnp.asarray([9]), 2), [[4, 3]])
+
+
+def test_stop_tokens_end_rows():
+    plain = generate(model(), PROMPTS, max_new_tokens=11).tokens
+    stop = plain[0][3]
+    result = generate(model(), PROMPTS, max_new_tokens=11, stop_tokens=(stop,), block=2)
+    for got, full in zip(result.tokens, plain, strict=True):
+        assert got == (full[: full.index(stop) + 1] if stop in full else full)
+
+
+def test_sampling_is_seeded():
+    options = {"max_new_tokens": 8, "temperature": 1.0, "top_k": 50, "top_p": 0.9}
+    one, same, other = (generate(model(), PROMPTS, seed=s, **options).tokens for s in (1, 1, 2))
+    assert one == same != other
+
+
+def test_the_decode_block_is_one_program_that_donates_the_cache():
+    cache = model().init_cache(2, 64)
+    arguments = (model(), jnp.zeros(2, jnp.int32), cache, jax.random.key(0))
+    sampling = {"temperature": 0.0, "top_k": None, "top_p": None}
+    compiled = generation._decode_block.lower(*arguments, steps=8, **sampling).compile()
+    assert compiled.memory_analysis().alias_size_in_bytes >= sum(held.nbytes for held in cache)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([], {}, "at least one"),
+        ([[1], []], {}, "none may be empty"),
+        ([[1, 256]], {}, "prompt 0 has token 256: the model has 256 words"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0"),
+        ([[1]], {"speculate": -1}, "speculate=-1"),
+        ([[1]], {"speculate": 2, "temperature": 0.5}, "temperature=0"),
+        ([[1] * 8], {"max_length": 9, "max_new_tokens": 4}, "max_length=9.*need 12 slots"),
+        ([[1]], {"max_new_tokens": 5000}, "1024 positions"),
+        ([[1]], {"temperature": -1.0}, "temperature=-1"),
+    ],
+)
+def test_refusals(prompts, options, message):
+    with pytest.raises(ValueError, match=message):
+        generate(model(), prompts, **options)
+
+
+def test_bytes_where_there_is_no_tokenizer(tmp_path):
+    tokenizer = Tokenizer.from_checkpoint(tmp_path)
+    assert tokenizer.is_bytes
+    assert tokenizer.encode(["aé", "b"]) == [[97, 195, 169], [98]]
+    assert tokenizer.decode([97, 195, 169, 300]) == "aé\ufffd"
+
+
+def test_a_tokenizer_of_a_checkpoint(tmp_path):
+    words = tokenizers.models.WordLevel({"<s>": 0, "hello": 1, "world": 2, "?": 3}, unk_token="?")
+    own = tokenizers.Tokenizer(words)
+    own.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    own.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    own.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.from_checkpoint(tmp_path)
+    assert tokenizer.encode(["hello world", "world"]) == [[0, 1, 2], [0, 2]]
+    assert tokenizer.decode([1, 2]) == "hello world"
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match=r"tokenizer\.json cannot be read"):
+        Tokenizer.from_checkpoint(tmp_path)

@@ -1,0 +1,281 @@
+"""The TPU decode kernel in the interpreter; compiled for TPUs where libtpu is installed.
+
+The interpreter finds races and reads out of bounds, and fills uninitialised memory with NaN.
+"""
+
+import functools
+import importlib.util
+import subprocess
+import sys
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from common import relative
+from flax import nnx
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import PartitionSpec
+
+import mla_jax
+from mla_jax import MLAConfig, MultiHeadLatentAttention
+from mla_jax.ops import api, pallas_tpu, reference
+from mla_jax.ops.pallas_tpu import Plan
+
+SCALE = 0.11
+# bfloat16: rounded weights and a rounded result, each within half a unit of the last place.
+TOLERANCE = {jnp.float32: 3e-6, jnp.bfloat16: 2 * float(jnp.finfo(jnp.bfloat16).eps)}
+
+
+@pytest.fixture(autouse=True)
+def interpreter(request):
+    cores = getattr(request, "param", 1)
+    params = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=cores)
+    with pltpu.force_tpu_interpret_mode(params):
+        yield
+    pltpu.reset_tpu_interpret_mode_state()
+
+
+def draw(rng, batch, tokens, slots, heads, rank=128, rope=16, dtype=jnp.float32):
+    shapes = ((batch, tokens, heads, rank), (batch, tokens, heads, rope))
+    shapes += ((batch, slots, rank), (batch, slots, rope))
+    return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
+
+
+def ints(*values):
+    return jnp.asarray(np.array(values, np.int32))
+
+
+def poison(args, lengths):
+    """NaN in every slot that no query sees."""
+    limits = reference.query_limits(lengths, args[0].shape[0], args[0].shape[1], args[2].shape[1])
+    unseen = (np.arange(args[2].shape[1])[None] >= np.asarray(limits).max(1)[:, None])[..., None]
+    return [*args[:2], *(jnp.where(unseen, jnp.nan, array) for array in args[2:])]
+
+
+def run(args, lengths, *, block=128, ring=4, cores=1):
+    plan = Plan(block=block, ring=ring, cores=cores, vmem_bytes=2**25)
+    call = jax.jit(functools.partial(pallas_tpu.decode, scale=SCALE, plan=plan))
+    got = jax.block_until_ready(call(*args, lengths))
+    assert not interpret_pallas_call.races.races_found
+    return got
+
+
+def check(args, lengths, **plan):
+    out, lse = run(args if lengths is None else poison(args, lengths), lengths, **plan)
+    want, want_lse = reference.latent_attention(*args, lengths=lengths, scale=SCALE)
+    assert out.dtype == args[0].dtype
+    dtype = args[0].dtype.type
+    if np.asarray(want, np.float32).any():
+        assert relative(out, want) < TOLERANCE[dtype]
+    seen = np.isfinite(want_lse)
+    np.testing.assert_array_equal(np.isfinite(lse), seen)
+    np.testing.assert_allclose(lse[seen], want_lse[seen], atol=2e-5)
+    assert (np.asarray(out, np.float32)[~seen] == 0).all()
+    assert (np.asarray(lse)[~seen] == -np.inf).all()
+
+
+@pytest.mark.parametrize("heads", [1, 20, 128])
+def test_any_number_of_heads(heads, rng):
+    check(draw(rng, 2, 1, 256, heads), ints(256, 77))
+
+
+@pytest.mark.parametrize(
+    ("widths", "dtype"),
+    [
+        ((512, 64), jnp.bfloat16), ((256, 64), jnp.float32), ((256, 32), jnp.bfloat16),
+        ((128, 32), jnp.float32), ((512, 0), jnp.bfloat16), ((512, 0), jnp.float32),
+    ],
+)  # fmt: skip
+def test_widths_and_dtypes(widths, dtype, rng):
+    check(draw(rng, 2, 1, 384, 8, *widths, dtype), ints(200, 384))
+
+
+def test_lengths_around_blocks(rng):
+    lengths = ints(119, 127, 128, 129, 133, 1001, 1023, 1024, 1025, 0, 1, 1152)
+    args = draw(rng, len(lengths), 1, 1152, 4)
+    check(args, lengths, block=128)
+    check(args, lengths, block=512)  # the last block starts early: 1152 is 2.25 blocks
+
+
+@pytest.mark.parametrize("interpreter", [2], indirect=True)
+@pytest.mark.parametrize(
+    "lengths", [(0, 0, 0), (1024, 0, 0, 0), (0, 0, 1024, 3), (130, 1024, 0, 77), (1000,)],
+    ids=str,
+)  # fmt: skip
+def test_two_cores_share_the_blocks(lengths, rng):
+    check(draw(rng, len(lengths), 1, 1024, 4), ints(*lengths), cores=2)
+
+
+def test_one_full_row_among_empty_ones(rng):
+    check(draw(rng, 7, 1, 512, 4), ints(0, 0, 0, 512, 0, 0, 0), ring=3)
+    check(draw(rng, 2, 1, 512, 4), ints(0, 0))
+
+
+@pytest.mark.parametrize("tokens", [3, 8])
+def test_new_tokens_are_causal(tokens, rng):
+    args = draw(rng, 4, tokens, 384, 4)
+    check(args, ints(384, 1, 130, 0))
+    if tokens == 8:
+        return
+    check(args, None)
+    per_query = rng.integers(-1, 385, (4, tokens)).astype(np.int32)
+    check(args, jnp.asarray(per_query))
+
+
+def test_halves_merge(rng):
+    args, lengths = draw(rng, 2, 1, 256, 4), ints(256, 140)
+    parts = [
+        run([*args[:2], *(a[:, part] for a in args[2:])], jnp.clip(lengths - first, 0, 128))
+        for part, first in ((slice(0, 128), 0), (slice(128, 256), 128))
+    ]
+    merged = mla_jax.merge_attention(*parts)
+    whole = run(args, lengths)
+    np.testing.assert_allclose(merged[0], whole[0], atol=2e-6)
+    np.testing.assert_allclose(merged[1], whole[1], atol=1e-5)
+
+
+PLANTED = {
+    "off_by_one_slot": lambda walk: mock.patch.object(
+        walk, "limits", lambda self, row, real=walk.limits: [n - 1 for n in real(self, row)]
+    ),
+    "future_token_visible": lambda walk: mock.patch.object(
+        walk, "limits", lambda self, row, real=walk.limits: [real(self, row)[-1]] * 2
+    ),
+    "stale_maximum": lambda walk: mock.patch.object(
+        walk, "opens", lambda self, step, item: step == 0
+    ),
+    "dropped_first_block": lambda walk: mock.patch.object(
+        walk, "keep",
+        lambda self, scores, opens, now, real=walk.keep: real(self, scores, True, now),
+    ),
+    "no_mask": lambda walk: mock.patch.object(walk, "mask", return_value=None),
+    "wait_forgotten": lambda walk: mock.patch.object(
+        walk, "copy_in",
+        lambda self, *args, real=walk.copy_in: None if args[2] == "wait" else real(self, *args),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bug", PLANTED)
+def test_planted_bugs_are_noticed(bug, rng):
+    args = draw(rng, 3, 2, 384, 4)
+    lengths = ints(384, 130, 200)
+    with PLANTED[bug](pallas_tpu._Walk), pytest.raises(AssertionError):
+        check(args, lengths)
+
+
+@pytest.mark.parametrize("bug", ["missing_rope", "wrong_scale", "dropped_first_key"])
+def test_bugs_of_a_caller_are_noticed(bug, rng):
+    args, lengths = draw(rng, 2, 1, 256, 4), ints(256, 130)
+    want, _ = reference.latent_attention(*args, lengths=lengths, scale=SCALE)
+    broken = list(args)
+    if bug == "missing_rope":
+        broken[1] = jnp.zeros_like(args[1])
+    elif bug == "wrong_scale":
+        broken[:2] = [a * 1.01 for a in args[:2]]
+    else:
+        broken[2:] = [jnp.roll(a.at[:, 0].set(0), -1, axis=1) for a in args[2:]]
+    assert relative(run(broken, lengths)[0], want) > 1e-3
+
+
+def serves(monkeypatch):
+    """Lets this CPU choose the kernel."""
+    tpu = mock.Mock(platform="tpu", device_kind="TPU v6 lite")
+    monkeypatch.setattr(api, "default_device", lambda: tpu)
+    monkeypatch.setattr(mla_jax.cache, "default_device", lambda: tpu)
+
+
+def test_gradient_is_the_reference_s(rng, monkeypatch):
+    serves(monkeypatch)
+    args, lengths = draw(rng, 2, 2, 128, 2), ints(128, 60)
+
+    def loss(name, *arrays):
+        out, lse = mla_jax.latent_attention(
+            *arrays, lengths=lengths, scale=SCALE, implementation=name
+        )
+        return jnp.sin(out).sum() + lse.sum()
+
+    grads = [jax.grad(functools.partial(loss, n), range(4))(*args) for n in (None, "reference")]
+    for got, want in zip(*grads, strict=True):
+        assert relative(got, want) < 2e-5
+
+
+def test_in_scan_and_shard_map(rng, monkeypatch):
+    serves(monkeypatch)
+    args, lengths = draw(rng, 2, 1, 128, 4), ints(100, 128)
+    want = reference.latent_attention(*args, lengths=lengths, scale=SCALE)
+    call = functools.partial(mla_jax.latent_attention, scale=SCALE, implementation="pallas_tpu")
+
+    def step(carry, _):
+        return carry, call(*args, lengths=carry)
+
+    _, (out, _) = jax.lax.scan(step, lengths, length=2)
+    np.testing.assert_allclose(out[1], want[0], atol=1e-5)
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    of_heads, of_rows = PartitionSpec("x", None, "y"), PartitionSpec("x")
+    out, lse = jax.jit(
+        jax.shard_map(
+            lambda *a: call(*a[:4], lengths=a[4]), mesh=mesh,
+            in_specs=(of_heads, of_heads, of_rows, of_rows, of_rows), out_specs=of_heads,
+        )
+    )(*args, lengths)  # fmt: skip
+    np.testing.assert_allclose(out, want[0], atol=1e-5)
+    np.testing.assert_allclose(lse, want[1], atol=1e-5)
+
+
+def test_a_layer_decodes_with_it(monkeypatch):
+    config = MLAConfig.from_preset("tiny").replace(kv_lora_rank=128)
+    layer = MultiHeadLatentAttention(config, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(1), (2, 7, config.hidden_size))
+    full = layer(x)
+    serves(monkeypatch)
+    y, cache = layer.prefill(x[:, :4], layer.init_cache(2, 128), form="expanded")
+    decode = jax.jit(lambda layer, x, cache: layer.decode(x, cache, form="absorbed"))
+    more, cache = decode(layer, x[:, 4:], cache)
+    np.testing.assert_allclose(jnp.concatenate([y, more], 1), full, atol=1e-5)
+    assert cache.length.tolist() == [7, 7]
+
+
+SPEC = api.Spec("latent_attention", 2, 1, 256, 16, (512, 64), 512, "bfloat16", ("lengths",))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dtype": "float16"}, "not float16"),
+        ({"options": ("mask",)}, "no mask"),
+        ({"queries": 9}, "up to 8 tokens"),
+        ({"heads": 256}, "up to 128 heads"),
+        ({"key_dims": (500, 64)}, "multiple of 128"),
+        ({"key_dims": (512, 8)}, "multiple of 16"),
+        ({"slots": 100}, "multiple of 128, not 100"),
+    ],
+)
+def test_why_not(change, reason):
+    tpu = mock.Mock(platform="tpu", device_kind="TPU v6 lite")
+    assert pallas_tpu.why_not(SPEC, tpu) is None
+    assert reason in pallas_tpu.why_not(api.dataclasses.replace(SPEC, **change), tpu)
+    assert "needs a TPU" in pallas_tpu.why_not(SPEC, jax.devices()[0])
+
+
+@pytest.mark.parametrize("kind", ["TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x", "TPU v9"])
+def test_plans_fit(kind):
+    for queries in (1, 16, 128, 1024):
+        for size in (2, 4):
+            plan = pallas_tpu.plan(queries, 32768, size, kind)
+            assert plan.block % 128 == 0
+            assert plan.vmem_bytes < 40 * 2**20  # of 64 MiB, or 128, that a core has
+    assert pallas_tpu.plan(16, 256, 2, kind).block == 256
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu is not installed: pip install --group tpu-aot",
+)
+def test_compiles_for_every_generation():
+    command = [sys.executable, "benchmarks/aot_tpu.py", "--short"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
