@@ -80,6 +80,12 @@ class RopeScaling:
         truncate: YaRN, round the correction range to whole channels, as Hugging Face does.
         short_factor: longrope, P/2 divisors of the frequencies up to the original length.
         long_factor: longrope, P/2 divisors used where max_position_embeddings exceeds it.
+
+    >>> RopeScaling(rope_type="linear", factor=4).factor
+    4
+    >>> RopeScaling(rope_type="linear")
+    Traceback (most recent call last):
+    ValueError: rope_scaling.factor=None: rope_scaling.factor must be a positive number.
     """
 
     rope_type: str
@@ -441,5 +447,9 @@ def configs_dir() -> pathlib.Path:
 
 
 def presets() -> tuple[str, ...]:
-    """Names that `MLAConfig.from_preset` knows."""
+    """Names that `MLAConfig.from_preset` knows.
+
+    >>> "deepseek_v3" in presets()
+    True
+    """
     return tuple(sorted(path.stem for path in (configs_dir() / "models").glob("*.toml")))

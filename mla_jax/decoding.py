@@ -30,13 +30,31 @@ def prefill_step(model, x, cache, lengths: Int[Array, "B"] | None = None):
 
     Returns:
         (outputs [B T ...], new cache). A row that overflows has `overflowed` set: jit cannot raise.
+
+    >>> import jax.numpy as jnp, mla_jax
+    >>> from flax import nnx
+    >>> config = mla_jax.MLAConfig.from_preset("tiny")
+    >>> layer = mla_jax.MultiHeadLatentAttention(config, rngs=nnx.Rngs(0))
+    >>> x, cache = jnp.ones((2, 5, 128)), layer.init_cache(batch_size=2, max_length=8)
+    >>> y, cache = prefill_step(layer, x, cache, jnp.array([5, 3]))
+    >>> y.shape, cache.length
+    ((2, 5, 128), Array([5, 3], dtype=int32))
     """
     return model.prefill(x, cache, lengths)
 
 
 @functools.partial(jax.jit, donate_argnames=("cache",))
 def decode_step(model, x, cache):
-    """`model.decode(x, cache)`, jitted, the cache donated: see `prefill_step`."""
+    """`model.decode(x, cache)`, jitted, the cache donated: see `prefill_step`.
+
+    >>> import jax.numpy as jnp, mla_jax
+    >>> from flax import nnx
+    >>> config = mla_jax.MLAConfig.from_preset("tiny")
+    >>> layer = mla_jax.MultiHeadLatentAttention(config, rngs=nnx.Rngs(0))
+    >>> y, cache = decode_step(layer, jnp.ones((2, 1, 128)), layer.init_cache(2, max_length=8))
+    >>> y.shape, cache.length
+    ((2, 1, 128), Array([1, 1], dtype=int32))
+    """
     return model.decode(x, cache)
 
 
@@ -63,6 +81,15 @@ def sample(
 
     Raises:
         ValueError: an argument out of range, or no key where one is needed.
+
+    >>> logits = jnp.array([[0.0, 2.0, 1.0], [3.0, 0.0, 1.0]])
+    >>> sample(logits, None)
+    Array([1, 0], dtype=int32)
+    >>> sample(logits, jax.random.key(0), temperature=1.0, top_k=1)
+    Array([1, 0], dtype=int32)
+    >>> sample(logits, None, temperature=1.0)
+    Traceback (most recent call last):
+    ValueError: temperature=1.0 draws at random: give key=jax.random.key(0).
     """
     words = logits.shape[-1]
     _check_sampling(words, key, temperature, top_k, top_p)
@@ -111,6 +138,16 @@ def decode_loop(
 
     Raises:
         ValueError: arguments out of range; or, outside jit, a row without room for `steps` tokens.
+
+    >>> import mla_jax
+    >>> from flax import nnx
+    >>> from mla_jax.models import Decoder, DecoderConfig
+    >>> config = DecoderConfig(attention=mla_jax.MLAConfig.from_preset("tiny"))
+    >>> model = Decoder(config, rngs=nnx.Rngs(0))
+    >>> cache = model.init_cache(batch_size=2, max_length=8)
+    >>> tokens, lengths, cache = decode_loop(model, jnp.array([7, 8]), cache, steps=4)
+    >>> tokens.shape, lengths, cache[0].length
+    ((2, 4), Array([4, 4], dtype=int32), Array([4, 4], dtype=int32))
     """
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps={steps!r}: it must be a whole number of at least 1.")

@@ -55,6 +55,14 @@ def load_attention(
     Raises:
         ValueError: a name missing or left over, or a shape that is not the layer's. Nothing is
             changed then.
+
+    >>> import mla_jax
+    >>> config = mla_jax.MLAConfig.from_preset("tiny")
+    >>> layer = mla_jax.MultiHeadLatentAttention(config, rngs=nnx.Rngs(0))
+    >>> other = mla_jax.MultiHeadLatentAttention(config, rngs=nnx.Rngs(1))
+    >>> load_attention(other, attention_tensors(layer))
+    >>> bool((other.w_uk == layer.w_uk).all())
+    True
     """
     given = _by_canonical_name(tensors)
     expected = dict(_parameters(layer))
@@ -94,6 +102,13 @@ def attention_tensors(
     Args:
         layer: the layer.
         names: "huggingface", or another of `checkpoint.names.STYLES`.
+
+    >>> import mla_jax
+    >>> config = mla_jax.MLAConfig.from_preset("tiny")
+    >>> layer = mla_jax.MultiHeadLatentAttention(config, rngs=nnx.Rngs(0))
+    >>> tensors = attention_tensors(layer)
+    >>> tensors["kv_a_proj_with_mqa.weight"].shape, tensors["kv_b_proj.weight"].shape
+    ((80, 128), (256, 64))
     """
     tensors = {}
     for name, (path, parameter) in _parameters(layer):
@@ -120,6 +135,15 @@ def save_attention(
         names: as in `attention_tensors`.
         prefix: before every name, "{layer}" being the index.
         shard_bytes: a new file starts before one would grow beyond this.
+
+    >>> import mla_jax
+    >>> config = mla_jax.MLAConfig.from_preset("tiny")
+    >>> layer = mla_jax.MultiHeadLatentAttention(config, rngs=nnx.Rngs(0))
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_attention(folder, {0: layer})
+    ...     with mla_jax.checkpoint.Checkpoint(folder) as files:
+    ...         load_attention(layer, files.attention(0))
     """
     tensors = {
         prefix.format(layer=index) + name: tensor
@@ -130,7 +154,12 @@ def save_attention(
 
 
 def place(host: np.ndarray, dtype, sharding: Sharding | None = None) -> jax.Array:
-    """A host array, of any strides, as a jax array; with a sharding only its parts are copied."""
+    """A host array, of any strides, as a jax array; with a sharding only its parts are copied.
+
+    >>> import jax.numpy as jnp
+    >>> place(np.ones((2, 3)), jnp.bfloat16).dtype
+    dtype(bfloat16)
+    """
     dtype = np.dtype(jax.dtypes.canonicalize_dtype(dtype))  # x64 may narrow it
     if sharding is None:
         # The copy is nobody else's: on a CPU it becomes the jax array, without a second one.

@@ -43,6 +43,11 @@ def load_decoder(
         ValueError: a config that is not of this shape; tensors missing, left over, or of another
             shape. The message names key and file.
         FileNotFoundError: no such folder or file.
+
+    >>> import jax.numpy as jnp, mla_jax
+    >>> model = load_decoder("DeepSeek-V2-Lite")  # doctest: +SKIP
+    >>> model(jnp.array([[1, 2, 3]])).shape  # doctest: +SKIP
+    (1, 3, 102400)
     """
     with Checkpoint(path) as files:
         if not files.config:

@@ -49,6 +49,13 @@ class Checkpoint:
     Raises:
         FileNotFoundError: no such folder, or no safetensors in it.
         ValueError: an index or a config that cannot be read; the message names the file.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_tensors(folder, {"model.norm.weight": np.ones(4, np.float32)})
+    ...     with Checkpoint(folder) as files:
+    ...         files.tensor("model.norm.weight")
+    array([1., 1., 1., 1.], dtype=float32)
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -276,6 +283,12 @@ def save_tensors(
 
     Raises:
         ValueError: no tensors.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_tensors(folder, {"model.norm.weight": np.ones(4, np.float32)})
+    ...     sorted(path.name for path in pathlib.Path(folder).iterdir())
+    ['model-00001-of-00001.safetensors', 'model.safetensors.index.json']
     """
     folder = pathlib.Path(path)
     folder.mkdir(parents=True, exist_ok=True)

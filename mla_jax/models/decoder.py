@@ -26,6 +26,10 @@ class DecoderConfig:
         vocab_size: W, words.
         intermediate_size: F, width of the gated MLP.
         rms_norm_eps: epsilon of the norms around attention and MLP.
+
+    >>> config = DecoderConfig(attention=MLAConfig.from_preset("tiny"))
+    >>> config.vocab_size, config.intermediate_size
+    (256, 341)
     """
 
     attention: MLAConfig

@@ -103,6 +103,16 @@ def latent_attention(
     Raises:
         ValueError: shapes or dtypes that do not go together, or lengths beyond S.
         NotImplementedError: the named backend cannot serve this call; the message says why.
+
+    >>> pattern, q_rope = jnp.ones((2, 1, 4, 64)), jnp.ones((2, 1, 4, 16))
+    >>> latent, k_rope = jnp.ones((2, 8, 64)), jnp.ones((2, 8, 16))
+    >>> out, lse = latent_attention(
+    ...     pattern, q_rope, latent, k_rope, lengths=jnp.array([8, 3]), scale=48**-0.5)
+    >>> out.shape, lse.shape
+    ((2, 1, 4, 64), (2, 1, 4))
+    >>> latent_attention(pattern, q_rope, latent, k_rope, lengths=jnp.array([9, 3]), scale=48**-0.5)
+    Traceback (most recent call last):
+    ValueError: lengths=[9 3] go beyond the S = 8 slots.
     """
     batch, tokens, heads, rank = _shape("pattern", pattern, "B T N R")
     slots = _shape("latent", latent, "B S R")[1]
@@ -147,6 +157,11 @@ def decode_schedule(
     Returns:
         what `latent_attention` and the layer's `decode` take as `schedule`: a pytree of arrays, or
         None where the backend that would run needs none.
+
+    >>> config = MLAConfig.from_preset("deepseek_v3")
+    >>> lengths = jnp.array([100, 7])
+    >>> decode_schedule(config, lengths, slots=128, implementation="xla") is None
+    True
     """
     heads, rank = config.num_attention_heads, config.kv_lora_rank
     spec = Spec(
@@ -191,6 +206,13 @@ def expanded_attention(
 
     Raises:
         ValueError, NotImplementedError: as `latent_attention`.
+
+    >>> q_nope, q_rope = jnp.ones((2, 5, 4, 32)), jnp.ones((2, 5, 4, 16))
+    >>> k_nope, k_rope = jnp.ones((2, 5, 4, 32)), jnp.ones((2, 5, 16))
+    >>> value = jnp.ones((2, 5, 4, 24))
+    >>> out, lse = expanded_attention(q_nope, q_rope, k_nope, k_rope, value, scale=48**-0.5)
+    >>> out.shape, lse.shape
+    ((2, 5, 4, 24), (2, 5, 4))
     """
     batch, tokens, heads, nope = _shape("q_nope", q_nope, "B T N H")
     rope = _shape("q_rope", q_rope, "B T N P")[-1]
@@ -234,6 +256,13 @@ def explain(
         queries: T, new tokens of a step.
         dtype: of the cache and the computation.
         device: where; None is the default device.
+
+    >>> v3, cpu = MLAConfig.from_preset("deepseek_v3"), jax.devices("cpu")[0]
+    >>> explain(v3, device=cpu)  # doctest: +ELLIPSIS
+    cpu (cpu), bfloat16
+    step of 1 token(s) per row on 1 x 4096 slots: absorbed (absorbed up to ...
+    latent_attention (cached tokens):
+    ...
     """
     from mla_jax import costs  # costs imports config; imported here to keep ops free of it
 

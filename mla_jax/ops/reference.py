@@ -66,6 +66,15 @@ def merge_attention(
 
     Returns:
         (out, lse) as if computed over the union; where no part saw a slot, zeros and -inf.
+
+    >>> whole = [jnp.ones((1, 1, 4, 64)), jnp.ones((1, 1, 4, 16)),
+    ...          jnp.ones((1, 8, 64)), jnp.ones((1, 8, 16))]
+    >>> attend = functools.partial(latent_attention, lengths=None, scale=48**-0.5)
+    >>> first, last = ([*whole[:2], *(a[:, part] for a in whole[2:])]
+    ...                for part in (slice(0, 3), slice(3, 8)))
+    >>> merged, lse = merge_attention(attend(*first), attend(*last))
+    >>> bool(jnp.allclose(merged, attend(*whole)[0])), bool(jnp.allclose(lse, attend(*whole)[1]))
+    (True, True)
     """
     outs = jnp.stack([out for out, _ in parts])
     lses = jnp.stack([lse for _, lse in parts])
