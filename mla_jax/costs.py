@@ -64,6 +64,12 @@ class Device:
     """An accelerator's rates: dense bf16 operations, memory bandwidth, bytes of memory.
 
     Make one from measured rates to replace a data sheet's.
+
+    Raises:
+        ValueError: a number that is not positive.
+
+    >>> Device("measured", 9e14, 3e12, 80 * 10**9).ridge
+    300.0
     """
 
     name: str
@@ -97,6 +103,9 @@ def devices() -> dict[str, Device]:
 def device(name: str) -> Device:
     """One of `devices()`.
 
+    Raises:
+        ValueError: no device of that name.
+
     >>> device("h100").memory_bytes, round(device("h100").ridge, 1)
     (80000000000, 295.2)
     """
@@ -127,6 +136,9 @@ def _widths(config: MLAConfig, kind: str) -> tuple[int, int]:
 def multiply_adds(config: MLAConfig, kind: str) -> int:
     """Multiply-adds per query, head and context token: 2R+P absorbed, H+P+V expanded, else H+V.
 
+    Raises:
+        ValueError: no such kind, or groups that do not divide the heads; so in what follows.
+
     >>> v3 = MLAConfig.from_preset("deepseek_v3")
     >>> [multiply_adds(v3, kind) for kind in ("absorbed", "expanded", "mha")]
     [1088, 320, 256]
@@ -140,6 +152,9 @@ def numbers_read(config: MLAConfig, kind: str) -> int:
     Absorbed R+P (one pass over the latents serves all heads, scores and mixing), expanded N(H+P+V),
     else G(H+V); N*H of MHA's are keys.
 
+    Raises:
+        ValueError: as `multiply_adds`.
+
     >>> v3 = MLAConfig.from_preset("deepseek_v3")
     >>> [numbers_read(v3, kind) for kind in ("absorbed", "expanded", "mha")]
     [576, 40960, 32768]
@@ -151,6 +166,9 @@ def numbers_read(config: MLAConfig, kind: str) -> int:
 
 def cache_numbers(config: MLAConfig, kind: str = "absorbed") -> int:
     """Numbers cached per token in one layer: R+P for the layer's two forms, else all that is read.
+
+    Raises:
+        ValueError: as `multiply_adds`.
 
     >>> cache_numbers(MLAConfig.from_preset("deepseek_v3"), "expanded")
     576
@@ -166,6 +184,9 @@ def cache_bytes(
     `layers` is num_hidden_layers where None. Give it where the layers do not hold one MLA each:
     LongCat has two in each, Kimi-Linear one in every fourth.
 
+    Raises:
+        ValueError: as `multiply_adds`, or a count that is not a positive whole number.
+
     >>> v3 = MLAConfig.from_preset("deepseek_v3")
     >>> cache_bytes(v3, 1, 131072, "mha") / 2**30, round(cache_bytes(v3, 1, 131072) / 2**30, 1)
     (488.0, 8.6)
@@ -177,7 +198,13 @@ def cache_bytes(
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """Operations of one stage, and bytes it moves: weights, cache (read or written), the rest."""
+    """Operations of one stage, and bytes it moves: weights, cache (read or written), the rest.
+
+    >>> step = decode_step(MLAConfig.from_preset("deepseek_v3"), 1, 1, 32768)
+    >>> scores = step["scores"]
+    >>> scores.name, scores.weight_bytes, scores.bytes - scores.cache_bytes
+    ('scores', 0, 147456)
+    """
 
     name: str
     flops: int
@@ -197,19 +224,33 @@ class Costs:
 
     q_proj, kv_proj, pattern (W_UK into the query), expand (kv_b_proj on S latents), scores, mixing,
     values (W_UV out of the mixed latents), o_proj.
+
+    >>> step = decode_step(MLAConfig.from_preset("deepseek_v3"), 1, 1, 32768)
+    >>> [stage.name for stage in step.part("attention").stages]
+    ['pattern', 'scores', 'mixing', 'values']
+    >>> step.part("core").bound(device("h100")), round(step.seconds(device("h100")) * 1e6)
+    ('memory', 123)
     """
 
     kind: str
     stages: tuple[Stage, ...]
 
     def __getitem__(self, name: str) -> Stage:
-        """The stage of that name."""
+        """The stage of that name.
+
+        Raises:
+            ValueError: this kind has no such stage.
+        """
         stages = {stage.name: stage for stage in self.stages}
         _check_choice("stage", name, tuple(stages))
         return stages[name]
 
     def part(self, name: str) -> "Costs":
-        """Only "core" (grows with the context), "attention" (core and folds), or all: "layer"."""
+        """Only "core" (grows with the context), "attention" (core and folds), or all: "layer".
+
+        Raises:
+            ValueError: no part of that name.
+        """
         _check_choice("part", name, tuple(PARTS))
         return Costs(self.kind, tuple(stage for stage in self.stages if stage.name in PARTS[name]))
 
@@ -252,6 +293,9 @@ def decode_step(
 
     A pass over whole sequences is queries == slots. Norms, rotary embedding, softmax and biases are
     left out. Every number is `width` bytes wide.
+
+    Raises:
+        ValueError: as `multiply_adds`, or a count that is not a positive whole number.
 
     >>> costs = decode_step(MLAConfig.from_preset("deepseek_v3"), 1, 1, 32768)
     >>> costs["pattern"].flops, costs["scores"].flops, costs["mixing"].flops
@@ -305,6 +349,9 @@ def crossover_queries(config: MLAConfig, slots: int) -> float:
     Per head, absorbed takes T (R(H+V) + S(2R+P)) multiply-adds and expanded S R(H+V) + T S (H+P+V):
     equal at 1/T* = 1/T0 + 1/S with T0 = R(H+V)/(2R-H-V), infinite where 2R <= H+V.
 
+    Raises:
+        ValueError: slots are not a positive whole number.
+
     >>> round(crossover_queries(MLAConfig.from_preset("deepseek_v3"), 10**9), 1)
     170.7
     """
@@ -316,6 +363,9 @@ def crossover_queries(config: MLAConfig, slots: int) -> float:
 
 def choose_form(config: MLAConfig, queries: int, slots: int) -> str:
     """The form with fewer operations, "absorbed" or "expanded". One query is always absorbed.
+
+    Raises:
+        ValueError: queries or slots are not a positive whole number.
 
     >>> v3 = MLAConfig.from_preset("deepseek_v3")
     >>> choose_form(v3, 1, 1), choose_form(v3, 163, 4096), choose_form(v3, 164, 4096)
@@ -331,6 +381,9 @@ def compute_bound_queries(config: MLAConfig, device: Device, kind: str = "absorb
 
     Absorbed: ridge (R+P) / (N (2R+P)), 156 heads x queries on an H100, 109 on an H200. MHA: ridge.
 
+    Raises:
+        ValueError: as `multiply_adds`.
+
     >>> v3 = MLAConfig.from_preset("deepseek_v3")
     >>> [round(compute_bound_queries(v3, device(name)), 2) for name in ("h100", "h200")]
     [1.22, 0.85]
@@ -345,6 +398,9 @@ def queries_until_slower(config: MLAConfig, device: Device, against: str = "mha"
     There its operations take longer than the other's one reading of keys and values for all
     queries: ridge (H+V) / (2R+P) for MHA. 0 where even one pass over the latents is longer,
     infinite where absorbed has no more operations than the other.
+
+    Raises:
+        ValueError: as `multiply_adds`.
 
     >>> v3 = MLAConfig.from_preset("deepseek_v3")
     >>> [round(queries_until_slower(v3, device(name)), 1) for name in ("h100", "h200")]
@@ -366,6 +422,9 @@ def slower_contexts(
     `part`: "layer"; "attention", as if all other projections cost the same; or "core". Returns the
     first and last length of every interval, None where it has no end; [] where MLA is never slower.
     One that spans less than a twentieth of its own length may be overlooked.
+
+    Raises:
+        ValueError: as `decode_step`, or no part of that name.
 
     >>> v3, h100 = MLAConfig.from_preset("deepseek_v3"), device("h100")
     >>> slower_contexts(v3, h100), slower_contexts(v3, h100, part="attention")
@@ -392,24 +451,44 @@ def slower_contexts(
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One kind of attention in `table`: the cache of all layers, costs and times of one."""
+    """One kind of attention in `table`: the cache of all layers, costs and times of one.
+
+    Attributes:
+        kind: of attention.
+        numbers_read: by one layer, per context token.
+        cache_bytes_per_token: of all layers.
+        cache_bytes: of all layers and rows.
+        fits: whether the device can hold these alone.
+        core: costs of scores and mixing.
+        layer: costs of everything.
+        core_seconds: the core's roofline time.
+        layer_seconds: the layer's.
+        bound: what the core is short of, "memory" or "compute".
+
+    >>> rows = table(MLAConfig.from_preset("deepseek_v3"), device("h100"), context=32768)
+    >>> [row.kind for row in rows if not row.fits]
+    ['expanded_cached', 'mha']
+    """
 
     kind: str
-    numbers_read: int  # per context token
+    numbers_read: int
     cache_bytes_per_token: int
-    cache_bytes: int  # all rows; `fits` says whether the device can hold these alone
+    cache_bytes: int
     fits: bool
     core: Costs
     layer: Costs
     core_seconds: float
     layer_seconds: float
-    bound: str  # what the core is short of: "memory" or "compute"
+    bound: str
 
 
 def table(
     config: MLAConfig, device: Device, context: int, batch: int = 1, queries: int = 1, kinds=KINDS
 ) -> list[Row]:
     """A `Row` for every kind: a bf16 step of `queries` tokens in each row on `context` slots.
+
+    Raises:
+        ValueError: as `decode_step`.
 
     >>> v3 = MLAConfig.from_preset("deepseek_v3")
     >>> row = table(v3, device("h100"), context=32768, batch=8)[0]

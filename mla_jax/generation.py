@@ -40,6 +40,12 @@ class Tokenizer:
 
     Args:
         tokenizer: of the `tokenizers` library; None takes a text's UTF-8 bytes as its tokens.
+
+    >>> tokenizer = Tokenizer()
+    >>> tokenizer.encode(["MLA", "é"])
+    [[77, 76, 65], [195, 169]]
+    >>> tokenizer.decode([77, 76, 65])
+    'MLA'
     """
 
     def __init__(self, tokenizer: Any = None):
@@ -98,6 +104,11 @@ class Result:
         steps: passes of the model after the prefill.
         cache_bytes: of all layers.
         accepted: share of drafted tokens that were right; None without speculation.
+
+    >>> result = Result([[7, 1], [5, 2]], first_token_seconds=0.1, decode_seconds=0.5,
+    ...                 compile_seconds=3.0, new_tokens=4, steps=1, cache_bytes=1024)
+    >>> result.tokens_per_second  # the first token of each row comes from its prefill
+    4.0
     """
 
     tokens: list[list[int]]
@@ -151,6 +162,13 @@ def generate(
 
     Raises:
         ValueError: an argument out of range, or a prompt that does not fit.
+
+    >>> import mla_jax
+    >>> model = mla_jax.checkpoint.load_decoder("DeepSeek-V2-Lite")  # doctest: +SKIP
+    >>> tokenizer = Tokenizer.from_checkpoint("DeepSeek-V2-Lite")  # doctest: +SKIP
+    >>> prompts = tokenizer.encode(["Once upon a time"])  # doctest: +SKIP
+    >>> result = generate(model, prompts, max_new_tokens=64)  # doctest: +SKIP
+    >>> print(tokenizer.decode(result.tokens[0]))  # doctest: +SKIP
     """
     vocabulary = model.config.vocab_size
     _check(prompts, vocabulary, max_new_tokens, speculate, temperature, block)

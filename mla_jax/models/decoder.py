@@ -27,6 +27,9 @@ class DecoderConfig:
         intermediate_size: F, width of the gated MLP.
         rms_norm_eps: epsilon of the norms around attention and MLP.
 
+    Raises:
+        ValueError: a width that is not a positive whole number.
+
     >>> config = DecoderConfig(attention=MLAConfig.from_preset("tiny"))
     >>> config.vocab_size, config.intermediate_size
     (256, 341)
@@ -82,6 +85,9 @@ class Decoder(nnx.Module):
     Args:
         config: its shape.
         dtype, param_dtype, precision, implementation, rngs: as in `MultiHeadLatentAttention`.
+
+    Raises:
+        ValueError: when called, tokens that are not integers [B T], or a cache of another depth.
 
     >>> import mla_jax, jax.numpy as jnp
     >>> from flax import nnx

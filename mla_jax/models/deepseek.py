@@ -57,6 +57,9 @@ class DeepseekDecoder(nnx.Module):
         dtype, param_dtype, precision, implementation, rngs: as in `MultiHeadLatentAttention`. The
             router's parameters are float32 whatever param_dtype says.
 
+    Raises:
+        ValueError: when called, tokens that are not integers [B T], or a cache of another depth.
+
     >>> import mla_jax, jax.numpy as jnp
     >>> from flax import nnx
     >>> from mla_jax.models import DeepseekConfig, DeepseekDecoder

@@ -43,6 +43,12 @@ class DeepseekConfig:
 
     Raises:
         ValueError: a value that cannot be; the message names the key.
+
+    >>> config = DeepseekConfig.from_preset("deepseek_v3")
+    >>> config.n_routed_experts, config.num_experts_per_tok, config.vocab_size
+    (256, 8, 129280)
+    >>> [layer for layer in range(61) if not config.is_sparse(layer)]
+    [0, 1, 2]
     """
 
     attention: MLAConfig
@@ -181,6 +187,10 @@ class DeepseekConfig:
 
 
 def decoder_presets() -> tuple[str, ...]:
-    """Presets that describe a whole decoder."""
+    """Presets that describe a whole decoder.
+
+    >>> "deepseek_v3" in decoder_presets(), "axk1" in decoder_presets()
+    (True, False)
+    """
     files = sorted((configs_dir() / "models").glob("*.toml"))
     return tuple(file.stem for file in files if "\n[decoder]" in file.read_text(encoding="utf-8"))
