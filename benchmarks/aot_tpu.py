@@ -8,7 +8,7 @@ final program by libtpu's own profiler, with lengths known at compile time. That
 a measurement on hardware; the time to expect is at least max(cycles / clock, bytes / (0.85
 bandwidth)).
 
-    python benchmarks/aot_tpu.py              the table; --json FILE keeps the kernel's rows
+    python benchmarks/aot_tpu.py              the tables; --json FILE keeps the rows
     python benchmarks/aot_tpu.py --short      one shape per generation, compile only: for CI
     python benchmarks/aot_tpu.py --tune       measures block sizes for configs/tuning/tpu.toml
     python benchmarks/aot_tpu.py --on-device  on a TPU: checks and times the same shapes
@@ -180,6 +180,7 @@ def step(generation, preset, heads, *, implementation=None, batch=64, slots=8192
 
     program = compiled(run, (layer, x, cache), generation, donate_argnums=(2,))
     memory, text = program.memory_analysis(), program.as_text()
+    mib = lambda size: round(size / 2**20, 1)  # noqa: E731
     size = batch * slots * (config.kv_lora_rank + config.qk_rope_head_dim) * 2
     assert memory.alias_size_in_bytes >= size, "the cache is not donated"
     copies = cache_copies(text, batch, slots)
@@ -187,7 +188,11 @@ def step(generation, preset, heads, *, implementation=None, batch=64, slots=8192
         assert "tpu_custom_call" in text, "the kernel was not chosen"
         assert not copies, copies
         assert memory.temp_size_in_bytes < size / 4, "temporaries as large as the cache"
-    return memory, vmem(text), len(copies)
+    return {
+        "arguments": mib(memory.argument_size_in_bytes),
+        "temporaries": mib(memory.temp_size_in_bytes),
+        "aliased": mib(memory.alias_size_in_bytes), "vmem": vmem(text), "copies": len(copies),
+    }  # fmt: skip
 
 
 def short():
@@ -209,26 +214,41 @@ def short():
         )
 
 
-def table(options):
-    """Static cycles of the kernel, then programs of the layer."""
+def record(options, name, keys, row):
+    """Puts a row into the JSON file, in place of the one that agrees on `keys`."""
+    if not options.json:
+        return
+    kept = json.loads(options.json.read_text()) if options.json.exists() else {}
+    rows = kept.setdefault(name, [])
+    same = [i for i, old in enumerate(rows) if all(old[key] == row[key] for key in keys)]
+    if same:
+        rows[same[0]] = row
+    else:
+        rows.append(row)
+    options.json.write_text(json.dumps(kept, indent=1) + "\n")
+
+
+def kernels(options):
+    """Static cycles of the kernel."""
     print("| | B, S, N, T | block | cycles | per 1k slots | HBM at 85% | MXU | us | of floor "
           "| VMEM MiB | spills |\n|---|---|---|---|---|---|---|---|---|---|---|")  # fmt: skip
-    kept = []
     for generation in options.generations:
-        _, _, clock, bandwidth, tera = GENERATIONS[generation]
+        _, kind, clock, bandwidth, tera = GENERATIONS[generation]
         for shape in KERNELS:
             batch, slots, heads = shape["batch"], shape["slots"], shape["heads"]
             tokens, total = shape.get("tokens", 1), sum(shape.get("lengths", [batch * slots]))
             name = (
                 f"{generation} | {batch}, {slots if 'lengths' not in shape else 'ragged'}, {heads}"
             )
-            found = static(generation, shape)
-            if not found.get("cycles"):
-                print(f"| {name}, {tokens} | profiler: {found.get('abort')} |", flush=True)
-                continue
-            cycles = found["cycles"]
             hbm = total * 576 * 2 / (0.85 * bandwidth)  # ns
             mxu = 2 * total * heads * tokens * 1088 / (tera * 1e3)
+            found = static(generation, shape)
+            cycles = found.get("cycles")
+            if not cycles:
+                print(f"| {name}, {tokens} | | profiler aborts | | {hbm * clock:.0f} | "
+                      f"{mxu * clock:.0f} | | | | |", flush=True)  # fmt: skip
+                print(found.get("abort"), file=sys.stderr)
+                continue
             time, floor = max(cycles / clock, hbm), max(hbm, mxu)
             columns = [
                 f"{name}, {tokens}", found["block"], cycles, f"{cycles * 1024 / total:.0f}",
@@ -236,77 +256,84 @@ def table(options):
                 f"{floor / time:.2f}", found["vmem"], found["spills"],
             ]  # fmt: skip
             print("|", " | ".join(map(str, columns)), "|", flush=True)
-            kept.append({"kind": GENERATIONS[generation][1], "shape": shape, "us": time / 1e3,
-                         "cycles": cycles})  # fmt: skip
-    if options.json:
-        options.json.write_text(json.dumps(kept, indent=1) + "\n")
-    print("\n| | program | arguments MiB | temporaries MiB | VMEM MiB | cache copies |\n"
-          "|---|---|---|---|---|---|")  # fmt: skip
+            row = {"kind": kind, "shape": shape, "us": time / 1e3, "cycles": cycles}
+            record(options, "kernels", ("kind", "shape"), row)
+
+
+def programs(options):
+    """Programs of a layer: what they take, and whether all compile."""
+    print("| | program | arguments MiB | aliased MiB | temporaries MiB | VMEM MiB | cache copies |\n"
+          "|---|---|---|---|---|---|---|")  # fmt: skip
+    refused = []
     for generation in options.generations:
         for preset, heads in PRESETS:
-            programs = [("decode", {}), ("decode on xla", {"implementation": "xla"})]
-            if heads == 16:
-                programs.append(("prefill 4096", {"tokens": 4096, "batch": 1}))
-            for what, changes in programs:
-                memory, used, copies = step(generation, preset, heads, **changes)
-                print(f"| {generation} | {preset}, {heads} heads, {what} | "
-                      f"{memory.argument_size_in_bytes / 2**20:.0f} | "
-                      f"{memory.temp_size_in_bytes / 2**20:.1f} | {used} | {copies} |",
+            for what, changes in (
+                ("decode", {}),
+                ("decode on xla", {"implementation": "xla"}),
+                ("prefill 4096", {"tokens": 4096, "batch": 1}),
+            ):
+                name = f"{preset}, {heads} heads, {what}"
+                try:
+                    found = step(generation, preset, heads, **changes)
+                except Exception as error:  # libtpu's and ours: the table names them all
+                    refused.append(f"{generation} {name}: {error}")
+                    print(f"| {generation} | {name} | refused |", flush=True)
+                    continue
+                columns = ("arguments", "aliased", "temporaries", "vmem", "copies")
+                print(f"| {generation} | {name} | {' | '.join(str(found[c]) for c in columns)} |",
                       flush=True)  # fmt: skip
+                row = {"generation": generation, "program": name, **found}
+                record(options, "programs", ("generation", "program"), row)
+    if refused:
+        sys.exit("\n".join(refused))
 
 
 def on_device(options):
-    """On a TPU: the kernel's shapes checked against the reference, timed, beside static times."""
+    """On a TPU: the kernel's shapes checked and timed, beside their static times.
+
+    Elsewhere it tries the same code on one short shape.
+    """
+    import decode  # beside this file
     import jax
     import jax.numpy as jnp
-    import numpy as np
-    from decode import seconds  # beside this file
 
-    from mla_jax import latent_attention
-
-    kind = jax.devices()[0].device_kind
-    rows = json.loads(options.json.read_text()) if options.json and options.json.exists() else []
-    print(f"{kind}, jax {jax.__version__}\n")
-    print("| B, S, N, T | us | static us | error |\n|---|---|---|---|")
-    for shape in KERNELS:
+    device = jax.devices()[0]
+    name, shapes = "pallas_tpu", KERNELS
+    if device.platform != "tpu":
+        print("This is no TPU: XLA on a short shape.")
+        name, shapes = options.implementation, [{"batch": 2, "slots": 256, "heads": 16}]
+    rows = []
+    if options.json and options.json.exists():
+        rows = json.loads(options.json.read_text())["kernels"]
+    print(f"{device.device_kind}, jax {jax.__version__}\n")
+    print("| B, S, N, T | us | static us | error | lse error | repeatable |\n|---|---|---|---|---|---|")
+    wrong = []
+    for shape in shapes:
         batch, slots, heads = shape["batch"], shape["slots"], shape["heads"]
-        tokens = shape.get("tokens", 1)
-        shapes = ((batch, tokens, heads, 512), (batch, tokens, heads, 64))
-        shapes += ((batch, slots, 512), (batch, slots, 64))
-        keys = jax.random.split(jax.random.key(0), 4)
-        args = [jax.random.normal(k, s, jnp.bfloat16) for k, s in zip(keys, shapes, strict=True)]
-        lengths = jnp.asarray(shape.get("lengths", [slots] * batch), jnp.int32)
-
-        def call(args, lengths, name=None):
-            return latent_attention(
-                *args, lengths=lengths, scale=192**-0.5, implementation=name
-            )[0]  # fmt: skip
-
-        few = [a[:1] for a in (*args, lengths)]
-        got = np.asarray(call([a[:1] for a in args], few[4]), np.float64)
-        exact = [a.astype(jnp.float32) for a in few[:4]]
-        want = np.asarray(call(exact, few[4], "reference"), np.float64)
-        error = np.linalg.norm(got - want) / np.linalg.norm(want)
-        assert error < 2**-7, f"wrong: relative error {error}"
-
-        def step(state, lengths=lengths):
-            args, _ = state
-            return args, call(args, lengths)
-
-        taken = seconds(step, (args, jnp.zeros_like(args[0])), options.calls)
-        static_us = [r["us"] for r in rows if r["kind"] == kind and r["shape"] == shape]
-        name = f"{batch}, {'ragged' if 'lengths' in shape else slots}, {heads}, {tokens}"
-        expected = f"{static_us[0]:.1f}" if static_us else "-"
-        print(f"| {name} | {taken * 1e6:.1f} | {expected} | {error:.1e} |", flush=True)
+        tokens, lengths = shape.get("tokens", 1), shape.get("lengths", [slots] * batch)
+        title = f"{batch}, {'ragged' if 'lengths' in shape else slots}, {heads}, {tokens}"
+        guess = sum(lengths) * 576 * 2 / 1e12
+        got = decode.measure(
+            name, (batch, slots, heads, tokens), lengths, jnp.dtype("bfloat16"), guess, options.last
+        )
+        known = [r["us"] for r in rows if r["kind"] == device.device_kind and r["shape"] == shape]
+        expected = f"{known[0]:.1f}" if known else "-"
+        print(f"| {title} | {got['seconds'] * 1e6:.1f} | {expected} | {got['error']:.1e} | "
+              f"{got['lse_error']:.0e} | {got['repeatable']} |", flush=True)  # fmt: skip
+        if not (got["error"] < 2**-7 and got["lse_error"] < 1e-3 and got["repeatable"]):
+            wrong.append(title)
+    if wrong:
+        sys.exit(f"wrong: {'; '.join(wrong)}")
 
 
-def tune():
+def tune(options):
     """Measures block sizes and writes the table."""
     from mla_jax.config import configs_dir
 
     path = configs_dir() / "tuning" / "tpu.toml"
     text = path.read_text(encoding="utf-8")
-    for generation, (_, kind, *_) in GENERATIONS.items():
+    for generation in options.generations:
+        kind = GENERATIONS[generation][1]
         for heads, batch in ((16, 16), (128, 8)):
             cycles = {}
             for block in (512, 1024, 2048):
@@ -315,6 +342,9 @@ def tune():
                 print(generation, shape, found, flush=True)
                 if found.get("cycles"):
                     cycles[block] = found["cycles"]
+            if not cycles:
+                print(f"{generation}, {heads} heads: no figures, the table keeps its value")
+                continue
             best = min(cycles, key=cycles.__getitem__)
             key = f"block_of_{heads}_queries"
             text = re.sub(rf'(\["{kind}"\][^\[]*{key} = )\d+', rf"\g<1>{best}", text)
@@ -328,10 +358,13 @@ def main():
     )
     parser.add_argument("generations", nargs="*", default=list(GENERATIONS))
     parser.add_argument("--short", action="store_true")
+    parser.add_argument("--kernels", action="store_true", help="the kernel's table only")
+    parser.add_argument("--programs", action="store_true", help="the layer's table only")
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--on-device", action="store_true")
     parser.add_argument("--json", type=pathlib.Path)
-    parser.add_argument("--calls", type=int, default=20, help="calls in a timed loop")
+    parser.add_argument("--last", type=float, default=0.06, help="seconds of a timed loop")
+    parser.add_argument("--implementation", default="xla", help="of --on-device without a TPU")
     parser.add_argument("--profile", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.profile:
@@ -349,9 +382,13 @@ def main():
     if options.short:
         short()
     elif options.tune:
-        tune()
+        tune(options)
     else:
-        table(options)
+        if not options.programs:
+            kernels(options)
+            print()
+        if not options.kernels:
+            programs(options)
 
 
 if __name__ == "__main__":
