@@ -262,8 +262,8 @@ def kernels(options):
 
 def programs(options):
     """Programs of a layer: what they take, and whether all compile."""
-    print("| | program | arguments MiB | aliased MiB | temporaries MiB | VMEM MiB | cache copies |\n"
-          "|---|---|---|---|---|---|---|")  # fmt: skip
+    print("| | program | arguments MiB | aliased MiB | temporaries MiB | VMEM MiB "
+          "| cache copies |\n|---|---|---|---|---|---|---|")  # fmt: skip
     refused = []
     for generation in options.generations:
         for preset, heads in PRESETS:
@@ -306,7 +306,8 @@ def on_device(options):
     if options.json and options.json.exists():
         rows = json.loads(options.json.read_text())["kernels"]
     print(f"{device.device_kind}, jax {jax.__version__}\n")
-    print("| B, S, N, T | us | static us | error | lse error | repeatable |\n|---|---|---|---|---|---|")
+    print("| B, S, N, T | us | static us | error | lse error | repeatable |")
+    print("|---|---|---|---|---|---|")
     wrong = []
     for shape in shapes:
         batch, slots, heads = shape["batch"], shape["slots"], shape["heads"]
