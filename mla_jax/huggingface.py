@@ -95,6 +95,17 @@ _ROPE_ASIDE = ("rope_theta", "partial_rotary_factor", "max_position_embeddings",
                "llama_4_scaling_beta")  # fmt: skip
 
 
+def read_json(path: pathlib.Path) -> Mapping[str, Any]:
+    """The object that a JSON file holds; ValueError where it holds none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{path} holds a {type(value).__name__}, not a JSON object.")
+    return value
+
+
 def read_config(config: Mapping[str, Any] | str | os.PathLike) -> tuple[Mapping[str, Any], str]:
     """The JSON object of a config, and what to call it in an error.
 
@@ -114,13 +125,7 @@ def read_config(config: Mapping[str, Any] | str | os.PathLike) -> tuple[Mapping[
         if not found:
             raise FileNotFoundError(f"{path} holds neither config.json nor params.json.")
         path = found[0]
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{path} holds a {type(value).__name__}, not a JSON object.")
-    return value, str(path)
+    return read_json(path), str(path)
 
 
 def language_model(hf: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -22,7 +22,7 @@ import safetensors
 from safetensors.numpy import save_file
 
 from mla_jax.checkpoint import names as naming
-from mla_jax.huggingface import language_model
+from mla_jax.huggingface import language_model, read_json
 
 _DTYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
@@ -68,7 +68,7 @@ class Checkpoint:
         self.config: Mapping[str, Any] = {}
         for name in ("config.json", "params.json"):
             if not self.config and (folder / name).is_file():
-                self.config = _read_json(folder / name)
+                self.config = read_json(folder / name)
 
     def __enter__(self) -> Self:
         return self
@@ -391,16 +391,6 @@ def _resolve(path: str | os.PathLike) -> pathlib.Path:
     raise FileNotFoundError(f"{path} is neither a file nor a folder.")
 
 
-def _read_json(path: pathlib.Path) -> Mapping[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{path} holds a {type(value).__name__}, not a JSON object.")
-    return value
-
-
 def _index(path: pathlib.Path) -> dict[str, pathlib.Path]:
     """Tensor names to files."""
     if path.is_file():
@@ -408,7 +398,7 @@ def _index(path: pathlib.Path) -> dict[str, pathlib.Path]:
     indices = sorted(path.glob("*.safetensors.index.json"))
     if indices:
         chosen = next((i for i in indices if i.name.startswith("model.")), indices[0])
-        table = _read_json(chosen).get("weight_map")
+        table = read_json(chosen).get("weight_map")
         if not isinstance(table, Mapping) or not table:
             raise ValueError(f"{chosen} has no weight_map from tensors to files.")
         for name, file in table.items():
