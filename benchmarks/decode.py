@@ -7,8 +7,10 @@ lowers its clock within milliseconds. Floor: the longer of 2 B S N T (2R+P) oper
 of an 8192^3 matmul and the bytes of cache, queries and outputs at the rate of a copy, both measured
 in the same run. Every result is compared with float64 on a few rows and heads.
 
-`--implementation` may be several backends of `latent_attention`, and `expanded`: the same attention
-with per-head keys and values through cuDNN, where they fit. The cut of the batch that a kernel may
+`--implementation` may be several backends of `latent_attention`, and peers: `expanded`, the same
+attention with per-head keys and values through cuDNN, where they fit, and `flash_mla`, DeepSeek's
+CUDA kernel, where its package and torch are installed (leave them memory:
+XLA_PYTHON_CLIENT_MEM_FRACTION=0.6). The cut of the batch that a kernel may
 want is made once per step for all layers, so it is timed apart ("cut").
 """
 
@@ -30,6 +32,7 @@ from mla_jax.config import configs_dir
 
 R, P, H, V, SCALE = 512, 64, 128, 128, 192**-0.5
 CACHED_BYTES = 2e8  # rotate among copies up to here: a few times the L2
+CALLS = 4  # at least, in a turn of the loop, whose own counter takes microseconds
 
 
 def timer(step, guess, last):
@@ -128,16 +131,17 @@ def measure(implementation, shape, lengths, dtype, guess, last):
         run, (*queries, *caches[0]), limits, schedule))  # fmt: skip
 
     def step(state):
-        # As many results as caches: none is computed in vain, or only copied.
+        # As many results as calls: none is computed in vain, or only copied.
         queries, caches, results = state
         results = []
-        for cache in caches:
+        for cache in caches * (calls // copies):
             results.append(run((*queries, *cache), limits, schedule))
             queries, results = lax.optimization_barrier((queries, results))
         return queries, caches, results
 
-    start = (queries, caches, [results] * copies)
-    taken, (state, again) = timer(step, guess * copies, last)(start)
+    calls = copies * -(-CALLS // copies)
+    start = (queries, caches, [results] * calls)
+    taken, (state, again) = timer(step, guess * calls, last)(start)
     pairs = zip(jax.tree.leaves(state[2]), jax.tree.leaves(again[2]), strict=True)
     same = all(bool((x == y).all()) for x, y in pairs)
     rows, some = sorted({0, batch // 2, batch - 1}), np.array(sorted({0, heads // 2, heads - 1}))
@@ -149,7 +153,7 @@ def measure(implementation, shape, lengths, dtype, guess, last):
     if make:
         anew = lambda s: (s[0], make(s[0] + 0 * s[1].arrivals[0]))  # noqa: E731
         cut, _ = timer(anew, 1e-5, last)((limits, schedule))
-    return {"seconds": taken / copies, "cut": cut, "error": float(error),
+    return {"seconds": taken / calls, "cut": cut, "error": float(error),
             "lse_error": float(lse_error), "repeatable": same}  # fmt: skip
 
 
@@ -170,6 +174,63 @@ def measure_expanded(shape, lengths, dtype, guess, last):
 
     taken, _ = timer(step, 20 * guess, last)((query, key, value, query))
     return {"seconds": taken, "cut": None, "error": None, "lse_error": None, "repeatable": None}
+
+
+def measure_flash_mla(shape, lengths, dtype, guess, last):
+    """DeepSeek's CUDA kernel, where torch and its package `flash_mla` are installed: Hopper only.
+
+    Its cache is one paged array; the pages of a row are in order here. Calls are replayed from a
+    CUDA graph, so that dispatch does not count.
+    """
+    import torch
+    from flash_mla import flash_mla_with_kvcache, get_mla_metadata
+
+    batch, slots, heads, tokens = shape
+    page = 64
+    pages = -(-slots // page)
+    kind = getattr(torch, dtype.name)
+    draw = functools.partial(torch.randn, dtype=kind, device="cuda")
+    query = draw(batch, tokens, heads, R + P)
+    one = batch * pages * page * (R + P) * dtype.itemsize
+    copies = int(min(8, max(1, -(-CACHED_BYTES // one))))
+    caches = [draw(batch * pages, page, 1, R + P) for _ in range(copies)]
+    table = torch.arange(batch * pages, dtype=torch.int32, device="cuda").view(batch, pages)
+    limits = torch.tensor(lengths, dtype=torch.int32, device="cuda")
+    plan = get_mla_metadata(limits, tokens * heads, 1)
+
+    def run(cache):
+        return flash_mla_with_kvcache(
+            query, cache, table, limits, R, *plan, softmax_scale=SCALE, causal=tokens > 1
+        )
+
+    out, lse = run(caches[0])
+    calls = max(1, min(500, int(last / guess / copies)))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for cache in caches * calls:
+            run(cache)
+    taken = []
+    for _ in range(6):
+        started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        started.record()
+        graph.replay()
+        ended.record()
+        torch.cuda.synchronize()
+        taken.append(started.elapsed_time(ended) * 1e-3 / (calls * copies))
+    rows, some = sorted({0, batch // 2, batch - 1}), np.array(sorted({0, heads // 2, heads - 1}))
+    host = lambda x: x.float().cpu().numpy()  # noqa: E731
+    cache = host(caches[0].view(batch, pages * page, R + P)[rows])
+    queries = host(query[rows])
+    arrays = (queries[..., :R], queries[..., R:], cache[..., :R], cache[..., R:])
+    want = oracle(arrays, np.asarray(lengths)[rows], range(len(rows)), some)
+    out, lse = host(out[rows])[:, :, some], host(lse[rows]).swapaxes(1, 2)[:, :, some]
+    error = np.linalg.norm(out.reshape(want[0].shape) - want[0]) / np.linalg.norm(want[0])
+    lse_error = np.abs(lse.reshape(want[1].shape) - want[1]).max()
+    return {"seconds": statistics.median(taken[1:]), "cut": None, "error": float(error),
+            "lse_error": float(lse_error), "repeatable": None}  # fmt: skip
+
+
+PEERS = {"expanded": measure_expanded, "flash_mla": measure_flash_mla}
 
 
 def draw_plot(result, path):
@@ -237,13 +298,14 @@ def main():
         floor = max(flops / matmul, moved / copy)
         times = {}
         for implementation in options.implementation:
-            if implementation == "expanded":
-                if 2 * batch * slots * heads * (H + P) * dtype.itemsize > 4 * options.most_bytes:
+            if implementation in PEERS:
+                expanded = 2 * batch * slots * heads * (H + P) * dtype.itemsize
+                if implementation == "expanded" and expanded > 4 * options.most_bytes:
                     continue
                 try:
-                    row = measure_expanded(shape, lengths, dtype, floor, options.last)
-                except Exception as error:  # cuDNN's versions differ in what they take
-                    print(f"| {name} | expanded | {str(error).splitlines()[0][:80]} |")
+                    row = PEERS[implementation](shape, lengths, dtype, floor, options.last)
+                except Exception as error:  # peers' versions differ in what they take
+                    print(f"| {name} | {implementation} | {str(error).splitlines()[0][:80]} |")
                     continue
             else:
                 row = measure(implementation, shape, lengths, dtype, floor, options.last)

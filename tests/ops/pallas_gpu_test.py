@@ -17,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import mla_jax
 from mla_jax.models.decoder import Decoder, DecoderConfig
 from mla_jax.ops import api, pallas_gpu, xla
-from mla_jax.ops.pallas_gpu import kernel, make_schedule
+from mla_jax.ops.pallas_gpu import kernel, make_schedule, merge
 
 SCALE = 192**-0.5
 INTERPRET = plgpu.InterpretGPUParams()
@@ -104,7 +104,7 @@ def _mask_without_causality(self, s, slot, length):
     return REAL["mask"](tokenless, s, slot, length)
 
 
-REAL = {"mask": kernel._Part.mask, "source_slot": kernel.source_slot, "piece": kernel._piece}
+REAL = {"mask": kernel._Part.mask, "source_slot": kernel.source_slot, "piece": merge.piece}
 PLANTED = {
     "future_token_visible": (kernel._Part, "mask", _mask_without_causality),
     "off_by_one_slot": (
@@ -119,7 +119,7 @@ PLANTED = {
     ),
     "wrong_scale": (kernel, "LOG2E", kernel.LOG2E * 1.05),
     "pieces_mixed_up": (
-        kernel, "_piece",
+        merge, "piece",
         lambda part, tile, began, shape: REAL["piece"](0 * part, tile, began & False, shape),
     ),
 }  # fmt: skip
@@ -201,19 +201,23 @@ def test_the_schedule_covers_every_step_once(seed):
     s = jax.tree.map(np.asarray, s)
     tiles = -(-rows // 64)
     parts = max(1, sms // tiles)
-    assert s.part_step.shape == (parts + 1,)
+    assert s.part.shape == (parts, 8)
     assert s.arrivals.shape == (batch * tiles,)
     assert not s.arrivals.any()
     steps = np.maximum(1, -(-lengths // 128))
     np.testing.assert_array_equal(s.row_step, np.concatenate([[0], np.cumsum(steps)]))
-    assert s.part_step[0] == 0
-    assert s.part_step[-1] == steps.sum()
-    assert (np.diff(s.part_step) >= 0).all()
-    assert np.diff(s.part_step).max() <= -(-steps.sum() // parts) + slack
+    begin, end = s.part[:, 0], s.part[:, 1]
+    assert begin[0] == 0
+    assert end[-1] == steps.sum()
+    np.testing.assert_array_equal(begin[1:], end[:-1])
+    assert (end >= begin).all()
+    assert (end - begin).max() <= -(-steps.sum() // parts) + slack
     row_of, parts_of = np.repeat(np.arange(batch), steps), [[] for _ in range(batch)]
-    for p, (lo, hi) in enumerate(zip(s.part_step[:-1], s.part_step[1:], strict=True)):
+    for p, (lo, hi, first, first_step, length, last, *shared) in enumerate(s.part):
         if lo < hi:
-            assert (s.part_row[p], s.part_row[parts + p]) == (row_of[lo], row_of[hi - 1])
+            assert (first, last) == (row_of[lo], row_of[hi - 1])
+            assert (first_step, length) == (s.row_step[first], lengths[first])
+            assert shared == [s.row_parts[first] > 1, s.row_parts[last] > 1]
             for row in np.unique(row_of[lo:hi]):
                 parts_of[row].append(p)
     for row, of_row in enumerate(parts_of):
@@ -321,3 +325,55 @@ def test_native_in_the_layer(hopper):
         assert ("mosaic_gpu" in text) == (implementation is None)
         results.append(np.asarray(logits, np.float64))
     assert relative(*results) < 2e-2
+
+
+@pytest.mark.accelerator
+def test_native_in_a_scan_and_donated(hopper):
+    """Steps inside `lax.scan` equal steps one by one, and no step copies the donated cache."""
+    config = mla_jax.MLAConfig.from_preset("deepseek_v2_lite").replace(
+        hidden_size=256, num_hidden_layers=2
+    )
+    model = Decoder(DecoderConfig(attention=config), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    prompt = jax.random.randint(jax.random.key(0), (3, 40), 0, 256)
+    texts = jax.random.randint(jax.random.key(1), (3, 9), 0, 256)
+
+    def start():
+        cache = model.init_cache(3, 1024)
+        return mla_jax.prefill_step(model, prompt, cache, jnp.array([40, 1, 17]))[1]
+
+    @jax.jit
+    def scanned(model, cache):
+        def step(cache, token):
+            logits, cache = model.decode(token[:, None], cache)
+            return cache, logits[:, 0]
+
+        return jax.lax.scan(step, cache, texts.T)[1]
+
+    cache, apart = start(), []
+    compiled = mla_jax.decode_step.lower(model, texts[:, :1], cache).compile()
+    size = sum(layer.latent.nbytes + layer.k_rope.nbytes for layer in cache)
+    assert compiled.memory_analysis().alias_size_in_bytes >= size
+    latent = "bf16[" + ",".join(map(str, cache[0].latent.shape)) + "]"
+    copies = [line for line in compiled.as_text().splitlines()
+              if " copy(" in line and latent in line.split("=")[1]]  # fmt: skip
+    assert not copies, copies
+    for token in texts.T:
+        logits, cache = mla_jax.decode_step(model, token[:, None], cache)
+        apart.append(logits[:, 0])
+    together = scanned(model, start())
+    assert relative(together, jnp.stack(apart)) < float(jnp.finfo(jnp.bfloat16).eps)
+
+
+@pytest.mark.accelerator
+def test_native_under_shard_map(hopper):
+    """Over the rows of a batch, on as many devices as there are."""
+    devices = jax.device_count()
+    lengths = np.resize((700, 65, 1, 0), 4 * devices)
+    arrays, lengths = make(7, 4 * devices, 1, 704, 128, 512, 64, lengths, jnp.bfloat16)
+    mesh = jax.make_mesh((devices,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("x")
+    local = jax.shard_map(
+        lambda *a: pallas_gpu.latent_attention(*a[:4], lengths=a[4], scale=SCALE),
+        mesh=mesh, in_specs=spec, out_specs=spec,
+    )  # fmt: skip
+    check(jax.jit(local)(*arrays, lengths), loop(arrays, lengths), jnp.bfloat16, 2e-3)

@@ -200,7 +200,7 @@ def _call(scale, interpret, arrays, lengths, schedule):
         operands = operands[::2]
     shape = _kernel.Shape(
         tokens=tokens, heads=heads, slots=slots, rank=rank, rope=rope, rows=rows,
-        tiles=-(-tokens * heads // TILE), parts=schedule.part_step.shape[0] - 1,
+        tiles=-(-tokens * heads // TILE), parts=schedule.part.shape[0],
         scale=float(scale), dtype=pattern.dtype, native=native,
     )  # fmt: skip
     out, lse = _kernel.decode(operands, schedule, shape, batch, interpret or None)

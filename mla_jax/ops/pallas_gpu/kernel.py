@@ -20,21 +20,17 @@ Letters: B batch, T query tokens, N heads, S cache slots, R latent width, P rope
 """
 
 import functools
-import math
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mla_jax.ops.pallas_gpu import mosaic
+from mla_jax.ops.pallas_gpu.merge import LOG2E, LOWEST, like, merge, merge_interpreted, piece
 from mla_jax.ops.pallas_gpu.schedule import BLOCK, STEP, TILE
 
-LOG2E = math.log2(math.e)
-_LOWEST = -1e30  # first running maximum: finite, so that exp2(old - new) is never NaN
-_MERGE = ((1, 8), (4, 2))  # query rows and pieces at once, for many pieces and for few
 _WG = plgpu.Layout.WGMMA
 _ROW = plgpu.Layout.WGMMA.reduce(1)
 _FLAGS = ("max0", "max1", "p0", "issued")  # what one warpgroup tells the other
@@ -99,11 +95,11 @@ def decode(operands, schedule, shape: Shape, batch: int, interpret=None):
         _Part(refs, scratch, shape).run()
 
     out, lse, part_out, part_lse = plgpu.kernel(
-        body, out_type=[_like(operands[0], s, d) for s, d in zip(outputs, dtypes, strict=True)],
+        body, out_type=[like(operands[0], s, d) for s, d in zip(outputs, dtypes, strict=True)],
         scratch_types=smem, kernel_name="mla_decode", **common,
     )(*operands, *schedule)  # fmt: skip
     if not shape.native:
-        out, lse = _merge_interpreted(out, lse, part_out, part_lse, schedule, shape, common)
+        out, lse = merge_interpreted(out, lse, part_out, part_lse, schedule, shape, common)
     return out, lse
 
 
@@ -114,11 +110,6 @@ def source_slot(row, slot, length, slots, total):
     that pages would change: page_table[row, slot // BLOCK] * BLOCK.
     """
     return jnp.where(slot < length, row * slots + slot, total)
-
-
-def _like(operand, shape, dtype):
-    kind = getattr(jax.typeof(operand), "mat", None)  # under shard_map, what it varies over
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)
 
 
 def _tiled(shape, dtype):
@@ -153,11 +144,11 @@ class _Part:
         self.k_hbm: Any = refs.pop(0)
         self.kr_hbm: Any = refs.pop(0) if shape.rope else None
         self.lengths, self.row_step, self.row_first, self.row_parts, *refs = refs
-        self.part_step, self.part_row, self.arrivals, *refs = refs
+        self.parts, self.arrivals, *refs = refs
         self.out, self.lse, self.part_out, self.part_lse = refs
         self.k, self.q, self.p, self.stat = (smem[name] for name in ("k", "q", "p", "stat"))
         self.part, self.tile = lax.axis_index("part"), lax.axis_index("tile")
-        self.first_step, self.end_step = self.part_step[self.part], self.part_step[self.part + 1]
+        self.first_step, self.end_step = self.parts[self.part, 0], self.parts[self.part, 1]
         self.scale2 = shape.scale * LOG2E  # softmax in base 2
 
     def run(self):
@@ -175,18 +166,18 @@ class _Part:
 
             lax.cond(wg == 0, role(0), role(1))
             if self.native:
-                _merge(
-                    self.part, self.tile, wg, self.row_first, self.row_parts, self.part_row,
-                    self.arrivals, self.out, self.lse, self.part_out, self.part_lse, self.shape,
+                merge(
+                    self.part, self.tile, mosaic.warpgroup(), self.row_first, self.row_parts,
+                    self.parts, self.arrivals, self.out, self.lse, self.part_out, self.part_lse,
+                    self.shape,
                 )  # fmt: skip
 
     def walk(self, me, acc):
         """The steps of this part, row by row; `me` owns columns `me` of O, block `me` of steps."""
         # Under shard_map a loaded number varies over its axes and a computed one does not: the
         # loop over rows wants the latter.
-        row = self.part_row[self.part] + 0
-        length = self.lengths[row]
-        slot = (self.first_step - self.row_step[row]) * STEP
+        row, here, length, end_row = (self.parts[self.part, i] + 0 for i in (2, 3, 4, 5))
+        slot = (self.first_step - here) * STEP
         self.fetch_rope(me, self.source(row, slot + me * BLOCK, length))
         for block in range(2):
             self.fetch(block, me, self.source(row, slot + block * BLOCK, length))
@@ -195,17 +186,16 @@ class _Part:
         qr = self.load_q_rope(row)
         plgpu.barrier_wait(self.smem["q_bar"])
         s = self.new_scores(me, lambda a: self.scores(a, qr, me, jnp.int32(0)))
-        end_row = self.part_row[self.shape.parts + self.part]
 
         def one_row(row, carry):
-            qr, s = carry
-            length, here = self.lengths[row], self.row_step[row]
+            qr, s, length, here, there = carry
             next_row = jnp.minimum(row + 1, end_row)
-            next_length = self.lengths[next_row]
+            # Loaded a row ahead of their use.
+            next_length, next_end = self.lengths[next_row] + 0, self.row_step[next_row + 1] + 0
             lo = jnp.maximum(here, self.first_step)
-            hi = jnp.minimum(self.row_step[row + 1], self.end_step)
+            hi = jnp.minimum(there, self.end_step)
             self.clear(acc, self.half)
-            m = _filled(_LOWEST)
+            m = _filled(LOWEST)
             total = _columns(_filled(0.0), 8)
 
             def one_step(g, carry):
@@ -225,10 +215,11 @@ class _Part:
                 return step(acc, o, qr, s, m, total, slot, length, sources, last & more, then)
 
             qr, s, m, total = lax.fori_loop(lo, hi, one_step, (qr, s, m, total))
-            self.finish(me, acc, row, m, total)
-            return qr, s
+            began = here < self.first_step
+            self.finish(me, acc, row, m, total, began, began | (there > self.end_step))
+            return qr, s, next_length, there, next_end
 
-        lax.fori_loop(row, end_row + 1, one_row, (qr, s))
+        lax.fori_loop(row, end_row + 1, one_row, (qr, s, length, here, self.row_step[row + 1] + 0))
 
     def step0(self, acc, o, qr, s, m, total, slot, length, sources, new_q, row):
         """Block 0's softmax; left columns of the output."""
@@ -260,7 +251,7 @@ class _Part:
         qr = self.renew_q(qr, new_q, row)
 
         def refill():
-            self.retire(2 if self.shape.rope else 1)  # of the values, not of the scores behind
+            self.retire(1 if self.shape.rope else 0)  # of the values, not of the scores behind
             self.warpgroup_sync()
             self.fetch(1, 0, sources[1])
 
@@ -308,7 +299,7 @@ class _Part:
         s = self.new_scores(1, lambda a: self.scores(a, qr, 1, o))
         return qr, s, m, total
 
-    def finish(self, me, acc, row, m, total):
+    def finish(self, me, acc, row, m, total, began, split):
         """Normalises this warpgroup's columns and stores them, in full or as one part of a row."""
         shape, half = self.shape, self.half
         self.stat[4 + me] = total.sum(axis=1)
@@ -321,7 +312,6 @@ class _Part:
         self.meet(me, 1)  # nobody overwrites the sums before both have read them
         start = row * shape.rows + self.tile * TILE
         count = jnp.minimum(shape.rows - self.tile * TILE, TILE)
-        split = self.row_parts[row] > 1
 
         @pl.when(~split)
         def _():
@@ -331,7 +321,7 @@ class _Part:
 
         @pl.when(split)
         def _():
-            at = _piece(self.part, self.tile, self.part > self.row_first[row], shape)
+            at = piece(self.part, self.tile, began, shape)
             self.store(self.part_out, value, at, me * half, count)
             if me == 0:
                 self.store(self.part_lse, lse2, at, 0, count)
@@ -391,11 +381,11 @@ class _Part:
             plgpu.barrier_wait(self.smem["kr_bar"].at[block])
             park = None if self.native else self.smem["park_qr"].at[block]
             self.mma(acc, qr, self.smem["kr"].at[o + block].T, park=park)
+        if between is not None:
+            between()
         for h in (block, 1 - block):
             plgpu.barrier_wait(self.smem["k_bar"].at[2 * block + h])
             self.mma(acc, self.q.at[o + h], self.k.at[o + (2 * block + h)].T)
-            if h == block and between is not None:
-                between()
         return acc[...]
 
     def new_scores(self, me, body):
@@ -426,10 +416,10 @@ class _Part:
         @pl.when((live > 0) & (live < BLOCK))
         def _():
             for column in range(0, self.half, 64):
-                piece = ref.at[:, pl.ds(column, 64)]
+                values = ref.at[:, pl.ds(column, 64)]
                 slot = plgpu.broadcasted_iota(jnp.int32, (BLOCK, 64), 0, layout=_WG)
-                x = plgpu.load(piece, layout=_WG, optimized=False)
-                piece[...] = jnp.where(slot < live, x, jnp.zeros_like(x))
+                x = plgpu.load(values, layout=_WG, optimized=False)
+                values[...] = jnp.where(slot < live, x, jnp.zeros_like(x))
             plgpu.commit_smem()
 
     # -- accumulators: in registers and in flight natively, in shared memory when interpreted
@@ -451,8 +441,10 @@ class _Part:
         acc[...] = acc[...] + pl.run_scoped(product, plgpu.ACC(acc.shape, jnp.float32))
 
     def rescale(self, acc, alpha):
-        old = plgpu.wgmma_accumulator_load(acc, wait_n=None) if self.native else acc[...]
-        acc[...] = old * _columns(alpha, self.half)
+        if self.native:
+            acc[...] = mosaic.rescale(plgpu.wgmma_accumulator_load(acc, wait_n=None), alpha)
+        else:
+            acc[...] = acc[...] * _columns(alpha, self.half)
 
     def clear(self, acc, width):
         zero = jnp.zeros((TILE, width), jnp.float32)
@@ -466,9 +458,10 @@ class _Part:
         return mosaic.partial_sums(p) if self.native else p.reshape(TILE, 8, -1).sum(2)
 
     def store(self, ref, value, row, column, count):
-        if self.native:
-            layout = _WG if value.ndim == 2 else _ROW
-            mosaic.store_rows(ref, value, row, column, count, layout)
+        if self.native and value.ndim == 2:
+            mosaic.store_rows(ref, value, row, column, count)
+        elif self.native:
+            mosaic.store_row_values(ref, value, row, count)
         elif value.ndim == 2:
             ref[pl.ds(row, TILE), pl.ds(column, value.shape[1])] = value
         else:
@@ -501,109 +494,3 @@ class _Part:
     def warpgroup_sync(self):
         if self.native:
             mosaic.warpgroup_sync()
-
-
-def _piece(part, tile, began_before, shape):
-    """Where a part's piece of a row begins: a part shares at most its first and its last row."""
-    return (jnp.where(began_before, part, shape.parts + part) * shape.tiles + tile) * TILE
-
-
-def _merge(
-    part, tile, wg, row_first, row_parts, part_row, arrivals, out, lse, part_out, part_lse, shape
-):
-    """Merges this warpgroup's share of the rows that the part had with others."""
-    share = functools.partial(
-        _merge_share, part=part, tile=tile, wg=wg, row_first=row_first, row_parts=row_parts,
-        arrivals=arrivals, out=out, lse=lse, part_out=part_out, part_lse=part_lse, shape=shape,
-    )  # fmt: skip
-    first, last = part_row[part], part_row[shape.parts + part]
-    pl.when(row_parts[first] > 1)(lambda: share(first))
-    pl.when((last > first) & (row_parts[last] > 1))(lambda: share(last))
-
-
-def _merge_share(
-    row, *, part, tile, wg, row_first, row_parts, arrivals, out, lse, part_out, part_lse, shape
-):
-    """Some query rows of a batch row: their pieces weighted by exp2(lse), added in order."""
-    count, first = row_parts[row], row_first[row]
-    if shape.native:
-        mosaic.wait_global(arrivals, row * shape.tiles + tile, 2 * count)
-    live = jnp.minimum(shape.rows - tile * TILE, TILE)
-    each = lax.div(live + 2 * count - 1, 2 * count)
-    lo = (2 * (part - first) + wg) * each
-    hi = jnp.minimum(lo + each, live)
-    vector = 4 if shape.rank % 512 == 0 else 2 if shape.rank % 256 == 0 else 1
-    layout = plgpu.Layout.WG_STRIDED((shape.rank,), vector)
-
-    def merge(rows_at_once, pieces_at_once):
-        def body(i, _):
-            # Rows past the end repeat the last one: the same values are written twice.
-            mine = [jnp.minimum(lo + i * rows_at_once + j, hi - 1) for j in range(rows_at_once)]
-
-            def add(n, carry):
-                loaded = []
-                for u in range(pieces_at_once):
-                    index = n * pieces_at_once + u
-                    owner = jnp.minimum(index, count - 1) + first
-                    at = _piece(owner, tile, owner > first, shape)
-                    for r in mine:
-                        x = jnp.where(index < count, part_lse[at + r], -jnp.inf)
-                        loaded.append((x, plgpu.load(part_out.at[at + r], layout=layout)))
-                new = []
-                for j, (value, weight, m) in enumerate(carry):
-                    pairs = loaded[j::rows_at_once]
-                    m_new = functools.reduce(jnp.maximum, [x for x, _ in pairs], m)
-                    alpha = jnp.exp2(m - m_new)
-                    value, weight = value * alpha, weight * alpha
-                    for x, v in pairs:
-                        w = jnp.exp2(x - m_new)
-                        value, weight = value + v * w, weight + w
-                    new.append((value, weight, m_new))
-                return tuple(new)
-
-            zero = plgpu.layout_cast(jnp.zeros((shape.rank,), jnp.float32), layout)
-            start = tuple((zero, jnp.float32(0), jnp.float32(_LOWEST)) for _ in mine)
-            steps = lax.div(count + (pieces_at_once - 1), jnp.int32(pieces_at_once))
-            for r, (value, weight, m) in zip(
-                mine, lax.fori_loop(0, steps, add, start), strict=True
-            ):
-                some = weight > 0
-                safe = jnp.where(some, weight, 1.0)
-                to = row * shape.rows + tile * TILE + r
-                out[to] = (value * jnp.where(some, 1.0 / safe, 0.0)).astype(shape.dtype)
-                lse[to] = jnp.where(some, (m + jnp.log2(safe)) * (1.0 / LOG2E), -jnp.inf)
-            return ()
-
-        @pl.when(hi > lo)
-        def _():
-            lax.fori_loop(
-                0, lax.div(hi - lo + (rows_at_once - 1), jnp.int32(rows_at_once)), body, ()
-            )
-
-    # Eight loads in flight: over the pieces of a row, or over rows of few pieces.
-    lax.cond(count >= 8, lambda: merge(*_MERGE[0]), lambda: merge(*_MERGE[1]))
-    if shape.native:
-        mosaic.leave_global(arrivals, row * shape.tiles + tile, 4 * count - 1)
-
-
-def _merge_interpreted(out, lse, part_out, part_lse, schedule, shape, common):
-    """The merge as a kernel of its own: the interpreter runs one thread block after the other."""
-
-    def body(*refs):
-        part_out, part_lse, row_first, row_parts, part_step, part_row, out, lse = refs
-        part, tile, wg = (lax.axis_index(name) for name in ("part", "tile", "wg"))
-
-        @pl.when(part_step[part + 1] > part_step[part])
-        def _():
-            _merge(
-                part, tile, wg, row_first, row_parts, part_row, None, out, lse, part_out, part_lse,
-                shape,
-            )  # fmt: skip
-
-    results = [_like(x, x.shape, x.dtype) for x in (out, lse)]
-    merged = plgpu.kernel(body, out_type=results, **common)(
-        part_out, part_lse, schedule.row_first, schedule.row_parts, schedule.part_step,
-        schedule.part_row,
-    )  # fmt: skip
-    split = jnp.repeat(schedule.row_parts > 1, shape.rows, total_repeat_length=out.shape[0])
-    return jnp.where(split[:, None], merged[0], out), jnp.where(split, merged[1], lse)

@@ -29,8 +29,9 @@ class Schedule(NamedTuple):
         row_step: where each row's steps begin.
         row_first: the first part that works on a row.
         row_parts: how many parts work on it; 1 is written directly, more are merged.
-        part_step: the cuts between parts.
-        part_row: the row of each part's first step, then of each part's last.
+        part: of every part its first step, the step after its last, its first row, where that
+            row's steps begin, that row's length, its last row, and whether it has its first and
+            its last row with others: one load tells a thread block where to begin.
         arrivals: counters of the merge, zero before and after every call. The kernel counts in
             place, so a schedule serves one call at a time, as a device's kernels run.
     """
@@ -39,8 +40,7 @@ class Schedule(NamedTuple):
     row_step: Int[Array, "B+1"]
     row_first: Int[Array, "B"]
     row_parts: Int[Array, "B"]
-    part_step: Int[Array, "parts+1"]
-    part_row: Int[Array, "2*parts"]
+    part: Int[Array, "parts 8"]
     arrivals: Int[Array, "B*tiles"]
 
 
@@ -74,9 +74,19 @@ def make_schedule(
     part_step = jnp.where(
         whole, row_step[np.minimum(p * rows_each, batch)], jnp.minimum(p * each, total)
     )
-    last_step = jnp.concatenate([part_step[:-1], part_step[1:] - 1])
-    # The row of a step: as many rows end at or before it.
-    part_row = jnp.sum(row_step[None, 1:] <= last_step[:, None], axis=1, dtype=jnp.int32)
+    begin, end = part_step[:-1], part_step[1:]
+
+    def row_of(step):  # as many rows end at or before it
+        before = jnp.sum(row_step[None, 1:] <= step[:, None], axis=1, dtype=jnp.int32)
+        return jnp.minimum(before, batch - 1)
+
+    here, there = row_of(begin), row_of(end - 1)
+    here_step, there_step = row_step[here], row_step[there]
+    part = [
+        begin, end, here, here_step, lengths[here], there,
+        (here_step < begin) | (row_step[here + 1] > end),
+        (there_step < begin) | (row_step[there + 1] > end),
+    ]  # fmt: skip
     first = jnp.where(whole, b // rows_each, lax.div(row_step[:-1], each))
     last = jnp.where(whole, b // rows_each, lax.div(row_step[1:] - 1, each))
     # Zeros that no compiler can fold: as a literal they would be filled anew before every call.
@@ -86,7 +96,6 @@ def make_schedule(
         row_step=row_step,
         row_first=first,
         row_parts=last - first + 1,
-        part_step=part_step,
-        part_row=jnp.minimum(part_row, batch - 1),
+        part=jnp.stack([x.astype(jnp.int32) for x in part], axis=1),
         arrivals=jnp.broadcast_to(zero[:, None], (batch, tiles)).reshape(-1),
     )
