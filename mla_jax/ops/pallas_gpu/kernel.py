@@ -441,10 +441,10 @@ class _Part:
         acc[...] = acc[...] + pl.run_scoped(product, plgpu.ACC(acc.shape, jnp.float32))
 
     def rescale(self, acc, alpha):
-        if self.native:
-            acc[...] = mosaic.rescale(plgpu.wgmma_accumulator_load(acc, wait_n=None), alpha)
-        else:
-            acc[...] = acc[...] * _columns(alpha, self.half)
+        # Always: it interleaves with the exponentials. A branch that spared rows whose maximum
+        # stayed came out slower.
+        old = plgpu.wgmma_accumulator_load(acc, wait_n=None) if self.native else acc[...]
+        acc[...] = old * _columns(alpha, self.half)
 
     def clear(self, acc, width):
         zero = jnp.zeros((TILE, width), jnp.float32)

@@ -20,7 +20,7 @@ from mla_jax.ops.pallas_gpu.schedule import TILE
 
 LOG2E = math.log2(math.e)
 LOWEST = -1e30  # first running maximum: finite, so that exp2(old - new) is never NaN
-_MERGE = ((1, 16), (4, 2))  # query rows and pieces at once, for many pieces and for few
+_MERGE = ((1, 8), (4, 2))  # query rows and pieces at once, for many pieces and for few
 
 
 def like(operand, shape, dtype):
@@ -105,7 +105,7 @@ def _merge_share(
                 0, lax.div(hi - lo + (rows_at_once - 1), jnp.int32(rows_at_once)), body, ()
             )
 
-    # Loads in flight: over the pieces of a row, or over rows of few pieces.
+    # Eight loads in flight: over the pieces of a row, or over rows of few pieces.
     lax.cond(count >= 8, lambda: merge(*_MERGE[0]), lambda: merge(*_MERGE[1]))
     if shape.native:
         mosaic.leave_global(arrivals, row * shape.tiles + tile, 4 * count - 1)

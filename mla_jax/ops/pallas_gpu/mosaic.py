@@ -77,43 +77,6 @@ def partial_sums(x):
     return call(x)
 
 
-def rescale(x, factor):
-    """Multiplies rows of float32 [64, C], each by its factor: a warp skips it where all are 1."""
-
-    @plgpu.inline_mgpu(
-        arg_types=(WG, WG.reduce(1)), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, WG)
-    )
-    def call(_, x, factor):
-        arith, scf, ir = mgpu.utils.arith, mgpu.utils.scf, mgpu.utils.ir
-        f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
-        one = mgpu.utils.c(1.0, f32)
-        factors = [
-            mgpu.utils.vector.extract(f, dynamic_position=[], static_position=[0])
-            for f in factor.registers.flat
-        ]
-        changed = functools.reduce(
-            arith.ori, [arith.cmpf(arith.CmpFPredicate.UNE, f, one) for f in factors]
-        )
-        votes = mgpu.utils.inline_ptx(
-            "{ .reg .pred p; setp.ne.u32 p, $1, 0; vote.sync.ballot.b32 $0, p, 0xffffffff; }",
-            arith.extui(i32, changed), result_types=i32, has_side_effects=True, convergent=True,
-        )  # fmt: skip
-        any_changed = arith.cmpi(arith.CmpIPredicate.ne, votes, mgpu.utils.c(0, i32))
-        kinds = [register.type for register in x.registers.flat]
-        branch = scf.IfOp(any_changed, kinds, has_else=True)
-        assert branch.else_block is not None
-        with ir.InsertionPoint(branch.then_block):
-            scf.yield_(list((x * factor.broadcast_in_dim(x.shape, (0,), x.layout)).registers.flat))
-        with ir.InsertionPoint(branch.else_block):
-            scf.yield_(list(x.registers.flat))
-        registers = np.empty(x.registers.shape, dtype=object)
-        for index, register in zip(np.ndindex(registers.shape), branch.results, strict=True):
-            registers[index] = register
-        return mgpu.FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=None)
-
-    return call(x, factor)
-
-
 def store_rows(ref, value, row, column, count) -> None:
     """ref[row : row + count, column : ...] = value[:count]: no row of another tile is touched.
 
