@@ -22,6 +22,7 @@ from mla_jax.ops.pallas_gpu import grouped
 
 _DENSE_TOKENS = 256  # up to here reading every expert once beats sorting
 _BLOCK = 256  # tokens of one expert in a matmul
+_H200_SMS = 132  # where only the shape of a device is known: when compiling for one
 _FEW_PAIRS = 1024  # whose ranks are compared, not sorted
 
 
@@ -235,7 +236,7 @@ class MixtureOfExperts(nnx.Module):
         tiles = _tiles(experts, groups, rows)
         product = functools.partial(
             grouped.grouped_matmul, owner=tiles.owner, used=tiles.used, rows=rows,
-            sms=sms or device.core_count, interpret=interpret,
+            sms=sms or getattr(device, "core_count", _H200_SMS), interpret=interpret,
         )  # fmt: skip
 
         @jax.custom_jvp
