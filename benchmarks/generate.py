@@ -133,7 +133,7 @@ def profile(run, text, steps):
             for event in line.events:
                 own = {str(key): value for key, value in event.stats}
                 name = own.get("hlo_op", "")
-                if not gpu and not name:
+                if not gpu and (not name or name.startswith(("while", "call", "conditional"))):
                     continue
                 scope = known.get(name) or known.get(event.name) or scope_of(event.name)
                 if scope == "other":

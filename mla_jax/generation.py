@@ -230,7 +230,7 @@ def generate(
 
 
 def _prefill(model, prompts, cache, clock):
-    """Logits [B W] of every prompt's last token; chunks of one shape, so one program.
+    """Logits [B W] of every prompt's last token; chunks of one shape, so one program or two.
 
     A chunk is a few rows whole rather than a piece of all rows: then no token attends to what an
     earlier chunk left in the cache, which would be expanded again for each chunk.
@@ -244,7 +244,7 @@ def _prefill(model, prompts, cache, clock):
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
     logits = jnp.zeros((count, model.config.vocab_size), jnp.float32)
-    program = None
+    programs = {}  # a prompt's first chunk has no context to attend to
     for first in range(0, count, rows):
         start = min(first, count - rows)  # the last rows overlap the ones before, given no tokens
         fresh = np.arange(start, start + rows) >= first
@@ -253,20 +253,23 @@ def _prefill(model, prompts, cache, clock):
             inside = np.where(fresh, np.clip(lengths[own] - begin, 0, width), 0)
             part = jnp.asarray(tokens[own, begin : begin + width])
             arguments = (model, part, cache, logits, jnp.asarray(inside), jnp.int32(start))
-            program = program or clock.compile(_prefill_chunk, *arguments)
-            logits, cache = program(*arguments)
+            empty = begin == 0
+            if empty not in programs:
+                programs[empty] = clock.compile(_prefill_chunk, *arguments, empty=empty)
+            logits, cache = programs[empty](*arguments)
     return logits, cache
 
 
-@functools.partial(jax.jit, donate_argnames=("cache", "logits"))
-def _prefill_chunk(model, tokens, cache, logits, lengths, start):
+@functools.partial(jax.jit, static_argnames="empty", donate_argnames=("cache", "logits"))
+def _prefill_chunk(model, tokens, cache, logits, lengths, start, *, empty):
     """Prefills the rows from `start` on; replaces the logits [B W] of those that have tokens."""
     rows, count = len(tokens), len(logits)
     if rows == count:
-        new, cache = model.prefill_last(tokens, cache, lengths)
+        new, cache = model.prefill_last(tokens, cache, lengths, empty=empty)
         return jnp.where(lengths[:, None] > 0, new, logits), cache
     cut = lambda array: lax.dynamic_slice_in_dim(array, start, rows)  # noqa: E731
-    new, part = model.prefill_last(tokens, jax.tree.map(cut, cache), lengths)
+    part = jax.tree.map(cut, cache)
+    new, part = model.prefill_last(tokens, part, lengths, empty=empty)
     new = jnp.where(lengths[:, None] > 0, new, cut(logits))
     put = lambda array, part: lax.dynamic_update_slice_in_dim(array, part, start, 0)  # noqa: E731
     return put(logits, new), jax.tree.map(put, cache, part)
