@@ -15,8 +15,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
+
+try:
+    from jax.experimental.pallas import mosaic_gpu
+except ImportError:  # a jax without it
+    mosaic_gpu = None
+plgpu: Any = mosaic_gpu
 
 FEW, MANY = 64, 256  # M: the least a warpgroup multiplies, and what keeps the tensor cores busy
 _WIDTH, _DEPTH = 128, 64  # of N and of K that a step takes
@@ -30,6 +35,8 @@ def why_not(shape: tuple[int, ...], dtype, device) -> str | None:
     capability = str(getattr(device, "compute_capability", "0"))
     if not capability.startswith("9."):
         return f"needs compute capability 9.x (Hopper), this is {capability}"
+    if plgpu is None:
+        return "this version of jax has no Mosaic GPU"
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return f"takes bfloat16 and float16, not {jnp.dtype(dtype).name}"
     if shape[1] % _WIDTH or shape[2] % _WIDTH:
