@@ -26,6 +26,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
@@ -204,6 +205,7 @@ class MultiHeadLatentAttention(nnx.Module):
         *,
         positions: Int[Array, "T"] | Int[Array, "B T"] | None = None,
         form: Form = "auto",
+        empty: bool = False,
     ) -> tuple[Float[Array, "B T D"], LatentCache]:
         """Appends `lengths[b]` tokens to row b, behind what the cache holds, and attends to all.
 
@@ -217,15 +219,22 @@ class MultiHeadLatentAttention(nnx.Module):
                 a sliding window go by cache slot all the same.
             form: "auto" goes by cost (`costs.choose_form`): expanded for a prompt, absorbed for a
                 short continuation of a long cache.
+            empty: says that rows with tokens hold none yet: what attends to a cached context is
+                then not compiled, half of a prefill's program.
 
         Returns:
             outputs [B T D], zeros past a row's length, and the new cache.
 
         Raises:
             ValueError: arguments that do not go together, or, outside jit, a row that would
-                overflow (under jit its `overflowed` is set).
+                overflow (under jit its `overflowed` is set) or is not empty as said.
         """
-        return self._extend(x, cache, lengths, positions, form)
+        if empty and not isinstance(cache.length, jax.core.Tracer):
+            held = np.asarray(cache.length)
+            given = np.ones_like(held) if lengths is None else np.asarray(lengths)
+            if held[given > 0].any():
+                raise ValueError(f"empty=True: rows hold {held.tolist()} tokens.")
+        return self._extend(x, cache, lengths, positions, form, empty=empty)
 
     def decode(
         self,
@@ -272,7 +281,7 @@ class MultiHeadLatentAttention(nnx.Module):
         """W_UV, the part of kv_b_proj that makes values: applied after mixing when absorbed."""
         return self.kv_b_proj.kernel[...][..., self.config.qk_nope_head_dim :]
 
-    def _extend(self, x, cache, lengths, positions, form, schedule=None):
+    def _extend(self, x, cache, lengths, positions, form, schedule=None, empty=False):
         batch, tokens = self._check_input(x)
         self._check_cache(cache, batch)
         _check_form(form)
@@ -308,7 +317,7 @@ class MultiHeadLatentAttention(nnx.Module):
             )  # fmt: skip
         else:
             heads, lse = self._expanded_cached(
-                q_nope, q_rope, latent, k_rope, new, cache.length, seen
+                q_nope, q_rope, latent, k_rope, new, None if empty else cache.length, seen
             )
         y = self._output(heads, lse, gate)
         return (y if valid is None else jnp.where(valid[..., None], y, 0)), new
@@ -407,6 +416,8 @@ class MultiHeadLatentAttention(nnx.Module):
     def _expanded_cached(self, q_nope, q_rope, latent, k_rope, cache, context, seen):
         """Heads and lse by the expanded form over new tokens and the first `context` [B] cached.
 
+        `context` is None where nothing is cached.
+
         Under a sliding window every token has its own first slot, so all of it goes through the
         cache, which holds the new tokens too: a token sees the last of its `seen` [B T] slots.
         """
@@ -416,6 +427,8 @@ class MultiHeadLatentAttention(nnx.Module):
             fresh = self._expanded(
                 q_nope, q_rope, latent, k_rope, lengths=None, mask=None, segment_ids=None
             )
+            if context is None:
+                return fresh
         return xla.add_cached_context(
             fresh, q_nope, q_rope, cache.latent, cache.k_rope, self.kv_b_proj.kernel[...],
             lengths=context, scale=self.config.scale, window=self.config.sliding_window,

@@ -21,7 +21,7 @@ from rich.table import Table
 from mla_jax import costs, generation, training
 from mla_jax.config import MLAConfig
 from mla_jax.decoding import decode_loop, prefill_step, sample
-from mla_jax.models import Decoder, DecoderConfig, DeepseekConfig, DeepseekDecoder
+from mla_jax.models import Decoder, DecoderConfig, DeepseekConfig, random_decoder
 from mla_jax.ops import api
 
 _STEPS = 350
@@ -317,9 +317,7 @@ def _model(options: Generate, console: Console):
         if not options.random_weights or options.preset is None:
             raise ValueError("a preset has no weights: add --random-weights, or --checkpoint.")
         config = DeepseekConfig.from_preset(options.preset)
-        model = DeepseekDecoder(
-            config, param_dtype=options.dtype, rngs=nnx.Rngs(options.seed), **given
-        )
+        model = random_decoder(config, seed=options.seed, param_dtype=options.dtype, **given)
         tokenizer, source = generation.Tokenizer(), f"{options.preset}, random weights"
     leaves = jax.block_until_ready(jax.tree.leaves(nnx.state(model, nnx.Param)))
     console.print(

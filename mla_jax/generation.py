@@ -190,8 +190,7 @@ def generate(
     cache = model.init_cache(rows, slots)
     cache_bytes = sum(layer.nbytes for layer in cache)
     logits, cache = _prefill(model, prompts, cache, clock)
-    key, own = jax.random.split(key)
-    first = sample(logits, own, **sampling)
+    first, key = clock.compile(_first, logits, key, **sampling)(logits, key)
     collector = _Collector(rows, max_new_tokens, stop_tokens, on_tokens)
     collector.add(np.asarray(first)[:, None])
     first_token = clock.lap()
@@ -231,28 +230,55 @@ def generate(
 
 
 def _prefill(model, prompts, cache, clock):
-    """Logits [B W] of every prompt's last token; chunks of one shape, so one program."""
+    """Logits [B W] of every prompt's last token; chunks of one shape, so one program or two.
+
+    A chunk is a few rows whole rather than a piece of all rows: then no token attends to what an
+    earlier chunk left in the cache, which would be expanded again for each chunk.
+    """
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    width = max(1, min(int(lengths.max()), _PREFILL_TOKENS // len(prompts)))
-    chunks = math.ceil(int(lengths.max()) / width)
-    tokens = np.zeros((len(prompts), chunks * width), np.int32)
+    count, longest = len(prompts), int(lengths.max())
+    rows = min(count, max(1, _PREFILL_TOKENS // longest))
+    width = min(longest, _PREFILL_TOKENS)
+    chunks = math.ceil(longest / width)
+    tokens = np.zeros((count, chunks * width), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
-    parts = [
-        (jnp.asarray(tokens[:, start : start + width]), np.clip(lengths - start, 0, width))
-        for start in range(0, chunks * width, width)
-    ]
-    program = clock.compile(_prefill_chunk, model, parts[0][0], cache, jnp.asarray(parts[0][1]))
-    logits = jnp.zeros((len(prompts), model.config.vocab_size), jnp.float32)
-    for chunk, inside in parts:
-        new, cache = program(model, chunk, cache, jnp.asarray(inside))
-        logits = jnp.where(jnp.asarray(inside[:, None] > 0), new, logits)
+    logits = jnp.zeros((count, model.config.vocab_size), jnp.float32)
+    programs = {}  # a prompt's first chunk has no context to attend to
+    for first in range(0, count, rows):
+        start = min(first, count - rows)  # the last rows overlap the ones before, given no tokens
+        fresh = np.arange(start, start + rows) >= first
+        own = slice(start, start + rows)
+        for begin in range(0, chunks * width, width):
+            inside = np.where(fresh, np.clip(lengths[own] - begin, 0, width), 0)
+            part = jnp.asarray(tokens[own, begin : begin + width])
+            arguments = (model, part, cache, logits, jnp.asarray(inside), jnp.int32(start))
+            empty = begin == 0
+            if empty not in programs:
+                programs[empty] = clock.compile(_prefill_chunk, *arguments, empty=empty)
+            logits, cache = programs[empty](*arguments)
     return logits, cache
 
 
-@functools.partial(jax.jit, donate_argnames=("cache",))
-def _prefill_chunk(model, tokens, cache, lengths):
-    return model.prefill_last(tokens, cache, lengths)
+@functools.partial(jax.jit, static_argnames="empty", donate_argnames=("cache", "logits"))
+def _prefill_chunk(model, tokens, cache, logits, lengths, start, *, empty):
+    """Prefills the rows from `start` on; replaces the logits [B W] of those that have tokens."""
+    rows, count = len(tokens), len(logits)
+    if rows == count:
+        new, cache = model.prefill_last(tokens, cache, lengths, empty=empty)
+        return jnp.where(lengths[:, None] > 0, new, logits), cache
+    cut = lambda array: lax.dynamic_slice_in_dim(array, start, rows)  # noqa: E731
+    part = jax.tree.map(cut, cache)
+    new, part = model.prefill_last(tokens, part, lengths, empty=empty)
+    new = jnp.where(lengths[:, None] > 0, new, cut(logits))
+    put = lambda array, part: lax.dynamic_update_slice_in_dim(array, part, start, 0)  # noqa: E731
+    return put(logits, new), jax.tree.map(put, cache, part)
+
+
+@functools.partial(jax.jit, static_argnames=("temperature", "top_k", "top_p"))
+def _first(logits, key, **sampling):
+    key, own = jax.random.split(key)
+    return sample(logits, own, **sampling), key
 
 
 @functools.partial(

@@ -71,7 +71,7 @@ def test_speculation_saves_steps_where_text_repeats():
         def init_cache(self, rows, slots):
             return model().init_cache(rows, slots)
 
-        def prefill_last(self, tokens, cache, lengths):
+        def prefill_last(self, tokens, cache, lengths, empty):
             logits, cache = self._run(tokens, cache, lengths)
             last = jnp.maximum(lengths - 1, 0)[:, None, None]
             return jnp.take_along_axis(logits, last, axis=1)[:, 0], cache

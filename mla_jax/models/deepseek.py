@@ -128,12 +128,14 @@ class DeepseekDecoder(nnx.Module):
         tokens: Int[Array, "B T"],
         cache: tuple[LatentCache, ...],
         lengths: Int[Array, "B"],
+        *,
+        empty: bool = False,
     ) -> tuple[Float[Array, "B W"], tuple[LatentCache, ...]]:
         """`prefill` with the logits of each row's last token only: a prompt's are often too many.
 
-        A row of length 0 gives logits that mean nothing.
+        A row of length 0 gives logits that mean nothing. `empty` is the layer's.
         """
-        x, cache = self._hidden(tokens, cache, lengths)
+        x, cache = self._hidden(tokens, cache, lengths, empty)
         last = jnp.maximum(lengths - 1, 0)[:, None, None]
         return self._logits(jnp.take_along_axis(x, last, axis=1))[:, 0], cache
 
@@ -144,7 +146,7 @@ class DeepseekDecoder(nnx.Module):
         x, cache = self._hidden(tokens, cache, None)
         return self._logits(x), cache
 
-    def _hidden(self, tokens, cache, lengths):
+    def _hidden(self, tokens, cache, lengths, empty=False):
         if len(cache) != len(self.blocks):
             raise ValueError(
                 f"cache has {len(cache)} layers, the model {len(self.blocks)}: make it with "
@@ -158,7 +160,7 @@ class DeepseekDecoder(nnx.Module):
             if lengths is None:
                 y, held = block.attention.decode(hidden, held, schedule=schedule)
             else:
-                y, held = block.attention.prefill(hidden, held, lengths)
+                y, held = block.attention.prefill(hidden, held, lengths, empty=empty)
             x = block.feed_forward(block.add(x, y))
             new.append(held)
         return x, tuple(new)

@@ -7,17 +7,72 @@ G groups of experts.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
 from mla_jax.models.deepseek_config import DeepseekConfig
+from mla_jax.ops.api import default_device
+from mla_jax.ops.pallas_gpu import grouped
 
 _DENSE_TOKENS = 256  # up to here reading every expert once beats sorting
 _BLOCK = 256  # tokens of one expert in a matmul
+_H200_SMS = 132  # where only the shape of a device is known: when compiling for one
+_FEW_PAIRS = 1024  # whose ranks are compared, not sorted
+
+
+class _Tiles(NamedTuple):
+    """Pairs of token and expert in tiles of rows, each tile of one expert; unused rows at its end.
+
+    Attributes:
+        token: of every row; an unused row has any.
+        owner: the expert of every tile.
+        used: how many tiles have a row that counts; they come first.
+        place: each pair's row.
+    """
+
+    token: Int[Array, "J*rows"]
+    owner: Int[Array, "J"]
+    used: Int[Array, "1"]
+    place: Int[Array, "M K"]
+
+
+def _tiles(experts: Int[Array, "M K"], groups: int, rows: int) -> _Tiles:
+    flat = experts.reshape(-1).astype(jnp.int32)
+    expert = np.arange(groups, dtype=np.int32)
+    sizes = (flat[None] == expert[:, None]).sum(1, dtype=jnp.int32)
+    needed = lax.div(sizes + (rows - 1), jnp.int32(rows))
+    before = expert[None] < expert[:, None]  # sums, not scans: these are a kernel each on a GPU
+    starts = jnp.where(before, needed[None], 0).sum(1, dtype=jnp.int32)
+    if flat.size <= _FEW_PAIRS:
+        pair = np.arange(flat.size, dtype=np.int32)
+        earlier = (flat[None] == flat[:, None]) & (pair[None] < pair[:, None])
+        rank = earlier.sum(1, dtype=jnp.int32)
+    else:
+        order = jnp.argsort(flat, stable=True)
+        first = jnp.where(before, sizes[None], 0).sum(1, dtype=jnp.int32)
+        position = jnp.zeros_like(flat).at[order].set(
+            jnp.arange(flat.size, dtype=jnp.int32), unique_indices=True
+        )
+        rank = position - first[flat]
+    place = starts[flat] * rows + rank
+    # Each used expert has at most one tile that is not full.
+    count = min(groups, flat.size) + flat.size // rows
+    token = jnp.zeros((count * rows,), jnp.int32)
+    token = token.at[place].set(
+        jnp.arange(flat.size, dtype=jnp.int32) // experts.shape[1], unique_indices=True
+    )
+    tile = np.arange(count, dtype=np.int32)
+    owner = ((starts + needed)[None] <= tile[:, None]).sum(1, dtype=jnp.int32)
+    return _Tiles(
+        token=token, owner=jnp.minimum(owner, groups - 1), used=needed.sum(keepdims=True),
+        place=place.reshape(experts.shape),
+    )  # fmt: skip
 
 
 class GatedMLP(nnx.Module):
@@ -107,12 +162,15 @@ class MixtureOfExperts(nnx.Module):
     def _experts(self, x, experts, weights):
         """Every token through its experts, by whichever way moves the fewest weights for M tokens.
 
-        `lax.ragged_dot` is made for this and used on TPUs. Elsewhere jax may turn it into a product
-        with E masked copies of its input, [E MK D], as it does on CPUs.
+        On Hopper GPUs a kernel reads the chosen experts only, for any M. `lax.ragged_dot` is made
+        for this and used on TPUs. Elsewhere jax may turn it into a product with E masked copies of
+        its input, [E MK D], as it does on CPUs, and on GPUs but for two experimental flags of XLA.
         """
         dtype = self.dtype or jnp.promote_types(x.dtype, self.gate_proj.dtype)
         x, pairs = x.astype(dtype), experts.size
-        if 2 * pairs <= self.gate_proj.shape[0]:
+        if grouped.why_not(self.gate_proj.shape, dtype, default_device()) is None:
+            mixed = self._grouped(x, experts, weights)
+        elif 2 * pairs <= self.gate_proj.shape[0]:
             mixed = self._by_pair(x, experts, weights)
         elif len(x) <= _DENSE_TOKENS:
             mixed = self._all_experts(x, experts, weights)
@@ -149,39 +207,52 @@ class MixtureOfExperts(nnx.Module):
     def _sorted(self, x, experts, weights):
         """Many tokens: sorted by expert, then ragged matmuls, or matmuls of one expert's block."""
         count, groups = self.config.num_experts_per_tok, self.gate_proj.shape[0]
-        flat = experts.reshape(-1)
-        order = jnp.argsort(flat, stable=True)
-        sizes = jnp.bincount(flat, length=groups).astype(jnp.int32)
         if jax.default_backend() == "tpu":
+            flat = experts.reshape(-1)
+            order = jnp.argsort(flat, stable=True)
+            sizes = jnp.bincount(flat, length=groups).astype(jnp.int32)
             outputs = self._ragged(x[order // count], sizes)
             own = outputs[jnp.argsort(order)]  # back in the tokens' order
-        else:
-            # Every expert's tokens start a block of their own; at most one block each is not full.
-            blocks = -(-flat.size // _BLOCK) + groups
-            needed = -(-sizes // _BLOCK)
-            ends = jnp.cumsum(needed)
-            starts, before = ends - needed, jnp.cumsum(sizes) - sizes
-            ranked = flat[order]
-            rank = jnp.arange(flat.size, dtype=jnp.int32) - before[ranked]
-            place = starts[ranked] * _BLOCK + rank
-            padded = (
-                jnp.zeros((blocks * _BLOCK, x.shape[-1]), x.dtype)
-                .at[place]
-                .set(x[order // count], unique_indices=True)
-            )
-            owner = jnp.searchsorted(ends, jnp.arange(blocks), side="right")
-            kernels = self._kernels()
+            return (own.reshape(len(x), count, -1) * weights[..., None]).sum(1)
+        tiles = _tiles(experts, groups, _BLOCK)
+        outputs = self._by_block(x[tiles.token], self._kernels(), tiles.owner)
+        return (outputs[tiles.place] * weights[..., None]).sum(1)
 
-            def one(block):
-                tokens, expert = block
-                return self._gated("MD,DF->MF", "MF,FD->MD", tokens, [k[expert] for k in kernels])
+    def _by_block(self, x, kernels, owner):
+        """Gated MLPs of tiles of rows, each of one expert: [J*M D] to [J*M D]."""
 
-            blocked = padded.reshape(blocks, _BLOCK, -1)
-            owner = jnp.minimum(owner, groups - 1)
-            outputs = lax.map(one, (blocked, owner), batch_size=min(16, blocks))
-            outputs = outputs.reshape(blocks * _BLOCK, -1)
-            own = outputs[jnp.zeros_like(place).at[order].set(place, unique_indices=True)]
-        return (own.reshape(len(x), count, -1) * weights[..., None]).sum(1)
+        def one(block):
+            tokens, expert = block
+            return self._gated("MD,DF->MF", "MF,FD->MD", tokens, [k[expert] for k in kernels])
+
+        blocks = x.reshape(len(owner), -1, x.shape[-1])
+        outputs = lax.map(one, (blocks, owner), batch_size=min(16, len(owner)))
+        return outputs.reshape(len(x), -1)
+
+    def _grouped(self, x, experts, weights, sms=None, interpret=None):
+        """Any number of tokens on a Hopper GPU: tiles of one expert each, through a kernel."""
+        groups, device = self.gate_proj.shape[0], default_device()
+        rows = grouped.MANY if experts.size >= groups * grouped.MANY // 2 else grouped.FEW
+        tiles = _tiles(experts, groups, rows)
+        product = functools.partial(
+            grouped.grouped_matmul, owner=tiles.owner, used=tiles.used, rows=rows,
+            sms=sms or getattr(device, "core_count", _H200_SMS), interpret=interpret,
+        )  # fmt: skip
+
+        @jax.custom_jvp
+        def outputs(x, kernels):
+            gate, up, down = (kernel.astype(x.dtype) for kernel in kernels)
+            wide = jnp.promote_types(x.dtype, jnp.float32)
+            hidden = jax.nn.silu(product(x, gate).astype(wide)) * product(x, up)
+            return product(hidden.astype(x.dtype), down)
+
+        @outputs.defjvp
+        def _(primals, tangents):
+            blocks = lambda x, kernels: self._by_block(x, kernels, tiles.owner).astype(x.dtype)  # noqa: E731
+            return jax.jvp(blocks, primals, tangents)
+
+        own = outputs(x[tiles.token], self._kernels())[tiles.place]
+        return (own * weights[..., None]).sum(1)
 
     def _ragged(self, x, sizes):
         ragged = functools.partial(

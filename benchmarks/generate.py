@@ -1,0 +1,280 @@
+"""Times a whole decoder with random weights on the default device: prefill and decode steps.
+
+Per batch: seconds to the first token (of a second run, so that nothing is loaded meanwhile),
+milliseconds per decode step, both without compilation, which is printed apart; the floor of a step,
+which is what it must read over the rate of a copy measured in the same run; and where a step's
+time goes, by named scope, from a trace of the profiler.
+
+What a step must read: the cache; all weights but the embedding (a row per token) and the routed
+experts; of those what B tokens choose of E when choices are uniform, E (1 - (1 - K/E)^B).
+
+Decode steps run in blocks inside one program, as in `generate`: the host hears of them per block.
+A line is printed as soon as it is known, and a batch that fails does not end the run.
+"""
+
+import argparse
+import collections
+import json
+import pathlib
+import re
+import tempfile
+import time
+import traceback
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from decode import ceilings  # beside this file
+from flax import nnx
+
+from mla_jax import generation
+from mla_jax.models import DeepseekConfig, random_decoder
+
+SCOPES = {  # the first that an operation's name contains
+    "router": ("router",),
+    "shared expert": ("shared_expert",),
+    "experts": ("experts", "grouped_matmul"),
+    "head": ("head",),
+    "attention core": ("latent_attention", "expanded_attention", "decode_schedule", "mla_decode"),
+    "attention projections": ("queries", "latents", "rope", "w_uk", "w_uv", "kv_b_proj", "o_proj"),
+    "cache append": ("cache_append",),
+    "dense MLP, norms": ("mlp",),
+}
+GREEDY = {"temperature": 0.0, "top_k": None, "top_p": None}
+
+
+def say(text: str) -> None:
+    """Prints with the seconds since the start, at once."""
+    print(f"[{time.perf_counter() - STARTED:6.1f} s] {text}", flush=True)
+
+
+STARTED = time.perf_counter()
+
+
+def weights(model, batch):
+    """{what: bytes that a decode step of `batch` rows reads}, experts as expected."""
+    config, total = model.config, collections.Counter()
+    state = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    for path, leaf in zip(state.paths, state.leaves, strict=True):
+        names = set(map(str, path))
+        if "embed" in names and not config.tie_word_embeddings:
+            continue
+        routed = "mlp" in names and leaf.ndim == 3
+        if routed:
+            share = 1 - (1 - config.num_experts_per_tok / config.n_routed_experts) ** batch
+            total["experts"] += leaf[...].nbytes * share
+        else:
+            kind = ("shared expert" if "shared" in names else "attention" if "attention" in names
+                    else "head" if "head" in names else "other")  # fmt: skip
+            total[kind] += leaf[...].nbytes
+    return dict(total)
+
+
+def active(model):
+    """Parameters that one token multiplies, the head's apart: it sees a prompt's last token."""
+    config, count = model.config, 0.0
+    state = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    for path, leaf in zip(state.paths, state.leaves, strict=True):
+        names = set(map(str, path))
+        routed = "mlp" in names and leaf.ndim == 3
+        share = config.num_experts_per_tok / config.n_routed_experts if routed else 1
+        count += 0 if names & {"embed", "head"} else leaf.size * share
+    return count
+
+
+def scope_of(name: str) -> str:
+    """The scope that an operation's path of names belongs to."""
+    return next((s for s, parts in SCOPES.items() if any(p in name for p in parts)), "other")
+
+
+def scopes(text: str) -> dict[str, str]:
+    """{instruction: scope} of a compiled module, by its own name or by what it fuses."""
+    computations: dict[str, collections.Counter] = {}
+    found, fused, inside = {}, {}, ""
+    for line in text.splitlines():
+        opened = re.match(r"\s*(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line)
+        if opened:
+            inside = opened[1]
+            computations[inside] = collections.Counter()
+            continue
+        made = re.match(r"\s*(?:ROOT )?%?([\w.\-]+) = ", line)
+        if not made:
+            continue
+        name = re.search(r'op_name="([^"]*)"', line)
+        called = re.search(r"calls=%?([\w.\-]+)", line)
+        if name:
+            found[made[1]] = scope_of(name[1])
+            computations[inside][found[made[1]]] += 1
+        elif called:
+            fused[made[1]] = called[1]
+    for instruction, computation in fused.items():
+        most = computations.get(computation, collections.Counter()).most_common(1)
+        found[instruction] = most[0][0] if most else "other"
+    return found
+
+
+def profile(run, text, steps):
+    """Milliseconds of a step by scope, kernels' own and between them, from a trace of `run()`."""
+    from jax.profiler import ProfileData
+
+    known = scopes(text)
+    known |= {re.sub(r"\W", "_", name): scope for name, scope in known.items()}  # kernels' names
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            run()
+        data = ProfileData.from_file(str(next(pathlib.Path(folder).rglob("*.xplane.pb"))))
+    taken, kernels, first, last = collections.Counter(), 0, float("inf"), 0.0
+    unknown: collections.Counter = collections.Counter()
+    for plane in data.planes:
+        gpu = plane.name.startswith("/device:GPU")
+        for line in plane.lines:
+            if not line.name.startswith("Stream" if gpu else "tf_XLA"):
+                continue
+            for event in line.events:
+                own = {str(key): value for key, value in event.stats}
+                name = own.get("hlo_op", "")
+                if not gpu and (not name or name.startswith(("while", "call", "conditional"))):
+                    continue
+                scope = known.get(name) or known.get(event.name) or scope_of(event.name)
+                if scope == "other":
+                    unknown[event.name[:60]] += event.duration_ns
+                taken[scope] += event.duration_ns
+                kernels += 1
+                first = min(first, event.start_ns)
+                last = max(last, event.start_ns + event.duration_ns)
+    each = {scope: ns / steps / 1e6 for scope, ns in taken.most_common()}
+    each["between kernels"] = max(0.0, (last - first) / steps / 1e6 - sum(each.values()))
+    return {"scopes": each, "kernels": kernels / steps,
+            "other": {name: ns / steps / 1e6 for name, ns in unknown.most_common(8)}}  # fmt: skip
+
+
+def measure(model, batch, options, copy, result):
+    """Fills `result` with the figures of one batch, as they come."""
+    prompt, block = options.prompt_tokens, options.block
+    slots = -(-(prompt + 1 + block * (options.blocks + 3)) // 128) * 128
+    random = np.random.default_rng(0)
+    prompts = random.integers(0, model.config.vocab_size, (batch, prompt)).tolist()
+    programs = generation._Clock()
+    for run in ("first", "second"):
+        clock = generation._Clock()
+        cache = jax.block_until_ready(model.init_cache(batch, slots))
+        clock.lap()
+        logits, cache = generation._prefill(model, prompts, cache, clock)
+        token = jax.block_until_ready(jnp.argmax(logits, -1).astype(jnp.int32))
+        taken = clock.lap()
+        if run == "first":
+            result["prefill_compile_s"] = clock.compiling
+            say(f"batch {batch}: prefill compiled in {clock.compiling:.1f} s, ran in {taken:.3f} s")
+            if clock.compiling > options.again:
+                break  # a second run would compile again
+        del clock
+    flops = 2 * active(model) * batch * prompt
+    result |= {"first_token_s": taken, "prefill_tflops": flops / taken / 1e12}
+    say(f"batch {batch}: first token after {taken:.3f} s, {batch * prompt / taken:,.0f} tokens/s, "
+        f"{flops / taken / 1e12:.0f} TFLOP/s in matrices")  # fmt: skip
+    del logits
+    held = sum(layer.nbytes for layer in cache)
+    key = jax.random.key(0)
+    step = programs.compile(
+        generation._decode_block, model, token, cache, key, steps=block, **GREEDY
+    )
+    text, memory = step.as_text(), step.memory_analysis()
+    copies = [line for line in re.findall(r"= (\S+) copy\(", text) if str(slots) in line]
+    result |= {
+        "decode_compile_s": programs.compiling, "cache_bytes": held,
+        "whiles": len(re.findall(r" while\(", text)), "cache_copies": len(copies),
+        "aliased_bytes": memory.alias_size_in_bytes, "temporary_bytes": memory.temp_size_in_bytes,
+    }  # fmt: skip
+    say(f"batch {batch}: decode compiled in {programs.compiling:.1f} s: {result['whiles']} while "
+        f"loop for {block} steps, cache {held / 1e9:.2f} GB of which aliased "
+        f"{memory.alias_size_in_bytes / 1e9:.2f} GB, {len(copies)} copies of it, temporaries "
+        f"{memory.temp_size_in_bytes / 1e6:.0f} MB")  # fmt: skip
+    _, token, cache, key = jax.block_until_ready(step(model, token, cache, key))
+    started = time.perf_counter()
+    for _ in range(options.blocks):  # the device works through them without waiting for the host
+        _, token, cache, key = step(model, token, cache, key)
+    jax.block_until_ready(token)
+    taken = (time.perf_counter() - started) / options.blocks / block
+    context = prompt + block * (1 + options.blocks / 2)
+    read = weights(model, batch)
+    read["cache"] = held * context / slots
+    floor = sum(read.values()) / copy
+    result |= {
+        "step_s": taken, "tokens_per_s": batch / taken, "read_bytes": read, "floor_s": floor,
+        "fraction": floor / taken,
+    }  # fmt: skip
+    say(f"batch {batch}: {taken * 1e3:.3f} ms a step, {batch / taken:,.0f} tokens/s; reads "
+        + ", ".join(f"{name} {value / 1e9:.2f}" for name, value in read.items())
+        + f" GB: floor {floor * 1e3:.3f} ms, {floor / taken:.2f} of it reached")  # fmt: skip
+    if not options.no_profile:
+        state = [token, cache, key]
+
+        def run():
+            state[:] = jax.block_until_ready(step(model, *state))[1:]
+
+        result["profile"] = profile(run, text, block)
+        say(f"batch {batch}: {result['profile']['kernels']:.0f} kernels a step, ms: " + ", ".join(
+            f"{scope} {ms:.3f}" for scope, ms in result["profile"]["scopes"].items()))  # fmt: skip
+        say(f"batch {batch}: other: {result['profile']['other']}")
+
+
+def main():
+    """Runs every batch."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--preset", default="deepseek_v2_lite")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--prompt-tokens", type=int, default=4096)
+    parser.add_argument("--block", type=int, default=16, help="decode steps in one program")
+    parser.add_argument("--blocks", type=int, default=4, help="that are timed")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--implementation", help="backend of the attention core")
+    parser.add_argument("--layers", type=int, help="fewer than the preset has, to try things")
+    parser.add_argument("--again", type=float, default=1e9,
+                        help="prefill once only where it compiles longer than this")  # fmt: skip
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin no batch after these")
+    parser.add_argument("--no-profile", action="store_true")
+    parser.add_argument("--json", type=pathlib.Path, help="write the figures here, batch by batch")
+    options = parser.parse_args()
+    config = DeepseekConfig.from_preset(options.preset)
+    if options.layers:
+        shorter = config.attention.replace(num_hidden_layers=options.layers)
+        config = config.replace(attention=shorter)
+    kind = jax.devices()[0].device_kind
+    copy, matmul = ceilings(0.06)
+    say(f"{kind}, jax {jax.__version__}: {copy / 1e12:.2f} TB/s copy, "
+        f"{matmul / 1e12:.0f} TFLOP/s matmul")  # fmt: skip
+    started = time.perf_counter()
+    model = random_decoder(
+        config, dtype=options.dtype, param_dtype=options.dtype,
+        implementation=options.implementation,
+    )  # fmt: skip
+    leaves = jax.block_until_ready(jax.tree.leaves(nnx.state(model, nnx.Param)))
+    ready, size = time.perf_counter() - started, sum(leaf.nbytes for leaf in leaves)
+    say(f"{options.preset}: {size / 1e9:.2f} GB of weights ready in {ready:.1f} s")
+    rows = []
+    table = {"device": kind, "jax": jax.__version__, "copy": copy, "matmul": matmul,
+             "preset": options.preset, "prompt": options.prompt_tokens, "ready_s": ready,
+             "weight_bytes": size, "rows": rows}  # fmt: skip
+    for batch in options.batches:
+        if time.perf_counter() - STARTED > options.seconds:
+            say(f"batch {batch}: no time left")
+            break
+        rows.append({"batch": batch})
+        try:
+            measure(model, batch, options, copy, rows[-1])
+        except Exception as error:
+            traceback.print_exc()
+            rows[-1]["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        if options.json:
+            options.json.write_text(json.dumps(table, indent=2))
+    print("\n| batch | first token s | ms a step | tokens/s | floor ms | fraction |\n"
+          "|---|---|---|---|---|---|")  # fmt: skip
+    for row in rows:
+        if "step_s" in row:
+            print(f"| {row['batch']} | {row['first_token_s']:.3f} | {row['step_s'] * 1e3:.3f} | "
+                  f"{row['tokens_per_s']:,.0f} | {row['floor_s'] * 1e3:.3f} | "
+                  f"{row['fraction']:.2f} |")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
