@@ -106,8 +106,8 @@ class MultiTokenPredictor(nnx.Module):
             config, config.attention.num_hidden_layers, precision=precision,
             implementation=implementation, **types,
         )  # fmt: skip
-        self.embed: nnx.Embed | None = None
-        self.head: nnx.Linear | None = None
+        self.embed: nnx.Embed | None = nnx.data(None)
+        self.head: nnx.Linear | None = nnx.data(None)
 
     def extend(
         self,
