@@ -6,9 +6,13 @@
     print(tokenizer.decode(result.tokens[0]))
 
 A block of decode steps is one compiled program with the cache donated: the host hears of tokens a
-block at a time. Speculation (Leviathan et al. 2023, arXiv 2211.17192) drafts a few tokens by
-looking the last ones up in the text so far (Saxena 2023, prompt lookup), verifies them by one
-absorbed step over all, and cuts the rejected ones out of the cache; greedy output stays the same.
+block at a time. Speculation (Leviathan et al. 2023, arXiv 2211.17192) drafts a few tokens, verifies
+them by one absorbed step over all, and cuts the rejected ones out of the cache; greedy output stays
+the same. Drafts come from looking the last tokens up in the text so far (Saxena 2023, prompt lookup),
+or from the model's block for multi-token prediction (`models.MultiTokenPredictor`): its first guess
+after states of the model, the further ones each after the state of the guess before, as SGLang and
+vLLM do. Its own cache then forgets what it made of guesses, and is given the model's states of the
+tokens that were right.
 
 Letters: B prompts, T tokens of a step, S slots of the cache, W words, K drafted tokens.
 """
@@ -20,7 +24,7 @@ import os
 import pathlib
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -139,6 +143,7 @@ def generate(
     seed: int = 0,
     stop_tokens: Sequence[int] = (),
     speculate: int = 0,
+    draft: Literal["prompt", "mtp"] = "prompt",
     block: int = 16,
     on_tokens: Callable[[int, list[int]], None] | None = None,
 ) -> Result:
@@ -152,8 +157,9 @@ def generate(
         temperature, top_k, top_p: as in `decoding.sample`; 0 is greedy.
         seed: of the sampling.
         stop_tokens: end a row.
-        speculate: K, tokens drafted by prompt lookup and verified at once; 0 is plain decoding.
-            Greedy only.
+        speculate: K, tokens drafted and verified at once; 0 is plain decoding. Greedy only.
+        draft: by what: "prompt" looks the text's last tokens up in it, "mtp" asks the model's block
+            for multi-token prediction.
         block: decode steps in one program. Tokens are seen, and rows' ends noticed, per block.
         on_tokens: called with a row's index and its next tokens as they come.
 
@@ -161,7 +167,8 @@ def generate(
         a `Result`.
 
     Raises:
-        ValueError: an argument out of range, or a prompt that does not fit.
+        ValueError: an argument out of range, a prompt that does not fit, or draft="mtp" for a model
+            without a block for it.
 
     >>> import mla_jax
     >>> model = mla_jax.checkpoint.load_decoder("DeepSeek-V2-Lite")  # doctest: +SKIP
@@ -172,6 +179,7 @@ def generate(
     """
     vocabulary = model.config.vocab_size
     _check(prompts, vocabulary, max_new_tokens, speculate, temperature, block)
+    _check_draft(model, draft, speculate)
     key = jax.random.key(seed)
     _check_sampling(None, key, temperature, top_k, top_p)
     longest = max(map(len, prompts))
@@ -188,8 +196,11 @@ def generate(
     rows = len(prompts)
     sampling = {"temperature": float(temperature), "top_k": top_k, "top_p": top_p}
     cache = model.init_cache(rows, slots)
-    cache_bytes = sum(layer.nbytes for layer in cache)
-    logits, cache = _prefill(model, prompts, cache, clock)
+    draft_cache = None
+    if speculate and draft == "mtp":
+        draft_cache = model.init_draft_cache(rows, slots)
+    cache_bytes = sum(layer.nbytes for layer in (*cache, draft_cache) if layer is not None)
+    logits, state, cache, draft_cache = _prefill(model, prompts, cache, draft_cache, clock)
     key, own = jax.random.split(key)
     first = sample(logits, own, **sampling)
     collector = _Collector(rows, max_new_tokens, stop_tokens, on_tokens)
@@ -202,10 +213,11 @@ def generate(
         length = jnp.asarray([len(prompt) + 1 for prompt in prompts], jnp.int32)
         goal = length - 1 + max_new_tokens
         seen = np.asarray(length)
-        arguments = (model, history, length, goal, cache)
-        program = clock.compile(_speculate_block, *arguments, drafts=speculate, steps=block)
+        carry = (history, length, cache, _ahead(state, draft_cache, speculate))
+        program = clock.compile(_speculate_block, model, goal, carry, drafts=speculate, steps=block)
         while not collector.done:
-            history, length, cache, counts = program(model, history, length, goal, cache)
+            carry, counts = program(model, goal, carry)
+            history, length = carry[:2]
             now, text = np.asarray(length), np.asarray(history)
             collector.add([text[b, seen[b] : now[b]] for b in range(rows)])
             seen, steps = now, steps + block
@@ -230,29 +242,45 @@ def generate(
     )  # fmt: skip
 
 
-def _prefill(model, prompts, cache, clock):
-    """Logits [B W] of every prompt's last token; chunks of one shape, so one program."""
+def _prefill(model, prompts, cache, draft_cache, clock):
+    """Logits [B W] and, to draft by, state [B D] of every prompt's last token, and the caches.
+
+    Chunks have one shape, so there is one program. The predictor sees all tokens but the last of a
+    prompt, which has none after it yet.
+    """
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     width = max(1, min(int(lengths.max()), _PREFILL_TOKENS // len(prompts)))
     chunks = math.ceil(int(lengths.max()) / width)
-    tokens = np.zeros((len(prompts), chunks * width), np.int32)
+    tokens = np.zeros((len(prompts), chunks * width + 1), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
-    parts = [
-        (jnp.asarray(tokens[:, start : start + width]), np.clip(lengths - start, 0, width))
-        for start in range(0, chunks * width, width)
-    ]
-    program = clock.compile(_prefill_chunk, model, parts[0][0], cache, jnp.asarray(parts[0][1]))
-    logits = jnp.zeros((len(prompts), model.config.vocab_size), jnp.float32)
-    for chunk, inside in parts:
-        new, cache = program(model, chunk, cache, jnp.asarray(inside))
-        logits = jnp.where(jnp.asarray(inside[:, None] > 0), new, logits)
-    return logits, cache
+    logits = state = program = None
+    for start in range(0, chunks * width, width):
+        inside, known = (
+            jnp.asarray(np.clip(ends - start, 0, width)) for ends in (lengths, lengths - 1)
+        )
+        part = jnp.asarray(tokens[:, start : start + width])
+        following = jnp.asarray(tokens[:, start + 1 : start + 1 + width])
+        arguments = (model, part, following, cache, draft_cache, inside, known)
+        program = program or clock.compile(_prefill_chunk, *arguments)
+        new, cache, draft_cache = program(*arguments)
+        ended = (inside > 0)[:, None]
+        old = (logits, state) if start else new
+        logits, state = jax.tree.map(lambda new, old: jnp.where(ended, new, old), new, old)
+    return logits, state, cache, draft_cache
 
 
-@functools.partial(jax.jit, donate_argnames=("cache",))
-def _prefill_chunk(model, tokens, cache, lengths):
-    return model.prefill_last(tokens, cache, lengths)
+@functools.partial(jax.jit, donate_argnames=("cache", "draft_cache"))
+def _prefill_chunk(model, tokens, following, cache, draft_cache, lengths, known):
+    """(logits, state) of each row's last token in this chunk, and the caches."""
+    if draft_cache is None:
+        logits, cache = model.prefill_last(tokens, cache, lengths)
+        return (logits, None), cache, None
+    hidden, cache = model.extend(tokens, cache, lengths)
+    _, draft_cache = model.draft(hidden, following, draft_cache, known)
+    last = jnp.maximum(lengths - 1, 0)[:, None, None]
+    state = jnp.take_along_axis(hidden, last, axis=1)
+    return (model.logits(state)[:, 0], state[:, 0]), cache, draft_cache
 
 
 @functools.partial(
@@ -272,20 +300,27 @@ def _decode_block(model, token, cache, key, *, steps, temperature, top_k, top_p)
     return drawn.T, token, cache, key
 
 
-@functools.partial(jax.jit, static_argnames=("drafts", "steps"), donate_argnames=("cache", "text"))
-def _speculate_block(model, text, length, goal, cache, *, drafts, steps):
+@functools.partial(jax.jit, static_argnames=("drafts", "steps"), donate_argnames=("carry",))
+def _speculate_block(model, goal, carry, *, drafts, steps):
     """`steps` rounds of draft and verify; rows that reached their goal stay as they are.
 
-    `text` [B S] holds `length` [B] tokens of each row; the cache holds all but the last of them.
+    The carry: `text` [B S+1], which holds `length` [B] tokens of each row; the cache, which holds all
+    but the last of them; and what `_predict` needs, or None where drafts are looked up. Returned with
+    the numbers of drafts and of those that were right.
     """
-    rows = jnp.arange(text.shape[0])[:, None]
+    rows = jnp.arange(goal.shape[0])[:, None]
     offsets = jnp.arange(drafts + 1, dtype=jnp.int32)[None]
 
     def round_(carry, _):
-        text, length, cache, counts = carry
-        draft = _look_up(text, length, drafts)
+        (text, length, cache, ahead), counts = carry
         last = text[rows, length[:, None] - 1]
-        logits, cache = model.decode(jnp.concatenate([last, draft], axis=1), cache)
+        if ahead is None:
+            draft = _look_up(text, length, drafts)
+            logits, cache = model.decode(jnp.concatenate([last, draft], axis=1), cache)
+        else:
+            draft, draft_cache = _predict(model, text, length, ahead, drafts)
+            hidden, cache = model.extend(jnp.concatenate([last, draft], axis=1), cache)
+            logits, ahead = model.logits(hidden), (hidden, draft_cache)
         best = logits.argmax(-1).astype(jnp.int32)
         right = jnp.cumprod(draft == best[:, :-1], axis=1).sum(1, dtype=jnp.int32)
         active = length < goal
@@ -295,13 +330,47 @@ def _speculate_block(model, text, length, goal, cache, *, drafts, steps):
         length = length + new
         cache = tuple(held.truncate(length - 1) for held in cache)
         counted = jnp.stack([jnp.where(active, drafts, 0).sum(), jnp.where(active, right, 0).sum()])
-        return (text, length, cache, counts + counted), None
+        return ((text, length, cache, ahead), counts + counted), None
 
     counts = jnp.zeros((2,), jnp.int32)
-    (text, length, cache, counts), _ = lax.scan(
-        round_, (text, length, cache, counts), None, length=steps
-    )
-    return text, length, cache, counts
+    (carry, counts), _ = lax.scan(round_, (carry, counts), None, length=steps)
+    return carry, counts
+
+
+def _ahead(state, draft_cache, drafts):
+    """What the first round's `_predict` needs, from the prefill."""
+    if draft_cache is None:
+        return None
+    return jnp.pad(state[:, None], ((0, 0), (0, drafts), (0, 0))), draft_cache
+
+
+def _predict(model, text, length, ahead, drafts):
+    """Tokens [B K] by the model's predictor, and its cache without what it made of them.
+
+    `ahead` holds the model's states [B K+1 D] of the positions that follow those in the predictor's
+    cache, and that cache. They count up to `length - 2`, the last position whose next token is known.
+    """
+    hidden, cache = ahead
+    start = cache.length[:, None]
+    offsets = jnp.arange(hidden.shape[1], dtype=jnp.int32)[None]
+    following = jnp.take_along_axis(text, start + 1 + offsets, axis=1, mode="clip")
+    states, cache = model.draft(hidden, following, cache)
+    cache = cache.truncate(length - 1)
+    last = jnp.maximum(length[:, None] - 2 - start, 0)  # a row that is done has none
+    state = jnp.take_along_axis(states, last[..., None], axis=1)
+
+    def guess(state):
+        return model.draft_logits(state).argmax(-1).astype(jnp.int32)
+
+    def step(carry, _):
+        state, token, cache = carry
+        state, cache = model.draft(state, token, cache)
+        token = guess(state)
+        return (state, token, cache), token[:, 0]
+
+    first = guess(state)
+    (_, _, cache), more = lax.scan(step, (state, first, cache), None, length=drafts - 1)
+    return jnp.concatenate([first, more.T], axis=1), cache.truncate(length - 1)
 
 
 def _look_up(text: Int[Array, "B S"], length: Int[Array, "B"], drafts: int) -> Int[Array, "B K"]:
@@ -382,6 +451,18 @@ class _Clock:
         now = time.perf_counter()
         spent, self._start = now - self._start, now
         return spent
+
+
+def _check_draft(model, draft, speculate) -> None:
+    if draft not in ("prompt", "mtp"):
+        raise ValueError(f"draft={draft!r}: it must be 'prompt' or 'mtp'.")
+    if draft == "mtp" and not speculate:
+        raise ValueError("draft='mtp' drafts nothing with speculate=0: say how many tokens.")
+    if draft == "mtp" and getattr(model, "predictor", None) is None:
+        raise ValueError(
+            "draft='mtp': this model has no block for multi-token prediction: load it by "
+            "checkpoint.load_decoder(..., mtp=True), make it with mtp=True, or use draft='prompt'."
+        )
 
 
 def _check(prompts, vocabulary, max_new_tokens, speculate, temperature, block) -> None:
