@@ -59,17 +59,15 @@ def load_decoder(
                 f"{files.path} has no config.json, which says what model it is."
             )
         config = DeepseekConfig.from_hf(files.config)
-        if mtp and config.num_nextn_predict_layers != 1:
-            raise ValueError(
-                f"{files.path}: num_nextn_predict_layers={config.num_nextn_predict_layers}: with 1 "
-                "block for multi-token prediction it could be read; load without mtp."
-            )
-        model = nnx.eval_shape(
-            lambda: DeepseekDecoder(
-                config, mtp=mtp, dtype=dtype, param_dtype=param_dtype or dtype, precision=precision,
-                implementation=implementation, rngs=nnx.Rngs(0),
-            )
-        )  # fmt: skip
+        try:
+            model = nnx.eval_shape(
+                lambda: DeepseekDecoder(
+                    config, mtp=mtp, dtype=dtype, param_dtype=param_dtype or dtype,
+                    precision=precision, implementation=implementation, rngs=nnx.Rngs(0),
+                )
+            )  # fmt: skip
+        except ValueError as error:
+            raise ValueError(f"{files.path}: {error}") from error
         _Loader(files, model, sharding).load()
     return model
 
@@ -126,7 +124,7 @@ class _Loader:
             raise ValueError(
                 f"{self.files.path} has nothing under {prefix}, where its config "
                 f"(num_nextn_predict_layers={config.num_nextn_predict_layers}) puts the block for "
-                "multi-token prediction: load without mtp."
+                "multi-token prediction; without mtp, draft by prompt lookup."
             )
         for ours, theirs in (("enorm", "enorm"), ("hnorm", "hnorm"), ("norm", "shared_head.norm")):
             scale = getattr(predictor, ours).scale

@@ -95,8 +95,8 @@ class MultiTokenPredictor(nnx.Module):
     def __init__(self, config: DeepseekConfig, *, precision, implementation, **types):
         if config.num_nextn_predict_layers != 1:
             raise ValueError(
-                f"num_nextn_predict_layers={config.num_nextn_predict_layers}: a model with one "
-                "block for multi-token prediction can draft by it, no other; leave out mtp."
+                f"num_nextn_predict_layers={config.num_nextn_predict_layers}: mtp needs a model with "
+                "one block for multi-token prediction; without mtp, draft by prompt lookup."
             )
         width = config.attention.hidden_size
         norm = functools.partial(nnx.RMSNorm, width, epsilon=config.rms_norm_eps, **types)
