@@ -8,11 +8,10 @@
 A block of decode steps is one compiled program with the cache donated: the host hears of tokens a
 block at a time. Speculation (Leviathan et al. 2023, arXiv 2211.17192) drafts a few tokens, verifies
 them by one absorbed step over all, and cuts the rejected ones out of the cache; greedy output stays
-the same. Drafts come from looking the last tokens up in the text so far (Saxena 2023, prompt lookup),
-or from the model's block for multi-token prediction (`models.MultiTokenPredictor`): its first guess
-after states of the model, the further ones each after the state of the guess before, as SGLang and
-vLLM do. Its own cache then forgets what it made of guesses, and is given the model's states of the
-tokens that were right.
+the same. Drafts come from looking the last tokens up in the text so far (Saxena 2023, prompt
+lookup), or from the model's block for multi-token prediction (`models.MultiTokenPredictor`): its
+first guess after the model's states, each further one after its own state of the guess before. Its
+cache then forgets what it made of guesses, and takes the states of what was written instead.
 
 Letters: B prompts, T tokens of a step, S slots of the cache, W words, K drafted tokens.
 """
@@ -254,7 +253,9 @@ def _prefill(model, prompts, cache, draft_cache, clock):
     tokens = np.zeros((len(prompts), chunks * width + 1), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
-    logits = state = program = None
+    logits: Any = None
+    state: Any = None
+    program: Any = None
     for start in range(0, chunks * width, width):
         inside, known = (
             jnp.asarray(np.clip(ends - start, 0, width)) for ends in (lengths, lengths - 1)
@@ -266,7 +267,7 @@ def _prefill(model, prompts, cache, draft_cache, clock):
         new, cache, draft_cache = program(*arguments)
         ended = (inside > 0)[:, None]
         old = (logits, state) if start else new
-        logits, state = jax.tree.map(lambda new, old: jnp.where(ended, new, old), new, old)
+        logits, state = jax.tree.map(functools.partial(jnp.where, ended), new, old)
     return logits, state, cache, draft_cache
 
 
@@ -304,9 +305,9 @@ def _decode_block(model, token, cache, key, *, steps, temperature, top_k, top_p)
 def _speculate_block(model, goal, carry, *, drafts, steps):
     """`steps` rounds of draft and verify; rows that reached their goal stay as they are.
 
-    The carry: `text` [B S+1], which holds `length` [B] tokens of each row; the cache, which holds all
-    but the last of them; and what `_predict` needs, or None where drafts are looked up. Returned with
-    the numbers of drafts and of those that were right.
+    The carry: `text` [B S+1], which holds `length` [B] tokens of each row; the cache, which holds
+    all but the last of them; and what `_predict` needs, or None where drafts are looked up. It is
+    returned with the numbers of drafts and of those that were right.
     """
     rows = jnp.arange(goal.shape[0])[:, None]
     offsets = jnp.arange(drafts + 1, dtype=jnp.int32)[None]
@@ -348,7 +349,7 @@ def _predict(model, text, length, ahead, drafts):
     """Tokens [B K] by the model's predictor, and its cache without what it made of them.
 
     `ahead` holds the model's states [B K+1 D] of the positions that follow those in the predictor's
-    cache, and that cache. They count up to `length - 2`, the last position whose next token is known.
+    cache, and that cache. They count up to `length - 2`, the last position with a known next token.
     """
     hidden, cache = ahead
     start = cache.length[:, None]

@@ -5,8 +5,8 @@ layers' MLPs are dense and gated; the others' are mixtures of experts: a float32
 experts, each token goes to its best few, and a shared expert sees every token. By their configs:
 DeepSeek-V2, V3 and R1, Kimi-K2, Moonlight, GLM-4.7-Flash, Youtu-LLM, A.X-K1, Sarvam and MiniCPM3.
 
-A `MultiTokenPredictor` may come with the model: one more block, which guesses a token further and so
-drafts for speculative decoding (`generation.generate`).
+A `MultiTokenPredictor` may come with the model: one more block, which guesses a token further and
+so drafts for speculative decoding (`generation.generate`).
 
 The layers are a Python loop, not a scan: a scan would slice each layer's experts out of one stacked
 array, and XLA copies such a slice before a library's matmul reads it, doubling what a decode step
@@ -54,7 +54,7 @@ class DeepseekBlock(nnx.Module):
             return self.add(x, self.mlp(self.mlp_norm(x)))
 
     def extend(self, x, cache: LatentCache, lengths=None, schedule=None):
-        """The layer on T new tokens of every row: `prefill` where there are lengths, or `decode`."""
+        """The layer on T new tokens of every row: `prefill` with lengths, `decode` without."""
         hidden = self.attention_norm(x)
         if lengths is None:
             y, cache = self.attention.decode(hidden, cache, schedule=schedule)
@@ -95,8 +95,8 @@ class MultiTokenPredictor(nnx.Module):
     def __init__(self, config: DeepseekConfig, *, precision, implementation, **types):
         if config.num_nextn_predict_layers != 1:
             raise ValueError(
-                f"num_nextn_predict_layers={config.num_nextn_predict_layers}: mtp needs a model with "
-                "one block for multi-token prediction; without mtp, draft by prompt lookup."
+                f"num_nextn_predict_layers={config.num_nextn_predict_layers}: mtp needs a model "
+                "with one block for multi-token prediction; without mtp, draft by prompt lookup."
             )
         width = config.attention.hidden_size
         norm = functools.partial(nnx.RMSNorm, width, epsilon=config.rms_norm_eps, **types)

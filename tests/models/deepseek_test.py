@@ -77,7 +77,9 @@ def test_drafts_are_float64s(name, rng):
     exact = NumpyDecoder(model)
     tokens = rng.integers(0, 31, (2, 10))
     hidden = np.stack([exact.hidden(row) for row in tokens])
-    expected = np.stack([exact.draft(h[:-1], row[1:]) for h, row in zip(hidden, tokens)])
+    expected = np.stack(
+        [exact.draft(h[:-1], row[1:]) for h, row in zip(hidden, tokens, strict=True)]
+    )
     states, cache = _extend(model, jnp.asarray(tokens), model.init_cache(2, 16))
     assert relative(states, hidden) < 2e-6
     cache = model.init_draft_cache(2, 16)
