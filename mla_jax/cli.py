@@ -112,7 +112,7 @@ class Generate:
         top_k: draw among the k most likely tokens.
         top_p: draw among the likeliest tokens that reach this probability together.
         seed: of sampling, random weights and random tokens.
-        speculate: tokens to draft and verify at once; greedy only.
+        speculate: tokens to draft and verify at once.
         draft: by looking the text's end up in it, or by the model's multi-token prediction.
         block: decode steps in one program, after which text is shown.
         implementation: backend of the attention core; chosen where not given.

@@ -7,11 +7,14 @@
 
 A block of decode steps is one compiled program with the cache donated: the host hears of tokens a
 block at a time. Speculation (Leviathan et al. 2023, arXiv 2211.17192) drafts a few tokens, verifies
-them by one absorbed step over all, and cuts the rejected ones out of the cache; greedy output stays
-the same. Drafts come from looking the last tokens up in the text so far (Saxena 2023, prompt
-lookup), or from the model's block for multi-token prediction (`models.MultiTokenPredictor`): its
-first guess after the model's states, each further one after its own state of the guess before. Its
-cache then forgets what it made of guesses, and takes the states of what was written instead.
+them by one absorbed step over all, and cuts the rejected ones out of the cache. At every place the
+model's own token is drawn, and drafts count as far as they are those: greedy output stays the same,
+sampled output as likely as without (their rule, for drafts that are certain).
+
+Drafts come from looking the last tokens up in the text so far (Saxena 2023, prompt lookup), or from
+the model's block for multi-token prediction (`models.MultiTokenPredictor`): its first guess after
+the model's states, each further one after its own state of the guess before. Its cache then forgets
+what it made of guesses, and takes the model's states of what was written instead.
 
 Letters: B prompts, T tokens of a step, S slots of the cache, W words, K drafted tokens.
 """
@@ -156,7 +159,8 @@ def generate(
         temperature, top_k, top_p: as in `decoding.sample`; 0 is greedy.
         seed: of the sampling.
         stop_tokens: end a row.
-        speculate: K, tokens drafted and verified at once; 0 is plain decoding. Greedy only.
+        speculate: K, tokens drafted and verified at once; 0 is plain decoding. A greedy text is the
+            same; a sampled one is another draw from the same distribution.
         draft: by what: "prompt" looks the text's last tokens up in it, "mtp" asks the model's block
             for multi-token prediction.
         block: decode steps in one program. Tokens are seen, and rows' ends noticed, per block.
@@ -177,7 +181,7 @@ def generate(
     >>> print(tokenizer.decode(result.tokens[0]))  # doctest: +SKIP
     """
     vocabulary = model.config.vocab_size
-    _check(prompts, vocabulary, max_new_tokens, speculate, temperature, block)
+    _check(prompts, vocabulary, max_new_tokens, speculate, block)
     _check_draft(model, draft, speculate)
     key = jax.random.key(seed)
     _check_sampling(None, key, temperature, top_k, top_p)
@@ -213,9 +217,11 @@ def generate(
         goal = length - 1 + max_new_tokens
         seen = np.asarray(length)
         carry = (history, length, cache, _ahead(state, draft_cache, speculate))
-        program = clock.compile(_speculate_block, model, goal, carry, drafts=speculate, steps=block)
+        program = clock.compile(
+            _speculate_block, model, goal, carry, key, drafts=speculate, steps=block, **sampling
+        )
         while not collector.done:
-            carry, counts = program(model, goal, carry)
+            carry, counts, key = program(model, goal, carry, key)
             history, length = carry[:2]
             now, text = np.asarray(length), np.asarray(history)
             collector.add([text[b, seen[b] : now[b]] for b in range(rows)])
@@ -301,18 +307,22 @@ def _decode_block(model, token, cache, key, *, steps, temperature, top_k, top_p)
     return drawn.T, token, cache, key
 
 
-@functools.partial(jax.jit, static_argnames=("drafts", "steps"), donate_argnames=("carry",))
-def _speculate_block(model, goal, carry, *, drafts, steps):
+@functools.partial(
+    jax.jit,
+    static_argnames=("drafts", "steps", "temperature", "top_k", "top_p"),
+    donate_argnames=("carry",),
+)
+def _speculate_block(model, goal, carry, key, *, drafts, steps, **sampling):
     """`steps` rounds of draft and verify; rows that reached their goal stay as they are.
 
     The carry: `text` [B S+1], which holds `length` [B] tokens of each row; the cache, which holds
     all but the last of them; and what `_predict` needs, or None where drafts are looked up. It is
-    returned with the numbers of drafts and of those that were right.
+    returned with the numbers of drafts and of those that were right, and the next key.
     """
     rows = jnp.arange(goal.shape[0])[:, None]
     offsets = jnp.arange(drafts + 1, dtype=jnp.int32)[None]
 
-    def round_(carry, _):
+    def round_(carry, step_key):
         (text, length, cache, ahead), counts = carry
         last = text[rows, length[:, None] - 1]
         if ahead is None:
@@ -322,20 +332,22 @@ def _speculate_block(model, goal, carry, *, drafts, steps):
             draft, draft_cache = _predict(model, text, length, ahead, drafts)
             hidden, cache = model.extend(jnp.concatenate([last, draft], axis=1), cache)
             logits, ahead = model.logits(hidden), (hidden, draft_cache)
-        best = logits.argmax(-1).astype(jnp.int32)
-        right = jnp.cumprod(draft == best[:, :-1], axis=1).sum(1, dtype=jnp.int32)
+        drawn = sample(logits.reshape(-1, logits.shape[-1]), step_key, **sampling)
+        drawn = drawn.reshape(logits.shape[:2])
+        right = jnp.cumprod(draft == drawn[:, :-1], axis=1).sum(1, dtype=jnp.int32)
         active = length < goal
         new = jnp.where(active, jnp.minimum(right + 1, goal - length), 0)
         place = jnp.where(offsets < new[:, None], length[:, None] + offsets, text.shape[1])
-        text = text.at[rows, place].set(best, mode="drop")
+        text = text.at[rows, place].set(drawn, mode="drop")
         length = length + new
         cache = tuple(held.truncate(length - 1) for held in cache)
         counted = jnp.stack([jnp.where(active, drafts, 0).sum(), jnp.where(active, right, 0).sum()])
         return ((text, length, cache, ahead), counts + counted), None
 
     counts = jnp.zeros((2,), jnp.int32)
-    (carry, counts), _ = lax.scan(round_, (carry, counts), None, length=steps)
-    return carry, counts
+    key, *own = jax.random.split(key, steps + 1)
+    (carry, counts), _ = lax.scan(round_, (carry, counts), jnp.stack(own))
+    return carry, counts, key
 
 
 def _ahead(state, draft_cache, drafts):
@@ -466,15 +478,13 @@ def _check_draft(model, draft, speculate) -> None:
         )
 
 
-def _check(prompts, vocabulary, max_new_tokens, speculate, temperature, block) -> None:
+def _check(prompts, vocabulary, max_new_tokens, speculate, block) -> None:
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise ValueError("prompts: there must be at least one, and none may be empty.")
     for name, value, least in (("max_new_tokens", max_new_tokens, 1), ("speculate", speculate, 0),
                                ("block", block, 1)):  # fmt: skip
         if not isinstance(value, int) or value < least:
             raise ValueError(f"{name}={value!r}: it must be a whole number of at least {least}.")
-    if speculate and temperature:
-        raise ValueError(f"speculate={speculate}: drafts are verified greedily: temperature=0.")
     for row, prompt in enumerate(prompts):
         if min(prompt) < 0 or max(prompt) >= vocabulary:
             raise ValueError(

@@ -19,6 +19,7 @@ RANDOM = DeepseekConfig(
     attention=MICRO.replace(num_hidden_layers=1), vocab_size=WORDS, intermediate_size=20,
     num_nextn_predict_layers=1,
 )  # fmt: skip
+KEY, GREEDY = jax.random.key(0), {"temperature": 0.0, "top_k": None, "top_p": None}
 PROMPTS = [[1, 4, 0, 2, 2, 3, 1], [3], [0, 4, 1, 1]]
 
 
@@ -115,8 +116,9 @@ def run_rounds(drafts: int) -> float:
     def round_(model, goal, carry):
         text, length, _, ahead = carry
         draft, _ = generation._predict(model, text, length, ahead, drafts)
-        after = generation._speculate_block.__wrapped__(model, goal, carry, drafts=drafts, steps=1)
-        return draft, *after
+        block = generation._speculate_block.__wrapped__
+        carry, counts, _ = block(model, goal, carry, KEY, drafts=drafts, steps=1, **GREEDY)
+        return draft, carry, counts
 
     while (carry[1] < goal).any():
         before, length = np.asarray(carry[0]), np.asarray(carry[1])
@@ -191,6 +193,35 @@ def test_stop_tokens_end_rows():
         assert got == (full[: full.index(stop) + 1] if stop in full else full)
 
 
+@pytest.mark.parametrize("draft", ["mtp", "prompt"])
+def test_sampled_tokens_are_as_likely_as_the_model_says(draft):
+    """The first three tokens of many rows, by a chi-squared test against float64."""
+    prompt, rows, options = [1, 4, 0, 1, 4], 4096, {"temperature": 0.7, "top_k": 4}
+    result = generate(
+        model(), [prompt] * rows, max_new_tokens=3, max_length=16, speculate=2, draft=draft,
+        block=3, **options,
+    )  # fmt: skip
+    counts, expected = np.zeros((2, WORDS, WORDS, WORDS))
+    for tokens in result.tokens:
+        counts[*tokens] += 1
+
+    def chances(text):
+        logits = exact().logits(text)[-1] / options["temperature"]
+        weights = np.where(logits >= np.sort(logits)[-4], np.exp(logits - logits.max()), 0)
+        return weights / weights.sum()
+
+    for a, b in np.ndindex(WORDS, WORDS):
+        first, second = chances(prompt)[a], chances([*prompt, a])[b]
+        expected[a, b] = rows * first * second * chances([*prompt, a, b])
+    assert not counts[expected == 0].any()
+    often = expected > 5
+    spread = ((counts - expected)[often] ** 2 / expected[often]).sum()
+    freedom = often.sum() - 1
+    assert often.sum() > 20
+    assert spread < freedom + 4 * np.sqrt(2 * freedom)
+    assert 0 < result.accepted < 1
+
+
 def test_a_block_is_one_program_that_donates_both_caches():
     cache, draft_cache = model().init_cache(2, 64), model().init_draft_cache(2, 64)
     carry = (
@@ -198,8 +229,8 @@ def test_a_block_is_one_program_that_donates_both_caches():
         generation._ahead(jnp.zeros((2, 24)), draft_cache, 3),
     )  # fmt: skip
     goal = jnp.full(2, 30, jnp.int32)
-    arguments = (model(), goal, carry)
-    compiled = generation._speculate_block.lower(*arguments, drafts=3, steps=8).compile()
+    arguments = (model(), goal, carry, KEY)
+    compiled = generation._speculate_block.lower(*arguments, drafts=3, steps=8, **GREEDY).compile()
     least = sum(held.nbytes for held in (*cache, draft_cache))
     assert compiled.memory_analysis().alias_size_in_bytes >= least
 
@@ -209,7 +240,7 @@ def test_a_block_is_one_program_that_donates_both_caches():
     [
         ({"draft": "mtp"}, "draft='mtp' drafts nothing with speculate=0"),
         ({"draft": "mlp", "speculate": 2}, "draft='mlp': it must be 'prompt' or 'mtp'"),
-        ({"draft": "mtp", "speculate": 2, "temperature": 0.5}, "temperature=0"),
+        ({"draft": "mtp", "speculate": 2, "temperature": -1.0}, "temperature=-1"),
     ],
 )
 def test_refusals(options, message):
