@@ -76,12 +76,11 @@ class MultiTokenPredictor(nnx.Module):
     model's, except where a checkpoint has others: then they are `embed` and `head`.
 
     Args:
-        config: the model's, with num_nextn_predict_layers=1.
+        config: the model's.
         precision, implementation, types: as in `DeepseekDecoder`.
 
-    Raises:
-        ValueError: a config that has none, or several.
-
+    >>> import jax.numpy as jnp
+    >>> from flax import nnx
     >>> from mla_jax.models import DeepseekConfig, DeepseekDecoder
     >>> config = DeepseekConfig.from_preset("tiny")
     >>> model = DeepseekDecoder(config, mtp=True, rngs=nnx.Rngs(0))
@@ -93,11 +92,6 @@ class MultiTokenPredictor(nnx.Module):
     """
 
     def __init__(self, config: DeepseekConfig, *, precision, implementation, **types):
-        if config.num_nextn_predict_layers != 1:
-            raise ValueError(
-                f"num_nextn_predict_layers={config.num_nextn_predict_layers}: mtp needs a model "
-                "with one block for multi-token prediction; without mtp, draft by prompt lookup."
-            )
         width = config.attention.hidden_size
         norm = functools.partial(nnx.RMSNorm, width, epsilon=config.rms_norm_eps, **types)
         self.enorm, self.hnorm, self.norm = norm(), norm(), norm()
@@ -133,8 +127,8 @@ class DeepseekDecoder(nnx.Module):
             router's parameters are float32 whatever param_dtype says.
 
     Raises:
-        ValueError: mtp for a config without such a block; when called, tokens that are not integers
-            [B T], or a cache of another depth.
+        ValueError: mtp for a config without one such block; when called, tokens that are not
+            integers [B T], or a cache of another depth.
 
     >>> import mla_jax, jax.numpy as jnp
     >>> from flax import nnx
@@ -155,6 +149,11 @@ class DeepseekDecoder(nnx.Module):
         implementation: str | None = None,
         rngs: nnx.Rngs,
     ):
+        if mtp and config.num_nextn_predict_layers != 1:
+            raise ValueError(
+                f"num_nextn_predict_layers={config.num_nextn_predict_layers}: mtp needs a model "
+                "with one block for multi-token prediction; without mtp, draft by prompt lookup."
+            )
         width = config.attention.hidden_size
         types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.config = config
@@ -233,7 +232,7 @@ class DeepseekDecoder(nnx.Module):
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T W"]:
         """Logits in float32 from the states that `extend` gives."""
-        return self._words(self.embed, self.head, hidden)
+        return self._words(hidden, self.head)
 
     def init_draft_cache(self, batch_size: int, max_length: int, dtype=None) -> LatentCache:
         """An empty cache of the predictor's block."""
@@ -264,7 +263,7 @@ class DeepseekDecoder(nnx.Module):
     def draft_logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T W"]:
         """Logits in float32 from the states that `draft` gives."""
         predictor = self._predictor()
-        return self._words(self.embed, predictor.head or self.head, hidden)
+        return self._words(hidden, predictor.head or self.head)
 
     def _predictor(self) -> MultiTokenPredictor:
         if self.predictor is None:
@@ -299,7 +298,7 @@ class DeepseekDecoder(nnx.Module):
     def _logits(self, x):
         return self.logits(self.norm(x))
 
-    def _words(self, embed, head, hidden):
+    def _words(self, hidden, head: nnx.Linear | None):
         with jax.named_scope("head"):
-            logits = embed.attend(hidden) if head is None else head(hidden)
+            logits = self.embed.attend(hidden) if head is None else head(hidden)
             return logits.astype(jnp.float32) * self.config.logit_scale
