@@ -227,6 +227,7 @@ def generate(
             collector.add([text[b, seen[b] : now[b]] for b in range(rows)])
             seen, steps = now, steps + block
             drafted, right = drafted + int(counts[0]), right + int(counts[1])
+            goal = jnp.where(collector.ended, length, goal)  # no drafts for rows that stopped
     else:
         token, left = first, max_new_tokens - 1
         steps_now = min(block, left)
@@ -424,21 +425,21 @@ class _Collector:
     def __init__(self, rows, count, stop_tokens, on_tokens):
         self.tokens: list[list[int]] = [[] for _ in range(rows)]
         self._count, self._stop, self._on_tokens = count, set(map(int, stop_tokens)), on_tokens
-        self._ended = [False] * rows
+        self.ended = np.zeros(rows, bool)
 
     @property
     def done(self) -> bool:
-        return all(self._ended)
+        return bool(self.ended.all())
 
     def add(self, new) -> None:
         for row, tokens in enumerate(new):
             fresh = []
             for token in map(int, tokens):
-                if self._ended[row]:
+                if self.ended[row]:
                     break
                 fresh.append(token)
                 total = len(self.tokens[row]) + len(fresh)
-                self._ended[row] = token in self._stop or total >= self._count
+                self.ended[row] = token in self._stop or total >= self._count
             self.tokens[row] += fresh
             if fresh and self._on_tokens is not None:
                 self._on_tokens(row, fresh)

@@ -71,10 +71,10 @@ def guesses(text: tuple[int, ...], drafts: int) -> list[int]:
     return exact().guesses(text, drafts)
 
 
-def rounds(prompt: list[int], drafts: int, count: int) -> tuple[int, int]:
-    """How many rounds a row takes for `count` tokens, and how many drafts are right, by float64."""
+def rounds(prompt: list[int], drafts: int, count: int, stop: int | None = None) -> tuple[int, int]:
+    """How many rounds a row takes for its tokens, and how many drafts are right, by float64."""
     text, taken, right = [*prompt, *greedy(tuple(prompt), 1)], 0, 0
-    while len(text) < len(prompt) + count:
+    while len(text) < len(prompt) + count and stop not in text[len(prompt) :]:
         written = greedy(tuple(text), drafts + 1)
         wrong = [g != w for g, w in zip(guesses(tuple(text), drafts), written[:-1], strict=True)]
         agreed = wrong.index(True) if True in wrong else drafts
@@ -187,10 +187,14 @@ def test_stop_tokens_end_rows():
     plain = generate(model(), PROMPTS, max_new_tokens=16).tokens
     stop = plain[0][5]
     result = generate(
-        model(), PROMPTS, max_new_tokens=16, stop_tokens=(stop,), speculate=3, draft="mtp", block=2
+        model(), PROMPTS, max_new_tokens=16, stop_tokens=(stop,), speculate=3, draft="mtp", block=1
     )
     for got, full in zip(result.tokens, plain, strict=True):
         assert got == (full[: full.index(stop) + 1] if stop in full else full)
+    ends = [len(tokens) for tokens in result.tokens]
+    assert min(ends) < max(ends)
+    taken, right = zip(*(rounds(prompt, 3, 16, stop) for prompt in PROMPTS), strict=True)
+    assert result.accepted == sum(right) / (3 * sum(taken))  # nothing drafted after a row's end
 
 
 @pytest.mark.parametrize("draft", ["mtp", "prompt"])
