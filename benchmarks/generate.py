@@ -159,7 +159,7 @@ def measure(model, batch, options, copy, result):
         clock = generation._Clock()
         cache = jax.block_until_ready(model.init_cache(batch, slots))
         clock.lap()
-        logits, cache = generation._prefill(model, prompts, cache, clock)
+        logits, _, cache, _ = generation._prefill(model, prompts, cache, None, clock)
         token = jax.block_until_ready(jnp.argmax(logits, -1).astype(jnp.int32))
         taken = clock.lap()
         if run == "first":

@@ -6,7 +6,7 @@ import os
 import pathlib
 import sys
 import time
-from typing import Annotated
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -112,7 +112,8 @@ class Generate:
         top_k: draw among the k most likely tokens.
         top_p: draw among the likeliest tokens that reach this probability together.
         seed: of sampling, random weights and random tokens.
-        speculate: tokens to draft by prompt lookup and verify at once; greedy only.
+        speculate: tokens to draft and verify at once.
+        draft: by looking the text's end up in it, or by the model's multi-token prediction.
         block: decode steps in one program, after which text is shown.
         implementation: backend of the attention core; chosen where not given.
     """
@@ -131,6 +132,7 @@ class Generate:
     top_p: float | None = None
     seed: int = 0
     speculate: int = 0
+    draft: Literal["prompt", "mtp"] = "prompt"
     block: int = 16
     implementation: str | None = None
 
@@ -274,7 +276,8 @@ def _generate(options: Generate, console: Console) -> None:
         model, prompts, max_new_tokens=options.max_new_tokens, max_length=options.max_length,
         temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
         seed=options.seed, stop_tokens=() if options.random_weights else config.eos_token_ids,
-        speculate=options.speculate, block=options.block, on_tokens=stream if alone else None,
+        speculate=options.speculate, draft=options.draft, block=options.block,
+        on_tokens=stream if alone else None,
     )  # fmt: skip
     if alone:
         print()
@@ -291,7 +294,8 @@ def _generate(options: Generate, console: Console) -> None:
         each = result.decode_seconds / result.steps * 1e3
         table.add_row("decoding", f"{result.tokens_per_second:,.1f} tokens/s, {each:.2f} ms/step")
     if result.accepted is not None:
-        table.add_row("drafts accepted", f"{result.accepted:.1%} of {options.speculate} a step")
+        drafts = f"{result.accepted:.1%} of {options.speculate} a step, by {options.draft}"
+        table.add_row("drafts accepted", drafts)
     table.add_row("compiling, once", f"{result.compile_seconds:.1f} s")
     table.add_row("cache", f"{result.cache_bytes / 2**20:,.1f} MiB")
     console.print(table)
@@ -303,7 +307,8 @@ def _generate(options: Generate, console: Console) -> None:
 
 def _model(options: Generate, console: Console):
     """The decoder and its tokenizer."""
-    given = {"dtype": options.dtype, "implementation": options.implementation}
+    mtp = options.draft == "mtp"
+    given = {"dtype": options.dtype, "implementation": options.implementation, "mtp": mtp}
     if (options.checkpoint is None) == (options.preset is None):
         raise ValueError("give one of --checkpoint FOLDER and --preset NAME --random-weights.")
     started = time.perf_counter()

@@ -6,9 +6,15 @@
     print(tokenizer.decode(result.tokens[0]))
 
 A block of decode steps is one compiled program with the cache donated: the host hears of tokens a
-block at a time. Speculation (Leviathan et al. 2023, arXiv 2211.17192) drafts a few tokens by
-looking the last ones up in the text so far (Saxena 2023, prompt lookup), verifies them by one
-absorbed step over all, and cuts the rejected ones out of the cache; greedy output stays the same.
+block at a time. Speculation (Leviathan et al. 2023, arXiv 2211.17192) drafts a few tokens, verifies
+them by one absorbed step over all, and cuts the rejected ones out of the cache. At every place the
+model's own token is drawn, and drafts count as far as they are those: greedy output stays the same,
+sampled output as likely as without (their rule, for drafts that are certain).
+
+Drafts come from looking the last tokens up in the text so far (Saxena 2023, prompt lookup), or from
+the model's block for multi-token prediction (`models.MultiTokenPredictor`): its first guess after
+the model's states, each further one after its own state of the guess before. Its cache then forgets
+what it made of guesses, and takes the model's states of what was written instead.
 
 Letters: B prompts, T tokens of a step, S slots of the cache, W words, K drafted tokens.
 """
@@ -20,7 +26,7 @@ import os
 import pathlib
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -139,6 +145,7 @@ def generate(
     seed: int = 0,
     stop_tokens: Sequence[int] = (),
     speculate: int = 0,
+    draft: Literal["prompt", "mtp"] = "prompt",
     block: int = 16,
     on_tokens: Callable[[int, list[int]], None] | None = None,
 ) -> Result:
@@ -152,8 +159,10 @@ def generate(
         temperature, top_k, top_p: as in `decoding.sample`; 0 is greedy.
         seed: of the sampling.
         stop_tokens: end a row.
-        speculate: K, tokens drafted by prompt lookup and verified at once; 0 is plain decoding.
-            Greedy only.
+        speculate: K, tokens drafted and verified at once; 0 is plain decoding. A greedy text is the
+            same; a sampled one is another draw from the same distribution.
+        draft: by what: "prompt" looks the text's last tokens up in it, "mtp" asks the model's block
+            for multi-token prediction.
         block: decode steps in one program. Tokens are seen, and rows' ends noticed, per block.
         on_tokens: called with a row's index and its next tokens as they come.
 
@@ -161,7 +170,8 @@ def generate(
         a `Result`.
 
     Raises:
-        ValueError: an argument out of range, or a prompt that does not fit.
+        ValueError: an argument out of range, a prompt that does not fit, or draft="mtp" for a model
+            without a block for it.
 
     >>> import mla_jax
     >>> model = mla_jax.checkpoint.load_decoder("DeepSeek-V2-Lite")  # doctest: +SKIP
@@ -171,7 +181,8 @@ def generate(
     >>> print(tokenizer.decode(result.tokens[0]))  # doctest: +SKIP
     """
     vocabulary = model.config.vocab_size
-    _check(prompts, vocabulary, max_new_tokens, speculate, temperature, block)
+    _check(prompts, vocabulary, max_new_tokens, speculate, block)
+    _check_draft(model, draft, speculate)
     key = jax.random.key(seed)
     _check_sampling(None, key, temperature, top_k, top_p)
     longest = max(map(len, prompts))
@@ -188,8 +199,11 @@ def generate(
     rows = len(prompts)
     sampling = {"temperature": float(temperature), "top_k": top_k, "top_p": top_p}
     cache = model.init_cache(rows, slots)
-    cache_bytes = sum(layer.nbytes for layer in cache)
-    logits, cache = _prefill(model, prompts, cache, clock)
+    draft_cache = None
+    if speculate and draft == "mtp":
+        draft_cache = model.init_draft_cache(rows, slots)
+    cache_bytes = sum(layer.nbytes for layer in (*cache, draft_cache) if layer is not None)
+    logits, state, cache, draft_cache = _prefill(model, prompts, cache, draft_cache, clock)
     first, key = clock.compile(_first, logits, key, **sampling)(logits, key)
     collector = _Collector(rows, max_new_tokens, stop_tokens, on_tokens)
     collector.add(np.asarray(first)[:, None])
@@ -201,14 +215,18 @@ def generate(
         length = jnp.asarray([len(prompt) + 1 for prompt in prompts], jnp.int32)
         goal = length - 1 + max_new_tokens
         seen = np.asarray(length)
-        arguments = (model, history, length, goal, cache)
-        program = clock.compile(_speculate_block, *arguments, drafts=speculate, steps=block)
+        carry = (history, length, cache, _ahead(state, draft_cache, speculate))
+        program = clock.compile(
+            _speculate_block, model, goal, carry, key, drafts=speculate, steps=block, **sampling
+        )
         while not collector.done:
-            history, length, cache, counts = program(model, history, length, goal, cache)
+            carry, counts, key = program(model, goal, carry, key)
+            history, length = carry[:2]
             now, text = np.asarray(length), np.asarray(history)
             collector.add([text[b, seen[b] : now[b]] for b in range(rows)])
             seen, steps = now, steps + block
             drafted, right = drafted + int(counts[0]), right + int(counts[1])
+            goal = jnp.where(collector.ended, length, goal)  # no drafts for rows that stopped
     else:
         token, left = first, max_new_tokens - 1
         steps_now = min(block, left)
@@ -229,50 +247,84 @@ def generate(
     )  # fmt: skip
 
 
-def _prefill(model, prompts, cache, clock):
-    """Logits [B W] of every prompt's last token; chunks of one shape, so one program or two.
+def _prefill(model, prompts, cache, draft_cache, clock):
+    """Logits [B W] and state [B D] of every prompt's last token, and the two caches.
 
     A chunk is a few rows whole rather than a piece of all rows: then no token attends to what an
-    earlier chunk left in the cache, which would be expanded again for each chunk.
+    earlier chunk left in the cache, which would be expanded again for each chunk. Chunks have one
+    shape, so there are one or two programs. The state is what a predictor drafts by; it sees all
+    tokens but the last of a prompt, which has none after it yet. Without one the state is None.
     """
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     count, longest = len(prompts), int(lengths.max())
     rows = min(count, max(1, _PREFILL_TOKENS // longest))
     width = min(longest, _PREFILL_TOKENS)
     chunks = math.ceil(longest / width)
-    tokens = np.zeros((count, chunks * width), np.int32)
+    tokens = np.zeros((count, chunks * width + 1), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
-    logits = jnp.zeros((count, model.config.vocab_size), jnp.float32)
+    ends: Any = None
+    caches = (cache, draft_cache)
     programs = {}  # a prompt's first chunk has no context to attend to
+    keep: Any = None
     for first in range(0, count, rows):
         start = min(first, count - rows)  # the last rows overlap the ones before, given no tokens
         fresh = np.arange(start, start + rows) >= first
         own = slice(start, start + rows)
         for begin in range(0, chunks * width, width):
-            inside = np.where(fresh, np.clip(lengths[own] - begin, 0, width), 0)
-            part = jnp.asarray(tokens[own, begin : begin + width])
-            arguments = (model, part, cache, logits, jnp.asarray(inside), jnp.int32(start))
+            inside, known = (
+                jnp.asarray(np.where(fresh, np.clip(stop - begin, 0, width), 0))
+                for stop in (lengths[own], lengths[own] - 1)
+            )
+            part, following = (
+                jnp.asarray(tokens[own, at : at + width]) for at in (begin, begin + 1)
+            )
+            arguments = (model, part, following, caches, inside, known, jnp.int32(start))
             empty = begin == 0
             if empty not in programs:
                 programs[empty] = clock.compile(_prefill_chunk, *arguments, empty=empty)
-            logits, cache = programs[empty](*arguments)
-    return logits, cache
+            new, caches = programs[empty](*arguments)
+            if ends is None:
+                ends = jax.tree.map(lambda x: jnp.zeros((count, *x.shape[1:]), x.dtype), new)
+                keep = clock.compile(_keep, ends, new, inside, jnp.int32(start))
+            ends = keep(ends, new, inside, jnp.int32(start))
+    return *ends, *caches
 
 
-@functools.partial(jax.jit, static_argnames="empty", donate_argnames=("cache", "logits"))
-def _prefill_chunk(model, tokens, cache, logits, lengths, start, *, empty):
-    """Prefills the rows from `start` on; replaces the logits [B W] of those that have tokens."""
-    rows, count = len(tokens), len(logits)
-    if rows == count:
-        new, cache = model.prefill_last(tokens, cache, lengths, empty=empty)
-        return jnp.where(lengths[:, None] > 0, new, logits), cache
-    cut = lambda array: lax.dynamic_slice_in_dim(array, start, rows)  # noqa: E731
-    part = jax.tree.map(cut, cache)
-    new, part = model.prefill_last(tokens, part, lengths, empty=empty)
-    new = jnp.where(lengths[:, None] > 0, new, cut(logits))
-    put = lambda array, part: lax.dynamic_update_slice_in_dim(array, part, start, 0)  # noqa: E731
-    return put(logits, new), jax.tree.map(put, cache, part)
+@functools.partial(jax.jit, static_argnames="empty", donate_argnames="caches")
+def _prefill_chunk(model, tokens, following, caches, lengths, known, start, *, empty):
+    """Prefills the rows from `start` on: (logits, state) of their last tokens, and the caches."""
+    rows, whole = len(tokens), caches
+    if some := rows < len(caches[0][0].length):
+        cut = lambda array: lax.dynamic_slice_in_dim(array, start, rows)  # noqa: E731
+        caches = jax.tree.map(cut, caches)
+    cache, draft_cache = caches
+    if draft_cache is None:
+        logits, cache = model.prefill_last(tokens, cache, lengths, empty=empty)
+        state = None
+    else:
+        hidden, cache = model.extend(tokens, cache, lengths, empty=empty)
+        _, draft_cache = model.draft(hidden, following, draft_cache, known, empty=empty)
+        last = jnp.maximum(lengths - 1, 0)[:, None, None]
+        state = jnp.take_along_axis(hidden, last, axis=1)
+        logits, state = model.logits(state)[:, 0], state[:, 0]
+    caches = (cache, draft_cache)
+    if some:
+        put = lambda array, part: lax.dynamic_update_slice_in_dim(array, part, start, 0)  # noqa: E731
+        caches = jax.tree.map(put, whole, caches)
+    return (logits, state), caches
+
+
+@functools.partial(jax.jit, donate_argnames="ends")
+def _keep(ends, new, lengths, start):
+    """Puts what a chunk ended with in its rows' places, where it had tokens of them."""
+
+    def put(array, part):
+        old = lax.dynamic_slice_in_dim(array, start, len(part))
+        part = jnp.where(lengths[:, None] > 0, part, old)
+        return lax.dynamic_update_slice_in_dim(array, part, start, 0)
+
+    return jax.tree.map(put, ends, new)
 
 
 @functools.partial(jax.jit, static_argnames=("temperature", "top_k", "top_p"))
@@ -298,36 +350,83 @@ def _decode_block(model, token, cache, key, *, steps, temperature, top_k, top_p)
     return drawn.T, token, cache, key
 
 
-@functools.partial(jax.jit, static_argnames=("drafts", "steps"), donate_argnames=("cache", "text"))
-def _speculate_block(model, text, length, goal, cache, *, drafts, steps):
+@functools.partial(
+    jax.jit,
+    static_argnames=("drafts", "steps", "temperature", "top_k", "top_p"),
+    donate_argnames=("carry",),
+)
+def _speculate_block(model, goal, carry, key, *, drafts, steps, **sampling):
     """`steps` rounds of draft and verify; rows that reached their goal stay as they are.
 
-    `text` [B S] holds `length` [B] tokens of each row; the cache holds all but the last of them.
+    The carry: `text` [B S+1], which holds `length` [B] tokens of each row; the cache, which holds
+    all but the last of them; and what `_predict` needs, or None where drafts are looked up. It is
+    returned with the numbers of drafts and of those that were right, and the next key.
     """
-    rows = jnp.arange(text.shape[0])[:, None]
+    rows = jnp.arange(goal.shape[0])[:, None]
     offsets = jnp.arange(drafts + 1, dtype=jnp.int32)[None]
 
-    def round_(carry, _):
-        text, length, cache, counts = carry
-        draft = _look_up(text, length, drafts)
+    def round_(carry, step_key):
+        (text, length, cache, ahead), counts = carry
         last = text[rows, length[:, None] - 1]
-        logits, cache = model.decode(jnp.concatenate([last, draft], axis=1), cache)
-        best = logits.argmax(-1).astype(jnp.int32)
-        right = jnp.cumprod(draft == best[:, :-1], axis=1).sum(1, dtype=jnp.int32)
+        if ahead is None:
+            draft = _look_up(text, length, drafts)
+            logits, cache = model.decode(jnp.concatenate([last, draft], axis=1), cache)
+        else:
+            draft, draft_cache = _predict(model, text, length, ahead, drafts)
+            hidden, cache = model.extend(jnp.concatenate([last, draft], axis=1), cache)
+            logits, ahead = model.logits(hidden), (hidden, draft_cache)
+        drawn = sample(logits.reshape(-1, logits.shape[-1]), step_key, **sampling)
+        drawn = drawn.reshape(logits.shape[:2])
+        right = jnp.cumprod(draft == drawn[:, :-1], axis=1).sum(1, dtype=jnp.int32)
         active = length < goal
         new = jnp.where(active, jnp.minimum(right + 1, goal - length), 0)
         place = jnp.where(offsets < new[:, None], length[:, None] + offsets, text.shape[1])
-        text = text.at[rows, place].set(best, mode="drop")
+        text = text.at[rows, place].set(drawn, mode="drop")
         length = length + new
         cache = tuple(held.truncate(length - 1) for held in cache)
         counted = jnp.stack([jnp.where(active, drafts, 0).sum(), jnp.where(active, right, 0).sum()])
-        return (text, length, cache, counts + counted), None
+        return ((text, length, cache, ahead), counts + counted), None
 
     counts = jnp.zeros((2,), jnp.int32)
-    (text, length, cache, counts), _ = lax.scan(
-        round_, (text, length, cache, counts), None, length=steps
-    )
-    return text, length, cache, counts
+    key, *own = jax.random.split(key, steps + 1)
+    (carry, counts), _ = lax.scan(round_, (carry, counts), jnp.stack(own))
+    return carry, counts, key
+
+
+def _ahead(state, draft_cache, drafts):
+    """What the first round's `_predict` needs, from the prefill."""
+    if draft_cache is None:
+        return None
+    return jnp.pad(state[:, None], ((0, 0), (0, drafts), (0, 0))), draft_cache
+
+
+def _predict(model, text, length, ahead, drafts):
+    """Tokens [B K] by the model's predictor, and its cache without what it made of them.
+
+    `ahead` holds the model's states [B K+1 D] of the positions that follow those in the predictor's
+    cache, and that cache. They count up to `length - 2`, the last position with a known next token.
+    """
+    hidden, cache = ahead
+    start = cache.length[:, None]
+    offsets = jnp.arange(hidden.shape[1], dtype=jnp.int32)[None]
+    following = jnp.take_along_axis(text, start + 1 + offsets, axis=1, mode="clip")
+    states, cache = model.draft(hidden, following, cache)
+    cache = cache.truncate(length - 1)
+    last = jnp.maximum(length[:, None] - 2 - start, 0)  # a row that is done has none
+    state = jnp.take_along_axis(states, last[..., None], axis=1)
+
+    def guess(state):
+        return model.draft_logits(state).argmax(-1).astype(jnp.int32)
+
+    def step(carry, _):
+        state, token, cache = carry
+        state, cache = model.draft(state, token, cache)
+        token = guess(state)
+        return (state, token, cache), token[:, 0]
+
+    first = guess(state)
+    (_, _, cache), more = lax.scan(step, (state, first, cache), None, length=drafts - 1)
+    return jnp.concatenate([first, more.T], axis=1), cache.truncate(length - 1)
 
 
 def _look_up(text: Int[Array, "B S"], length: Int[Array, "B"], drafts: int) -> Int[Array, "B K"]:
@@ -368,21 +467,21 @@ class _Collector:
     def __init__(self, rows, count, stop_tokens, on_tokens):
         self.tokens: list[list[int]] = [[] for _ in range(rows)]
         self._count, self._stop, self._on_tokens = count, set(map(int, stop_tokens)), on_tokens
-        self._ended = [False] * rows
+        self.ended = np.zeros(rows, bool)
 
     @property
     def done(self) -> bool:
-        return all(self._ended)
+        return bool(self.ended.all())
 
     def add(self, new) -> None:
         for row, tokens in enumerate(new):
             fresh = []
             for token in map(int, tokens):
-                if self._ended[row]:
+                if self.ended[row]:
                     break
                 fresh.append(token)
                 total = len(self.tokens[row]) + len(fresh)
-                self._ended[row] = token in self._stop or total >= self._count
+                self.ended[row] = token in self._stop or total >= self._count
             self.tokens[row] += fresh
             if fresh and self._on_tokens is not None:
                 self._on_tokens(row, fresh)
@@ -410,15 +509,25 @@ class _Clock:
         return spent
 
 
-def _check(prompts, vocabulary, max_new_tokens, speculate, temperature, block) -> None:
+def _check_draft(model, draft, speculate) -> None:
+    if draft not in ("prompt", "mtp"):
+        raise ValueError(f"draft={draft!r}: it must be 'prompt' or 'mtp'.")
+    if draft == "mtp" and not speculate:
+        raise ValueError("draft='mtp' drafts nothing with speculate=0: say how many tokens.")
+    if draft == "mtp" and getattr(model, "predictor", None) is None:
+        raise ValueError(
+            "draft='mtp': this model has no block for multi-token prediction: load it by "
+            "checkpoint.load_decoder(..., mtp=True), make it with mtp=True, or use draft='prompt'."
+        )
+
+
+def _check(prompts, vocabulary, max_new_tokens, speculate, block) -> None:
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise ValueError("prompts: there must be at least one, and none may be empty.")
     for name, value, least in (("max_new_tokens", max_new_tokens, 1), ("speculate", speculate, 0),
                                ("block", block, 1)):  # fmt: skip
         if not isinstance(value, int) or value < least:
             raise ValueError(f"{name}={value!r}: it must be a whole number of at least {least}.")
-    if speculate and temperature:
-        raise ValueError(f"speculate={speculate}: drafts are verified greedily: temperature=0.")
     for row, prompt in enumerate(prompts):
         if min(prompt) < 0 or max(prompt) >= vocabulary:
             raise ValueError(

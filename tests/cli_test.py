@@ -14,6 +14,7 @@ from mla_jax.models import Decoder, DecoderConfig
 _QUICK = ("demo", "--batch", "2", "--tokens", "6", "--prompt", "def ", "--temperature", "2")
 
 
+_CHECKPOINT = pathlib.Path(__file__).parent / "testdata" / "decoders" / "deepseek_v3"
 _GENERATE = ("generate", "--preset", "tiny", "--random-weights", "--dtype", "float32",
              "--max-new-tokens", "9")  # fmt: skip
 
@@ -86,6 +87,14 @@ def test_save_and_load_give_identical_logits(tmp_path, rng):
         ((*_GENERATE,), r"give --prompt TEXT"),
         ((*_GENERATE, "--dtype", "int8"), r"dtype='int8': use bfloat16"),
         ((*_GENERATE, "--prompt", "a", "--max-length", "4"), r"max_length=4"),
+        (
+            (*_GENERATE, "--prompt", "a", "--draft", "mtp"),
+            r"draft='mtp' drafts nothing with specul",
+        ),
+        (
+            ("generate", "--checkpoint", str(_CHECKPOINT), "--speculate", "2", "--draft", "mtp"),
+            r"nothing under model\.layers\.3\.,.*draft by prompt lookup",
+        ),
         (("demo", "--preset", "deepseek_v3"), r"takes about [\d,]+ GiB"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
@@ -116,8 +125,11 @@ def test_generate_streams_one_text(capsys, shallow):
     for line in ("time to first token", "tokens/s", "ms/step", "MiB", "xla: runs"):
         assert line in plain
     drafted = _run(capsys, *_GENERATE, "--prompt", text, "--speculate", "3", "--block", "2")
-    assert re.search(r"drafts accepted +[\d.]+% of 3 a step", drafted)
+    assert re.search(r"drafts accepted +[\d.]+% of 3 a step, by prompt", drafted)
     assert _text(drafted) == _text(plain)
+    predicted = _run(capsys, *_GENERATE, "--prompt", text, "--speculate", "2", "--draft", "mtp")
+    assert re.search(r"drafts accepted +[\d.]+% of 2 a step, by mtp", predicted)
+    assert _text(predicted) == _text(plain)
     assert _text(plain).startswith(text)
 
 
@@ -130,14 +142,13 @@ def test_generate_in_batches(capsys, shallow):
 
 
 def test_generate_from_a_checkpoint(capsys):
-    folder = pathlib.Path(__file__).parent / "testdata" / "decoders" / "deepseek_v3"
-    expected = np.load(folder / "expected.npz")
+    expected = np.load(_CHECKPOINT / "expected.npz")
     prompt = bytes(expected["tokens"][0].astype(np.uint8)).decode()  # tokens below 40 are ASCII
     out = _run(
-        capsys, "generate", "--checkpoint", str(folder), "--prompt", prompt, "--dtype", "float32",
-        "--max-new-tokens", "4",
+        capsys, "generate", "--checkpoint", str(_CHECKPOINT), "--prompt", prompt, "--dtype",
+        "float32", "--max-new-tokens", "4",
     )  # fmt: skip
-    assert str(folder) in out.replace("\n", "")
+    assert str(_CHECKPOINT) in out.replace("\n", "")
     assert "cache" in out
 
 

@@ -133,7 +133,6 @@ def test_the_decode_block_is_one_program_that_donates_the_cache():
         ([[1, 256]], {}, "prompt 0 has token 256: the model has 256 words"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0"),
         ([[1]], {"speculate": -1}, "speculate=-1"),
-        ([[1]], {"speculate": 2, "temperature": 0.5}, "temperature=0"),
         ([[1] * 8], {"max_length": 9, "max_new_tokens": 4}, "max_length=9.*need 12 slots"),
         ([[1]], {"max_new_tokens": 5000}, "1024 positions"),
         ([[1]], {"temperature": -1.0}, "temperature=-1"),

@@ -1,7 +1,8 @@
 """A whole decoder from a Hugging Face checkpoint: every tensor used, none left over.
 
 Layer by layer, each parameter placed as soon as it is read; the experts of a layer, which the
-checkpoint holds one by one, become one array.
+checkpoint holds one by one, become one array. The block for multi-token prediction follows the
+layers under the next number, and is read where it is asked for.
 
 Letters: D hidden size, F intermediate size, E experts.
 """
@@ -15,8 +16,8 @@ from flax import nnx
 
 from mla_jax.checkpoint import names as naming
 from mla_jax.checkpoint.attention import Shardings, _ordered, load_attention, place, sharding_of
-from mla_jax.checkpoint.files import Checkpoint, is_scale
-from mla_jax.models.deepseek import DeepseekDecoder
+from mla_jax.checkpoint.files import AttentionTensors, Checkpoint, is_scale
+from mla_jax.models.deepseek import DeepseekBlock, DeepseekDecoder, MultiTokenPredictor
 from mla_jax.models.deepseek_config import DeepseekConfig
 from mla_jax.models.experts import GatedMLP, MixtureOfExperts
 
@@ -24,6 +25,7 @@ from mla_jax.models.experts import GatedMLP, MixtureOfExperts
 def load_decoder(
     path: str | os.PathLike,
     *,
+    mtp: bool = False,
     dtype=jnp.bfloat16,
     param_dtype=None,
     precision=None,
@@ -34,6 +36,8 @@ def load_decoder(
 
     Args:
         path: a folder, or a repo id where `huggingface_hub` is installed.
+        mtp: read the block for multi-token prediction too, the model's `predictor`. Its copies of
+            the embedding and the head are not kept where they equal the model's, as usual.
         dtype: of the computation.
         param_dtype: of the parameters; None is `dtype`. The router's stay float32.
         precision, implementation: as in `MultiHeadLatentAttention`.
@@ -41,7 +45,7 @@ def load_decoder(
 
     Raises:
         ValueError: a config that is not of this shape; tensors missing, left over, or of another
-            shape. The message names key and file.
+            shape; mtp where there is no such block. The message names key and file.
         FileNotFoundError: no such folder or file.
 
     >>> import jax.numpy as jnp, mla_jax
@@ -55,12 +59,15 @@ def load_decoder(
                 f"{files.path} has no config.json, which says what model it is."
             )
         config = DeepseekConfig.from_hf(files.config)
-        model = nnx.eval_shape(
-            lambda: DeepseekDecoder(
-                config, dtype=dtype, param_dtype=param_dtype or dtype, precision=precision,
-                implementation=implementation, rngs=nnx.Rngs(0),
-            )
-        )  # fmt: skip
+        try:
+            model = nnx.eval_shape(
+                lambda: DeepseekDecoder(
+                    config, mtp=mtp, dtype=dtype, param_dtype=param_dtype or dtype,
+                    precision=precision, implementation=implementation, rngs=nnx.Rngs(0),
+                )
+            )  # fmt: skip
+        except ValueError as error:
+            raise ValueError(f"{files.path}: {error}") from error
         _Loader(files, model, sharding).load()
     return model
 
@@ -74,34 +81,88 @@ class _Loader:
             raise ValueError(
                 f"{files.path} has latent attention in layers {layers}; its config says {count}."
             )
-        first = naming.attention_prefixes(files)[0, 0]
-        self.root = first[: first.rindex("layers.0.")]
+        self.attention_prefix = naming.attention_prefixes(files)[0, 0]
+        self.root = self.attention_prefix[: self.attention_prefix.rindex("layers.0.")]
+        self.embed = f"{self.root}embed_tokens.weight"
+        # beside the root: "lm_head.weight", in a VLM "language_model.lm_head.weight"
+        self.head = f"{self.root.removesuffix('model.')}lm_head.weight"
         self.used: set[str] = set()
 
     def load(self) -> None:
         """Fills the model."""
         root, model = self.root, self.model
-        self._fill("embed.embedding", model.embed.embedding, f"{root}embed_tokens.weight")
+        self._fill("embed.embedding", model.embed.embedding, self.embed)
         for index, block in enumerate(model.blocks):
-            prefix, path = f"{root}layers.{index}.", f"blocks.{index}."
             tensors = self.files.attention(index)
-            own = self._attention_sharding(path)
-            load_attention(block.attention, tensors, sharding=own)
-            self.used |= {tensors.full_name(name) for name in tensors}
-            for norm, theirs in (("attention_norm", "input_layernorm"),
-                                 ("mlp_norm", "post_attention_layernorm")):  # fmt: skip
-                scale = getattr(block, norm).scale
-                self._fill(f"{path}{norm}.scale", scale, f"{prefix}{theirs}.weight")
-            if isinstance(block.mlp, MixtureOfExperts):
-                self._mixture(f"{path}mlp.", block.mlp, f"{prefix}mlp.")
-            else:
-                self._mlp(f"{path}mlp.", block.mlp, f"{prefix}mlp.")
+            self._block(f"blocks.{index}.", block, f"{root}layers.{index}.", tensors)
         self._fill("norm.scale", model.norm.scale, f"{root}norm.weight")
         if model.head is not None:
-            # beside the root: "lm_head.weight", in a VLM "language_model.lm_head.weight"
-            head = f"{root.removesuffix('model.')}lm_head.weight"
-            self._fill("head.kernel", model.head.kernel, head, transposed=True)
+            self._fill("head.kernel", model.head.kernel, self.head, transposed=True)
+        if model.predictor is not None:
+            self._predictor(model.predictor)
         self._check_all_used()
+
+    def _block(
+        self, path: str, block: DeepseekBlock, prefix: str, tensors: AttentionTensors
+    ) -> None:
+        own = self._attention_sharding(path)
+        load_attention(block.attention, tensors, sharding=own)
+        self.used |= {tensors.full_name(name) for name in tensors}
+        for norm, theirs in (("attention_norm", "input_layernorm"),
+                             ("mlp_norm", "post_attention_layernorm")):  # fmt: skip
+            scale = getattr(block, norm).scale
+            self._fill(f"{path}{norm}.scale", scale, f"{prefix}{theirs}.weight")
+        if isinstance(block.mlp, MixtureOfExperts):
+            self._mixture(f"{path}mlp.", block.mlp, f"{prefix}mlp.")
+        else:
+            self._mlp(f"{path}mlp.", block.mlp, f"{prefix}mlp.")
+
+    def _predictor(self, predictor: MultiTokenPredictor) -> None:
+        config = self.model.config
+        prefix = f"{self.root}layers.{config.attention.num_hidden_layers}."
+        if not any(name.startswith(prefix) for name in self.files):
+            raise ValueError(
+                f"{self.files.path} has nothing under {prefix}, where its config "
+                f"(num_nextn_predict_layers={config.num_nextn_predict_layers}) puts the block for "
+                "multi-token prediction; without mtp, draft by prompt lookup."
+            )
+        for ours, theirs in (("enorm", "enorm"), ("hnorm", "hnorm"), ("norm", "shared_head.norm")):
+            scale = getattr(predictor, ours).scale
+            self._fill(f"predictor.{ours}.scale", scale, f"{prefix}{theirs}.weight")
+        kernel = predictor.eh_proj.kernel
+        self._fill("predictor.eh_proj.kernel", kernel, f"{prefix}eh_proj.weight", True)
+        inside = self.attention_prefix.removeprefix(f"{self.root}layers.0.")
+        tensors = AttentionTensors(self.files, prefix + inside)
+        self._block("predictor.block.", predictor.block, prefix, tensors)
+        embed = f"{prefix}embed_tokens.weight"
+        if self._differs(embed, self.embed):
+            sizes = config.vocab_size, config.attention.hidden_size
+            predictor.embed = nnx.eval_shape(lambda: nnx.Embed(*sizes, **self._types()))
+            self._fill("predictor.embed.embedding", predictor.embed.embedding, embed)
+        head = f"{prefix}shared_head.head.weight"
+        if self._differs(head, self.embed if self.model.head is None else self.head):
+            sizes = config.attention.hidden_size, config.vocab_size
+            bare = {"use_bias": False, "precision": predictor.eh_proj.precision}
+            predictor.head = nnx.eval_shape(lambda: nnx.Linear(*sizes, **bare, **self._types()))
+            self._fill("predictor.head.kernel", predictor.head.kernel, head, True)
+
+    def _types(self) -> dict[str, Any]:
+        embed = self.model.embed
+        return {"dtype": embed.dtype, "param_dtype": embed.param_dtype, "rngs": nnx.Rngs(0)}
+
+    def _differs(self, name: str, shared: str) -> bool:
+        """Whether a tensor is there and is not a copy of another, which is used."""
+        if name not in self.files:
+            return False
+        copy, own = self._read(name, self.files.shape(shared)), self.files.tensor(shared)
+        step = max(1, 2**24 // max(1, own[:1].nbytes))
+        for start in range(0, len(own), step):
+            rows = slice(start, start + step)
+            same = copy[rows].tobytes() == own[rows].tobytes()
+            self.files.release()
+            if not same:
+                return True
+        return False
 
     def _mixture(self, path: str, mlp: MixtureOfExperts, prefix: str) -> None:
         self._fill(f"{path}router.kernel", mlp.router.kernel, f"{prefix}gate.weight", True)
@@ -155,8 +216,8 @@ class _Loader:
         return lambda own, shape: sharding_of(self.sharding, full + own, shape)
 
     def _check_all_used(self) -> None:
-        """Blocks for multi-token prediction and a tied head's copy may stay; nothing else."""
-        count = self.model.config.attention.num_hidden_layers
+        """Blocks for drafting that are not loaded and a tied head's copy may stay; nothing else."""
+        count = self.model.config.attention.num_hidden_layers + (self.model.predictor is not None)
         left = []
         for name in self.files:
             if name in self.used or not name.startswith(self.root):

@@ -5,12 +5,17 @@ layers' MLPs are dense and gated; the others' are mixtures of experts: a float32
 experts, each token goes to its best few, and a shared expert sees every token. By their configs:
 DeepSeek-V2, V3 and R1, Kimi-K2, Moonlight, GLM-4.7-Flash, Youtu-LLM, A.X-K1, Sarvam and MiniCPM3.
 
+A `MultiTokenPredictor` may come with the model: one more block, which guesses a token further and
+so drafts for speculative decoding (`generation.generate`).
+
 The layers are a Python loop, not a scan: a scan would slice each layer's experts out of one stacked
 array, and XLA copies such a slice before a library's matmul reads it, doubling what a decode step
 moves.
 
 Letters: B batch, T tokens, D hidden size, W words.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -48,17 +53,83 @@ class DeepseekBlock(nnx.Module):
         with jax.named_scope("mlp"):
             return self.add(x, self.mlp(self.mlp_norm(x)))
 
+    def extend(self, x, cache: LatentCache, lengths=None, schedule=None, empty=False):
+        """The layer on T new tokens of every row: `prefill` with lengths, `decode` without."""
+        hidden = self.attention_norm(x)
+        if lengths is None:
+            y, cache = self.attention.decode(hidden, cache, schedule=schedule)
+        else:
+            y, cache = self.attention.prefill(hidden, cache, lengths, empty=empty)
+        return self.feed_forward(self.add(x, y)), cache
+
+
+class MultiTokenPredictor(nnx.Module):
+    """The block of DeepSeek-V3 that predicts one token further (arXiv 2412.19437, section 2.2).
+
+    From the model's hidden state at position i, after its final norm, and the embedding of the
+    token at i + 1, it makes a state whose logits are for the token at i + 2:
+
+        norm(block(eh_proj [enorm(embedding of i + 1), hnorm(state of i)]))
+
+    The block sits at position i and has a latent cache of its own. In place of the model's state it
+    takes its own of the position before, which drafts another token. Embedding and head are the
+    model's, except where a checkpoint has others: then they are `embed` and `head`.
+
+    Args:
+        config: the model's.
+        precision, implementation, types: as in `DeepseekDecoder`.
+
+    >>> import jax.numpy as jnp
+    >>> from flax import nnx
+    >>> from mla_jax.models import DeepseekConfig, DeepseekDecoder
+    >>> config = DeepseekConfig.from_preset("tiny")
+    >>> model = DeepseekDecoder(config, mtp=True, rngs=nnx.Rngs(0))
+    >>> tokens = jnp.array([[3, 1, 4, 1]])
+    >>> hidden, _ = model.extend(tokens, model.init_cache(1, 8))
+    >>> state, _ = model.draft(hidden[:, :3], tokens[:, 1:], model.init_draft_cache(1, 8))
+    >>> model.draft_logits(state).shape  # for the three tokens from the third on
+    (1, 3, 256)
+    """
+
+    def __init__(self, config: DeepseekConfig, *, precision, implementation, **types):
+        width = config.attention.hidden_size
+        norm = functools.partial(nnx.RMSNorm, width, epsilon=config.rms_norm_eps, **types)
+        self.enorm, self.hnorm, self.norm = norm(), norm(), norm()
+        self.eh_proj = nnx.Linear(2 * width, width, use_bias=False, precision=precision, **types)
+        self.block = DeepseekBlock(
+            config, config.attention.num_hidden_layers, precision=precision,
+            implementation=implementation, **types,
+        )  # fmt: skip
+        self.embed: nnx.Embed | None = nnx.data(None)
+        self.head: nnx.Linear | None = nnx.data(None)
+
+    def extend(
+        self,
+        hidden: Float[Array, "B T D"],
+        embedded: Float[Array, "B T D"],
+        cache: LatentCache,
+        lengths: Int[Array, "B"] | None = None,
+        empty: bool = False,
+    ) -> tuple[Float[Array, "B T D"], LatentCache]:
+        """States of T positions, from those of the model and the embeddings of the tokens next."""
+        with jax.named_scope("mtp"):
+            joined = jnp.concatenate([self.enorm(embedded), self.hnorm(hidden)], axis=-1)
+            x, cache = self.block.extend(self.eh_proj(joined), cache, lengths, empty=empty)
+            return self.norm(x), cache
+
 
 class DeepseekDecoder(nnx.Module):
     """A language model of DeepSeek's shape.
 
     Args:
         config: its shape.
+        mtp: with the block for multi-token prediction, as `predictor`; else that is None.
         dtype, param_dtype, precision, implementation, rngs: as in `MultiHeadLatentAttention`. The
             router's parameters are float32 whatever param_dtype says.
 
     Raises:
-        ValueError: when called, tokens that are not integers [B T], or a cache of another depth.
+        ValueError: mtp for a config without one such block; when called, tokens that are not
+            integers [B T], or a cache of another depth.
 
     >>> import mla_jax, jax.numpy as jnp
     >>> from flax import nnx
@@ -72,28 +143,34 @@ class DeepseekDecoder(nnx.Module):
         self,
         config: DeepseekConfig,
         *,
+        mtp: bool = False,
         dtype=None,
         param_dtype=jnp.float32,
         precision=None,
         implementation: str | None = None,
         rngs: nnx.Rngs,
     ):
+        if mtp and config.num_nextn_predict_layers != 1:
+            raise ValueError(
+                f"num_nextn_predict_layers={config.num_nextn_predict_layers}: mtp needs a model "
+                "with one block for multi-token prediction; without mtp, draft by prompt lookup."
+            )
         width = config.attention.hidden_size
         types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.config = config
         self.embed = nnx.Embed(
             config.vocab_size, width, embedding_init=nnx.initializers.normal(width**-0.5), **types
         )
+        cores = {"precision": precision, "implementation": implementation, **types}
         self.blocks = nnx.List(
-            DeepseekBlock(
-                config, layer, precision=precision, implementation=implementation, **types
-            )
+            DeepseekBlock(config, layer, **cores)
             for layer in range(config.attention.num_hidden_layers)
         )
         self.norm = nnx.RMSNorm(width, epsilon=config.rms_norm_eps, **types)
         tied = config.tie_word_embeddings
         head = {"use_bias": False, "precision": precision, **types}
         self.head = None if tied else nnx.Linear(width, config.vocab_size, **head)
+        self.predictor = MultiTokenPredictor(config, **cores) if mtp else None
 
     def __call__(self, tokens: Int[Array, "B T"], **options) -> Float[Array, "B T W"]:
         """Logits [B T W] in float32, without a cache; options as in the layer's `__call__`."""
@@ -146,6 +223,64 @@ class DeepseekDecoder(nnx.Module):
         x, cache = self._hidden(tokens, cache, None)
         return self._logits(x), cache
 
+    def extend(
+        self,
+        tokens: Int[Array, "B T"],
+        cache: tuple[LatentCache, ...],
+        lengths: Int[Array, "B"] | None = None,
+        *,
+        empty: bool = False,
+    ) -> tuple[Float[Array, "B T D"], tuple[LatentCache, ...]]:
+        """`prefill`, or without lengths `decode`, up to the head: states after the final norm."""
+        x, cache = self._hidden(tokens, cache, lengths, empty)
+        return self.norm(x), cache
+
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T W"]:
+        """Logits in float32 from the states that `extend` gives."""
+        return self._words(hidden, self.head)
+
+    def init_draft_cache(self, batch_size: int, max_length: int, dtype=None) -> LatentCache:
+        """An empty cache of the predictor's block."""
+        return self._predictor().block.attention.init_cache(batch_size, max_length, dtype)
+
+    def draft(
+        self,
+        hidden: Float[Array, "B T D"],
+        tokens: Int[Array, "B T"],
+        cache: LatentCache,
+        lengths: Int[Array, "B"] | None = None,
+        *,
+        empty: bool = False,
+    ) -> tuple[Float[Array, "B T D"], LatentCache]:
+        """The predictor on T positions of every row: see `MultiTokenPredictor`.
+
+        Args:
+            hidden: states of these positions, from `extend`; or from `draft`, of those before.
+            tokens: the ones that come after these positions.
+            cache: of the predictor.
+            lengths: positions that count, in each row; None is T for all.
+            empty: as in the layer's `prefill`.
+
+        Returns:
+            states for `draft_logits`, and the new cache.
+        """
+        predictor = self._predictor()
+        embedded = self._embed(tokens, predictor.embed)
+        return predictor.extend(hidden, embedded, cache, lengths, empty)
+
+    def draft_logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T W"]:
+        """Logits in float32 from the states that `draft` gives."""
+        predictor = self._predictor()
+        return self._words(hidden, predictor.head or self.head)
+
+    def _predictor(self) -> MultiTokenPredictor:
+        if self.predictor is None:
+            raise ValueError(
+                "this model has no block for multi-token prediction: make it with mtp=True, or "
+                "load it by checkpoint.load_decoder(..., mtp=True)."
+            )
+        return self.predictor
+
     def _hidden(self, tokens, cache, lengths, empty=False):
         if len(cache) != len(self.blocks):
             raise ValueError(
@@ -156,25 +291,22 @@ class DeepseekDecoder(nnx.Module):
         if lengths is None:
             schedule = self.blocks[0].attention.decode_schedule(cache[0], tokens.shape[1])
         for block, held in zip(self.blocks, cache, strict=True):
-            hidden = block.attention_norm(x)
-            if lengths is None:
-                y, held = block.attention.decode(hidden, held, schedule=schedule)
-            else:
-                y, held = block.attention.prefill(hidden, held, lengths, empty=empty)
-            x = block.feed_forward(block.add(x, y))
+            x, held = block.extend(x, held, lengths, schedule, empty)
             new.append(held)
         return x, tuple(new)
 
-    def _embed(self, tokens):
+    def _embed(self, tokens, embed: nnx.Embed | None = None):
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(
                 f"tokens is {tokens.dtype} of shape {tokens.shape}: it must be integer [B T]."
             )
-        x = self.embed(tokens)
+        x = (embed or self.embed)(tokens)
         return x if self.config.embed_scale == 1 else x * self.config.embed_scale
 
     def _logits(self, x):
+        return self.logits(self.norm(x))
+
+    def _words(self, hidden, head: nnx.Linear | None):
         with jax.named_scope("head"):
-            x = self.norm(x)
-            logits = self.embed.attend(x) if self.head is None else self.head(x)
+            logits = self.embed.attend(hidden) if head is None else head(hidden)
             return logits.astype(jnp.float32) * self.config.logit_scale

@@ -39,6 +39,7 @@ class DeepseekConfig:
         tie_word_embeddings: the head is the embedding.
         embed_scale, residual_scale, logit_scale: MiniCPM3's factors on embeddings, on what a layer
             adds, and on logits.
+        num_nextn_predict_layers: blocks for multi-token prediction behind the layers.
         eos_token_ids: tokens that end a text.
 
     Raises:
@@ -69,6 +70,7 @@ class DeepseekConfig:
     embed_scale: float = 1.0
     residual_scale: float = 1.0
     logit_scale: float = 1.0
+    num_nextn_predict_layers: int = 0
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
@@ -79,7 +81,7 @@ class DeepseekConfig:
             value = getattr(self, key)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{key}={value!r}: {key} must be a positive whole number.")
-        for key in ("n_shared_experts", "first_k_dense_replace"):
+        for key in ("n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers"):
             value = getattr(self, key)
             if not isinstance(value, int) or value < 0:
                 raise ValueError(f"{key}={value!r}: {key} must be a whole number >= 0.")

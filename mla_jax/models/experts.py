@@ -56,8 +56,10 @@ def _tiles(experts: Int[Array, "M K"], groups: int, rows: int) -> _Tiles:
     else:
         order = jnp.argsort(flat, stable=True)
         first = jnp.where(before, sizes[None], 0).sum(1, dtype=jnp.int32)
-        position = jnp.zeros_like(flat).at[order].set(
-            jnp.arange(flat.size, dtype=jnp.int32), unique_indices=True
+        position = (
+            jnp.zeros_like(flat)
+            .at[order]
+            .set(jnp.arange(flat.size, dtype=jnp.int32), unique_indices=True)
         )
         rank = position - first[flat]
     place = starts[flat] * rows + rank

@@ -15,6 +15,7 @@ def random_decoder(
     config: DeepseekConfig,
     *,
     seed: int = 0,
+    mtp: bool = False,
     dtype=None,
     param_dtype=jnp.float32,
     precision=None,
@@ -28,7 +29,7 @@ def random_decoder(
     Args:
         config: its shape.
         seed: of the weights; the same seed gives the same weights on the same kind of device.
-        dtype, param_dtype, precision, implementation: as in `DeepseekDecoder`.
+        mtp, dtype, param_dtype, precision, implementation: as in `DeepseekDecoder`.
 
     >>> import jax.numpy as jnp
     >>> from mla_jax.models import DeepseekConfig
@@ -38,12 +39,17 @@ def random_decoder(
     """
     types = {
         "dtype": dtype, "param_dtype": param_dtype, "precision": precision,
-        "implementation": implementation,
+        "implementation": implementation, "mtp": mtp,
     }  # fmt: skip
+    block_types = {name: value for name, value in types.items() if name != "mtp"}
     model = nnx.eval_shape(lambda: DeepseekDecoder(config, rngs=nnx.Rngs(0), **types))
     keys = jax.random.split(jax.random.key(seed, impl="unsafe_rbg"), len(model.blocks) + 1)
-    # All but the layers: of a model of one layer, whose own weights nobody asks for.
-    shallow = config.replace(attention=config.attention.replace(num_hidden_layers=1))
+    # All but the layers: of a model of one layer, whose own weights nobody asks for. A predictor's
+    # block is one further, and sparse as the last ones.
+    shallow = config.replace(
+        attention=config.attention.replace(num_hidden_layers=1),
+        first_k_dense_replace=min(config.first_k_dense_replace, 1),
+    )
 
     @jax.jit
     def outside(key: Key[Array, ""]):
@@ -53,7 +59,7 @@ def random_decoder(
 
     @functools.partial(jax.jit, static_argnames="layer")
     def inside(key: Key[Array, ""], *, layer: int):
-        return nnx.state(DeepseekBlock(config, layer, rngs=nnx.Rngs(key), **types), nnx.Param)
+        return nnx.state(DeepseekBlock(config, layer, rngs=nnx.Rngs(key), **block_types), nnx.Param)
 
     nnx.update(model, outside(keys[-1]))
     alike = {config.is_sparse(layer): layer for layer in range(len(model.blocks))}

@@ -6,8 +6,10 @@ import shutil
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from mla_jax import checkpoint
@@ -54,15 +56,125 @@ def copy(tmp_path):
     return tensors, write
 
 
-def test_blocks_for_drafting_are_skipped(copy):
+MTP = "model.layers.3."
+
+
+@pytest.fixture
+def drafting(copy, rng):
+    """The same with a block for multi-token prediction, layer 2 again between its own tensors."""
     tensors, write = copy
-    last = {name: value for name, value in tensors.items() if ".layers.2." in name}
-    for name, value in last.items():
-        tensors[name.replace("layers.2.", "layers.3.")] = value
-    tensors["model.layers.3.eh_proj.weight"] = np.zeros((24, 48), np.float32)
+    for name, value in list(tensors.items()):
+        if ".layers.2." in name:
+            tensors[name.replace("layers.2.", "layers.3.")] = value.copy()
+    for name, shape in (("enorm", 24), ("hnorm", 24), ("shared_head.norm", 24),
+                        ("eh_proj", (24, 48))):  # fmt: skip
+        tensors[f"{MTP}{name}.weight"] = rng.standard_normal(shape).astype(np.float32)
+    tensors[f"{MTP}embed_tokens.weight"] = tensors["model.embed_tokens.weight"].copy()
+    tensors[f"{MTP}shared_head.head.weight"] = tensors["lm_head.weight"].copy()
+    return tensors, write
+
+
+def leaves(module):
+    return jax.tree.leaves(nnx.state(module, nnx.Param))
+
+
+def test_blocks_for_drafting_are_skipped(drafting):
+    tensors, write = drafting
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(2, np.float32)
     model = load(write())
     assert len(model.blocks) == 3
+    assert model.predictor is None
+
+
+@pytest.mark.parametrize("copies", [True, False], ids=["copies", "shared"])
+def test_a_block_for_drafting(drafting, copies):
+    tensors, write = drafting
+    if not copies:
+        del tensors[f"{MTP}embed_tokens.weight"], tensors[f"{MTP}shared_head.head.weight"]
+    tensors["model.layers.4.eh_proj.weight"] = np.zeros((24, 48), np.float32)  # another one's
+    model = load(write(), mtp=True)
+    predictor = model.predictor
+    for name, parameter in (
+        ("enorm", predictor.enorm.scale), ("hnorm", predictor.hnorm.scale),
+        ("shared_head.norm", predictor.norm.scale), ("eh_proj", predictor.eh_proj.kernel),
+    ):  # fmt: skip
+        np.testing.assert_array_equal(parameter, tensors[f"{MTP}{name}.weight"].T)
+    for own, same in zip(leaves(predictor.block), leaves(model.blocks[2]), strict=True):
+        np.testing.assert_array_equal(own, same)
+    assert predictor.embed is predictor.head is None
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_embedding_and_a_head_of_its_own(drafting, tied):
+    tensors, write = drafting
+    for name in ("embed_tokens", "shared_head.head"):
+        tensors[f"{MTP}{name}.weight"][-1, -1] += 1
+    folder = write()
+    if tied:
+        del tensors["lm_head.weight"]
+        config = json.loads((write() / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    model = load(folder, mtp=True, dtype=jnp.bfloat16)
+    predictor = model.predictor
+    for name, parameter in (("embed_tokens", predictor.embed.embedding),
+                            ("shared_head.head", predictor.head.kernel[...].T)):  # fmt: skip
+        want = tensors[f"{MTP}{name}.weight"].astype(jnp.bfloat16)
+        np.testing.assert_array_equal(parameter, want)
+    hidden = jnp.ones((1, 1, 24), jnp.bfloat16)
+    changed = (model.draft_logits(hidden) != model.logits(hidden)).nonzero()[-1]
+    draft = jax.jit(lambda token: model.draft(hidden, token[None, None], cache)[0])
+    cache = model.init_draft_cache(1, 4)
+    with_own = [draft(jnp.int32(token)) for token in (39, 0)]
+    predictor.embed = None
+    draft = jax.jit(lambda token: model.draft(hidden, token[None, None], cache)[0])
+    same = [np.array_equal(draft(jnp.int32(token)), with_own[i]) for i, token in enumerate((39, 0))]
+    assert same == [False, True]
+    assert tied or changed.tolist() == [39]  # tied, the model's head is its embedding
+
+
+def test_a_block_for_drafting_in_fp8(drafting, rng):
+    """The blocks' scales belong to it; the router stays float32, as in other layers."""
+    tensors, write = drafting
+    exact = {}
+    for name in ("eh_proj", "mlp.experts.5.up_proj", "self_attn.kv_b_proj"):
+        weight = tensors[f"{MTP}{name}.weight"].astype(ml_dtypes.float8_e4m3fn)
+        scale = rng.uniform(0.5, 2, (1, 1)).astype(np.float32)
+        tensors |= {f"{MTP}{name}.weight": weight, f"{MTP}{name}.weight_scale_inv": scale}
+        exact[name] = (weight.astype(np.float32) * scale).astype(ml_dtypes.bfloat16)
+    predictor = load(write(), mtp=True, dtype=jnp.bfloat16).predictor
+    np.testing.assert_array_equal(predictor.eh_proj.kernel, exact["eh_proj"].T)
+    experts = predictor.block.mlp
+    np.testing.assert_array_equal(experts.up_proj[5], exact["mlp.experts.5.up_proj"].T)
+    kernel = predictor.block.attention.kv_b_proj.kernel[...]
+    np.testing.assert_array_equal(kernel.reshape(16, -1), exact["self_attn.kv_b_proj"].T)
+    assert experts.router.kernel.dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("eh_proj.weight", None, r"lacks model\.layers\.3\.eh_proj\.weight"),
+        ("mlp.experts.7.gate_proj.weight", None, r"lacks model\.layers\.3\.mlp\.experts\.7"),
+        ("self_attn.o_proj.weight", None, r"model\.layers\.3\.self_attn\. .*missing \['o_proj"),
+        ("eh_proj.weight", np.zeros((24, 24), np.float32), r"eh_proj.* in .*shape \(24, 24\)"),
+        ("shared_head.head.weight", np.zeros((9, 24), np.float32), r"head.* in .*shape \(9, 24\)"),
+        ("extra.weight", np.zeros(3, np.float32), r"1 tensors.*layers\.3\.extra\.weight"),
+    ],
+)
+def test_errors_name_the_tensor_of_a_block_for_drafting(drafting, name, change, message):
+    tensors, write = drafting
+    tensors.pop(MTP + name, None)
+    if change is not None:
+        tensors[MTP + name] = change
+    with pytest.raises(ValueError, match=message):
+        load(write(), mtp=True)
+
+
+def test_no_block_for_drafting(copy):
+    with pytest.raises(ValueError, match=r"nothing under model\.layers\.3\.,.*prompt lookup"):
+        load(copy[1](), mtp=True)
+    with pytest.raises(ValueError, match=r"deepseek_v2: num_nextn_predict_layers=0: mtp needs"):
+        load(FOLDERS[0], mtp=True)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from common import MICRO, PLAIN, relative
 from flax import nnx
+from numpy_decoder import NumpyDecoder
 
-from mla_jax import rope
 from mla_jax.decoding import decode_step, prefill_step
 from mla_jax.models import DeepseekConfig, DeepseekDecoder, decoder_presets
 from mla_jax.models import experts as experts_module
@@ -19,6 +19,7 @@ SIGMOID = DeepseekConfig(
     moe_intermediate_size=9, n_routed_experts=12, num_experts_per_tok=3, n_shared_experts=2,
     first_k_dense_replace=1, scoring_func="sigmoid", norm_topk_prob=True, n_group=4, topk_group=2,
     routed_scaling_factor=2.5, residual_scale=0.7, embed_scale=3.0, logit_scale=0.5,
+    num_nextn_predict_layers=1,
 )  # fmt: skip
 SOFTMAX = SIGMOID.replace(
     attention=MICRO.replace(num_hidden_layers=2), scoring_func="softmax", norm_topk_prob=False,
@@ -39,113 +40,15 @@ def make(name, **options):
     return model
 
 
-class Numpy:
-    """The same model in float64, one token of one row at a time, from the papers' equations."""
-
-    def __init__(self, model):
-        self.config = model.config
-        self.weights = jax.tree.map(np.float64, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
-
-    def logits(self, tokens):
-        w, c = self.weights, self.config
-        x = w["embed"]["embedding"][tokens] * c.embed_scale
-        for layer in range(c.attention.num_hidden_layers):
-            b = w["blocks"][layer]
-            x = x + c.residual_scale * self.attention(
-                b["attention"], self.norm(x, b["attention_norm"], c.rms_norm_eps)
-            )
-            h = self.norm(x, b["mlp_norm"], c.rms_norm_eps)
-            x = x + c.residual_scale * (
-                np.stack([self.experts(b["mlp"], row) for row in h])
-                if "router" in b["mlp"] else self.mlp(b["mlp"], h)
-            )  # fmt: skip
-        x = self.norm(x, w["norm"], c.rms_norm_eps)
-        head = w["embed"]["embedding"].T if c.tie_word_embeddings else w["head"]["kernel"]
-        return x @ head * c.logit_scale
-
-    def norm(self, x, w, eps):
-        return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * w["scale"]
-
-    def mlp(self, w, x):
-        gate = x @ w["gate_proj"]["kernel"]
-        return (gate / (1 + np.exp(-gate)) * (x @ w["up_proj"]["kernel"])) @ w["down_proj"][
-            "kernel"
-        ]
-
-    def choose(self, w, x):
-        """{expert: weight} of one token."""
-        c = self.config
-        scores = x @ w["kernel"]
-        if c.scoring_func == "sigmoid":
-            scores = 1 / (1 + np.exp(-scores))
-            choice = scores + w["bias"]
-        else:
-            scores = choice = np.exp(scores) / np.exp(scores).sum()
-        groups = choice.reshape(c.n_group, -1)
-        best = 2 if c.scoring_func == "sigmoid" else 1
-        worth = np.sort(groups, -1)[:, -best:].sum(-1)
-        size = groups.shape[1]
-        allowed = [
-            e for g in np.argsort(-worth)[: c.topk_group] for e in range(g * size, g * size + size)
-        ]
-        chosen = sorted(allowed, key=lambda e: -choice[e])[: c.num_experts_per_tok]
-        total = scores[chosen].sum() if c.norm_topk_prob else 1
-        return {e: scores[e] / total * c.routed_scaling_factor for e in chosen}
-
-    def experts(self, w, x):
-        out = np.zeros_like(x)
-        for e, share in self.choose(w["router"], x).items():
-            one = {k: {"kernel": w[k][e]} for k in ("gate_proj", "up_proj", "down_proj")}
-            out += share * self.mlp(one, x)
-        return out + (self.mlp(w["shared"], x) if self.config.n_shared_experts else 0)
-
-    def linear(self, w, x):
-        kernel = w["kernel"].reshape(x.shape[-1], -1)
-        y = x @ kernel + w.get("bias", np.zeros(1)).reshape(-1)
-        return y.reshape(*x.shape[:-1], *w["kernel"].shape[1:])
-
-    def attention(self, w, x):
-        c = self.config.attention
-        if c.q_lora_rank is None:
-            q = self.linear(w["q_proj"], x)
-        else:
-            q = self.norm(self.linear(w["q_a_proj"], x), w["q_a_norm"], c.latent_norm_eps)
-            q = self.linear(w["q_b_proj"], q)
-            q = q * (np.sqrt(c.hidden_size / c.q_lora_rank) if c.mla_scale_q_lora else 1)
-        latent, k_rope = np.split(self.linear(w["kv_a_proj"], x), [c.kv_lora_rank], -1)
-        latent = self.norm(latent, w["kv_a_norm"], c.latent_norm_eps)
-        latent = latent * (np.sqrt(c.hidden_size / c.kv_lora_rank) if c.mla_scale_kv_lora else 1)
-        kv = np.einsum("tr,rnk->tnk", latent, w["kv_b_proj"]["kernel"])
-        k_nope, value = np.split(kv, [c.qk_nope_head_dim], -1)
-        q_nope, q_rope = np.split(q, [c.qk_nope_head_dim], -1)
-        turn = np.exp(1j * np.arange(len(x))[:, None] * rope.inverse_frequencies(c))
-        turn = turn * rope.attention_factor(c)
-
-        def rotate(y, turn):
-            pairs = y[..., 0::2] + 1j * y[..., 1::2]
-            if not c.rope_interleave:
-                first, second = np.split(y, 2, -1)
-                pairs = first + 1j * second
-            return pairs * turn
-
-        q_rope, k_rope = rotate(q_rope, turn[:, None]), rotate(k_rope, turn)
-        heads = np.zeros(value.shape)
-        for t, n in np.ndindex(*heads.shape[:2]):
-            scores = k_nope[: t + 1, n] @ q_nope[t, n]
-            scores = c.scale * (scores + (k_rope[: t + 1] * q_rope[t, n].conj()).real.sum(-1))
-            p = np.exp(scores - scores.max())
-            heads[t, n] = p / p.sum() @ value[: t + 1, n]
-        o = w["o_proj"]
-        return heads.reshape(len(x), -1) @ o["kernel"].reshape(-1, len(x[0])) + o.get("bias", 0)
-
-
 _full = jax.jit(lambda model, tokens: model(tokens))
+_extend = jax.jit(lambda model, *arguments: model.extend(*arguments))
+_draft = jax.jit(lambda model, *arguments: model.draft(*arguments))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_and_greedy_tokens_are_float64s(name, rng):
     model = make(name)
-    exact = Numpy(model)
+    exact = NumpyDecoder(model)
     tokens = rng.integers(0, 31, (2, 9))
     expected = np.stack([exact.logits(row) for row in tokens])
     assert relative(_full(model, jnp.asarray(tokens)), expected) < 2e-6
@@ -168,9 +71,53 @@ def test_logits_and_greedy_tokens_are_float64s(name, rng):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
+def test_drafts_are_float64s(name, rng):
+    """Ragged prompts in two chunks, then two positions at once, then one after its own state."""
+    model = make(name, mtp=True)
+    exact = NumpyDecoder(model)
+    tokens = rng.integers(0, 31, (2, 10))
+    hidden = np.stack([exact.hidden(row) for row in tokens])
+    expected = np.stack(
+        [exact.draft(h[:-1], row[1:]) for h, row in zip(hidden, tokens, strict=True)]
+    )
+    states, cache = _extend(model, jnp.asarray(tokens), model.init_cache(2, 16))
+    assert relative(states, hidden) < 2e-6
+    cache = model.init_draft_cache(2, 16)
+    held = np.zeros(2, int)
+    for lengths in ([4, 3], [3, 0]):
+        part, following = (
+            np.stack([array[b, held[b] + shift : held[b] + shift + 4] for b in range(2)])
+            for array, shift in ((hidden, 0), (tokens, 1))
+        )
+        states, cache = _draft(
+            model, jnp.asarray(part, jnp.float32), jnp.asarray(following), cache,
+            jnp.asarray(lengths),
+        )  # fmt: skip
+        for b, count in enumerate(lengths):
+            own = expected[b, held[b] : held[b] + count]
+            assert not count or relative(states[b, :count], own) < 3e-6
+        held += lengths
+    place = held[:, None] + np.arange(2)
+    rows = np.arange(2)[:, None]
+    states, cache = _draft(
+        model, jnp.asarray(hidden[rows, place], jnp.float32), jnp.asarray(tokens[rows, place + 1]),
+        cache, None,
+    )  # fmt: skip
+    assert relative(states, expected[rows, place]) < 3e-6
+    assert relative(model.draft_logits(states), exact.draft_logits(expected[rows, place])) < 3e-6
+    following = model.draft_logits(states)[:, -1:].argmax(-1)
+    states, cache = _draft(model, states[:, -1:], following, cache, None)
+    for b, at in enumerate(place[:, 1]):
+        own = np.concatenate([hidden[b, : at + 1], expected[b, at : at + 1]])
+        text = [*tokens[b, 1 : at + 2], int(following[b, 0])]
+        assert relative(states[b, 0], exact.draft(own, text)[-1]) < 3e-6
+    assert exact.guesses(tokens[0, : place[0, 1] + 2], 1) == [int(following[0, 0])]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("tokens", [1, 2, 40])
 def test_experts_every_way(name, tokens, rng, monkeypatch):
-    mlp, exact = make(name).blocks[1].mlp, Numpy(make(name))
+    mlp, exact = make(name).blocks[1].mlp, NumpyDecoder(make(name))
     x = rng.standard_normal((tokens, 24)).astype(np.float32)
     weights = exact.weights["blocks"][1]["mlp"]
     shared = exact.mlp(weights["shared"], x.astype(np.float64)) if "shared" in weights else 0
@@ -226,6 +173,10 @@ def test_presets_have_the_parameters_that_their_names_say():
         model = nnx.eval_shape(lambda config=config: DeepseekDecoder(config, rngs=nnx.Rngs(0)))
         count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
         assert count / 1e9 == pytest.approx(expected, rel=0.01, abs=0.002)
+    config = DeepseekConfig.from_preset("deepseek_v3")
+    model = nnx.eval_shape(lambda: DeepseekDecoder(config, mtp=True, rngs=nnx.Rngs(0)))
+    leaves = jax.tree.leaves(nnx.state(model.predictor, nnx.Param))
+    assert sum(leaf.size for leaf in leaves) / 1e9 == pytest.approx(11.5, rel=0.01)  # as published
     with pytest.raises(ValueError, match="'axk1' describes the attention only; whole models: deep"):
         DeepseekConfig.from_preset("axk1")
 
@@ -236,3 +187,9 @@ def test_bad_input():
         model(jnp.zeros((1, 2)))
     with pytest.raises(ValueError, match="cache has 1 layers, the model 2"):
         model.decode(jnp.zeros((1, 1), jnp.int32), model.init_cache(1, 4)[:1])
+    with pytest.raises(ValueError, match="no block for multi-token prediction: make it with mtp"):
+        model.init_draft_cache(1, 4)
+    for count in (0, 2):
+        config = SOFTMAX.replace(num_nextn_predict_layers=count)
+        with pytest.raises(ValueError, match=f"num_nextn_predict_layers={count}: mtp needs"):
+            DeepseekDecoder(config, mtp=True, rngs=nnx.Rngs(0))
