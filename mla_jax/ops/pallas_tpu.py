@@ -204,6 +204,11 @@ def launch(pattern, q_rope, latent, k_rope, lengths, scale, plan: Plan, known=No
     if lengths is not None:
         arrays["lengths"] = lengths.astype(jnp.int32).reshape(-1)
 
+    # The cache is read from HBM even where XLA would have moved part of it to VMEM before.
+    operands = [
+        x if name == "lengths" else pltpu.with_memory_space_constraint(x, pltpu.HBM)
+        for name, x in arrays.items()
+    ]
     shaped = _shaped(arrays.values())
     results = {
         "out": shaped((batch, rows, rank), dtype),
@@ -263,7 +268,7 @@ def launch(pattern, q_rope, latent, k_rope, lengths, scale, plan: Plan, known=No
             bytes_accessed=batch * (slots * (rank + rope) + rows * (2 * rank + rope)) * size,
         ),
         name="mla_decode",
-    )(*arrays.values())  # fmt: skip
+    )(*operands)  # fmt: skip
 
 
 def _shared_row(lengths, slots, batch, block):
