@@ -43,13 +43,24 @@ KERNELS = [
     {"batch": 4, "slots": 32768, "heads": 16},
     {"batch": 8, "slots": 4096, "heads": 128, "tokens": 4},
     {"batch": 16, "slots": 4096, "heads": 16, "tokens": 4},
-    {"batch": 8, "slots": 4096, "heads": 16, "lengths": [4096, 1000, 0, 129, 3000, 2048, 1, 4000]},
+    {"batch": 16, "slots": 4096, "heads": 16, "uneven": True},
 ]
 LINT = {
     "xla_tpu_enable_llo_linter": True,
     "xla_tpu_llo_linter_analyze_tpu_custom_calls": True,
     "xla_tpu_llo_linter_targets": ".*",
 }
+
+
+def ragged(row):
+    """The length of a row among ragged ones of 4096 slots: 115 to 3826 in 16 rows."""
+    return (row * 1237 + 500) & 4095
+
+
+def lengths_of(shape):
+    """Slots of each row of a shape."""
+    rows = range(shape["batch"])
+    return [ragged(row) if shape.get("uneven") else shape["slots"] for row in rows]
 
 
 def environment(folder):
@@ -83,7 +94,7 @@ def compiled(fn, args, generation, *, lint=False, **jit_options):
     return lowered.compile(compiler_options=LINT if lint else None)
 
 
-def kernel(generation, *, batch, slots, heads, tokens=1, dtype="bfloat16", lengths=None, **changes):
+def kernel(generation, *, batch, slots, heads, tokens=1, dtype="bfloat16", uneven=False, **changes):
     """The kernel call alone, lengths known at compile time, and its plan."""
     import dataclasses
 
@@ -98,11 +109,10 @@ def kernel(generation, *, batch, slots, heads, tokens=1, dtype="bfloat16", lengt
     shapes = ((batch, tokens, heads, 512), (batch, tokens, heads, 64))
     shapes += ((batch, slots, 512), (batch, slots, 64))
     args = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
-    if lengths is not None:
-        lengths = tuple(lengths)
     launch = functools.partial(
-        pallas_tpu.launch, lengths=None, scale=192**-0.5, plan=plan, known=lengths
-    )
+        pallas_tpu.launch, lengths=None, scale=192**-0.5, plan=plan,
+        known=ragged if uneven else None,
+    )  # fmt: skip
     return launch, args, plan
 
 
@@ -112,6 +122,7 @@ def profile(generation, options):
     launch, args, plan = kernel(generation, **options)
     program = compiled(launch, args, generation)
     found = {"vmem": vmem(program.as_text()), "block": plan.block, "cycles": None}
+    found["unit"] = 128 if plan.trim else plan.block
     for name in glob.glob(f"{folder}/*mla_decode*profile.textproto"):
         with open(name) as file:
             match = re.search(
@@ -236,10 +247,9 @@ def kernels(options):
         _, kind, clock, bandwidth, tera = GENERATIONS[generation]
         for shape in KERNELS:
             batch, slots, heads = shape["batch"], shape["slots"], shape["heads"]
-            tokens, total = shape.get("tokens", 1), sum(shape.get("lengths", [batch * slots]))
-            name = (
-                f"{generation} | {batch}, {slots if 'lengths' not in shape else 'ragged'}, {heads}"
-            )
+            tokens, lengths = shape.get("tokens", 1), lengths_of(shape)
+            total, many = sum(lengths), "ragged" if shape.get("uneven") else slots
+            name = f"{generation} | {batch}, {many}, {heads}"
             hbm = total * 576 * 2 / (0.85 * bandwidth)  # ns
             mxu = 2 * total * heads * tokens * 1088 / (tera * 1e3)
             found = static(generation, shape)
@@ -249,7 +259,8 @@ def kernels(options):
                       f"{mxu * clock:.0f} | | | | |", flush=True)  # fmt: skip
                 print(found.get("abort"), file=sys.stderr)
                 continue
-            time, floor = max(cycles / clock, hbm), max(hbm, mxu)
+            read = sum(-(-length // found["unit"]) * found["unit"] for length in lengths)
+            time, floor = max(cycles / clock, hbm * read / total), max(hbm, mxu)
             columns = [
                 f"{name}, {tokens}", found["block"], cycles, f"{cycles * 1024 / total:.0f}",
                 f"{hbm * clock:.0f}", f"{mxu * clock:.0f}", f"{time / 1e3:.1f}",
@@ -311,8 +322,8 @@ def on_device(options):
     wrong = []
     for shape in shapes:
         batch, slots, heads = shape["batch"], shape["slots"], shape["heads"]
-        tokens, lengths = shape.get("tokens", 1), shape.get("lengths", [slots] * batch)
-        title = f"{batch}, {'ragged' if 'lengths' in shape else slots}, {heads}, {tokens}"
+        tokens, lengths = shape.get("tokens", 1), lengths_of(shape)
+        title = f"{batch}, {'ragged' if shape.get('uneven') else slots}, {heads}, {tokens}"
         guess = sum(lengths) * 576 * 2 / 1e12
         got = decode.measure(
             name, (batch, slots, heads, tokens), lengths, jnp.dtype("bfloat16"), guess, options.last

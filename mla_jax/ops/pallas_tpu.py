@@ -25,6 +25,7 @@ import dataclasses
 import functools
 import math
 import tomllib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -50,12 +51,15 @@ class Plan:
         block: C, slots of a block, a multiple of 128.
         ring: buffers of a block in VMEM; ring - 2 copies are under way during a step.
         cores: TensorCores that share the work.
+        trim: copies only what is live of a row's last block. That takes branches in every step, so
+            only where memory is the limit, or where a whole block may reach past the cache's end.
         vmem_bytes: limit on the scoped VMEM of the kernel.
     """
 
     block: int
     ring: int
     cores: int
+    trim: bool
     vmem_bytes: int
 
 
@@ -141,7 +145,8 @@ def plan(queries: int, slots: int, itemsize: int, kind: str | None = None) -> Pl
     # kernel whether it is used or not, so it is what the buffers take and some for spills.
     buffers = ring * (block * 640 + rows * 640) * itemsize
     buffers += rows * (block * 8 + 512 * (4 + itemsize) + 5 * 4 * _LANES)
-    return Plan(block, ring, tuned["cores"], buffers * 5 // 4 + 2**22)
+    trim = (queries <= 32 and tuned["trim"]) or slots % block != 0
+    return Plan(block, ring, tuned["cores"], trim, buffers * 5 // 4 + 2**22)
 
 
 def target():
@@ -160,7 +165,7 @@ class _Sizes:
     per_query: bool  # lengths are [B T], not [B]
     scale: float  # in base 2
     plan: Plan
-    known: tuple[int, ...] | None  # lengths of the rows where they are no operand
+    known: Callable | None  # length of a row where lengths are no operand
 
 
 # Jitted here too, so that the layers of a model share one lowering.
@@ -180,9 +185,8 @@ def decode(pattern, q_rope, latent, k_rope, lengths, scale, plan: Plan):
 def launch(pattern, q_rope, latent, k_rope, lengths, scale, plan: Plan, known=None):
     """The kernel call: out [B M R], lse [B M/128 128] and, of two cores, parts of a shared row.
 
-    With `lengths` None, control flow depends on nothing in memory: every row is full, or of the
-    lengths in the tuple `known`. That is what libtpu's static profiler needs, to which a length
-    read at run time is 0.
+    With `lengths` None, control flow depends on nothing in memory: every row is full, or of length
+    known(row). libtpu's static profiler needs that: to it, a length read at run time is 0.
     """
     (batch, tokens, heads, rank), (slots, rope) = pattern.shape, k_rope.shape[1:]
     dtype, queries = latent.dtype, tokens * heads
@@ -204,6 +208,11 @@ def launch(pattern, q_rope, latent, k_rope, lengths, scale, plan: Plan, known=No
     if lengths is not None:
         arrays["lengths"] = lengths.astype(jnp.int32).reshape(-1)
 
+    # The cache is read from HBM even where XLA would have moved part of it to VMEM before.
+    operands = [
+        x if name == "lengths" else pltpu.with_memory_space_constraint(x, pltpu.HBM)
+        for name, x in arrays.items()
+    ]
     shaped = _shaped(arrays.values())
     results = {
         "out": shaped((batch, rows, rank), dtype),
@@ -263,7 +272,7 @@ def launch(pattern, q_rope, latent, k_rope, lengths, scale, plan: Plan, known=No
             bytes_accessed=batch * (slots * (rank + rope) + rows * (2 * rank + rope)) * size,
         ),
         name="mla_decode",
-    )(*arrays.values())  # fmt: skip
+    )(*operands)  # fmt: skip
 
 
 def _shared_row(lengths, slots, batch, block):
@@ -318,17 +327,17 @@ class _Walk:
         if sizes.per_query:
             limits = [self.lengths[row * sizes.tokens + t] for t in tokens]
         else:
-            if sizes.known is None:
-                length = self.lengths[row]
-            else:
-                choose = lambda rest, b: jnp.where(row == b, sizes.known[b], rest)  # noqa: E731
-                length = functools.reduce(choose, range(self.batch), 0)
+            length = self.lengths[row] if sizes.known is None else sizes.known(row)
             limits = [length - (sizes.tokens - 1 - t) for t in tokens]
         return [jnp.clip(limit, 0, sizes.slots) for limit in limits]
 
+    def length(self, row):
+        """Slots of a row up to the last that some query sees."""
+        return functools.reduce(jnp.maximum, self.limits(row))
+
     def blocks(self, row):
         """How many blocks of a row hold a slot that some query sees."""
-        return pl.cdiv(functools.reduce(jnp.maximum, self.limits(row)), self.plan.block)
+        return pl.cdiv(self.length(row), self.plan.block)
 
     def nonempty(self, row):
         """The first row from `row` on with a block."""
@@ -362,13 +371,6 @@ class _Walk:
         _, row, index = lax.fori_loop(0, self.batch, find, start)
         return jnp.where(self.core == 0, half, total - half), (row, index, zero)
 
-    def start(self, index):
-        """First slot of a block; the last one starts early rather than run over."""
-        block = self.plan.block
-        if self.sizes.slots % block == 0:
-            return pl.multiple_of(index * block, block)
-        return pl.multiple_of(jnp.minimum(index * block, self.sizes.slots - block), _LANES)
-
     def slot(self, step):
         return lax.rem(step, self.plan.ring)
 
@@ -383,44 +385,68 @@ class _Walk:
         half = self.plan.block // 2 // _LANES * _LANES
         return [(0, half), (half, self.plan.block - half)] if half else [(0, self.plan.block)]
 
-    def copy_first(self, item, part, action):
-        """`copy_in` of the first item, in halves, so that its scores begin with one of them."""
+    def trimmed(self, items, do):
+        """do(whole): whether copies of these items take whole blocks, known at compile time."""
+        if not self.plan.trim:
+            do(True)
+            return
+        block = self.plan.block
+        full = [self.length(row) >= (index + 1) * block for row, index, _ in items]
+        lax.cond(functools.reduce(jnp.logical_and, full), lambda: do(True), lambda: do(False))
+
+    def copy_live(self, names, item, slot, part, copy, whole):
+        """Copies what is live in a part, (first slot, slots), of an item's block.
+
+        By tiles of 128 slots: one copy of the whole, or one per binary digit of their number.
+        """
         row, index, _ = item
-        hbm, at, parts = self.hbm, self.at, self.halves()
-        start, (begin, slots) = self.start(index), parts[part]
+        begin, slots = part
+        first, most = index * self.plan.block + begin, slots // _LANES
 
-        def go(source, target):
-            getattr(pltpu.make_async_copy(source, target, at["first"].at[part]), action)()
+        def go(offset, slots):
+            source = pl.multiple_of(first + offset, _LANES)
+            target = pl.multiple_of(begin + offset, _LANES)
+            for name in names:
+                tiles = (slice(None), slice(None)) if name == "k_rope" else ()
+                unit = 1 if name == "k_rope" else _TILE
+                copy(
+                    self.hbm[name].at[(row, *tiles, pl.ds(source // unit, slots // unit))],
+                    self.at[name].at[(slot, *tiles, pl.ds(target // unit, slots // unit))],
+                )
 
-        here = pl.ds((start + begin) // _TILE, slots // _TILE)
-        go(hbm["latent"].at[row, here], at["latent"].at[0, pl.ds(begin // _TILE, slots // _TILE)])
+        if whole:
+            go(0, slots)
+        else:
+            live = pl.cdiv(jnp.clip(self.length(row) - first, 0, slots), _LANES)
+            for digit in [1 << i for i in reversed(range(most.bit_length()))]:
+                offset = (live & -2 * digit) * _LANES
+                pl.when(live & digit != 0)(functools.partial(go, offset, digit * _LANES))
+
+    def copy_queries(self, item, slot, copy):
+        for name in ("pattern", "q_rope") if self.rope else ("pattern",):
+            copy(self.hbm[name].at[item[0]], self.at[name].at[slot])
+
+    def copy_first(self, item, part, action, whole):
+        """`copy_in` of the first item, in halves, so that its scores begin with one of them."""
+        copy = _copier(self.at["first"].at[part], action)
+        self.copy_live(("latent",), item, 0, self.halves()[part], copy, whole)
         if part == 0:
-            for name in ("pattern", "q_rope") if self.rope else ("pattern",):
-                go(hbm[name].at[row], at[name].at[0])
-        if self.rope and part == len(parts) - 1:
-            go(hbm["k_rope"].at[row, :, :, pl.ds(start, self.plan.block)], at["k_rope"].at[0])
+            self.copy_queries(item, 0, copy)
+        if self.rope and part == len(self.halves()) - 1:
+            self.copy_live(("k_rope",), item, 0, (0, self.plan.block), copy, whole)
 
-    def copy_in(self, step, item, action):
+    def copy_in(self, step, item, action, whole):
         """Starts, or waits for, the copies of an item: action is "start" or "wait"."""
-        row, index, number = item
+        _, index, number = item
         slot = self.slot(step)
-        start, block = self.start(index), self.plan.block
-        hbm, at = self.hbm, self.at
-
-        def go(source, target):
-            getattr(pltpu.make_async_copy(source, target, at["loaded"].at[slot]), action)()
+        copy = _copier(self.at["loaded"].at[slot], action)
 
         @pl.when(step < self.count)
         def _():
-            go(hbm["latent"].at[row, pl.ds(start // _TILE, block // _TILE)], at["latent"].at[slot])
-            if self.rope:
-                go(hbm["k_rope"].at[row, :, :, pl.ds(start, block)], at["k_rope"].at[slot])
-
-            @pl.when(index == 0)
-            def _():
-                queries = lax.rem(number, self.plan.ring)
-                for name in ("pattern", "q_rope") if self.rope else ("pattern",):
-                    go(hbm[name].at[row], at[name].at[queries])
+            names = ("latent", "k_rope") if self.rope else ("latent",)
+            self.copy_live(names, item, slot, (0, self.plan.block), copy, whole)
+            queries = lax.rem(number, self.plan.ring)
+            pl.when(index == 0)(lambda: self.copy_queries(item, queries, copy))
 
     def copy_out(self, row, action):
         for name in ("out", "lse"):
@@ -440,7 +466,7 @@ class _Walk:
         """`score` of the first item, into buffer 0, as its halves come in."""
         at, scores = self.at, []
         for part, (begin, slots) in enumerate(self.halves()):
-            self.copy_first(item, part, "wait")
+            self.trimmed([item], functools.partial(self.copy_first, item, part, "wait"))
             latent = _rows(at["latent"][0, pl.ds(begin // _TILE, slots // _TILE)])
             scores.append(self.dot(_rows(at["pattern"][0]), latent, (((1,), (1,)), ((), ()))))
         self.keep(self.add_rope(jnp.concatenate(scores, axis=1), 0, 0), True, 0)
@@ -464,19 +490,18 @@ class _Walk:
         """Corrects `score` for a block that some query does not see in full."""
         row, index, _ = item
         block, tokens = self.plan.block, self.sizes.tokens
-        slot, start, limits = self.slot(step), self.start(index), self.limits(row)
+        slot, start, limits = self.slot(step), index * block, self.limits(row)
         low = functools.reduce(jnp.minimum, limits)
         high = functools.reduce(jnp.maximum, limits)
 
-        @pl.when((step < self.count) & ((low < start + block) | (start != index * block)))
+        @pl.when((step < self.count) & (low < start + block))
         def _():
             token = lax.broadcasted_iota(jnp.int32, (self.rows, block), 0) // self.sizes.heads
             limit = functools.reduce(
                 lambda rest, t: jnp.where(token >= t, limits[t], rest), range(1, tokens), limits[0]
             )
             where = start + lax.broadcasted_iota(jnp.int32, (self.rows, block), 1)
-            seen = (where < limit) & (where >= index * block)
-            scores = jnp.where(seen, self.at["scores"][now], _MASKED)
+            scores = jnp.where(where < limit, self.at["scores"][now], _MASKED)
             self.keep(scores, self.opens(step, item), now)
 
             def clean(part, _):  # 0 x NaN is NaN: what no query sees must be 0
@@ -577,19 +602,28 @@ class _Walk:
             self.zero_rows()
 
     def walk(self):
-        items = [self.first, self.following(self.first)]
-        for part in range(len(self.halves())):
-            self.copy_first(items[0], part, "start")
-        for step in range(1, self.plan.ring - 1):
-            self.copy_in(jnp.int32(step), items[step], "start")
-            items.append(self.following(items[step]))
+        items = [self.first]
+        for _ in range(self.plan.ring - 1):
+            items.append(self.following(items[-1]))
+
+        def start(whole):
+            for part in range(len(self.halves())):
+                self.copy_first(items[0], part, "start", whole)
+            for step in range(1, self.plan.ring - 1):
+                self.copy_in(jnp.int32(step), items[step], "start", whole)
+
+        self.trimmed(items[:-1], start)
         self.score_first(items[0])
         self.mask(jnp.int32(0), items[0], 0)
 
         def body(j, state):
             items, pending = state  # items j, j+1 ... j + ring-1
-            self.copy_in(j + self.plan.ring - 1, items[-1], "start")
-            self.copy_in(j + 1, items[1], "wait")
+
+            def copies(whole):
+                self.copy_in(j + self.plan.ring - 1, items[-1], "start", whole)
+                self.copy_in(j + 1, items[1], "wait", whole)
+
+            self.trimmed([items[1], items[-1]], copies)
             for now in range(2):  # buffers known at compile time: the halves touch none in common
 
                 @pl.when(lax.rem(j, 2) == now)
@@ -606,6 +640,13 @@ class _Walk:
         self.mix(last, lax.rem(last, 2))
         pending = self.finish(last, items[0], pending)
         pl.when(pending)(lambda: self.copy_out(0, "wait"))
+
+
+def _copier(semaphore, action):
+    """Starts, or waits for, a copy that signals `semaphore`."""
+    return lambda source, target: getattr(
+        pltpu.make_async_copy(source, target, semaphore), action
+    )()
 
 
 def _repeat(x, width):

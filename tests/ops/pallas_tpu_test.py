@@ -5,6 +5,8 @@ The interpreter finds races and reads out of bounds, and fills uninitialised mem
 
 import functools
 import importlib.util
+import os
+import pathlib
 import subprocess
 import sys
 from unittest import mock
@@ -55,8 +57,9 @@ def poison(args, lengths):
     return [*args[:2], *(jnp.where(unseen, jnp.nan, array) for array in args[2:])]
 
 
-def run(args, lengths, *, block=128, ring=4, cores=1):
-    plan = Plan(block=block, ring=ring, cores=cores, vmem_bytes=2**25)
+def run(args, lengths, *, block=128, ring=4, cores=1, trim=False):
+    trim |= args[2].shape[1] % block != 0
+    plan = Plan(block=block, ring=ring, cores=cores, trim=trim, vmem_bytes=2**25)
     call = jax.jit(functools.partial(pallas_tpu.decode, scale=SCALE, plan=plan))
     got = jax.block_until_ready(call(*args, lengths))
     assert not interpret_pallas_call.races.races_found
@@ -97,7 +100,16 @@ def test_lengths_around_blocks(rng):
     lengths = ints(119, 127, 128, 129, 133, 1001, 1023, 1024, 1025, 0, 1, 1152)
     args = draw(rng, len(lengths), 1, 1152, 4)
     check(args, lengths, block=128)
-    check(args, lengths, block=512)  # the last block starts early: 1152 is 2.25 blocks
+    check(args, lengths, block=512)  # 1152 is 2.25 blocks
+    args = draw(rng, len(lengths), 1, 1536, 4)
+    check(args, lengths, block=768, trim=True)
+    check(args, lengths, block=768)
+
+
+def test_trimmed_copies_take_what_is_live_and_no_more(rng):
+    """Every number of live tiles of a block, its binary digits being copies of their own."""
+    lengths = ints(*range(1, 896, 128), *range(0, 897, 128))
+    check(draw(rng, len(lengths), 2, 896, 2), lengths, block=896, trim=True, ring=3)
 
 
 @pytest.mark.parametrize("interpreter", [2], indirect=True)
@@ -106,7 +118,9 @@ def test_lengths_around_blocks(rng):
     ids=str,
 )  # fmt: skip
 def test_two_cores_share_the_blocks(lengths, rng):
-    check(draw(rng, len(lengths), 1, 1024, 4), ints(*lengths), cores=2)
+    args = draw(rng, len(lengths), 1, 1024, 4)
+    check(args, ints(*lengths), cores=2)
+    check(args, ints(*lengths), cores=2, block=512, trim=True)
 
 
 def test_one_full_row_among_empty_ones(rng):
@@ -271,11 +285,17 @@ def test_plans_fit(kind):
     assert pallas_tpu.plan(16, 256, 2, kind).block == 256
 
 
+LIBTPU = pathlib.Path(sys.prefix, "tpu-aot")  # where `./run test` puts it
+
+
 @pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason="libtpu is not installed: pip install --group tpu-aot",
+    not (LIBTPU / "libtpu").exists() and importlib.util.find_spec("libtpu") is None,
+    reason="libtpu is not installed: ./run test does it, where there is one",
 )
 def test_compiles_for_every_generation():
     command = [sys.executable, "benchmarks/aot_tpu.py", "--short"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    paths = [os.environ.get("PYTHONPATH"), str(LIBTPU)]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("compiles, ") == 4, done.stdout + done.stderr
