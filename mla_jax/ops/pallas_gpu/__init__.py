@@ -1,7 +1,8 @@
 """Absorbed decode on Hopper GPUs (H100, H200): one Pallas kernel in Mosaic GPU, no CUDA source.
 
-`kernel.py` is the kernel, `schedule.py` the cut of a ragged batch into equal parts, `mosaic.py`
-what Pallas lacks. Forward only: derivatives are those of the XLA backend.
+`kernel.py` is the kernel, `merge.py` its end where parts share a row, `schedule.py` the cut of a
+ragged batch into equal parts, `mosaic.py` what Pallas lacks. (`grouped.py` is another kernel, for
+experts.) Forward only: derivatives are those of the XLA backend.
 
 The kernel's thread blocks wait for each other where they share a batch row, so they must all be on
 the device at once: their number never exceeds the multiprocessors that the device reports. Where
