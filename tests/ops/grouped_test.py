@@ -37,9 +37,10 @@ def test_experts_through_it(tokens):
     experts, weights = mlp.router(x)
     ours = lambda x: mlp._grouped(x, experts, weights, sms=2, interpret=INTERPRET)  # noqa: E731
     plain = lambda x: mlp._by_pair(x, experts, weights)  # noqa: E731
-    assert relative(ours(x), plain(x)) < 1e-2
+    # The interpreter's callbacks run operations of their own: nothing else may be dispatched then.
+    assert relative(jax.block_until_ready(ours(x)), plain(x)) < 1e-2
     total = lambda f: jax.grad(lambda x: f(x).astype(jnp.float32).sum())(x)  # noqa: E731
-    assert relative(total(ours), total(plain)) < 2e-2
+    assert relative(jax.block_until_ready(total(ours)), total(plain)) < 2e-2
 
 
 def test_why_not():

@@ -78,7 +78,10 @@ def interpreted(arrays, lengths, sms, **options):
         lengths, rows=tokens * heads, slots=arrays[2].shape[1], num_sms=sms, slack=0
     )
     options = {"lengths": lengths, "scale": SCALE, "schedule": schedule} | options
-    return pallas_gpu.latent_attention(*arrays, **options, interpret=INTERPRET)
+    # The interpreter's callbacks run operations of their own: nothing else may be dispatched then.
+    return jax.block_until_ready(
+        pallas_gpu.latent_attention(*arrays, **options, interpret=INTERPRET)
+    )
 
 
 CASES = [  # B, T, S, N, R, P, lengths, multiprocessors
@@ -147,7 +150,10 @@ def test_gradients_vmap_and_no_lengths(monkeypatch):
     options = {"lengths": None, "scale": SCALE}
     ours = functools.partial(pallas_gpu.latent_attention, **options, interpret=INTERPRET)
     theirs = functools.partial(xla.latent_attention, **options)
-    grads = [jax.grad(functools.partial(loss, f), (0, 1, 2, 3))(*arrays) for f in (ours, theirs)]
+    grads = [
+        jax.block_until_ready(jax.grad(functools.partial(loss, f), (0, 1, 2, 3))(*arrays))
+        for f in (ours, theirs)
+    ]
     for one, two in zip(*grads, strict=True):
         assert relative(one, two) < 2 * float(jnp.finfo(jnp.bfloat16).eps)
     each = jax.vmap(lambda p, q, c, k: ours(p[None], q[None], c[None], k[None]))(*arrays)
