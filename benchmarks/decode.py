@@ -102,6 +102,23 @@ def oracle(arrays, lengths, rows, heads):
     return np.stack(outs), np.stack(lses)
 
 
+def copies_of(one):
+    """How many caches of this many bytes are rotated."""
+    return int(min(8, max(1, -(-CACHED_BYTES // one))))
+
+
+def few(batch, heads):
+    """The batch rows and the heads that are compared with the oracle."""
+    return sorted({0, batch // 2, batch - 1}), np.array(sorted({0, heads // 2, heads - 1}))
+
+
+def errors(out, lse, want):
+    """Relative error of the output and the largest of lse, of arrays cut to `few`."""
+    out_error = np.linalg.norm(out.reshape(want[0].shape) - want[0]) / np.linalg.norm(want[0])
+    lse_error = np.abs(lse.reshape(want[1].shape) - want[1]).max()
+    return {"error": float(out_error), "lse_error": float(lse_error)}
+
+
 def latent_case(implementation, arrays, lengths):
     """call(arrays, lengths, schedule), and the function that makes the schedule, or None."""
     call = functools.partial(latent_attention, scale=SCALE, implementation=implementation)
@@ -122,7 +139,7 @@ def measure(implementation, shape, lengths, dtype, guess, last):
     draw = lambda i, *shape: jax.random.normal(jax.random.key(i), shape, dtype)  # noqa: E731
     queries = (draw(0, batch, tokens, heads, R), draw(1, batch, tokens, heads, P))
     one = batch * slots * (R + P) * dtype.itemsize
-    copies = int(min(8, max(1, -(-CACHED_BYTES // one))))
+    copies = copies_of(one)
     caches = [(draw(2 + i, batch, slots, R), draw(90 + i, batch, slots, P)) for i in range(copies)]
     limits = jnp.asarray(lengths, jnp.int32)
     run, make = latent_case(implementation, (*queries, *caches[0]), limits)
@@ -144,17 +161,15 @@ def measure(implementation, shape, lengths, dtype, guess, last):
     taken, (state, again) = timer(step, guess * calls, last)(start)
     pairs = zip(jax.tree.leaves(state[2]), jax.tree.leaves(again[2]), strict=True)
     same = all(bool((x == y).all()) for x, y in pairs)
-    rows, some = sorted({0, batch // 2, batch - 1}), np.array(sorted({0, heads // 2, heads - 1}))
+    rows, some = few(batch, heads)
     want = oracle((*queries, *caches[0]), lengths, rows, some)
     out, lse = (np.asarray(x[np.array(rows)], np.float64)[:, :, some] for x in state[2][0])
-    error = np.linalg.norm(out.reshape(want[0].shape) - want[0]) / np.linalg.norm(want[0])
-    lse_error = np.abs(lse.reshape(want[1].shape) - want[1]).max()
     cut = None
     if make:
         anew = lambda s: (s[0], make(s[0] + 0 * s[1].arrivals[0]))  # noqa: E731
         cut, _ = timer(anew, 1e-5, last)((limits, schedule))
-    return {"seconds": taken / calls, "cut": cut, "error": float(error),
-            "lse_error": float(lse_error), "repeatable": same}  # fmt: skip
+    compared = errors(out, lse, want)
+    return {"seconds": taken / calls, "cut": cut, "repeatable": same, **compared}
 
 
 def measure_expanded(shape, lengths, dtype, guess, last):
@@ -192,7 +207,7 @@ def measure_flash_mla(shape, lengths, dtype, guess, last):
     draw = functools.partial(torch.randn, dtype=kind, device="cuda")
     query = draw(batch, tokens, heads, R + P)
     one = batch * pages * page * (R + P) * dtype.itemsize
-    copies = int(min(8, max(1, -(-CACHED_BYTES // one))))
+    copies = copies_of(one)
     caches = [draw(batch * pages, page, 1, R + P) for _ in range(copies)]
     table = torch.arange(batch * pages, dtype=torch.int32, device="cuda").view(batch, pages)
     limits = torch.tensor(lengths, dtype=torch.int32, device="cuda")
@@ -217,17 +232,15 @@ def measure_flash_mla(shape, lengths, dtype, guess, last):
         ended.record()
         torch.cuda.synchronize()
         taken.append(started.elapsed_time(ended) * 1e-3 / (calls * copies))
-    rows, some = sorted({0, batch // 2, batch - 1}), np.array(sorted({0, heads // 2, heads - 1}))
+    rows, some = few(batch, heads)
     host = lambda x: x.float().cpu().numpy()  # noqa: E731
     cache = host(caches[0].view(batch, pages * page, R + P)[rows])
     queries = host(query[rows])
     arrays = (queries[..., :R], queries[..., R:], cache[..., :R], cache[..., R:])
     want = oracle(arrays, np.asarray(lengths)[rows], range(len(rows)), some)
     out, lse = host(out[rows])[:, :, some], host(lse[rows]).swapaxes(1, 2)[:, :, some]
-    error = np.linalg.norm(out.reshape(want[0].shape) - want[0]) / np.linalg.norm(want[0])
-    lse_error = np.abs(lse.reshape(want[1].shape) - want[1]).max()
-    return {"seconds": statistics.median(taken[1:]), "cut": None, "error": float(error),
-            "lse_error": float(lse_error), "repeatable": None}  # fmt: skip
+    compared = errors(out, lse, want)
+    return {"seconds": statistics.median(taken[1:]), "cut": None, "repeatable": None, **compared}
 
 
 PEERS = {"expanded": measure_expanded, "flash_mla": measure_flash_mla}

@@ -17,12 +17,12 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from mla_jax.models.deepseek_config import DeepseekConfig
+from mla_jax.ops import pallas_gpu
 from mla_jax.ops.api import default_device
 from mla_jax.ops.pallas_gpu import grouped
 
 _DENSE_TOKENS = 256  # up to here reading every expert once beats sorting
 _BLOCK = 256  # tokens of one expert in a matmul
-_H200_SMS = 132  # where only the shape of a device is known: when compiling for one
 _FEW_PAIRS = 1024  # whose ranks are compared, not sorted
 
 
@@ -238,7 +238,7 @@ class MixtureOfExperts(nnx.Module):
         tiles = _tiles(experts, groups, rows)
         product = functools.partial(
             grouped.grouped_matmul, owner=tiles.owner, used=tiles.used, rows=rows,
-            sms=sms or getattr(device, "core_count", _H200_SMS), interpret=interpret,
+            sms=sms or pallas_gpu.multiprocessors(device), interpret=interpret,
         )  # fmt: skip
 
         @jax.custom_jvp

@@ -39,10 +39,9 @@ def random_decoder(
     """
     types = {
         "dtype": dtype, "param_dtype": param_dtype, "precision": precision,
-        "implementation": implementation, "mtp": mtp,
+        "implementation": implementation,
     }  # fmt: skip
-    block_types = {name: value for name, value in types.items() if name != "mtp"}
-    model = nnx.eval_shape(lambda: DeepseekDecoder(config, rngs=nnx.Rngs(0), **types))
+    model = nnx.eval_shape(lambda: DeepseekDecoder(config, mtp=mtp, rngs=nnx.Rngs(0), **types))
     keys = jax.random.split(jax.random.key(seed, impl="unsafe_rbg"), len(model.blocks) + 1)
     # All but the layers: of a model of one layer, whose own weights nobody asks for. A predictor's
     # block is one further, and sparse as the last ones.
@@ -53,13 +52,13 @@ def random_decoder(
 
     @jax.jit
     def outside(key: Key[Array, ""]):
-        made = DeepseekDecoder(shallow, rngs=nnx.Rngs(key), **types)
+        made = DeepseekDecoder(shallow, mtp=mtp, rngs=nnx.Rngs(key), **types)
         made.blocks = nnx.List()
         return nnx.state(made, nnx.Param)
 
     @functools.partial(jax.jit, static_argnames="layer")
     def inside(key: Key[Array, ""], *, layer: int):
-        return nnx.state(DeepseekBlock(config, layer, rngs=nnx.Rngs(key), **block_types), nnx.Param)
+        return nnx.state(DeepseekBlock(config, layer, rngs=nnx.Rngs(key), **types), nnx.Param)
 
     nnx.update(model, outside(keys[-1]))
     alike = {config.is_sparse(layer): layer for layer in range(len(model.blocks))}

@@ -312,14 +312,19 @@ def test_native(case, hopper):
         check(run(arrays, lengths, 8 * -(-tokens * heads // 64)), want, dtype, tolerance=2e-3)
 
 
-@pytest.mark.accelerator
-def test_native_in_the_layer(hopper):
+def two_layers():
+    """A decoder of DeepSeek-V2-Lite's attention, prompts for it and their lengths."""
     config = mla_jax.MLAConfig.from_preset("deepseek_v2_lite").replace(
         hidden_size=256, num_hidden_layers=2
     )
     model = Decoder(DecoderConfig(attention=config), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     prompt = jax.random.randint(jax.random.key(0), (3, 40), 0, 256)
-    lengths = jnp.array([40, 1, 17])
+    return model, prompt, jnp.array([40, 1, 17])
+
+
+@pytest.mark.accelerator
+def test_native_in_the_layer(hopper):
+    model, prompt, lengths = two_layers()
     results = []
     for implementation in (None, "xla"):
         for block in model.blocks:
@@ -336,16 +341,12 @@ def test_native_in_the_layer(hopper):
 @pytest.mark.accelerator
 def test_native_in_a_scan_and_donated(hopper):
     """Steps inside `lax.scan` equal steps one by one, and no step copies the donated cache."""
-    config = mla_jax.MLAConfig.from_preset("deepseek_v2_lite").replace(
-        hidden_size=256, num_hidden_layers=2
-    )
-    model = Decoder(DecoderConfig(attention=config), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-    prompt = jax.random.randint(jax.random.key(0), (3, 40), 0, 256)
+    model, prompt, lengths = two_layers()
     texts = jax.random.randint(jax.random.key(1), (3, 9), 0, 256)
 
     def start():
         cache = model.init_cache(3, 1024)
-        return mla_jax.prefill_step(model, prompt, cache, jnp.array([40, 1, 17]))[1]
+        return mla_jax.prefill_step(model, prompt, cache, lengths)[1]
 
     @jax.jit
     def scanned(model, cache):

@@ -36,6 +36,11 @@ _H200_SMS = 132  # where no GPU is there to ask: compiling for one, and the inte
 
 def why_not(spec, device) -> str | None:
     """Why the kernel cannot serve `spec` on `device`, or None."""
+    return not_hopper(device) or unsupported(spec)
+
+
+def not_hopper(device) -> str | None:
+    """Why no kernel of this folder runs on `device`, or None."""
     if device.platform != "gpu" or "NVIDIA" not in device.device_kind.upper():
         return f"needs an NVIDIA GPU, this is {device.device_kind} ({device.platform})"
     capability = str(getattr(device, "compute_capability", "0"))
@@ -43,7 +48,13 @@ def why_not(spec, device) -> str | None:
         return f"needs compute capability 9.x (Hopper), this is {capability}"
     if _kernel is None:
         return "this version of jax has no Mosaic GPU"
-    return unsupported(spec)
+    return None
+
+
+def multiprocessors(device) -> int:
+    """How many of a device a kernel may take; an H200's where only the device's shape is known."""
+    known = getattr(device, "core_count", None) if device.platform == "gpu" else None
+    return known or _H200_SMS
 
 
 def unsupported(spec) -> str | None:
@@ -85,7 +96,7 @@ def decode_schedule(
     rows, device = queries * heads, _device()
     if slack is None:
         slack = tuned(device.device_kind, rows).get("slack", SLACK)
-    sms = device.core_count if device.platform == "gpu" else _H200_SMS
+    sms = multiprocessors(device)
     return make_schedule(lengths, rows=rows, slots=slots, num_sms=sms, slack=slack)
 
 

@@ -17,6 +17,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
+from mla_jax.ops import pallas_gpu
+
 try:
     from jax.experimental.pallas import mosaic_gpu
 except ImportError:  # a jax without it
@@ -30,13 +32,8 @@ _EPILOGUE = 64  # rows and columns written at a time
 
 def why_not(shape: tuple[int, ...], dtype, device) -> str | None:
     """Why kernels of this shape [E K N] cannot be served on `device`, or None."""
-    if device.platform != "gpu" or "NVIDIA" not in device.device_kind.upper():
-        return f"needs an NVIDIA GPU, this is {device.device_kind} ({device.platform})"
-    capability = str(getattr(device, "compute_capability", "0"))
-    if not capability.startswith("9."):
-        return f"needs compute capability 9.x (Hopper), this is {capability}"
-    if plgpu is None:
-        return "this version of jax has no Mosaic GPU"
+    if reason := pallas_gpu.not_hopper(device):
+        return reason
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return f"takes bfloat16 and float16, not {jnp.dtype(dtype).name}"
     if shape[1] % _WIDTH or shape[2] % _WIDTH:
