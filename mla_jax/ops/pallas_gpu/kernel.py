@@ -146,6 +146,8 @@ class _Part:
         self.lengths, self.row_step, self.row_first, self.row_parts, *refs = refs
         self.parts, self.arrivals, *refs = refs
         self.out, self.lse, self.part_out, self.part_lse = refs
+        names = ("out", "lse", "part_out", "part_lse", "arrivals", "row_first", "row_parts")
+        self.merged = {name: getattr(self, name) for name in names} | {"part": self.parts}
         self.k, self.q, self.p, self.stat = (smem[name] for name in ("k", "q", "p", "stat"))
         self.part, self.tile = lax.axis_index("part"), lax.axis_index("tile")
         self.first_step, self.end_step = self.parts[self.part, 0], self.parts[self.part, 1]
@@ -166,11 +168,7 @@ class _Part:
 
             lax.cond(wg == 0, role(0), role(1))
             if self.native:
-                merge(
-                    self.part, self.tile, mosaic.warpgroup(), self.row_first, self.row_parts,
-                    self.parts, self.arrivals, self.out, self.lse, self.part_out, self.part_lse,
-                    self.shape,
-                )  # fmt: skip
+                merge(self.part, self.tile, mosaic.warpgroup(), self.merged, self.shape)
 
     def walk(self, me, acc):
         """The steps of this part, row by row; `me` owns columns `me` of O, block `me` of steps."""
@@ -178,11 +176,11 @@ class _Part:
         # loop over rows wants the latter.
         row, here, length, end_row = (self.parts[self.part, i] + 0 for i in (2, 3, 4, 5))
         slot = (self.first_step - here) * STEP
+        if me == 1:
+            self.fetch_q(row)  # first: every score waits for it
         self.fetch_rope(me, self.source(row, slot + me * BLOCK, length))
         for block in range(2):
             self.fetch(block, me, self.source(row, slot + block * BLOCK, length))
-        if me == 1:
-            self.fetch_q(row)
         qr = self.load_q_rope(row)
         plgpu.barrier_wait(self.smem["q_bar"])
         s = self.new_scores(me, lambda a: self.scores(a, qr, me, jnp.int32(0)))

@@ -20,7 +20,8 @@ from mla_jax.ops.pallas_gpu.schedule import TILE
 
 LOG2E = math.log2(math.e)
 LOWEST = -1e30  # first running maximum: finite, so that exp2(old - new) is never NaN
-_MERGE = ((1, 8), (4, 2))  # query rows and pieces at once, for many pieces and for few
+# For few pieces to many: into how many units a row is cut, units and pieces loaded at once.
+_AT_ONCE = ((1, 4, 4), (1, 2, 8), (2, 1, 32))
 
 
 def like(operand, shape, dtype):
@@ -33,37 +34,40 @@ def piece(part, tile, began_before, shape):
     return (jnp.where(began_before, part, shape.parts + part) * shape.tiles + tile) * TILE
 
 
-def merge(
-    part, tile, wg, row_first, row_parts, parts, arrivals, out, lse, part_out, part_lse, shape
-):
+def merge(part, tile, wg, refs, shape):
     """Merges this warpgroup's share of the rows that the part had with others."""
-    share = functools.partial(
-        _merge_share, part=part, tile=tile, wg=wg, row_first=row_first, row_parts=row_parts,
-        arrivals=arrivals, out=out, lse=lse, part_out=part_out, part_lse=part_lse, shape=shape,
-    )  # fmt: skip
+    parts = refs["part"]
     first, last, first_shared, last_shared = (parts[part, i] for i in (2, 5, 6, 7))
-    pl.when(first_shared > 0)(lambda: share(first))
-    pl.when((last > first) & (last_shared > 0))(lambda: share(last))
+
+    def one(i, _):
+        row, shared = jnp.where(i == 0, first, last), jnp.where(i == 0, first_shared, last_shared)
+        pl.when(shared > 0)(lambda: _merge_share(row, part, tile, wg, refs, shape))
+        return ()
+
+    lax.fori_loop(0, jnp.where(last > first, 2, 1), one, ())
 
 
-def _merge_share(
-    row, *, part, tile, wg, row_first, row_parts, arrivals, out, lse, part_out, part_lse, shape
-):
+def _merge_share(row, part, tile, wg, refs, shape):
     """Some query rows of a batch row: their pieces weighted by exp2(lse), added in order."""
-    count, first = row_parts[row], row_first[row]
+    out, lse, part_out, part_lse = (refs[x] for x in ("out", "lse", "part_out", "part_lse"))
+    count, first = refs["row_parts"][row], refs["row_first"][row]
     if shape.native:
-        mosaic.wait_global(arrivals, row * shape.tiles + tile, 2 * count)
-    live = jnp.minimum(shape.rows - tile * TILE, TILE)
-    each = lax.div(live + 2 * count - 1, 2 * count)
-    lo = (2 * (part - first) + wg) * each
-    hi = jnp.minimum(lo + each, live)
-    vector = 4 if shape.rank % 512 == 0 else 2 if shape.rank % 256 == 0 else 1
-    layout = plgpu.Layout.WG_STRIDED((shape.rank,), vector)
+        mosaic.meet_global(refs["arrivals"], row * shape.tiles + tile, 2 * count)
 
-    def merge(rows_at_once, pieces_at_once):
+    def merge(cuts, units_at_once, pieces_at_once):
+        cuts = cuts if shape.rank % (128 * cuts) == 0 else 1
+        width = shape.rank // cuts
+        vector = next(v for v in (4, 2, 1) if width % (128 * v) == 0)
+        layout = plgpu.Layout.WG_STRIDED((width,), vector)
+        live = cuts * jnp.minimum(shape.rows - tile * TILE, TILE)
+        each = lax.div(live + 2 * count - 1, 2 * count)
+        lo = (2 * (part - first) + wg) * each
+        hi = jnp.minimum(lo + each, live)
+
         def body(i, _):
-            # Rows past the end repeat the last one: the same values are written twice.
-            mine = [jnp.minimum(lo + i * rows_at_once + j, hi - 1) for j in range(rows_at_once)]
+            # Units past the end repeat the last one: the same values are written twice.
+            units = [jnp.minimum(lo + i * units_at_once + j, hi - 1) for j in range(units_at_once)]
+            mine = [(lax.div(u, cuts), pl.ds(lax.rem(u, cuts) * width, width)) for u in units]
 
             def add(n, carry):
                 loaded = []
@@ -71,12 +75,12 @@ def _merge_share(
                     index = n * pieces_at_once + u
                     owner = jnp.minimum(index, count - 1) + first
                     at = piece(owner, tile, owner > first, shape)
-                    for r in mine:
+                    for r, columns in mine:
                         x = jnp.where(index < count, part_lse[at + r], -jnp.inf)
-                        loaded.append((x, plgpu.load(part_out.at[at + r], layout=layout)))
+                        loaded.append((x, plgpu.load(part_out.at[at + r, columns], layout=layout)))
                 new = []
                 for j, (value, weight, m) in enumerate(carry):
-                    pairs = loaded[j::rows_at_once]
+                    pairs = loaded[j::units_at_once]
                     m_new = functools.reduce(jnp.maximum, [x for x, _ in pairs], m)
                     alpha = jnp.exp2(m - m_new)
                     value, weight = value * alpha, weight * alpha
@@ -86,44 +90,39 @@ def _merge_share(
                     new.append((value, weight, m_new))
                 return tuple(new)
 
-            zero = plgpu.layout_cast(jnp.zeros((shape.rank,), jnp.float32), layout)
+            zero = plgpu.layout_cast(jnp.zeros((width,), jnp.float32), layout)
             start = tuple((zero, jnp.float32(0), jnp.float32(LOWEST)) for _ in mine)
             steps = lax.div(count + (pieces_at_once - 1), jnp.int32(pieces_at_once))
-            for r, (value, weight, m) in zip(
-                mine, lax.fori_loop(0, steps, add, start), strict=True
-            ):
+            merged = lax.fori_loop(0, steps, add, start)
+            for (r, columns), (value, weight, m) in zip(mine, merged, strict=True):
                 some = weight > 0
                 safe = jnp.where(some, weight, 1.0)
                 to = row * shape.rows + tile * TILE + r
-                out[to] = (value * jnp.where(some, 1.0 / safe, 0.0)).astype(shape.dtype)
+                out[to, columns] = (value * jnp.where(some, 1.0 / safe, 0.0)).astype(shape.dtype)
                 lse[to] = jnp.where(some, (m + jnp.log2(safe)) * (1.0 / LOG2E), -jnp.inf)
             return ()
 
         @pl.when(hi > lo)
         def _():
-            lax.fori_loop(
-                0, lax.div(hi - lo + (rows_at_once - 1), jnp.int32(rows_at_once)), body, ()
-            )
+            turns = lax.div(hi - lo + (units_at_once - 1), jnp.int32(units_at_once))
+            lax.fori_loop(0, turns, body, ())
 
-    # Eight loads in flight: over the pieces of a row, or over rows of few pieces.
-    lax.cond(count >= 8, lambda: merge(*_MERGE[0]), lambda: merge(*_MERGE[1]))
-    if shape.native:
-        mosaic.leave_global(arrivals, row * shape.tiles + tile, 4 * count - 1)
+    # As many loads in flight as registers allow: over the pieces of a row, or over rows of few.
+    kind = (count > 4).astype(jnp.int32) + (count >= 32)
+    lax.switch(kind, [functools.partial(merge, *at_once) for at_once in _AT_ONCE])
 
 
 def merge_interpreted(out, lse, part_out, part_lse, schedule, shape, common):
     """The merge as a kernel of its own: the interpreter runs one thread block after the other."""
 
     def body(*refs):
-        part_out, part_lse, row_first, row_parts, parts, out, lse = refs
+        names = ("part_out", "part_lse", "row_first", "row_parts", "part", "out", "lse")
+        named = dict(zip(names, refs, strict=True))
         part, tile, wg = (lax.axis_index(name) for name in ("part", "tile", "wg"))
 
-        @pl.when(parts[part, 1] > parts[part, 0])
+        @pl.when(named["part"][part, 1] > named["part"][part, 0])
         def _():
-            merge(
-                part, tile, wg, row_first, row_parts, parts, None, out, lse, part_out, part_lse,
-                shape,
-            )  # fmt: skip
+            merge(part, tile, wg, named, shape)
 
     results = [like(x, x.shape, x.dtype) for x in (out, lse)]
     merged = plgpu.kernel(body, out_type=results, **common)(

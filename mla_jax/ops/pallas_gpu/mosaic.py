@@ -80,8 +80,9 @@ def partial_sums(x):
 def store_rows(ref, value, row, column, count) -> None:
     """ref[row : row + count, column : ...] = value[:count]: no row of another tile is touched.
 
-    A quad of threads holds pairs of neighbours: pairs are exchanged so that each thread writes
-    eight elements of a row at once. Pair by pair the stores of a tile would take 10 us.
+    A quad of threads holds pairs of neighbours: pairs are exchanged so that each thread writes 16
+    bytes of a row at once, and the quad 64 bytes in a row. Pair by pair the stores of a tile would
+    take 10 us, and half of a 32-byte sector at a time as long again as sector by sector.
     """
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), WG, SPLAT, SPLAT, SPLAT))
@@ -91,7 +92,13 @@ def store_rows(ref, value, row, column, count) -> None:
         width = ir.MemRefType(ref.type).shape[-1]
         row, column, count = _index(row), _index(column), count.registers.item()
         lane = arith.andi(mgpu.utils.thread_idx(), c(3, i32))
-        column = arith.addi(column, arith.index_cast(index, arith.muli(lane, c(8, i32))))
+        groups = 4 // len(_words(value.registers.flat[0]))  # of eight columns, in one store
+        if groups == 4:
+            at = arith.muli(lane, c(8, i32))
+        else:  # thread 0 and 2 write the first group, 1 and 3 the second
+            odd, high = arith.andi(lane, c(1, i32)), arith.shrui(lane, c(1, i32))
+            at = arith.addi(arith.muli(odd, c(8, i32)), arith.muli(high, c(4, i32)))
+        column = arith.addi(column, arith.index_cast(index, at))
         rows, first = _by_row(value.layout, value.shape)
         for offset, registers in rows.items():
             r = arith.addi(first[0], c(offset, index))
@@ -99,20 +106,17 @@ def store_rows(ref, value, row, column, count) -> None:
             base = _pointer(ref, at)  # one address a row: one a register would spill
             live = arith.cmpi(arith.CmpIPredicate.slt, arith.index_cast(i32, r), count)
             live = arith.extui(i32, live)
-            for g in range(0, len(registers), 4):
-                pairs = [_words(value.registers[index]) for index, _ in registers[g : g + 4]]
-                # words[k][w]: word w of thread k's pair, in the thread that writes it
-                words = zip(
-                    *(_quad_transpose(word, lane) for word in zip(*pairs, strict=True)), strict=True
-                )
+            for g in range(0, len(registers), groups):
+                pairs = [_words(value.registers[index]) for index, _ in registers[g : g + groups]]
+                # words[k][w]: word w of neighbour k's pair, in the thread that writes it
+                words = zip(*(_transpose(w, lane) for w in zip(*pairs, strict=True)), strict=True)
                 words = [word for pair in words for word in pair]
                 to = _offset(ref, base, registers[g][1])
-                for w in range(0, len(words), 4):
-                    mgpu.utils.inline_ptx(
-                        "{ .reg .pred p; setp.ne.b32 p, $0, 0; "
-                        f"@p st.global.v4.b32 [$1 + {4 * w}], {{$2, $3, $4, $5}}; }}",
-                        live, to, *words[w : w + 4], has_side_effects=True,
-                    )  # fmt: skip
+                mgpu.utils.inline_ptx(
+                    "{ .reg .pred p; setp.ne.b32 p, $0, 0; "
+                    "@p st.global.v4.b32 [$1], {$2, $3, $4, $5}; }",
+                    live, to, *words, has_side_effects=True,
+                )  # fmt: skip
 
     store(ref, value, row, column, count)
 
@@ -172,39 +176,33 @@ def arrive_global(ref, index) -> None:
     call(ref, index)
 
 
-def wait_global(ref, index, count) -> None:
-    """Waits until ref[index] >= count; a wait without end becomes an error of the device."""
+def meet_global(ref, index, count) -> None:
+    """Waits until `count` have arrived at ref[index]; the last to leave puts it back to zero.
+
+    A wait without end becomes an error of the device.
+    """
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SPLAT, SPLAT))
     def call(_, ref, index, count):
+        arith, i32 = mgpu.utils.arith, mgpu.utils.ir.IntegerType.get_signless(32)
+        count = count.registers.item()
         with mgpu.utils.single_thread(mgpu.utils.ThreadSubset.WARPGROUP):
+            counter = _pointer(ref, _index(index))
             mgpu.utils.inline_ptx(
                 "{ .reg .pred p; .reg .u32 v; .reg .u64 t0, t; mov.u64 t0, %globaltimer; "
                 "again: ld.acquire.gpu.global.u32 v, [$0]; setp.ge.u32 p, v, $1; @p bra done; "
                 "mov.u64 t, %globaltimer; sub.u64 t, t, t0; "
                 f"setp.gt.u64 p, t, {_SPIN_LIMIT}; @p trap; bra again; done: }}",
-                _pointer(ref, _index(index)), count.registers.item(), has_side_effects=True,
+                counter, count, has_side_effects=True,
             )  # fmt: skip
+            # `count` arrive and as many leave; it wraps behind the last of them.
+            last = arith.subi(arith.muli(count, mgpu.utils.c(2, i32)), mgpu.utils.c(1, i32))
+            mgpu.utils.inline_ptx(
+                "red.inc.relaxed.gpu.global.u32 [$0], $1;", counter, last, has_side_effects=True
+            )
         mgpu.warpgroup_barrier()
 
     call(ref, index, count)
-
-
-def leave_global(ref, index, last) -> None:
-    """Adds one to ref[index]; the visitor that finds `last` there puts it back to zero."""
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SPLAT, SPLAT))
-    def call(_, ref, index, last):
-        mgpu.warpgroup_barrier()
-        i32 = mgpu.utils.ir.IntegerType.get_signless(32)
-        with mgpu.utils.single_thread(mgpu.utils.ThreadSubset.WARPGROUP):
-            mgpu.utils.inline_ptx(
-                "atom.inc.acq_rel.gpu.global.u32 $0, [$1], $2;",
-                _pointer(ref, _index(index)), last.registers.item(), result_types=i32,
-                has_side_effects=True,
-            )  # fmt: skip
-
-    call(ref, index, last)
 
 
 def _words(register):
@@ -216,14 +214,14 @@ def _words(register):
     return [vector.extract(words, dynamic_position=[], static_position=[w]) for w in range(count)]
 
 
-def _quad_transpose(words, lane):
-    """Four words of each of four threads: thread l gets word l of threads 0 to 3."""
+def _transpose(words, lane):
+    """n words of each of n neighbouring threads, 2 or 4: thread l gets word l of threads 0 to n."""
     arith, c = mgpu.utils.arith, mgpu.utils.c
     i32 = mgpu.utils.ir.IntegerType.get_signless(32)
     words = list(words)
-    for bit in (1, 2):
+    for bit in (1, 2)[: len(words) // 2]:
         odd = arith.cmpi(arith.CmpIPredicate.ne, arith.andi(lane, c(bit, i32)), c(0, i32))
-        for low in (w for w in range(4) if not w & bit):
+        for low in (w for w in range(len(words)) if not w & bit):
             high = low | bit
             sent = arith.select(odd, words[low], words[high])
             kept = arith.select(odd, words[high], words[low])
