@@ -21,7 +21,7 @@ from mla_jax.ops.pallas_gpu.schedule import TILE
 LOG2E = math.log2(math.e)
 LOWEST = -1e30  # first running maximum: finite, so that exp2(old - new) is never NaN
 # For few pieces to many: into how many units a row is cut, units and pieces loaded at once.
-_AT_ONCE = ((1, 4, 4), (1, 2, 8), (2, 1, 32))
+_AT_ONCE = ((1, 8, 2), (1, 4, 4), (1, 2, 8), (2, 1, 32))
 
 
 def like(operand, shape, dtype):
@@ -35,24 +35,22 @@ def piece(part, tile, began_before, shape):
 
 
 def merge(part, tile, wg, refs, shape):
-    """Merges this warpgroup's share of the rows that the part had with others."""
-    parts = refs["part"]
-    first, last, first_shared, last_shared = (parts[part, i] for i in (2, 5, 6, 7))
+    """Merges this warpgroup's share of the part's last row, if it had that with others.
 
-    def one(i, _):
-        row, shared = jnp.where(i == 0, first, last), jnp.where(i == 0, first_shared, last_shared)
-        pl.when(shared > 0)(lambda: _merge_share(row, part, tile, wg, refs, shape))
-        return ()
-
-    lax.fori_loop(0, jnp.where(last > first, 2, 1), one, ())
+    Its first row, too, is the last one of the parts before it: nobody merges twice.
+    """
+    row, shared = (refs["part"][part, i] for i in (5, 7))
+    pl.when(shared > 0)(lambda: _merge_share(row, part, tile, wg, refs, shape))
 
 
 def _merge_share(row, part, tile, wg, refs, shape):
     """Some query rows of a batch row: their pieces weighted by exp2(lse), added in order."""
     out, lse, part_out, part_lse = (refs[x] for x in ("out", "lse", "part_out", "part_lse"))
     count, first = refs["row_parts"][row], refs["row_first"][row]
+    beyond = refs["part"][first + count - 1, 5] > row  # the last of them has gone on
+    sharers = 2 * (count - beyond.astype(jnp.int32))
     if shape.native:
-        mosaic.meet_global(refs["arrivals"], row * shape.tiles + tile, 2 * count)
+        mosaic.meet_global(refs["arrivals"], row * shape.tiles + tile, 2 * count, sharers)
 
     def merge(cuts, units_at_once, pieces_at_once):
         cuts = cuts if shape.rank % (128 * cuts) == 0 else 1
@@ -60,7 +58,7 @@ def _merge_share(row, part, tile, wg, refs, shape):
         vector = next(v for v in (4, 2, 1) if width % (128 * v) == 0)
         layout = plgpu.Layout.WG_STRIDED((width,), vector)
         live = cuts * jnp.minimum(shape.rows - tile * TILE, TILE)
-        each = lax.div(live + 2 * count - 1, 2 * count)
+        each = lax.div(live + sharers - 1, sharers)
         lo = (2 * (part - first) + wg) * each
         hi = jnp.minimum(lo + each, live)
 
@@ -70,14 +68,18 @@ def _merge_share(row, part, tile, wg, refs, shape):
             mine = [(lax.div(u, cuts), pl.ds(lax.rem(u, cuts) * width, width)) for u in units]
 
             def add(n, carry):
-                loaded = []
-                for u in range(pieces_at_once):
-                    index = n * pieces_at_once + u
-                    owner = jnp.minimum(index, count - 1) + first
-                    at = piece(owner, tile, owner > first, shape)
-                    for r, columns in mine:
-                        x = jnp.where(index < count, part_lse[at + r], -jnp.inf)
-                        loaded.append((x, plgpu.load(part_out.at[at + r, columns], layout=layout)))
+                index = [n * pieces_at_once + u for u in range(pieces_at_once)]
+                owner = [jnp.minimum(i, count - 1) + first for i in index]
+                at = [piece(o, tile, o > first, shape) for o in owner]
+                values = [
+                    plgpu.load(part_out.at[a + r, columns], layout=layout)
+                    for a in at for r, columns in mine
+                ]  # fmt: skip
+                weights = [
+                    jnp.where(i < count, part_lse[a + r], -jnp.inf)
+                    for i, a in zip(index, at, strict=True) for r, _ in mine
+                ]  # fmt: skip
+                loaded = list(zip(weights, values, strict=True))
                 new = []
                 for j, (value, weight, m) in enumerate(carry):
                     pairs = loaded[j::units_at_once]
@@ -108,7 +110,7 @@ def _merge_share(row, part, tile, wg, refs, shape):
             lax.fori_loop(0, turns, body, ())
 
     # As many loads in flight as registers allow: over the pieces of a row, or over rows of few.
-    kind = (count > 4).astype(jnp.int32) + (count >= 32)
+    kind = (count > 2).astype(jnp.int32) + (count > 4) + (count >= 32)
     lax.switch(kind, [functools.partial(merge, *at_once) for at_once in _AT_ONCE])
 
 

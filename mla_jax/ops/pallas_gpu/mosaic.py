@@ -176,16 +176,16 @@ def arrive_global(ref, index) -> None:
     call(ref, index)
 
 
-def meet_global(ref, index, count) -> None:
-    """Waits until `count` have arrived at ref[index]; the last to leave puts it back to zero.
+def meet_global(ref, index, count, waiting) -> None:
+    """Waits until `count` have arrived at ref[index]; the last of `waiting` puts it back to zero.
 
     A wait without end becomes an error of the device.
     """
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SPLAT, SPLAT))
-    def call(_, ref, index, count):
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SPLAT, SPLAT, SPLAT))
+    def call(_, ref, index, count, waiting):
         arith, i32 = mgpu.utils.arith, mgpu.utils.ir.IntegerType.get_signless(32)
-        count = count.registers.item()
+        count, waiting = count.registers.item(), waiting.registers.item()
         with mgpu.utils.single_thread(mgpu.utils.ThreadSubset.WARPGROUP):
             counter = _pointer(ref, _index(index))
             mgpu.utils.inline_ptx(
@@ -195,14 +195,13 @@ def meet_global(ref, index, count) -> None:
                 f"setp.gt.u64 p, t, {_SPIN_LIMIT}; @p trap; bra again; done: }}",
                 counter, count, has_side_effects=True,
             )  # fmt: skip
-            # `count` arrive and as many leave; it wraps behind the last of them.
-            last = arith.subi(arith.muli(count, mgpu.utils.c(2, i32)), mgpu.utils.c(1, i32))
+            last = arith.subi(arith.addi(count, waiting), mgpu.utils.c(1, i32))  # then it wraps
             mgpu.utils.inline_ptx(
                 "red.inc.relaxed.gpu.global.u32 [$0], $1;", counter, last, has_side_effects=True
             )
         mgpu.warpgroup_barrier()
 
-    call(ref, index, count)
+    call(ref, index, count, waiting)
 
 
 def _words(register):
@@ -215,7 +214,7 @@ def _words(register):
 
 
 def _transpose(words, lane):
-    """n words of each of n neighbouring threads, 2 or 4: thread l gets word l of threads 0 to n."""
+    """N words of each of n neighbouring threads, 2 or 4: thread l gets word l of threads 0 to n."""
     arith, c = mgpu.utils.arith, mgpu.utils.c
     i32 = mgpu.utils.ir.IntegerType.get_signless(32)
     words = list(words)

@@ -19,6 +19,7 @@ TILE = 64  # query rows of a thread block: the M of a warpgroup's matrix product
 BLOCK = 64  # slots of one softmax
 STEP = 2 * BLOCK  # slots of one iteration: a block for each of the two warpgroups
 SLACK = 2  # steps; see make_schedule
+ROW_COST = 2  # steps that beginning and ending a batch row takes the time of
 
 
 class Schedule(NamedTuple):
@@ -49,14 +50,18 @@ def make_schedule(
 ) -> Schedule:
     """Cuts a batch into equal parts: a few fused comparisons and sums, no sort, no scatter.
 
+    Two cuts are weighed. One takes the batch for a line, on which every row costs its steps and
+    ROW_COST more, and divides it equally. The other gives every part as many whole rows, or every
+    row as many parts: parts then begin and end with a row, and fewer pieces are merged.
+
     Args:
-        lengths: slots in use of every batch row, the T new ones included.
+        lengths: slots in use of every batch row.
         rows: T N, query rows of one batch row.
         slots: S, the most a length can be.
         num_sms: multiprocessors of the device; thread blocks wait for each other in the merge, so
             all must run at once.
-        slack: steps by which the longest part may exceed the balanced cut where that keeps every
-            row whole: splitting a row costs about as much, for writing and merging its parts.
+        slack: steps by which the longest part of the second cut may exceed the first's: splitting
+            a row costs about as much, for writing and merging its parts.
     """
     batch = lengths.shape[0]
     tiles = -(-rows // TILE)
@@ -67,35 +72,47 @@ def make_schedule(
     b, p = np.arange(batch, dtype=np.int32), np.arange(parts + 1, dtype=np.int32)
     earlier = b[None] < np.arange(batch + 1)[:, None]
     row_step = jnp.sum(jnp.where(earlier, steps[None], 0), axis=1, dtype=jnp.int32)
-    total = row_step[batch]
-    each = lax.div(total + (parts - 1), jnp.int32(parts))
-    rows_each = -(-batch // parts)
-    whole = rows_each * steps.max() <= each + slack
-    part_step = jnp.where(
-        whole, row_step[np.minimum(p * rows_each, batch)], jnp.minimum(p * each, total)
-    )
+    starts, ends, longest = row_step[:-1], row_step[1:], steps.max()
+
+    cost = starts + ROW_COST * b
+    each = lax.div(row_step[batch] + (ROW_COST * batch + parts - 1), jnp.int32(parts))
+    if batch <= parts:
+        per_row = parts // batch
+        size = lax.div(steps + (per_row - 1), jnp.int32(per_row))
+        at, first_at, most = p, per_row * b, lax.div(longest + (per_row - 1), jnp.int32(per_row))
+    else:
+        per_part = -(-batch // parts)
+        size, at, first_at = steps, per_part * p, b
+        most = per_part * (longest + ROW_COST) - ROW_COST
+    even = most <= each + slack
+    # Where part p begins: at the furthest that any row not after it reaches by then.
+    at = jnp.where(even, at, p * each)[None]
+    first_at = jnp.where(even, first_at, cost)[:, None]
+    per_at, free = jnp.where(even, size, 1)[:, None], jnp.where(even, 0, ROW_COST)
+    reached = starts[:, None] + jnp.maximum(0, at - first_at - free) * per_at
+    reached = jnp.minimum(reached, ends[:, None])
+    part_step = jnp.max(jnp.where(first_at <= at, reached, 0), axis=0)
     begin, end = part_step[:-1], part_step[1:]
 
     def row_of(step):  # as many rows end at or before it
-        before = jnp.sum(row_step[None, 1:] <= step[:, None], axis=1, dtype=jnp.int32)
+        before = jnp.sum(ends[None] <= step[:, None], axis=1, dtype=jnp.int32)
         return jnp.minimum(before, batch - 1)
 
     here, there = row_of(begin), row_of(end - 1)
-    here_step, there_step = row_step[here], row_step[there]
+    here_step, there_step = starts[here], starts[there]
     part = [
         begin, end, here, here_step, lengths[here], there,
-        (here_step < begin) | (row_step[here + 1] > end),
-        (there_step < begin) | (row_step[there + 1] > end),
+        (here_step < begin) | (ends[here] > end), (there_step < begin) | (ends[there] > end),
     ]  # fmt: skip
-    first = jnp.where(whole, b // rows_each, lax.div(row_step[:-1], each))
-    last = jnp.where(whole, b // rows_each, lax.div(row_step[1:] - 1, each))
+    before = end[None] <= starts[:, None]
+    touching = (begin[None] < ends[:, None]) & ~before
     # Zeros that no compiler can fold: as a literal they would be filled anew before every call.
     zero = jnp.where(lengths < 0, 1, 0)
     return Schedule(
         lengths=lengths,
         row_step=row_step,
-        row_first=first,
-        row_parts=last - first + 1,
+        row_first=jnp.sum(before, axis=1, dtype=jnp.int32),
+        row_parts=jnp.sum(touching, axis=1, dtype=jnp.int32),
         part=jnp.stack([x.astype(jnp.int32) for x in part], axis=1),
         arrivals=jnp.broadcast_to(zero[:, None], (batch, tiles)).reshape(-1),
     )
