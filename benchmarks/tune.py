@@ -3,7 +3,7 @@
 What there is to tune is `slack`: by how many steps of 128 slots the longest part of a batch may
 exceed the balanced cut where that keeps rows whole, since writing and merging the parts of a row
 costs time too. For batches with one row per part and fewer, both cuts are timed; slack is the
-largest excess at which whole rows still are not slower.
+largest excess tried before whole rows are slower.
 """
 
 import argparse
@@ -14,8 +14,10 @@ import jax.numpy as jnp
 from decode import SCALE, P, R, timer
 
 from mla_jax.ops import pallas_gpu
+from mla_jax.ops.pallas_gpu.schedule import ROW_COST, STEP
 
 ROWS = {64: (64, 1), 1024: (128, 1)}  # class of query rows: what stands for it, N and T
+EXCESSES = (2, 4, 6, 8, 10, 12, 16)
 
 
 def time_cuts(shape, slacks, last):
@@ -49,21 +51,22 @@ def main():
     parser.add_argument("--write", type=pathlib.Path, help="the table's file")
     options = parser.parse_args()
     device = jax.devices()[0]
-    steps = options.slots // pallas_gpu.STEP
+    steps = options.slots // STEP
     text = f"# Made by benchmarks/tune.py, jax {jax.__version__}.\n"
     text += f'device_kind = "{device.device_kind}"\n'
     for rows, (heads, tokens) in ROWS.items():
         parts = device.core_count // -(-heads * tokens // pallas_gpu.TILE)
+        by_excess = {steps - -(-n * (steps + ROW_COST) // parts): n for n in range(1, parts + 1)}
         slack = 0
-        for batch in (parts - parts // 16, parts - parts // 6, parts - parts // 4):
-            excess = steps - -(-batch * steps // parts)
-            shape = (batch, options.slots, heads, tokens)
+        for excess in EXCESSES:
+            shape = (by_excess[excess], options.slots, heads, tokens)
             whole, cut = time_cuts(shape, (steps, 0), options.last)
             text += (
                 f"# {shape}: whole {whole * 1e6:.1f} us, {excess} steps fewer {cut * 1e6:.1f} us\n"
             )
-            if whole <= cut:
-                slack = max(slack, excess)
+            if whole > cut:
+                break
+            slack = excess
         text += f"[[latent_attention]]\nrows = {rows}\nslack = {slack}\n"
     print(text)
     if options.write:

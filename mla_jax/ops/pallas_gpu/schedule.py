@@ -18,7 +18,7 @@ from jaxtyping import Array, Int
 TILE = 64  # query rows of a thread block: the M of a warpgroup's matrix product
 BLOCK = 64  # slots of one softmax
 STEP = 2 * BLOCK  # slots of one iteration: a block for each of the two warpgroups
-SLACK = 2  # steps; see make_schedule
+SLACK = 8  # steps; see make_schedule
 ROW_COST = 2  # steps that beginning and ending a batch row takes the time of
 
 
