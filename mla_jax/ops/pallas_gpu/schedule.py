@@ -69,50 +69,45 @@ def make_schedule(
     lengths = jnp.clip(lengths.astype(jnp.int32), 0, slots)
     # An empty row has a step too: somebody must write its zeros.
     steps = jnp.maximum(1, lax.div(lengths + (STEP - 1), jnp.int32(STEP)))
-    b, p = np.arange(batch, dtype=np.int32), np.arange(parts + 1, dtype=np.int32)
-    earlier = b[None] < np.arange(batch + 1)[:, None]
+    b, p = (jnp.arange(n, dtype=jnp.int32) for n in (batch, parts + 1))
+    earlier = np.tri(batch + 1, batch, -1, bool)
     row_step = jnp.sum(jnp.where(earlier, steps[None], 0), axis=1, dtype=jnp.int32)
     starts, ends, longest = row_step[:-1], row_step[1:], steps.max()
-
-    cost = starts + ROW_COST * b
+    cost = starts + ROW_COST * (b + 1)  # before a row's steps
     each = lax.div(row_step[batch] + (ROW_COST * batch + parts - 1), jnp.int32(parts))
     if batch <= parts:
         per_row = parts // batch
         size = lax.div(steps + (per_row - 1), jnp.int32(per_row))
         at, first_at, most = p, per_row * b, lax.div(longest + (per_row - 1), jnp.int32(per_row))
+        first, last = first_at, first_at + lax.div(steps - 1, size)
     else:
         per_part = -(-batch // parts)
         size, at, first_at = steps, per_part * p, b
         most = per_part * (longest + ROW_COST) - ROW_COST
+        first = last = b // per_part
     even = most <= each + slack
-    # Where part p begins: at the furthest that any row not after it reaches by then.
-    at = jnp.where(even, at, p * each)[None]
-    first_at = jnp.where(even, first_at, cost)[:, None]
-    per_at, free = jnp.where(even, size, 1)[:, None], jnp.where(even, 0, ROW_COST)
-    reached = starts[:, None] + jnp.maximum(0, at - first_at - free) * per_at
-    reached = jnp.minimum(reached, ends[:, None])
-    part_step = jnp.max(jnp.where(first_at <= at, reached, 0), axis=0)
-    begin, end = part_step[:-1], part_step[1:]
-
-    def row_of(step):  # as many rows end at or before it
-        before = jnp.sum(ends[None] <= step[:, None], axis=1, dtype=jnp.int32)
-        return jnp.minimum(before, batch - 1)
-
-    here, there = row_of(begin), row_of(end - 1)
-    here_step, there_step = starts[here], starts[there]
+    first = jnp.where(even, first, lax.div(cost, each))
+    last = jnp.where(even, last, lax.div(cost + steps - 1, each))
+    # Part p begins in the first row that is not over by then, after the steps that others do.
+    over, begun = (
+        jnp.sum(x, axis=0, dtype=jnp.int32)
+        for x in (last[:, None] < p[None], first[:, None] <= p[None])
+    )
+    row = jnp.minimum(over, batch - 1)
+    done = jnp.where(even, (at - first_at[row]) * size[row], p * each - cost[row])
+    step = row_step[row] + jnp.clip(done, 0, steps[row])
+    begin, end, here, there = step[:-1], step[1:], row[:-1], begun[:-1] - 1
     part = [
-        begin, end, here, here_step, lengths[here], there,
-        (here_step < begin) | (ends[here] > end), (there_step < begin) | (ends[there] > end),
+        begin, end, here, starts[here], lengths[here], there,
+        (starts[here] < begin) | (ends[here] > end), (starts[there] < begin) | (ends[there] > end),
     ]  # fmt: skip
-    before = end[None] <= starts[:, None]
-    touching = (begin[None] < ends[:, None]) & ~before
     # Zeros that no compiler can fold: as a literal they would be filled anew before every call.
     zero = jnp.where(lengths < 0, 1, 0)
     return Schedule(
         lengths=lengths,
         row_step=row_step,
-        row_first=jnp.sum(before, axis=1, dtype=jnp.int32),
-        row_parts=jnp.sum(touching, axis=1, dtype=jnp.int32),
+        row_first=first,
+        row_parts=last - first + 1,
         part=jnp.stack([x.astype(jnp.int32) for x in part], axis=1),
         arrivals=jnp.broadcast_to(zero[:, None], (batch, tiles)).reshape(-1),
     )
