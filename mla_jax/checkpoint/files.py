@@ -387,7 +387,13 @@ def _resolve(path: str | os.PathLike) -> pathlib.Path:
                 "the Hugging Face hub, install huggingface_hub."
             ) from error
         patterns = ["*.safetensors", "*.json"]
-        return pathlib.Path(snapshot_download(str(path), allow_patterns=patterns))
+        try:
+            return pathlib.Path(snapshot_download(str(path), allow_patterns=patterns))
+        except (OSError, ValueError) as error:  # of many lines, such as the network's
+            first = str(error).strip().splitlines()[0]
+            raise FileNotFoundError(
+                f"{path} is neither a file nor a folder, nor could it be fetched: {first}"
+            ) from error
     raise FileNotFoundError(f"{path} is neither a file nor a folder.")
 
 

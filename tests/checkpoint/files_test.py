@@ -247,6 +247,17 @@ def test_what_an_index_may_get_wrong(tmp_path):
         checkpoint.Checkpoint(tmp_path / "nowhere")
 
 
+def test_a_repository_that_cannot_be_fetched(monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+
+    def offline(*_, **__):
+        raise OSError("no network\nat all")
+
+    monkeypatch.setattr(hub, "snapshot_download", offline)
+    with pytest.raises(FileNotFoundError, match=r"^some/model is neither .* fetched: no network$"):
+        checkpoint.Checkpoint("some/model")
+
+
 def test_a_single_file_and_files_without_an_index(tmp_path):
     tensors = {f"model.layers.0.self_attn.{k}": v
                for k, v in checkpoint.attention_tensors(make()).items()}  # fmt: skip
