@@ -1,7 +1,7 @@
-"""Every family's config and tensor names against float64 numpy that knows neither our config nor layer.
+"""Every family's config and tensor names against float64 numpy that knows no code of ours.
 
-The numpy code reads the family's own keys and its own tensors as torch stores them. What a family's
-code does beyond its config is `traits` here, from MODELS' sources and not from `mla_jax.huggingface`.
+It reads the family's own keys, and its own tensors as torch stores them. What a family's code does
+beyond its config is `traits` here, by the families' own code and not by `mla_jax.huggingface`.
 """
 
 import json
@@ -69,6 +69,15 @@ CASES = {
         "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")), {}),
     "sarvam_mla": ({**DIRECT, "use_qk_norm": True, "rope_scaling": YARN | {
         "type": "deepseek_yarn"}}, {}),
+    "sarvam_mla null": ({**DIRECT, "rope_theta": 5000.0}, {"yarn": {
+        "type": "deepseek_yarn", "factor": 40, "original_max_position_embeddings": 4096,
+        "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0}}),
+    "deepseek_v3 transmla": ({"qk_latent_layernorm": False, "attention_bias": True},
+                             {"bias": ("q_b_proj", "kv_a_proj_with_mqa"), "norms": False}),
+    "deepseek_v3 transmla direct": ({
+        "qk_latent_layernorm": False, "attention_bias": True, **DIRECT},
+        {"bias": ("q_proj", "kv_a_proj_with_mqa"), "norms": False}),
+    "deepseek_v3 transmla normed": ({"qk_latent_layernorm": True, "attention_bias": False}, {}),
     "kimi_linear": ({**DIRECT, "mla_use_nope": True}, {"still": True}),
     "kimi_linear k3": ({"mla_use_nope": True, "mla_use_output_gate": True},
                        {"still": True, "gate": "g_proj", "gates": "elementwise"}),
@@ -102,7 +111,7 @@ CASES = {
 
 
 def styles(name):
-    """The config as the hub has it, and as transformers 5 writes it; both beside the numpy's keys."""
+    """The config as the hub, transformers 5 and a VLM write it; what numpy reads; traits."""
     changes, traits = CASES[name]
     family = name.split()[0]
     if family == "mistral":
@@ -122,6 +131,9 @@ def styles(name):
     read = BASE | ({} if family == "pangu_ultra_moe" else changes)
     read["rope_theta"] = 5000.0
     read["rope_scaling"] = read.get("rope_parameters") or read.get("rope_scaling")
+    if "yarn" in traits:  # what the code takes for null
+        read["rope_scaling"] = traits["yarn"]
+        return [hub, {k: v for k, v in hub.items() if k != "q_lora_rank"}], read, traits
     return [hub, five, nested], read, traits
 
 
@@ -139,7 +151,7 @@ def frequencies(hf, width, length):
         divisor = np.array(s["long_factor" if length > original else "short_factor"])
         return 1 / ex / divisor, math.sqrt(1 + math.log(f) / math.log(original)), 1.0
     f = s["factor"]
-    corr = lambda b: width * math.log(original / (2 * math.pi * b)) / 2 / math.log(hf["rope_theta"])  # noqa: E731, E501
+    corr = lambda b: width * math.log(original / (2 * math.pi * b)) / 2 / math.log(hf["rope_theta"])  # noqa: E731
     low, high = max(math.floor(corr(s["beta_fast"])), 0), min(math.ceil(corr(s["beta_slow"])),
                                                               width - 1)  # fmt: skip
     ramp = np.clip((k - low) / (high - low + 0.001 * (high == low)), 0, 1)
@@ -150,8 +162,8 @@ def frequencies(hf, width, length):
 
 
 def sizes(hf, traits):
-    return (hf["q_lora_rank"], traits.get("nope", hf["qk_nope_head_dim"]),
-            traits.get("rope", hf["qk_rope_head_dim"]), traits.get("v", hf["v_head_dim"]))  # fmt: skip
+    heads = {"nope": hf["qk_nope_head_dim"], "rope": hf["qk_rope_head_dim"], "v": hf["v_head_dim"]}
+    return hf["q_lora_rank"], *(traits.get(key, width) for key, width in heads.items())
 
 
 def weights(hf, traits, rng):
@@ -160,12 +172,17 @@ def weights(hf, traits, rng):
     out = N * (h + p + (v if traits.get("fused") else 0))
     shapes = {"q_proj": (out, D)} if q is None else {
         "q_a_proj": (q, D), "q_b_proj": (out, q * (2 if traits.get("fused") else 1))}  # fmt: skip
-    shapes |= {"kv_a_proj_with_mqa": (R + p, D), "kv_b_proj": (N * (h + v), R), "o_proj": (D, N * v)}
+    shapes |= {
+        "kv_a_proj_with_mqa": (R + p, D),
+        "kv_b_proj": (N * (h + v), R),
+        "o_proj": (D, N * v),
+    }
     if "gate" in traits:
         shapes[traits["gate"]] = (N * (1 if traits["gates"] == "head" else v), D)
     w = {f"{k}.weight": rng.standard_normal(s) * s[1] ** -0.5 for k, s in shapes.items()}
     w |= {f"{k}.bias": rng.standard_normal(shapes[k][0]) for k in traits.get("bias", ())}
     norms = {"kv_a_layernorm": R} | ({} if q is None else {"q_a_layernorm": q})
+    norms = norms if traits.get("norms", True) else {}
     norms |= {"k_rope_only_layernorm": p} if traits.get("k_norm") else {}
     w |= {f"{k}.weight": 1 + 0.3 * rng.standard_normal(n) for k, n in norms.items()}
     if traits.get("sinks"):
@@ -183,6 +200,8 @@ def expected(hf, traits, w, x):
     linear = lambda name, y: y @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0)  # noqa: E731
     norm = lambda name, y: (  # noqa: E731
         y / np.sqrt((y**2).mean(-1, keepdims=True) + eps) * w[f"{name}.weight"]
+        if f"{name}.weight" in w
+        else y
     )
     if q_rank is None:
         q = linear("q_proj", x)

@@ -136,6 +136,12 @@ class DeepseekConfig:
         attention = MLAConfig.from_hf(hf)
         hf = huggingface.language_model(hf)
         family = hf.get("model_type")
+        if str(family).startswith("longcat"):
+            raise ValueError(
+                f"{where}: model_type={family!r}: two attentions a layer beside a shortcut through "
+                "its experts, some of which return their input, is not supported; its attention "
+                "layers load into MultiHeadLatentAttention."
+            )
         if family is not None and family not in _FAMILIES:
             raise ValueError(
                 f"{where}: model_type={family!r}: this decoder has the shape of "
@@ -157,6 +163,10 @@ class DeepseekConfig:
             fields["scoring_func"] = "sigmoid" if sigmoid else "softmax"
         if fields["scoring_func"] == "sigmoid":
             fields.setdefault("norm_topk_prob", True)
+        experts = fields.get("n_routed_experts")
+        if family == "sarvam_mla" and isinstance(experts, int):  # its code's groups are of 8
+            fields.setdefault("n_group", max(1, experts // 8))
+            fields.setdefault("topk_group", min(2, max(1, experts // 8)))
         if hf.get("topk_method") == "greedy":
             fields |= {"n_group": 1, "topk_group": 1}
         kinds = hf.get("mlp_layer_types")
