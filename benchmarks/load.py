@@ -88,7 +88,7 @@ def write(folder, options):
 
 
 def load(folder, attention_only):
-    """In a process of its own: prints seconds, bytes of parameters, peak memory beyond the start."""
+    """In a process of its own: prints seconds, parameters' bytes, peak memory beyond the start."""
     checkpoint.place(np.zeros((2, 2)), BF16)  # jax's own memory
     before, started = peak(), time.perf_counter()
     if attention_only:
@@ -157,7 +157,7 @@ def main():
         files = sorted(folder.glob("*.safetensors"))
         total = sum(file.stat().st_size for file in files)
         print(f"{total / 1e9:.2f} GB, largest layer {largest / 1e9:.2f} GB, {os.cpu_count()} cores")
-        print("| files | read GB/s | into new memory | load GB/s | of read | of new | peak |")
+        print("| files | read GB/s | into new memory | load GB/s | of read | of new | layers |")
         print("|---|---|---|---|---|---|---|")
         command = [sys.executable, __file__, "--child", name] + ["--attention"] * options.attention
         for state in ["cold", "warm"] * options.repeat:
@@ -168,9 +168,10 @@ def main():
             prepare(files, state)
             out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             taken, size, beyond = json.loads(out)
-            once, new, load_rate = (total / 1e9 / each for each in (*seconds, taken))
-            print(f"| {state} | {once:.2f} | {new:.2f} | {load_rate:.2f} | {load_rate / once:.2f} "
-                  f"| {load_rate / new:.2f} | {(beyond - size) / largest:.2f} layers |", flush=True)  # fmt: skip
+            once, new, loaded = (total / 1e9 / each for each in (*seconds, taken))
+            rates = (once, new, loaded, loaded / once, loaded / new, (beyond - size) / largest)
+            row = " | ".join([state, *(f"{rate:.2f}" for rate in rates)])
+            print(f"| {row} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -71,8 +71,10 @@ def load_attention(
     missing = sorted(expected.keys() - given.keys())
     unexpected = sorted(given.keys() - expected.keys())
     if missing or unexpected:
-        files = isinstance(tensors, AttentionTensors)
-        source = f" of {tensors.prefix} in {tensors.files.path}" if files else ""
+        source = ""
+        if isinstance(tensors, AttentionTensors):
+            source = f" of {tensors.prefix} in {tensors.files.path}"
+            unexpected = [tensors.where(name) for name in unexpected]
         raise ValueError(
             f"these tensors{source} are not the layer's: missing {missing}, unexpected "
             f"{unexpected}. Does the layer's config belong to this checkpoint?"

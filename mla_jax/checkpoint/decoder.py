@@ -104,8 +104,9 @@ class _Loader:
         self.attention_prefix = naming.attention_prefixes(files)[0, 0]
         self.root = self.attention_prefix[: self.attention_prefix.rindex("layers.0.")]
         self.embed = f"{self.root}embed_tokens.weight"
-        # beside the root: "lm_head.weight", in a VLM "language_model.lm_head.weight"
-        self.head = f"{self.root.removesuffix('model.')}lm_head.weight"
+        # beside the root: "lm_head.weight", in a VLM "language_model.lm_head.weight", or above
+        beside = f"{self.root.removesuffix('model.')}lm_head.weight"
+        self.head = beside if beside in files else "lm_head.weight"
         self.used: set[str] = set()
 
     def load(self) -> None:
@@ -261,5 +262,5 @@ class _Loader:
         if left:
             raise ValueError(
                 f"{self.files.path} has {len(left)} tensors that this decoder does not use, such "
-                f"as {left[:3]}."
+                f"as {left[0]} in {self.files.file_of(left[0])}."
             )
