@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from mla_jax import checkpoint, costs, generation, training
+from mla_jax.checkpoint.decoder import decoder_config
 from mla_jax.config import MLAConfig
 from mla_jax.decoding import _check_sampling, decode_loop, prefill_step, sample
 from mla_jax.models import Decoder, DecoderConfig, DeepseekConfig, random_decoder
@@ -343,7 +344,7 @@ def _source(options: Generate) -> tuple[DeepseekConfig, generation.Tokenizer, pa
         assert options.preset is not None
         return DeepseekConfig.from_preset(options.preset), generation.Tokenizer(), None
     with checkpoint.Checkpoint(options.checkpoint) as files:
-        config, path = checkpoint.decoder_config(files), files.path
+        config, path = decoder_config(files), files.path
     folder = path if path.is_dir() else path.parent
     return config, generation.Tokenizer.from_checkpoint(folder), path
 

@@ -11,7 +11,6 @@ from mla_jax.checkpoint.attention import attention_tensors as attention_tensors
 from mla_jax.checkpoint.attention import load_attention as load_attention
 from mla_jax.checkpoint.attention import place as place
 from mla_jax.checkpoint.attention import save_attention as save_attention
-from mla_jax.checkpoint.decoder import decoder_config as decoder_config
 from mla_jax.checkpoint.decoder import load_decoder as load_decoder
 from mla_jax.checkpoint.files import Checkpoint as Checkpoint
 from mla_jax.checkpoint.files import save_tensors as save_tensors
