@@ -18,9 +18,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from mla_jax import costs, generation, training
+from mla_jax import checkpoint, costs, generation, training
+from mla_jax.checkpoint.decoder import decoder_config
 from mla_jax.config import MLAConfig
-from mla_jax.decoding import decode_loop, prefill_step, sample
+from mla_jax.decoding import _check_sampling, decode_loop, prefill_step, sample
 from mla_jax.models import Decoder, DecoderConfig, DeepseekConfig, random_decoder
 from mla_jax.ops import api
 
@@ -153,7 +154,7 @@ def main(args: list[str] | None = None) -> None:
             _costs(command, console)
         else:
             _explain(command)
-    except (ValueError, NotImplementedError, FileNotFoundError, ImportError) as error:
+    except (ValueError, NotImplementedError, OSError, ImportError) as error:
         print(f"mla-jax: {error}", file=sys.stderr)
         raise SystemExit(2) from error
 
@@ -161,6 +162,9 @@ def main(args: list[str] | None = None) -> None:
 def _demo(options: Demo, console: Console) -> None:
     if options.tokens < 1 or options.batch < 1 or (options.steps or 0) < 0 or not options.prompt:
         raise ValueError("tokens and batch must be at least 1, steps at least 0, prompt not empty.")
+    _check_sampling(None, jax.random.key(0), options.temperature, None, None)
+    if options.save is not None:  # before training, so that a folder that cannot be is known
+        options.save.mkdir(parents=True, exist_ok=True)
     if options.load is not None:
         model = load(options.load, options.implementation)
     else:
@@ -168,6 +172,12 @@ def _demo(options: Demo, console: Console) -> None:
         _check_memory(config)
         model = Decoder(config, implementation=options.implementation, rngs=nnx.Rngs(options.seed))
     attention = model.config.attention
+    slots = len(options.prompt.encode()) + options.tokens
+    if slots > attention.max_position_embeddings:
+        raise ValueError(
+            f"prompt and tokens need {slots} positions, {options.preset} has "
+            f"{attention.max_position_embeddings}: ask for fewer tokens."
+        )
     count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
     console.print(
         f"{count / 1e6:.2f} M parameters, {attention.num_hidden_layers} layers of "
@@ -211,11 +221,6 @@ def _write(model, options, console) -> None:
     attention = model.config.attention
     prompt = jnp.asarray(np.frombuffer(options.prompt.encode(), np.uint8)[None], jnp.int32)
     slots = prompt.shape[1] + options.tokens
-    if slots > attention.max_position_embeddings:
-        raise ValueError(
-            f"prompt and tokens need {slots} positions, {options.preset} has "
-            f"{attention.max_position_embeddings}: ask for fewer tokens."
-        )
     keys = jax.random.split(jax.random.key(options.seed))
 
     def generate():
@@ -255,10 +260,13 @@ def _write(model, options, console) -> None:
 
 
 def _generate(options: Generate, console: Console) -> None:
-    _check_dtype(options.dtype)
-    model, tokenizer = _model(options, console)
-    config = model.config
+    _check_generate(options)
+    config, tokenizer, path = _source(options)
     prompts = _prompts(options, tokenizer, config.vocab_size)
+    generation._slots(
+        config, prompts, options.max_new_tokens, options.max_length, options.speculate
+    )
+    model = _model(options, config, path, console)
     alone = len(prompts) == 1 and not options.prompt_tokens
     shown: list[list[int]] = [[] for _ in prompts]
 
@@ -305,43 +313,66 @@ def _generate(options: Generate, console: Console) -> None:
     )  # fmt: skip
 
 
-def _model(options: Generate, console: Console):
-    """The decoder and its tokenizer."""
-    mtp = options.draft == "mtp"
-    given = {"dtype": options.dtype, "implementation": options.implementation, "mtp": mtp}
+def _check_generate(options: Generate) -> None:
+    """What the flags alone say: weights may take minutes to read."""
     if (options.checkpoint is None) == (options.preset is None):
         raise ValueError("give one of --checkpoint FOLDER and --preset NAME --random-weights.")
-    started = time.perf_counter()
-    if options.checkpoint is not None:
-        from mla_jax import checkpoint  # which imports this package's models
+    if options.preset is not None and not options.random_weights:
+        raise ValueError("a preset has no weights: add --random-weights, or --checkpoint.")
+    if options.checkpoint is not None and options.random_weights:
+        raise ValueError("--random-weights is for a --preset: a checkpoint has its own.")
+    if options.prompt_tokens < 0 or options.batch < 1 or options.seed < 0:
+        raise ValueError("--prompt-tokens and --seed must be at least 0, --batch at least 1.")
+    if bool(options.prompt) == bool(options.prompt_tokens):
+        raise ValueError("give --prompt TEXT, or --prompt-tokens NUMBER.")
+    if options.batch > 1 and len(options.prompt) > 1:
+        raise ValueError(
+            f"--batch {options.batch} copies one prompt: here are {len(options.prompt)}, which are "
+            "a batch."
+        )
+    _check_dtype(options.dtype)
+    api.check_implementation(options.implementation)
+    generation._check_flags(
+        options.max_new_tokens, options.temperature, options.top_k, options.top_p,
+        options.speculate, options.draft, options.block,
+    )  # fmt: skip
 
-        model = checkpoint.load_decoder(options.checkpoint, **given)
-        tokenizer = generation.Tokenizer.from_checkpoint(options.checkpoint)
-        source = options.checkpoint
+
+def _source(options: Generate) -> tuple[DeepseekConfig, generation.Tokenizer, pathlib.Path | None]:
+    """The model's config, its tokenizer, and where its weights are, if they are anywhere."""
+    if options.checkpoint is None:
+        assert options.preset is not None
+        return DeepseekConfig.from_preset(options.preset), generation.Tokenizer(), None
+    with checkpoint.Checkpoint(options.checkpoint) as files:
+        config, path = decoder_config(files), files.path
+    folder = path if path.is_dir() else path.parent
+    return config, generation.Tokenizer.from_checkpoint(folder), path
+
+
+def _model(options: Generate, config: DeepseekConfig, path: pathlib.Path | None, console):
+    """The decoder, and a line about it."""
+    mtp = options.draft == "mtp"
+    given = {"dtype": options.dtype, "implementation": options.implementation, "mtp": mtp}
+    started = time.perf_counter()
+    if path is not None:
+        model, source = checkpoint.load_decoder(path, **given), options.checkpoint
     else:
-        if not options.random_weights or options.preset is None:
-            raise ValueError("a preset has no weights: add --random-weights, or --checkpoint.")
-        config = DeepseekConfig.from_preset(options.preset)
         model = random_decoder(config, seed=options.seed, param_dtype=options.dtype, **given)
-        tokenizer, source = generation.Tokenizer(), f"{options.preset}, random weights"
+        source = f"{options.preset}, random weights"
     leaves = jax.block_until_ready(jax.tree.leaves(nnx.state(model, nnx.Param)))
     console.print(
         f"{source}: {sum(leaf.size for leaf in leaves) / 1e9:.3f} G parameters, "
         f"{sum(leaf.nbytes for leaf in leaves) / 2**30:.2f} GiB, ready in "
         f"{time.perf_counter() - started:.1f} s on {jax.devices()[0].device_kind}"
     )
-    return model, tokenizer
+    return model
 
 
 def _prompts(options: Generate, tokenizer, vocabulary: int) -> list[list[int]]:
-    if options.prompt_tokens < 0 or options.batch < 1:
-        raise ValueError("--prompt-tokens must be at least 0 and --batch at least 1.")
     if options.prompt_tokens:
         random = np.random.default_rng(options.seed)
         shape = (options.batch, options.prompt_tokens)
         return random.integers(0, vocabulary, shape).tolist()
-    if not options.prompt:
-        raise ValueError("give --prompt TEXT, or --prompt-tokens NUMBER.")
     prompts = tokenizer.encode(options.prompt)
     return prompts * options.batch if len(prompts) == 1 else prompts
 

@@ -148,6 +148,8 @@ class RopeScaling:
         rope_type = keys.pop("rope_type", None) or keys.pop("type", None)
         keys.pop("type", None)
         keys.pop("rope_theta", None)
+        if rope_type is None and any(value is not None for value in keys.values()):
+            raise ValueError(f"rope_scaling={dict(mapping)!r} lacks rope_type.")
         if rope_type in (None, "default"):
             return None
         given = {key: value for key, value in keys.items() if value is not None}

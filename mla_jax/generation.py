@@ -180,21 +180,14 @@ def generate(
     >>> result = generate(model, prompts, max_new_tokens=64)  # doctest: +SKIP
     >>> print(tokenizer.decode(result.tokens[0]))  # doctest: +SKIP
     """
-    vocabulary = model.config.vocab_size
-    _check(prompts, vocabulary, max_new_tokens, speculate, block)
-    _check_draft(model, draft, speculate)
-    key = jax.random.key(seed)
-    _check_sampling(None, key, temperature, top_k, top_p)
-    longest = max(map(len, prompts))
-    need = longest + max_new_tokens + speculate
-    # Kernels want whole blocks of slots.
-    slots = -(-need // _SLOTS) * _SLOTS if max_length is None else max_length
-    limit = model.config.attention.max_position_embeddings
-    if slots < need or longest + max_new_tokens > limit:
+    _check_flags(max_new_tokens, temperature, top_k, top_p, speculate, draft, block)
+    if draft == "mtp" and getattr(model, "predictor", None) is None:
         raise ValueError(
-            f"max_length={slots}: a prompt of {longest} tokens, {max_new_tokens} new ones and "
-            f"{speculate} drafts need {need} slots; the model has {limit} positions."
+            "draft='mtp': this model has no block for multi-token prediction: load it by "
+            "checkpoint.load_decoder(..., mtp=True), make it with mtp=True, or use draft='prompt'."
         )
+    key = jax.random.key(seed)
+    slots = _slots(model.config, prompts, max_new_tokens, max_length, speculate)
     clock = _Clock()
     rows = len(prompts)
     sampling = {"temperature": float(temperature), "top_k": top_k, "top_p": top_p}
@@ -509,28 +502,38 @@ class _Clock:
         return spent
 
 
-def _check_draft(model, draft, speculate) -> None:
-    if draft not in ("prompt", "mtp"):
-        raise ValueError(f"draft={draft!r}: it must be 'prompt' or 'mtp'.")
-    if draft == "mtp" and not speculate:
-        raise ValueError("draft='mtp' drafts nothing with speculate=0: say how many tokens.")
-    if draft == "mtp" and getattr(model, "predictor", None) is None:
-        raise ValueError(
-            "draft='mtp': this model has no block for multi-token prediction: load it by "
-            "checkpoint.load_decoder(..., mtp=True), make it with mtp=True, or use draft='prompt'."
-        )
-
-
-def _check(prompts, vocabulary, max_new_tokens, speculate, block) -> None:
-    if not prompts or not all(len(prompt) for prompt in prompts):
-        raise ValueError("prompts: there must be at least one, and none may be empty.")
+def _check_flags(max_new_tokens, temperature, top_k, top_p, speculate, draft, block) -> None:
+    """What can be wrong whatever the model and the prompts are."""
     for name, value, least in (("max_new_tokens", max_new_tokens, 1), ("speculate", speculate, 0),
                                ("block", block, 1)):  # fmt: skip
         if not isinstance(value, int) or value < least:
             raise ValueError(f"{name}={value!r}: it must be a whole number of at least {least}.")
+    if draft not in ("prompt", "mtp"):
+        raise ValueError(f"draft={draft!r}: it must be 'prompt' or 'mtp'.")
+    if draft == "mtp" and not speculate:
+        raise ValueError("draft='mtp' drafts nothing with speculate=0: say how many tokens.")
+    _check_sampling(None, jax.random.key(0), temperature, top_k, top_p)
+
+
+def _slots(config, prompts, max_new_tokens, max_length, speculate) -> int:
+    """The cache's length, after a look at the prompts and at what they need."""
+    if not prompts or not all(len(prompt) for prompt in prompts):
+        raise ValueError("prompts: there must be at least one, and none may be empty.")
     for row, prompt in enumerate(prompts):
-        if min(prompt) < 0 or max(prompt) >= vocabulary:
+        wrong = [token for token in prompt if not 0 <= token < config.vocab_size]
+        if wrong:
             raise ValueError(
-                f"prompt {row} has token {max(prompt)}: the model has {vocabulary} words. Is the "
-                "tokenizer this model's?"
+                f"prompt {row} has token {wrong[0]}: the model has {config.vocab_size} words. Is "
+                "the tokenizer this model's?"
             )
+    longest = max(map(len, prompts))
+    need = longest + max_new_tokens + speculate
+    # Kernels want whole blocks of slots.
+    slots = -(-need // _SLOTS) * _SLOTS if max_length is None else max_length
+    limit = config.attention.max_position_embeddings
+    if slots < need or longest + max_new_tokens > limit:
+        raise ValueError(
+            f"max_length={slots}: a prompt of {longest} tokens, {max_new_tokens} new ones and "
+            f"{speculate} drafts need {need} slots; the model has {limit} positions."
+        )
+    return slots

@@ -46,7 +46,7 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "AXK1": {},
     "axk2": {"output_gate": "query"},
     "pangu_ultra_moe": {},
-    "sarvam_mla": {},
+    "sarvam_mla": {"q_lora_rank": None},
     "bailing_hybrid": {"output_gate": "head", "rope_theta": 6_000_000.0},
     "bailing_moe_v2_5": {},
     "bailing_moe_linear": {},
@@ -62,6 +62,12 @@ _FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 for _name in ("dots3_note", "glm5_next", "mistral_large4"):  # as they are called inside a VLM
     _FAMILIES[f"{_name}_text"] = _FAMILIES[_name]
+
+# What Sarvam's code takes where rope_scaling is null.
+_SARVAM_YARN = {
+    "rope_type": "deepseek_yarn", "factor": 40, "original_max_position_embeddings": 4096,
+    "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0,
+}  # fmt: skip
 
 # Families whose every full layer is sparse, also where the config leaves index_topk out.
 _SPARSE = (
@@ -165,10 +171,19 @@ def attention_fields(hf: Mapping[str, Any], where: str, layer: int | None = None
             value = hf[theirs]
             gate = ours == "output_gate" and isinstance(value, bool | str)
             hf[ours] = _GATES.get(value, value) if gate else value
+    if str(family).startswith("longcat") and hf.get("num_layers") is not None:
+        hf["num_hidden_layers"] = hf["num_layers"]  # transformers counts the attentions instead
     if family in ("dots3_note", "dots3_note_text"):
         hf = _dots3_layer(hf, where, layer)
     if family in ("mistral_large4", "mistral_large4_text"):
         hf = _mistral_large4_layer(hf, where, layer)
+    if family == "sarvam_mla" and hf.get("rope_parameters") is None:
+        hf["rope_scaling"] = hf.get("rope_scaling") or _SARVAM_YARN
+    if "qk_latent_layernorm" in hf:  # TransMLA, whose biases are not DeepSeek's
+        hf["latent_norm"] = hf["qk_latent_layernorm"]
+        if hf.get("attention_bias") is True:
+            query = "q_proj" if hf.get("q_lora_rank") is None else "q_b_proj"
+            hf["attention_bias"] = (query, "kv_a_proj")
     _refuse(hf, family, where)
     fields = dict(_FAMILIES[family]) if family is not None else {}
     if fields.get("latent_norm_eps") == "rms_norm_eps":
@@ -209,6 +224,9 @@ def _refuse(hf: Mapping[str, Any], family: str | None, where: str) -> None:
             f"{where}: kv_source_layers={sources!r}: attention to another layer's cache is not "
             "supported yet."
         )
+    cap = hf.get("attn_logit_softcapping")
+    if cap is not None:
+        raise ValueError(f"{where}: attn_logit_softcapping={cap!r}: capped logits: not supported.")
     for key, value, what in (
         ("use_mla", False, "ordinary attention, without latents"),
         ("use_output_subspace", True, "an output latent"),

@@ -15,8 +15,32 @@ _QUICK = ("demo", "--batch", "2", "--tokens", "6", "--prompt", "def ", "--temper
 
 
 _CHECKPOINT = pathlib.Path(__file__).parent / "testdata" / "decoders" / "deepseek_v3"
+_SAVED = ("generate", "--checkpoint", str(_CHECKPOINT))
 _GENERATE = ("generate", "--preset", "tiny", "--random-weights", "--dtype", "float32",
              "--max-new-tokens", "9")  # fmt: skip
+
+
+# Flags that are wrong whatever the model is, and what is said of them.
+_WRONG = [
+    (("--prompt", "a", "--draft", "mtp"), r"draft='mtp' drafts nothing with specul"),
+    (("--prompt", "a", "--speculate", "-1"), r"speculate=-1"),
+    (("--prompt", "a", "--max-new-tokens", "0"), r"max_new_tokens=0"),
+    (("--prompt", "a", "--block", "0"), r"block=0"),
+    (("--prompt", "a", "--temperature", "nan"), r"temperature=nan"),
+    (("--prompt", "a", "--top-k", "0"), r"top_k=0"),
+    (("--prompt", "a", "--top-p", "0"), r"top_p=0"),
+    (("--prompt", "a", "--implementation", "cuda"), r"implementation='cuda' is not known"),
+    (("--prompt", "a", "--dtype", "int8"), r"dtype='int8': use bfloat16"),
+    (("--prompt", "a", "--prompt-tokens", "3"), r"give --prompt TEXT, or --prompt-tokens"),
+    (("--prompt", "a", "b", "--batch", "2"), r"--batch 2 copies one prompt"),
+    (("--prompt", "a", "--seed", "-1"), r"--seed must be at least 0"),
+    (("--prompt-tokens", "-1"), r"--prompt-tokens and"),
+    (("--prompt", "~"), r"prompt 0 has token 126: the model has 40 words"),
+    (("--prompt", "\n", "--max-length", "4"), r"max_length=4"),
+    (("--prompt", "\n", "--max-new-tokens", "200"), r"the model has 128 positions"),
+    (("--prompt", ""), r"none may be empty"),
+    (("--random-weights", "--prompt", "a"), r"--random-weights is for a --preset"),
+]
 
 
 def _run(capsys, *args):
@@ -80,19 +104,32 @@ def test_save_and_load_give_identical_logits(tmp_path, rng):
         (("demo", "--load", "/nonexistent/model"), r"/nonexistent/model holds no model"),
         (("demo", "--tokens", "0"), r"at least 1"),
         (("demo", "--prompt", ""), r"not empty"),
+        (("demo", "--tokens", "100000"), r"tiny has 1024: ask for fewer"),
+        (("demo", "--temperature", "-1"), r"temperature=-1\.0: it must be at least 0"),
+        (("demo", "--save", "/dev/null/model"), r"/dev/null"),
         (("generate",), r"give one of --checkpoint FOLDER and --preset"),
         (("generate", "--preset", "tiny"), r"add --random-weights"),
-        (("generate", "--preset", "axk1", "--random-weights"), r"'axk1' describes the attention"),
-        (("generate", "--checkpoint", "/nonexistent/model"), r"/nonexistent/model is neither"),
-        ((*_GENERATE,), r"give --prompt TEXT"),
-        ((*_GENERATE, "--dtype", "int8"), r"dtype='int8': use bfloat16"),
-        ((*_GENERATE, "--prompt", "a", "--max-length", "4"), r"max_length=4"),
         (
-            (*_GENERATE, "--prompt", "a", "--draft", "mtp"),
-            r"draft='mtp' drafts nothing with specul",
+            ("generate", "--preset", "axk1", "--random-weights", "--prompt", "a"),
+            r"'axk1' describes the attention",
         ),
         (
-            ("generate", "--checkpoint", str(_CHECKPOINT), "--speculate", "2", "--draft", "mtp"),
+            ("generate", "--checkpoint", "/nonexistent/model", "--prompt", "a"),
+            r"/nonexistent/model is neither",
+        ),
+        ((*_GENERATE,), r"give --prompt TEXT"),
+        (
+            (
+                *_SAVED,
+                "--prompt",
+                "\n",
+                "--max-new-tokens",
+                "4",
+                "--speculate",
+                "2",
+                "--draft",
+                "mtp",
+            ),
             r"nothing under model\.layers\.3\.,.*draft by prompt lookup",
         ),
         (("demo", "--preset", "deepseek_v3"), r"takes about [\d,]+ GiB"),
@@ -104,6 +141,14 @@ def test_wrong_arguments(capsys, args, message):
     assert re.search(message, error)
     assert error.startswith("mla-jax: ")
     assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("args", "message"), _WRONG, ids=lambda value: " ".join(value))
+def test_wrong_flags_are_known_before_weights_are_read(capsys, monkeypatch, args, message):
+    monkeypatch.setattr(cli.checkpoint, "load_decoder", None)
+    error = _error(capsys, *_SAVED, *args)
+    assert re.search(message, error)
+    assert error.startswith("mla-jax: ")
 
 
 @pytest.mark.parametrize("args", [("costs",), ("costs", "tiny", "--batch", "x"), ("nothing",)])

@@ -144,6 +144,8 @@ def test_what_only_the_code_of_a_family_says():
     older["architectures"] = ["BailingMoeV2_5ForCausalLM"]
     assert MLAConfig.from_hf(older).output_gate is None
     assert MLAConfig.from_hf(K3 | {"mla_use_output_gate": False}).output_gate is None
+    both = REAL["longcat_flash"] | {"num_hidden_layers": 56}
+    assert MLAConfig.from_hf(both) == MLAConfig.from_preset("longcat_flash")
     off = {"sliding_window": 4096, "use_sliding_window": False}
     assert MLAConfig.from_hf(V3 | off).sliding_window is None
     mini = {k: v for k, v in PLAIN.items() if k != "v_head_dim"} | {"model_type": "minicpm3"}
@@ -192,6 +194,7 @@ def test_layers_that_differ():
         ({"model_type": ["deepseek_v3"]}, r"model_type=\['deepseek_v3'\]"),
         ({"kv_source_layers": [0, 0]}, "kv_source_layers.*another layer's cache"),
         ({"use_mla": False}, "use_mla=False"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0"),
         ({"model_type": "kimi_linear", "mla_use_nope": False}, "mla_use_nope=False"),
         ({"gated_attention_proj_granularity_type": "x"}, "output_gate='x'"),
         ({"hidden_size": None}, "lacks hidden_size"),
@@ -199,6 +202,8 @@ def test_layers_that_differ():
         ({"qk_rope_head_dim": 63}, "qk_rope_head_dim=63.*even"),
         ({"rope_scaling": "yarn"}, "rope_scaling='yarn'"),
         ({"rope_scaling": {"type": "yarn"}}, "original_max_position_embeddings"),
+        ({"rope_scaling": {"factor": 4.0}}, "rope_scaling=.*lacks rope_type"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 5.0}}}, "lacks rope_type"),
         ({"rope_scaling": {"type": "dynamic"}}, "rope_type='dynamic'"),
         ({"rope_scaling": {"type": "yarn", "factr": 2}}, "Did you mean 'factor'"),
     ],

@@ -8,6 +8,7 @@ Letters: N heads, D hidden size, Q q_lora_rank, R kv_lora_rank, H nope, P rotary
 """
 
 import concurrent.futures
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -21,8 +22,9 @@ from mla_jax.attention import MultiHeadLatentAttention
 from mla_jax.checkpoint import names as naming
 from mla_jax.checkpoint.files import AttentionTensors, save_tensors
 
-_THREADS = min(8, os.cpu_count() or 1)
+THREADS = min(8, os.cpu_count() or 1)
 _WORTH_THREADS = 2**22  # bytes
+_ROWS = 64  # of 2 bytes: two lines of a cache
 _ALIGNMENT = 64  # bytes: what jax needs to take an array over on a CPU
 
 Sharding = jax.sharding.Sharding
@@ -69,8 +71,10 @@ def load_attention(
     missing = sorted(expected.keys() - given.keys())
     unexpected = sorted(given.keys() - expected.keys())
     if missing or unexpected:
-        files = isinstance(tensors, AttentionTensors)
-        source = f" of {tensors.prefix} in {tensors.files.path}" if files else ""
+        source = ""
+        if isinstance(tensors, AttentionTensors):
+            source = f" of {tensors.prefix} in {tensors.files.path}"
+            unexpected = [tensors.where(name) for name in unexpected]
         raise ValueError(
             f"these tensors{source} are not the layer's: missing {missing}, unexpected "
             f"{unexpected}. Does the layer's config belong to this checkpoint?"
@@ -153,8 +157,12 @@ def save_attention(
     save_tensors(path, tensors, shard_bytes=shard_bytes)
 
 
-def place(host: np.ndarray, dtype, sharding: Sharding | None = None) -> jax.Array:
+def place(
+    host: np.ndarray, dtype, sharding: Sharding | None = None, *, take: bool = False
+) -> jax.Array:
     """A host array, of any strides, as a jax array; with a sharding only its parts are copied.
+
+    With `take` the array, `empty`'s and of this dtype, is nobody else's and need not be copied.
 
     >>> import jax.numpy as jnp
     >>> place(np.ones((2, 3)), jnp.bfloat16).dtype
@@ -163,22 +171,34 @@ def place(host: np.ndarray, dtype, sharding: Sharding | None = None) -> jax.Arra
     dtype = np.dtype(jax.dtypes.canonicalize_dtype(dtype))  # x64 may narrow it
     if sharding is None:
         # The copy is nobody else's: on a CPU it becomes the jax array, without a second one.
-        return jax.block_until_ready(jax.device_put(_ordered(host, dtype), may_alias=True))
+        own = host if take else _ordered(host, dtype)
+        return jax.block_until_ready(jax.device_put(own, may_alias=True))
     part = lambda index: _ordered(host[index], dtype)  # noqa: E731
     return jax.block_until_ready(jax.make_array_from_callback(host.shape, sharding, part))
 
 
-def _ordered(host: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """A C-ordered copy in another dtype, aligned as jax wants it."""
-    size = int(np.prod(host.shape, dtype=np.int64)) * dtype.itemsize
+def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """A C-ordered array, aligned as jax wants it."""
+    size = math.prod(shape) * dtype.itemsize
     raw = np.empty(size + _ALIGNMENT, np.uint8)
     raw = raw[-raw.ctypes.data % _ALIGNMENT :][:size]
-    out = raw.view(dtype).reshape(host.shape)
-    source, target = (_bits(host), _bits(out)) if host.dtype == dtype else (host, out)
+    return raw.view(dtype).reshape(shape)
+
+
+def _ordered(host: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """A C-ordered copy in another dtype, aligned as jax wants it."""
+    out = empty(host.shape, dtype)
+    copy(host, out, THREADS if out.nbytes >= _WORTH_THREADS else 1)
+    return out
+
+
+def copy(host: np.ndarray, out: np.ndarray, threads: int = 1) -> None:
+    """Copies an array of any strides into a C-ordered one."""
+    source, target = (_bits(host), _bits(out)) if host.dtype == out.dtype else (host, out)
     if host.ndim < 2 or host.flags.c_contiguous:
         target[...] = source
-        return out
-    # A transposed kernel: written 16 of torch's rows at a time, which stays in cache and is six
+        return
+    # A transposed kernel: written 64 of torch's rows at a time, which stays in cache and is several
     # times as fast as numpy's own order.
     for shape in ((host.shape[0], -1), (-1, host.shape[-1])):
         try:  # the heads' axis and the channels' are one in the file
@@ -188,22 +208,19 @@ def _ordered(host: np.ndarray, dtype: np.dtype) -> np.ndarray:
         except ValueError:
             continue
     axis = int(np.argmax(source.strides))
-
     rows = source.shape[axis]
-    threads = _THREADS if size >= _WORTH_THREADS else 1
-    share = -(-rows // (16 * threads)) * 16
+    share = -(-rows // (_ROWS * threads)) * _ROWS
 
-    def copy(first):
-        for start in range(first, min(first + share, rows), 16):
-            part = (slice(None),) * axis + (slice(start, min(start + 16, first + share)),)
+    def part_of(first):
+        for start in range(first, min(first + share, rows), _ROWS):
+            part = (slice(None),) * axis + (slice(start, min(start + _ROWS, first + share)),)
             target[part] = source[part]
 
     if threads == 1:
-        copy(0)
+        part_of(0)
     else:  # numpy lets other threads run while it copies
         with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-            list(pool.map(copy, range(0, rows, share)))
-    return out
+            list(pool.map(part_of, range(0, rows, share)))
 
 
 def _bits(array: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ layers under the next number, and is read where it is asked for.
 Letters: D hidden size, F intermediate size, E experts.
 """
 
+import concurrent.futures
 import os
 from typing import Any
 
@@ -15,7 +16,15 @@ import numpy as np
 from flax import nnx
 
 from mla_jax.checkpoint import names as naming
-from mla_jax.checkpoint.attention import Shardings, _ordered, load_attention, place, sharding_of
+from mla_jax.checkpoint.attention import (
+    THREADS,
+    Shardings,
+    copy,
+    empty,
+    load_attention,
+    place,
+    sharding_of,
+)
 from mla_jax.checkpoint.files import AttentionTensors, Checkpoint, is_scale
 from mla_jax.models.deepseek import DeepseekBlock, DeepseekDecoder, MultiTokenPredictor
 from mla_jax.models.deepseek_config import DeepseekConfig
@@ -54,11 +63,7 @@ def load_decoder(
     (1, 3, 102400)
     """
     with Checkpoint(path) as files:
-        if not files.config:
-            raise FileNotFoundError(
-                f"{files.path} has no config.json, which says what model it is."
-            )
-        config = DeepseekConfig.from_hf(files.config)
+        config = decoder_config(files)
         try:
             model = nnx.eval_shape(
                 lambda: DeepseekDecoder(
@@ -70,6 +75,21 @@ def load_decoder(
             raise ValueError(f"{files.path}: {error}") from error
         _Loader(files, model, sharding).load()
     return model
+
+
+def decoder_config(files: Checkpoint) -> DeepseekConfig:
+    """The config of a checkpoint.
+
+    Raises:
+        FileNotFoundError: it has none.
+        ValueError: as `DeepseekConfig.from_hf`; the message names the checkpoint.
+    """
+    if not files.config:
+        raise FileNotFoundError(f"{files.path} has no config.json, which says what model it is.")
+    try:
+        return DeepseekConfig.from_hf(files.config)
+    except ValueError as error:
+        raise ValueError(f"{files.path}: {error}") from error
 
 
 class _Loader:
@@ -84,16 +104,20 @@ class _Loader:
         self.attention_prefix = naming.attention_prefixes(files)[0, 0]
         self.root = self.attention_prefix[: self.attention_prefix.rindex("layers.0.")]
         self.embed = f"{self.root}embed_tokens.weight"
-        # beside the root: "lm_head.weight", in a VLM "language_model.lm_head.weight"
-        self.head = f"{self.root.removesuffix('model.')}lm_head.weight"
+        # beside the root: "lm_head.weight", in a VLM "language_model.lm_head.weight", or above
+        beside = f"{self.root.removesuffix('model.')}lm_head.weight"
+        self.head = beside if beside in files else "lm_head.weight"
         self.used: set[str] = set()
 
     def load(self) -> None:
         """Fills the model."""
         root, model = self.root, self.model
+        self._prefetch(self.embed, f"{root}layers.0.")
         self._fill("embed.embedding", model.embed.embedding, self.embed)
         for index, block in enumerate(model.blocks):
             tensors = self.files.attention(index)
+            if index + 1 == len(model.blocks):
+                self._prefetch(f"{root}layers.{index}.", f"{root}norm.", self.head)
             self._block(f"blocks.{index}.", block, f"{root}layers.{index}.", tensors)
         self._fill("norm.scale", model.norm.scale, f"{root}norm.weight")
         if model.head is not None:
@@ -101,6 +125,9 @@ class _Loader:
         if model.predictor is not None:
             self._predictor(model.predictor)
         self._check_all_used()
+
+    def _prefetch(self, *prefixes: str) -> None:
+        self.files.prefetch(name for name in self.files if name.startswith(prefixes))
 
     def _block(
         self, path: str, block: DeepseekBlock, prefix: str, tensors: AttentionTensors
@@ -173,12 +200,16 @@ class _Loader:
             parameter = getattr(mlp, kernel)
             experts, *shape = parameter.shape
             dtype = np.dtype(parameter.dtype)
-            stacked = np.empty(parameter.shape, dtype)
-            for expert in range(experts):
+            stacked = empty(parameter.shape, dtype)
+
+            def fill(expert, kernel=kernel, stacked=stacked, shape=tuple(shape[::-1])):
                 name = f"{prefix}experts.{expert}.{kernel}.weight"
-                stacked[expert] = _ordered(self._read(name, tuple(shape[::-1])).T, dtype)
-                self.files.release()
-            self._place(path + kernel, parameter, stacked)
+                copy(self._read(name, shape).T, stacked[expert])
+
+            with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+                list(pool.map(fill, range(experts)))
+            self.files.release()
+            self._place(path + kernel, parameter, stacked, take=True)
         if mlp.shared is not None:
             self._mlp(f"{path}shared.", mlp.shared, f"{prefix}shared_experts.")
 
@@ -193,9 +224,9 @@ class _Loader:
         self._place(path, parameter, tensor.T if transposed else tensor)
         self.files.release()
 
-    def _place(self, path: str, parameter: Any, host: np.ndarray) -> None:
+    def _place(self, path: str, parameter: Any, host: np.ndarray, take: bool = False) -> None:
         goal = sharding_of(self.sharding, path, parameter.shape)
-        parameter.set_value(place(host, parameter.dtype, goal))
+        parameter.set_value(place(host, parameter.dtype, goal, take=take))
 
     def _read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         if name not in self.files:
@@ -231,5 +262,5 @@ class _Loader:
         if left:
             raise ValueError(
                 f"{self.files.path} has {len(left)} tensors that this decoder does not use, such "
-                f"as {left[:3]}."
+                f"as {left[0]} in {self.files.file_of(left[0])}."
             )

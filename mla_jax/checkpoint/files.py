@@ -166,11 +166,12 @@ class Checkpoint:
         for name in names:
             if name not in self._ahead:
                 self._ahead.add(name)
-                self._reader.submit(self._shard(name).read_ahead, name)
+                # Also the file is opened there: a broken one is an error where it is needed.
+                self._reader.submit(lambda name: self._shard(name).read_ahead(name), name)
 
     def release(self) -> None:
         """Lets the operating system take back the memory of what was read, views included."""
-        for shard in self._shards.values():
+        for shard in list(self._shards.values()):  # others may open files meanwhile
             shard.release()
 
     def _shard(self, name: str) -> "_Shard":
@@ -180,6 +181,8 @@ class Checkpoint:
                 self._shards[path] = _Shard(path)
             except FileNotFoundError as error:
                 raise FileNotFoundError(f"{path}, which should hold {name}, is missing.") from error
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
         return self._shards[path]
 
     def _scale_name(self, name: str) -> str:
@@ -387,7 +390,13 @@ def _resolve(path: str | os.PathLike) -> pathlib.Path:
                 "the Hugging Face hub, install huggingface_hub."
             ) from error
         patterns = ["*.safetensors", "*.json"]
-        return pathlib.Path(snapshot_download(str(path), allow_patterns=patterns))
+        try:
+            return pathlib.Path(snapshot_download(str(path), allow_patterns=patterns))
+        except (OSError, ValueError) as error:  # of many lines, such as the network's
+            first = str(error).strip().splitlines()[0]
+            raise FileNotFoundError(
+                f"{path} is neither a file nor a folder, nor could it be fetched: {first}"
+            ) from error
     raise FileNotFoundError(f"{path} is neither a file nor a folder.")
 
 

@@ -85,6 +85,14 @@ class DeepseekConfig:
             value = getattr(self, key)
             if not isinstance(value, int) or value < 0:
                 raise ValueError(f"{key}={value!r}: {key} must be a whole number >= 0.")
+        for key in ("rms_norm_eps", "routed_scaling_factor", "embed_scale", "residual_scale",
+                    "logit_scale"):  # fmt: skip
+            _positive(key, getattr(self, key))
+        for key in ("norm_topk_prob", "tie_word_embeddings"):
+            if not isinstance(getattr(self, key), bool):
+                raise ValueError(f"{key}={getattr(self, key)!r}: {key} must be true or false.")
+        if any(not isinstance(token, int) or token < 0 for token in self.eos_token_ids):
+            raise ValueError(f"eos_token_id={self.eos_token_ids!r}: these must be tokens.")
         if self.scoring_func not in ("softmax", "sigmoid"):
             raise ValueError(f"scoring_func={self.scoring_func!r}: must be softmax or sigmoid.")
         experts = self.n_routed_experts or self.num_experts_per_tok
@@ -136,6 +144,12 @@ class DeepseekConfig:
         attention = MLAConfig.from_hf(hf)
         hf = huggingface.language_model(hf)
         family = hf.get("model_type")
+        if str(family).startswith("longcat"):
+            raise ValueError(
+                f"{where}: model_type={family!r}: two attentions a layer beside a shortcut through "
+                "its experts, some of which return their input, is not supported; its attention "
+                "layers load into MultiHeadLatentAttention."
+            )
         if family is not None and family not in _FAMILIES:
             raise ValueError(
                 f"{where}: model_type={family!r}: this decoder has the shape of "
@@ -157,6 +171,10 @@ class DeepseekConfig:
             fields["scoring_func"] = "sigmoid" if sigmoid else "softmax"
         if fields["scoring_func"] == "sigmoid":
             fields.setdefault("norm_topk_prob", True)
+        experts = fields.get("n_routed_experts")
+        if family == "sarvam_mla" and isinstance(experts, int):  # its code's groups are of 8
+            fields.setdefault("n_group", max(1, experts // 8))
+            fields.setdefault("topk_group", min(2, max(1, experts // 8)))
         if hf.get("topk_method") == "greedy":
             fields |= {"n_group": 1, "topk_group": 1}
         kinds = hf.get("mlp_layer_types")
@@ -168,8 +186,13 @@ class DeepseekConfig:
                 )
             fields["first_k_dense_replace"] = dense
         if family == "minicpm3":
-            depth, base = hf.get("scale_depth"), hf.get("dim_model_base")
-            fields["embed_scale"] = float(hf.get("scale_emb", 12))
+            scales: dict[str, Any] = {"scale_emb": 12, "scale_depth": None, "dim_model_base": None}
+            scales |= {key: hf[key] for key in scales if hf.get(key) is not None}
+            for key, value in scales.items():
+                if value is not None:
+                    _positive(f"{where}: {key}", value)
+            embed, depth, base = scales.values()
+            fields["embed_scale"] = float(embed)
             if depth is not None:
                 fields["residual_scale"] = depth / math.sqrt(attention.num_hidden_layers)
             if base is not None:
@@ -186,6 +209,12 @@ class DeepseekConfig:
             return cls(attention=attention, **fields)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{where}: {error}") from error
+
+
+def _positive(key: str, value: Any) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (number and 0 < value < math.inf):
+        raise ValueError(f"{key}={value!r}: it must be a positive number.")
 
 
 def decoder_presets() -> tuple[str, ...]:

@@ -44,10 +44,10 @@ def random_decoder(
     model = nnx.eval_shape(lambda: DeepseekDecoder(config, mtp=mtp, rngs=nnx.Rngs(0), **types))
     keys = jax.random.split(jax.random.key(seed, impl="unsafe_rbg"), len(model.blocks) + 1)
     # All but the layers: of a model of one layer, whose own weights nobody asks for. A predictor's
-    # block is one further, and sparse as the last ones.
+    # block is the one behind, here as in the whole model sparse or dense.
     shallow = config.replace(
         attention=config.attention.replace(num_hidden_layers=1),
-        first_k_dense_replace=min(config.first_k_dense_replace, 1),
+        first_k_dense_replace=0 if config.is_sparse(len(model.blocks)) else 2,
     )
 
     @jax.jit

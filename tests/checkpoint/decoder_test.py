@@ -178,6 +178,24 @@ def test_no_block_for_drafting(copy):
 
 
 @pytest.mark.parametrize(
+    ("root", "head"),
+    [("language_model.model.", "language_model.lm_head."), ("model.language_model.", "lm_head."),
+     ("language_model.model.", "lm_head.")],
+)  # fmt: skip
+def test_the_language_model_of_another(copy, root, head):
+    tensors, write = copy
+    want = load(write())
+    inside = {
+        name.replace("model.", root, 1) if name.startswith("model.") else head + "weight": value
+        for name, value in tensors.items()
+    }
+    tensors.clear()
+    tensors |= inside | {"vision_tower.blocks.0.weight": np.zeros(2, np.float32)}
+    for ours, theirs in zip(leaves(load(write())), leaves(want), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
     ("name", "change", "message"),
     [
         ("model.layers.1.mlp.experts.5.up_proj.weight", None, r"lacks model\.layers\.1\.mlp\.exp"),
@@ -214,13 +232,22 @@ def test_sharded_and_in_bfloat16(copy):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "longcat_flash"}, "model_type='longcat_flash'.*MultiHeadLatentAttention"),
+        ({"model_type": "longcat_flash"}, "model_type='longcat_flash': two attentions a layer"),
+        ({"model_type": "mistral4"}, "model_type='mistral4'.*MultiHeadLatentAttention"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"moe_layer_freq": 2}, "moe_layer_freq=2"),
         ({"n_group": 3}, "n_group=3"),
         ({"num_experts_per_tok": 5}, "num_experts_per_tok=5: only 4"),
         ({"vocab_size": None}, "lacks vocab_size"),
         ({"intermediate_size": "x"}, "intermediate_size='x'"),
+        ({"rms_norm_eps": "x"}, "rms_norm_eps='x'"),
+        ({"routed_scaling_factor": -1}, "routed_scaling_factor=-1"),
+        ({"norm_topk_prob": 2}, "norm_topk_prob=2"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings='no'"),
+        ({"eos_token_id": ["a"]}, "eos_token_id="),
+        ({"model_type": "minicpm3", "scale_depth": {}}, "scale_depth={}"),
+        ({"model_type": "minicpm3", "dim_model_base": "x"}, "dim_model_base='x'"),
+        ({"model_type": "minicpm3", "scale_emb": 0}, "scale_emb=0"),
         ({"mlp_layer_types": ["sparse", "dense", "sparse"]}, "mlp_layer_types.*come first"),
     ],
 )
@@ -229,6 +256,18 @@ def test_configs_of_other_shapes_are_refused(changes, message):
     config = json.loads((source / "config.json").read_text())
     with pytest.raises(ValueError, match=message):
         DeepseekConfig.from_hf(config | changes)
+
+
+def test_sarvams_groups_are_of_eight_experts():
+    source = next(folder for folder in FOLDERS if folder.name == "deepseek_v3")
+    config = json.loads((source / "config.json").read_text()) | {"model_type": "sarvam_mla"}
+    for key in ("n_group", "topk_group", "n_routed_experts"):
+        del config[key]
+    config |= {"num_experts": 128, "num_experts_per_tok": 8}
+    found = DeepseekConfig.from_hf(config)
+    assert (found.n_routed_experts, found.n_group, found.topk_group) == (128, 16, 2)
+    found = DeepseekConfig.from_hf(config | {"n_group": 1, "topk_group": 1})
+    assert (found.n_group, found.topk_group) == (1, 1)
 
 
 def test_no_config(tmp_path):

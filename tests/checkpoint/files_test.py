@@ -247,6 +247,17 @@ def test_what_an_index_may_get_wrong(tmp_path):
         checkpoint.Checkpoint(tmp_path / "nowhere")
 
 
+def test_a_repository_that_cannot_be_fetched(monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+
+    def offline(*_, **__):
+        raise OSError("no network\nat all")
+
+    monkeypatch.setattr(hub, "snapshot_download", offline)
+    with pytest.raises(FileNotFoundError, match=r"^some/model is neither .* fetched: no network$"):
+        checkpoint.Checkpoint("some/model")
+
+
 def test_a_single_file_and_files_without_an_index(tmp_path):
     tensors = {f"model.layers.0.self_attn.{k}": v
                for k, v in checkpoint.attention_tensors(make()).items()}  # fmt: skip
@@ -270,6 +281,32 @@ def test_layers_that_are_not_the_configs(tmp_path):
     wider = make(CONFIG.replace(v_head_dim=11))
     with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.kv_b_proj.weight in .*has shape"):
         checkpoint.load_attention(wider, files.attention(0))
+
+
+def test_a_broken_shard_is_an_error_of_the_layers_in_it(tmp_path):
+    checkpoint.save_attention(tmp_path, {0: make(), 1: make(), 2: make()}, shard_bytes=1)
+    files = checkpoint.Checkpoint(tmp_path)
+    first, second = (f"model.layers.{i}.self_attn.kv_b_proj.weight" for i in (1, 2))
+    files.file_of(first).unlink()
+    cut = files.file_of(second)
+    cut.write_bytes(cut.read_bytes()[:-1])
+    for _ in range(2):
+        layer = make(seed=5)
+        checkpoint.load_attention(layer, files.attention(0))
+        np.testing.assert_array_equal(layer.o_proj.kernel[...], make().o_proj.kernel[...])
+    with pytest.raises(FileNotFoundError, match=rf"{files.file_of(first)}.*hold {first}, is miss"):
+        checkpoint.load_attention(make(), files.attention(1))
+    with pytest.raises(ValueError, match=rf"{second}: {cut} is not a whole safetensors file"):
+        checkpoint.load_attention(make(), files.attention(2))
+
+
+def test_unexpected_tensors_are_named_with_their_file(tmp_path):
+    prefix = "model.layers.0.self_attn."
+    tensors = {prefix + k: v for k, v in checkpoint.attention_tensors(make()).items()}
+    tensors[prefix + "indexer.wq_b.weight"] = np.zeros((2, 2), np.float32)
+    files = checkpoint.Checkpoint(write(tmp_path, tensors))
+    with pytest.raises(ValueError, match=rf"{prefix}indexer\.wq_b\.weight in .*model-0000\d-of"):
+        checkpoint.load_attention(make(), files.attention(0))
 
 
 CONTENT = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(4, BF16)}

@@ -11,7 +11,7 @@ from flax import nnx
 from numpy_decoder import NumpyDecoder
 
 from mla_jax.decoding import decode_step, prefill_step
-from mla_jax.models import DeepseekConfig, DeepseekDecoder, decoder_presets
+from mla_jax.models import DeepseekConfig, DeepseekDecoder, decoder_presets, random_decoder
 from mla_jax.models import experts as experts_module
 
 SIGMOID = DeepseekConfig(
@@ -193,3 +193,16 @@ def test_bad_input():
         config = SOFTMAX.replace(num_nextn_predict_layers=count)
         with pytest.raises(ValueError, match=f"num_nextn_predict_layers={count}: mtp needs"):
             DeepseekDecoder(config, mtp=True, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("dense", [0, 1, 2, 3, 4])
+def test_random_weights_have_the_models_shapes(dense):
+    config = DeepseekConfig.from_preset("tiny").replace(first_k_dense_replace=dense)
+    config = config.replace(attention=config.attention.replace(num_hidden_layers=3))
+    made = random_decoder(config, mtp=True)
+    model = nnx.eval_shape(lambda: DeepseekDecoder(config, mtp=True, rngs=nnx.Rngs(0)))
+    flat = [nnx.to_flat_state(nnx.state(m, nnx.Param)) for m in (made, model)]
+    assert flat[0].paths == flat[1].paths
+    for ours, theirs in zip(flat[0].leaves, flat[1].leaves, strict=True):
+        assert ours.shape == theirs.shape
+        assert isinstance(ours[...], jax.Array)
