@@ -166,8 +166,14 @@ def measure(implementation, shape, lengths, dtype, guess, last):
     out, lse = (np.asarray(x[np.array(rows)], np.float64)[:, :, some] for x in state[2][0])
     cut = None
     if make:
-        anew = lambda s: (s[0], make(s[0] + 0 * s[1].arrivals[0]))  # noqa: E731
-        cut, _ = timer(anew, 1e-5, last)((limits, schedule))
+
+        def anew(state):
+            limits, schedule = state
+            for _ in range(CALLS):
+                schedule = make(limits + 0 * schedule.arrivals[0])
+            return limits, schedule
+
+        cut = timer(anew, CALLS * 1e-5, last)((limits, schedule))[0] / CALLS
     compared = errors(out, lse, want)
     return {"seconds": taken / calls, "cut": cut, "repeatable": same, **compared}
 

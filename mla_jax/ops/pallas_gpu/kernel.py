@@ -143,10 +143,9 @@ class _Part:
         self.qr_hbm: Any = refs.pop(0) if shape.rope else None
         self.k_hbm: Any = refs.pop(0)
         self.kr_hbm: Any = refs.pop(0) if shape.rope else None
-        self.lengths, self.row_step, self.row_first, self.row_parts, *refs = refs
-        self.parts, self.arrivals, *refs = refs
+        self.lengths, self.row_step, self.row_parts, self.parts, self.arrivals, *refs = refs
         self.out, self.lse, self.part_out, self.part_lse = refs
-        names = ("out", "lse", "part_out", "part_lse", "arrivals", "row_first", "row_parts")
+        names = ("out", "lse", "part_out", "part_lse", "arrivals", "row_parts")
         self.merged = {name: getattr(self, name) for name in names} | {"part": self.parts}
         self.k, self.q, self.p, self.stat = (smem[name] for name in ("k", "q", "p", "stat"))
         self.part, self.tile = lax.axis_index("part"), lax.axis_index("tile")

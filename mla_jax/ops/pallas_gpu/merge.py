@@ -39,15 +39,16 @@ def merge(part, tile, wg, refs, shape):
 
     Its first row, too, is the last one of the parts before it: nobody merges twice.
     """
-    row, shared = (refs["part"][part, i] for i in (5, 7))
+    row, shared = (refs["part"][part, i] for i in (5, 6))
     pl.when(shared > 0)(lambda: _merge_share(row, part, tile, wg, refs, shape))
 
 
 def _merge_share(row, part, tile, wg, refs, shape):
     """Some query rows of a batch row: their pieces weighted by exp2(lse), added in order."""
     out, lse, part_out, part_lse = (refs[x] for x in ("out", "lse", "part_out", "part_lse"))
-    count, first = refs["row_parts"][row], refs["row_first"][row]
-    beyond = refs["part"][first + count - 1, 5] > row  # the last of them has gone on
+    first, last = refs["row_parts"][0, row], refs["row_parts"][1, row]
+    count = last - first + 1
+    beyond = refs["part"][last, 5] > row  # the last of them has gone on
     sharers = 2 * (count - beyond.astype(jnp.int32))
     if shape.native:
         mosaic.meet_global(refs["arrivals"], row * shape.tiles + tile, 2 * count, sharers)
@@ -118,7 +119,7 @@ def merge_interpreted(out, lse, part_out, part_lse, schedule, shape, common):
     """The merge as a kernel of its own: the interpreter runs one thread block after the other."""
 
     def body(*refs):
-        names = ("part_out", "part_lse", "row_first", "row_parts", "part", "out", "lse")
+        names = ("part_out", "part_lse", "row_parts", "part", "out", "lse")
         named = dict(zip(names, refs, strict=True))
         part, tile, wg = (lax.axis_index(name) for name in ("part", "tile", "wg"))
 
@@ -128,7 +129,8 @@ def merge_interpreted(out, lse, part_out, part_lse, schedule, shape, common):
 
     results = [like(x, x.shape, x.dtype) for x in (out, lse)]
     merged = plgpu.kernel(body, out_type=results, **common)(
-        part_out, part_lse, schedule.row_first, schedule.row_parts, schedule.part,
+        part_out, part_lse, schedule.row_parts, schedule.part,
     )  # fmt: skip
-    split = jnp.repeat(schedule.row_parts > 1, shape.rows, total_repeat_length=out.shape[0])
+    first, last = schedule.row_parts
+    split = jnp.repeat(first < last, shape.rows, total_repeat_length=out.shape[0])
     return jnp.where(split[:, None], merged[0], out), jnp.where(split, merged[1], lse)

@@ -28,20 +28,19 @@ class Schedule(NamedTuple):
     Attributes:
         lengths: slots in use of every row.
         row_step: where each row's steps begin.
-        row_first: the first part that works on a row.
-        row_parts: how many parts work on it; 1 is written directly, more are merged.
+        row_parts: the first and the last part that work on a row; if they are one, it writes the
+            row, if not, they merge it.
         part: of every part its first step, the step after its last, its first row, where that
-            row's steps begin, that row's length, its last row, and whether it has its first and
-            its last row with others: one load tells a thread block where to begin.
+            row's steps begin, that row's length, its last row, and whether it has that with
+            others: one load tells a thread block where to begin.
         arrivals: counters of the merge, zero before and after every call. The kernel counts in
             place, so a schedule serves one call at a time, as a device's kernels run.
     """
 
     lengths: Int[Array, "B"]
     row_step: Int[Array, "B+1"]
-    row_first: Int[Array, "B"]
-    row_parts: Int[Array, "B"]
-    part: Int[Array, "parts 8"]
+    row_parts: Int[Array, "2 B"]
+    part: Int[Array, "parts 7"]
     arrivals: Int[Array, "B*tiles"]
 
 
@@ -86,28 +85,24 @@ def make_schedule(
         most = per_part * (longest + ROW_COST) - ROW_COST
         first = last = b // per_part
     even = most <= each + slack
-    first = jnp.where(even, first, lax.div(cost, each))
-    last = jnp.where(even, last, lax.div(cost + steps - 1, each))
+    line = lax.div(cost, each), lax.div(cost + steps - 1, each)
+    row_parts = jnp.where(even, jnp.stack([first, last]), jnp.stack(line))
     # Part p begins in the first row that is not over by then, after the steps that others do.
-    over, begun = (
-        jnp.sum(x, axis=0, dtype=jnp.int32)
-        for x in (last[:, None] < p[None], first[:, None] <= p[None])
-    )
+    begun, over = jnp.sum(row_parts[:, :, None] < p[None, None], axis=1, dtype=jnp.int32)
     row = jnp.minimum(over, batch - 1)
     done = jnp.where(even, (at - first_at[row]) * size[row], p * each - cost[row])
     step = row_step[row] + jnp.clip(done, 0, steps[row])
-    begin, end, here, there = step[:-1], step[1:], row[:-1], begun[:-1] - 1
+    begin, end, here, there = step[:-1], step[1:], row[:-1], begun[1:] - 1
     part = [
         begin, end, here, starts[here], lengths[here], there,
-        (starts[here] < begin) | (ends[here] > end), (starts[there] < begin) | (ends[there] > end),
+        (starts[there] < begin) | (ends[there] > end),
     ]  # fmt: skip
     # Zeros that no compiler can fold: as a literal they would be filled anew before every call.
     zero = jnp.where(lengths < 0, 1, 0)
     return Schedule(
         lengths=lengths,
         row_step=row_step,
-        row_first=first,
-        row_parts=last - first + 1,
+        row_parts=row_parts,
         part=jnp.stack([x.astype(jnp.int32) for x in part], axis=1),
         arrivals=jnp.broadcast_to(zero[:, None], (batch, tiles)).reshape(-1),
     )
