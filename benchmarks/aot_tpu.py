@@ -122,7 +122,7 @@ def profile(generation, options):
     launch, args, plan = kernel(generation, **options)
     program = compiled(launch, args, generation)
     found = {"vmem": vmem(program.as_text()), "block": plan.block, "cycles": None}
-    found["unit"] = 128 if plan.trim else plan.block
+    found["unit"] = 128
     for name in glob.glob(f"{folder}/*mla_decode*profile.textproto"):
         with open(name) as file:
             match = re.search(

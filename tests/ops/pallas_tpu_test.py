@@ -57,9 +57,8 @@ def poison(args, lengths):
     return [*args[:2], *(jnp.where(unseen, jnp.nan, array) for array in args[2:])]
 
 
-def run(args, lengths, *, block=128, ring=4, cores=1, trim=False):
-    trim |= args[2].shape[1] % block != 0
-    plan = Plan(block=block, ring=ring, cores=cores, trim=trim, vmem_bytes=2**25)
+def run(args, lengths, *, block=128, ring=4, cores=1, split=False):
+    plan = Plan(block=block, ring=ring, cores=cores, split=split, vmem_bytes=2**25)
     call = jax.jit(functools.partial(pallas_tpu.decode, scale=SCALE, plan=plan))
     got = jax.block_until_ready(call(*args, lengths))
     assert not interpret_pallas_call.races.races_found
@@ -102,14 +101,14 @@ def test_lengths_around_blocks(rng):
     check(args, lengths, block=128)
     check(args, lengths, block=512)  # 1152 is 2.25 blocks
     args = draw(rng, len(lengths), 1, 1536, 4)
-    check(args, lengths, block=768, trim=True)
+    check(args, lengths, block=768, split=True)
     check(args, lengths, block=768)
 
 
 def test_trimmed_copies_take_what_is_live_and_no_more(rng):
     """Every number of live tiles of a block, its binary digits being copies of their own."""
     lengths = ints(*range(1, 896, 128), *range(0, 897, 128))
-    check(draw(rng, len(lengths), 2, 896, 2), lengths, block=896, trim=True, ring=3)
+    check(draw(rng, len(lengths), 2, 896, 2), lengths, block=896, split=True, ring=3)
 
 
 @pytest.mark.parametrize("interpreter", [2], indirect=True)
@@ -120,7 +119,7 @@ def test_trimmed_copies_take_what_is_live_and_no_more(rng):
 def test_two_cores_share_the_blocks(lengths, rng):
     args = draw(rng, len(lengths), 1, 1024, 4)
     check(args, ints(*lengths), cores=2)
-    check(args, ints(*lengths), cores=2, block=512, trim=True)
+    check(args, ints(*lengths), cores=2, block=512, split=True)
 
 
 def test_one_full_row_among_empty_ones(rng):
@@ -159,16 +158,21 @@ PLANTED = {
         walk, "limits", lambda self, row, real=walk.limits: [real(self, row)[-1]] * 2
     ),
     "stale_maximum": lambda walk: mock.patch.object(
-        walk, "opens", lambda self, step, item: step == 0
+        walk, "keep",
+        lambda self, step, item, scores, real=walk.keep: real(
+            self, step, item._replace(index=1), scores
+        ),
     ),
     "dropped_first_block": lambda walk: mock.patch.object(
         walk, "keep",
-        lambda self, scores, opens, now, real=walk.keep: real(self, scores, True, now),
+        lambda self, step, item, scores, real=walk.keep: real(
+            self, step, item._replace(index=0), scores
+        ),
     ),
     "no_mask": lambda walk: mock.patch.object(walk, "mask", return_value=None),
     "wait_forgotten": lambda walk: mock.patch.object(
         walk, "copy_in",
-        lambda self, *args, real=walk.copy_in: None if args[2] == "wait" else real(self, *args),
+        lambda self, *args, real=walk.copy_in: None if args[-1] == "wait" else real(self, *args),
     ),
 }  # fmt: skip
 
