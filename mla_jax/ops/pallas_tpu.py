@@ -7,9 +7,10 @@ the scheduler can fill one's waits with the other's work:
     score  item j+1: queries x block on the matrix unit, running maximum -> scores, top, fade
     mix    item j:   exp2, sum, weights x latents on the matrix unit     -> total, mixed
 
-Only a block that some query does not see in full takes the masking path (`_mask`). Rows keep a
-running maximum and sum (Milakov and Gimelshein 2018, arXiv 1805.02867) in base 2. Where a chip has
-two cores, each takes half of the list; a row that straddles the halves is merged by lse.
+Of a row's last block only what is live is copied, and only half is computed where that is enough.
+Only a block that some query does not see in full is masked. Rows keep a running maximum and sum
+(Milakov and Gimelshein 2018, arXiv 1805.02867) in base 2. Where a chip has two cores, each takes
+half of the list; a row that straddles the halves is merged by lse.
 
 HBM layout: XLA lays an array of 64 channels per slot out slot-minor, so k_rope goes in as [B P S]:
 that transpose is a bitcast of what is stored, and its lanes hold no padding. XLA's tiles have 8
@@ -51,7 +52,8 @@ class Plan:
         block: C, slots of a block, a multiple of 128.
         ring: buffers of a block in VMEM; ring - 2 copies are under way during a step.
         cores: TensorCores that share the work.
-        split: computes but half of a block that has no more live than that.
+        split: computes but half of a block that has no more live than that, and masks scores as
+            they come. That takes branches, and code of six steps instead of one.
         vmem_bytes: limit on the scoped VMEM of the kernel.
     """
 
@@ -144,7 +146,7 @@ def plan(queries: int, slots: int, itemsize: int, kind: str | None = None) -> Pl
     # kernel whether it is used or not, so it is what the buffers take and some for spills.
     buffers = ring * (block * 640 + rows * 640) * itemsize
     buffers += rows * (block * 4 + 512 * (4 + itemsize) + 5 * 4 * _LANES)
-    split = queries <= 32
+    split = queries <= 32 or (tuned["split_of_128_queries"] and queries <= _LANES)
     return Plan(block, ring, tuned["cores"], split, buffers * 5 // 4 + 2**22)
 
 
@@ -374,8 +376,8 @@ class _Walk:
 
     def share(self):
         """This core's count of items and its first one."""
-        total = lax.fori_loop(0, self.batch, lambda r, n: n + self.blocks(r), jnp.int32(0), unroll=4)
         zero = jnp.int32(0)
+        total = lax.fori_loop(0, self.batch, lambda r, n: n + self.blocks(r), zero, unroll=4)
         if self.plan.cores == 1:
             row = self.nonempty(zero)
             return total, _Item(row, zero, zero, jnp.int32(self.tiles(row)))
@@ -452,12 +454,13 @@ class _Walk:
 
     # The score half of a step.
 
-    def score(self, step, item, size):
-        """Scores of an item, and the running maximum."""
+    def score(self, step, item, size, partial):
+        """Scores of an item, and the running maximum; masked where partial."""
         at, slot, queries = self.at, self.slot(step), lax.rem(item.number, self.plan.ring)
         pattern, latent = _rows(at["pattern"][queries]), _rows(at["latent"][slot, : size // _TILE])
         scores = self.dot(pattern, latent, (((1,), (1,)), ((), ())))
-        self.keep(step, item, self.add_rope(scores, slot, queries))
+        scores = self.add_rope(scores, slot, queries)
+        self.keep(step, item, self.masked(item, scores) if partial else scores)
 
     def score_first(self, item):
         """`score` of the first item, as its halves come in."""
@@ -485,33 +488,43 @@ class _Walk:
         at["top"][lax.rem(step, 2)] = top
         at["fade"][...] = jnp.exp2(last - top)
 
-    def mask(self, step, item, size):
-        """Corrects `score` for a block that some query does not see in full."""
-        tokens = self.sizes.tokens
-        slot, start = self.slot(step), item.index * self.plan.block
-        limits = self.limits(item.row)
-        low = functools.reduce(jnp.minimum, limits)
-        high = functools.reduce(jnp.maximum, limits)
+    def partial(self, item):
+        """Whether some query does not see an item's block in full."""
+        low = functools.reduce(jnp.minimum, self.limits(item.row))
+        return low < (item.index + 1) * self.plan.block
 
-        @pl.when(low < start + size)
+    def masked(self, item, scores):
+        """Scores of an item, `_MASKED` where a query does not see the slot."""
+        limits = [limit - item.index * self.plan.block for limit in self.limits(item.row)]
+        token = lax.broadcasted_iota(jnp.int32, scores.shape, 0) // self.sizes.heads
+        limit = functools.reduce(
+            lambda rest, t: jnp.where(token >= t, limits[t], rest),
+            range(1, self.sizes.tokens), limits[0],
+        )  # fmt: skip
+        where = lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+        return jnp.where(where < limit, scores, _MASKED)
+
+    def clean(self, step, item, size):
+        """Zeros for those latents of an item that no query sees: 0 x NaN is NaN."""
+        slot, live = self.slot(step), self.length(item.row) - item.index * self.plan.block
+
+        def zero(part, _):
+            tiles = (slot, pl.ds(part * (_LANES // _TILE), _LANES // _TILE))
+            held = self.at["latent"][tiles]
+            tile, row = (lax.broadcasted_iota(jnp.int32, held.shape, axis) for axis in (0, 1))
+            where = part * _LANES + tile * _TILE + row
+            self.at["latent"][tiles] = jnp.where(where < live, held, jnp.zeros_like(held))
+            return 0
+
+        lax.fori_loop(live // _LANES, size // _LANES, zero, 0)
+
+    def correct(self, step, item):
+        """Does after `score` what a partial block needs."""
+
+        @pl.when(self.partial(item))
         def _():
-            token = lax.broadcasted_iota(jnp.int32, (self.rows, size), 0) // self.sizes.heads
-            limit = functools.reduce(
-                lambda rest, t: jnp.where(token >= t, limits[t], rest), range(1, tokens), limits[0]
-            )
-            where = start + lax.broadcasted_iota(jnp.int32, (self.rows, size), 1)
-            scores = jnp.where(where < limit, self.at["scores"][:, :size], _MASKED)
-            self.keep(step, item, scores)
-
-            def clean(part, _):  # 0 x NaN is NaN: what no query sees must be 0
-                tiles = (slot, pl.ds(part * (_LANES // _TILE), _LANES // _TILE))
-                held = self.at["latent"][tiles]
-                tile, row = (lax.broadcasted_iota(jnp.int32, held.shape, axis) for axis in (0, 1))
-                where = start + part * _LANES + tile * _TILE + row
-                self.at["latent"][tiles] = jnp.where(where < high, held, jnp.zeros_like(held))
-                return 0
-
-            lax.fori_loop((high - start) // _LANES, size // _LANES, clean, 0)
+            self.keep(step, item, self.masked(item, self.at["scores"][...]))
+            self.clean(step, item, self.plan.block)
 
     # The mix half of a step.
 
@@ -614,21 +627,27 @@ class _Walk:
             self.prefetch(jnp.int32(step), items[step])
         self.clear()
         self.score_first(items[0])
-        self.mask(0, items[0], self.plan.block)
+        self.correct(0, items[0])
 
         def body(j, state):
             items, pending = state  # items j, j+1 ... j + ring-1
             self.prefetch(j + self.plan.ring - 1, items[-1])
             self.copy_in(j + 1, items[1], "wait")
 
-            def halves(scored, mixed):
-                # Weights before scores: both in one buffer, and neither half waits for the other.
+            def both(scored, partial, mixed):
+                # Weights first: they leave the buffer of scores, and no half waits for the other.
                 weighed = self.weigh(j, mixed)
-                self.score(j + 1, items[1], scored)
+                self.score(j + 1, items[1], scored, partial)
                 self.mix(j, *weighed)
-                self.mask(j + 1, items[1], scored)
+                if partial:
+                    self.clean(j + 1, items[1], scored)
+                elif partial is None:
+                    self.correct(j + 1, items[1])
 
-            self.sized(items[1], lambda s: self.sized(items[0], lambda m: halves(s, m)))
+            def one(scored, partial):
+                self.sized(items[0], functools.partial(both, scored, partial))
+
+            self.scored(items[1], one)
             pending = self.finish(j, items[0], pending)
             return [*items[1:], self.following(items[-1])], pending
 
@@ -645,6 +664,18 @@ class _Walk:
             lax.cond(half, lambda: do(self.half), lambda: do(self.plan.block))
         else:
             do(self.plan.block)
+
+    def scored(self, item, do):
+        """do(size, partial): also whether some query does not see all of them; None: not known."""
+
+        def whole(size):
+            for partial in (False, True):
+                pl.when(self.partial(item) == partial)(functools.partial(do, size, partial))
+
+        if self.plan.split:
+            self.sized(item, lambda size: do(size, True) if size == self.half else whole(size))
+        else:
+            do(self.plan.block, None)
 
 
 def _copier(semaphore, action):

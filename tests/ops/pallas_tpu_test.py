@@ -131,11 +131,13 @@ def test_one_full_row_among_empty_ones(rng):
 def test_new_tokens_are_causal(tokens, rng):
     args = draw(rng, 4, tokens, 384, 4)
     check(args, ints(384, 1, 130, 0))
+    check(args, ints(384, 1, 130, 0), block=256, split=True)
     if tokens == 8:
         return
     check(args, None)
     per_query = rng.integers(-1, 385, (4, tokens)).astype(np.int32)
     check(args, jnp.asarray(per_query))
+    check(args, jnp.asarray(per_query), block=256, split=True)
 
 
 def test_halves_merge(rng):
@@ -169,7 +171,11 @@ PLANTED = {
             self, step, item._replace(index=0), scores
         ),
     ),
-    "no_mask": lambda walk: mock.patch.object(walk, "mask", return_value=None),
+    "no_mask": lambda walk: mock.patch.object(walk, "masked", lambda self, item, scores: scores),
+    "not_clean": lambda walk: mock.patch.object(walk, "clean", return_value=None),
+    "half_too_often": lambda walk: mock.patch.object(
+        walk, "sized", lambda self, item, do: do(self.half)
+    ),
     "wait_forgotten": lambda walk: mock.patch.object(
         walk, "copy_in",
         lambda self, *args, real=walk.copy_in: None if args[-1] == "wait" else real(self, *args),
@@ -177,12 +183,13 @@ PLANTED = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("bug", PLANTED)
-def test_planted_bugs_are_noticed(bug, rng):
+def test_planted_bugs_are_noticed(bug, split, rng):
     args = draw(rng, 3, 2, 384, 4)
     lengths = ints(384, 130, 200)
     with PLANTED[bug](pallas_tpu._Walk), pytest.raises(AssertionError):
-        check(args, lengths)
+        check(args, lengths, block=256, split=split)
 
 
 @pytest.mark.parametrize("bug", ["missing_rope", "wrong_scale", "dropped_first_key"])
