@@ -348,17 +348,17 @@ def tune(options):
     for generation in options.generations:
         _, kind, clock, bandwidth, _ = GENERATIONS[generation]
         # With 128 heads some kinds compute a row's last block whole: none of 4096 there.
-        blocks = (512, 1024, 2048, 4096)
-        for heads, batch, blocks in ((16, 16, blocks), (128, 8, blocks[:3])):
+        sizes = (512, 1024, 2048, 4096)
+        for heads, batch, blocks in ((16, 16, sizes), (128, 8, sizes[:3])):
             cycles = {}
             for block in blocks:
                 shape = {"batch": batch, "slots": 4096, "heads": heads, "block": block}
                 found = [static(generation, shape | more) for more in ({}, {"uneven": True})]
                 print(generation, shape, found, flush=True)
                 even, uneven = (each.get("cycles") for each in found)
-                if even:  # where memory is the limit anyway, ragged rows decide
+                if even:  # where memory is the limit anyway, ragged rows count too
                     hbm = batch * 4096 * 576 * 2 / (0.85 * bandwidth) * clock
-                    cycles[block] = max(even, hbm), uneven or 0
+                    cycles[block] = max(even, hbm), even + (uneven or 0)
             if not cycles:
                 print(f"{generation}, {heads} heads: no figures, the table keeps its value")
                 continue
