@@ -7,9 +7,10 @@ the scheduler can fill one's waits with the other's work:
     score  item j+1: queries x block on the matrix unit, running maximum -> scores, top, fade
     mix    item j:   exp2, sum, weights x latents on the matrix unit     -> total, mixed
 
-Only a block that some query does not see in full takes the masking path (`_mask`). Rows keep a
-running maximum and sum (Milakov and Gimelshein 2018, arXiv 1805.02867) in base 2. Where a chip has
-two cores, each takes half of the list; a row that straddles the halves is merged by lse.
+Of a row's last block only what is live is copied, and only half is computed where that is enough.
+Only a block that some query does not see in full is masked. Rows keep a running maximum and sum
+(Milakov and Gimelshein 2018, arXiv 1805.02867) in base 2. Where a chip has two cores, each takes
+half of the list; a row that straddles the halves is merged by lse.
 
 HBM layout: XLA lays an array of 64 channels per slot out slot-minor, so k_rope goes in as [B P S]:
 that transpose is a bitcast of what is stored, and its lanes hold no padding. XLA's tiles have 8
@@ -26,7 +27,7 @@ import functools
 import math
 import tomllib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,15 +52,15 @@ class Plan:
         block: C, slots of a block, a multiple of 128.
         ring: buffers of a block in VMEM; ring - 2 copies are under way during a step.
         cores: TensorCores that share the work.
-        trim: copies only what is live of a row's last block. That takes branches in every step, so
-            only where memory is the limit, or where a whole block may reach past the cache's end.
+        split: computes but half of a block that has no more live than that, and masks scores as
+            they come. That takes branches, and code of six steps instead of one.
         vmem_bytes: limit on the scoped VMEM of the kernel.
     """
 
     block: int
     ring: int
     cores: int
-    trim: bool
+    split: bool
     vmem_bytes: int
 
 
@@ -144,9 +145,9 @@ def plan(queries: int, slots: int, itemsize: int, kind: str | None = None) -> Pl
     # At the widest R and P, whose lanes are padded in the queries. XLA keeps the limit free for the
     # kernel whether it is used or not, so it is what the buffers take and some for spills.
     buffers = ring * (block * 640 + rows * 640) * itemsize
-    buffers += rows * (block * 8 + 512 * (4 + itemsize) + 5 * 4 * _LANES)
-    trim = (queries <= 32 and tuned["trim"]) or slots % block != 0
-    return Plan(block, ring, tuned["cores"], trim, buffers * 5 // 4 + 2**22)
+    buffers += rows * (block * 4 + 512 * (4 + itemsize) + 5 * 4 * _LANES)
+    split = queries <= 32 or (tuned["split_of_128_queries"] and queries <= _LANES)
+    return Plan(block, ring, tuned["cores"], split, buffers * 5 // 4 + 2**22)
 
 
 def target():
@@ -204,7 +205,8 @@ def launch(pattern, q_rope, latent, k_rope, lengths, scale, plan: Plan, known=No
     }
     if rope:
         arrays["q_rope"] = by_row(q_rope)
-        arrays["k_rope"] = jnp.swapaxes(k_rope, 1, 2).reshape(batch, rope // _TILE, _TILE, slots)
+        tiles = jnp.swapaxes(k_rope, 1, 2).reshape(batch, rope // _TILE, _TILE, -1, _LANES)
+        arrays["k_rope"] = jnp.swapaxes(tiles, 2, 3)
     if lengths is not None:
         arrays["lengths"] = lengths.astype(jnp.int32).reshape(-1)
 
@@ -227,9 +229,9 @@ def launch(pattern, q_rope, latent, k_rope, lengths, scale, plan: Plan, known=No
     scratch = {
         "pattern": vmem((plan.ring, rows // _TILE, _TILE, rank), dtype),
         "latent": vmem((plan.ring, plan.block // _TILE, _TILE, rank), dtype),
-        "scores": vmem((2, rows, plan.block), jnp.float32),
+        "scores": vmem((rows, plan.block), jnp.float32),
         "top": vmem((2, rows, _LANES), jnp.float32),
-        "fade": vmem((2, rows, _LANES), jnp.float32),
+        "fade": vmem((rows, _LANES), jnp.float32),
         "total": vmem((rows, _LANES), jnp.float32),
         "mixed": vmem((rows, rank), jnp.float32),
         "out": vmem((rows, rank), dtype),
@@ -240,7 +242,9 @@ def launch(pattern, q_rope, latent, k_rope, lengths, scale, plan: Plan, known=No
     }
     if rope:
         scratch["q_rope"] = vmem((plan.ring, rows // _TILE, _TILE, rope), dtype)
-        scratch["k_rope"] = vmem((plan.ring, rope // _TILE, _TILE, plan.block), dtype)
+        scratch["k_rope"] = vmem(
+            (plan.ring, rope // _TILE, plan.block // _LANES, _TILE, _LANES), dtype
+        )
     sizes = _Sizes(
         tokens, heads, slots, lengths is not None and lengths.ndim == 2, scale * math.log2(math.e),
         plan, known,
@@ -295,12 +299,21 @@ def _join(out, lse, part, part_lse, row):
     return out, lse.at[row].set(merged_lse, mode="drop")
 
 
+class _Item(NamedTuple):
+    """A block of the list."""
+
+    row: Any
+    index: Any  # of the block in its row
+    number: Any  # of rows before it on this core
+    left: Any  # tiles of 128 slots of its row from here on
+
+
 class _Walk:
     """The kernel: one core's walk over its blocks.
 
-    An item is (row, index of the block in it, number of rows before it on this core), and `step`
-    its number; what an item needs lies in ring buffers `step % ring` (blocks) and
-    `number % ring` (queries). Item `count` and beyond do not exist: nothing is copied for them.
+    `step` is an item's place in the list. What an item needs lies in ring buffers `step % ring`
+    (blocks) and `number % ring` (queries). Item `count` and beyond do not exist: nothing is copied
+    for them.
     """
 
     def __init__(self, sizes: _Sizes, hbm: dict, at: dict):
@@ -309,6 +322,7 @@ class _Walk:
         self.lengths: Any = hbm.get("lengths")
         self.full = self.lengths is None and sizes.known is None
         self.rope = "k_rope" in hbm
+        self.half = -(-self.plan.block // (2 * _LANES)) * _LANES  # of a block
         self.core = pl.program_id(0) if self.plan.cores > 1 else 0
         exact = hbm["latent"].dtype == jnp.float32
         self.dot = functools.partial(
@@ -343,21 +357,30 @@ class _Walk:
         """The first row from `row` on with a block."""
         if self.full:
             return row
-        empty = lambda r: (r < self.batch) & (self.blocks(r) == 0)  # noqa: E731
+        empty = lambda r: (r < self.batch) & (self.length(r) == 0)  # noqa: E731
         return lax.while_loop(empty, lambda r: r + 1, row)
 
+    def tiles(self, row):
+        """Tiles of 128 slots of a row that hold a slot that some query sees."""
+        return pl.cdiv(self.length(row), _LANES)
+
     def following(self, item):
-        row, index, number = item
-        more = index + 1 < self.blocks(row)
-        row = self.nonempty(jnp.where(more, row, row + 1))
-        return row, jnp.where(more, index + 1, 0), jnp.where(more, number, number + 1)
+        tiles = self.plan.block // _LANES
+        more = item.left > tiles
+        row = self.nonempty(jnp.where(more, item.row, item.row + 1))
+        same = _Item(row, item.index + 1, item.number, item.left - tiles)
+        return jax.tree.map(
+            functools.partial(jnp.where, more), same,
+            _Item(row, 0, item.number + 1, self.tiles(row)),
+        )  # fmt: skip
 
     def share(self):
         """This core's count of items and its first one."""
-        total = lax.fori_loop(0, self.batch, lambda r, n: n + self.blocks(r), jnp.int32(0))
         zero = jnp.int32(0)
+        total = lax.fori_loop(0, self.batch, lambda r, n: n + self.blocks(r), zero, unroll=4)
         if self.plan.cores == 1:
-            return total, (self.nonempty(zero), zero, zero)
+            row = self.nonempty(zero)
+            return total, _Item(row, zero, zero, jnp.int32(self.tiles(row)))
         half = (total + 1) // 2
 
         def find(row, state):
@@ -368,85 +391,61 @@ class _Walk:
             )
 
         start = (self.core * half, jnp.int32(self.batch), zero)
-        _, row, index = lax.fori_loop(0, self.batch, find, start)
-        return jnp.where(self.core == 0, half, total - half), (row, index, zero)
+        _, row, index = lax.fori_loop(0, self.batch, find, start, unroll=4)
+        first = _Item(row, index, zero, self.tiles(row) - index * (self.plan.block // _LANES))
+        return jnp.where(self.core == 0, half, total - half), first
 
     def slot(self, step):
         return lax.rem(step, self.plan.ring)
-
-    def opens(self, step, item):
-        """Whether this item is its row's first on this core."""
-        return (item[1] == 0) | (step == 0)
 
     # Copies.
 
     def halves(self):
         """(first slot, slots) of the halves of a block, or the whole of one that has none."""
-        half = self.plan.block // 2 // _LANES * _LANES
-        return [(0, half), (half, self.plan.block - half)] if half else [(0, self.plan.block)]
+        rest = self.plan.block - self.half
+        return [(0, self.half), (self.half, rest)] if rest else [(0, self.half)]
 
-    def trimmed(self, items, do):
-        """do(whole): whether copies of these items take whole blocks, known at compile time."""
-        if not self.plan.trim:
-            do(True)
-            return
-        block = self.plan.block
-        full = [self.length(row) >= (index + 1) * block for row, index, _ in items]
-        lax.cond(functools.reduce(jnp.logical_and, full), lambda: do(True), lambda: do(False))
-
-    def copy_live(self, names, item, slot, part, copy, whole):
-        """Copies what is live in a part, (first slot, slots), of an item's block.
-
-        By tiles of 128 slots: one copy of the whole, or one per binary digit of their number.
-        """
-        row, index, _ = item
+    def copy_live(self, names, item, slot, part, copy):
+        """Copies what is live in a part, (first slot, slots), of an item's block, by 128 slots."""
         begin, slots = part
-        first, most = index * self.plan.block + begin, slots // _LANES
+        most, left = slots // _LANES, item.left - begin // _LANES
 
-        def go(offset, slots):
-            source = pl.multiple_of(first + offset, _LANES)
-            target = pl.multiple_of(begin + offset, _LANES)
+        def go(tiles):
             for name in names:
-                tiles = (slice(None), slice(None)) if name == "k_rope" else ()
-                unit = 1 if name == "k_rope" else _TILE
+                before, unit = ((), _TILE) if name == "latent" else ((slice(None),), _LANES)
+                source = (item.index * self.plan.block + begin) // unit
+                size = tiles * (_LANES // unit)
                 copy(
-                    self.hbm[name].at[(row, *tiles, pl.ds(source // unit, slots // unit))],
-                    self.at[name].at[(slot, *tiles, pl.ds(target // unit, slots // unit))],
+                    self.hbm[name].at[(item.row, *before, pl.ds(source, size))],
+                    self.at[name].at[(slot, *before, pl.ds(begin // unit, size))],
                 )
 
-        if whole:
-            go(0, slots)
-        else:
-            live = pl.cdiv(jnp.clip(self.length(row) - first, 0, slots), _LANES)
-            for digit in [1 << i for i in reversed(range(most.bit_length()))]:
-                offset = (live & -2 * digit) * _LANES
-                pl.when(live & digit != 0)(functools.partial(go, offset, digit * _LANES))
+        # To libtpu's linter, a copy of a size that it does not know is none.
+        lax.cond(left >= most, lambda: go(most), lambda: pl.when(left > 0)(lambda: go(left)))
 
     def copy_queries(self, item, slot, copy):
         for name in ("pattern", "q_rope") if self.rope else ("pattern",):
-            copy(self.hbm[name].at[item[0]], self.at[name].at[slot])
+            copy(self.hbm[name].at[item.row], self.at[name].at[slot])
 
-    def copy_first(self, item, part, action, whole):
+    def copy_first(self, item, part, action):
         """`copy_in` of the first item, in halves, so that its scores begin with one of them."""
         copy = _copier(self.at["first"].at[part], action)
-        self.copy_live(("latent",), item, 0, self.halves()[part], copy, whole)
+        self.copy_live(("latent",), item, 0, self.halves()[part], copy)
         if part == 0:
             self.copy_queries(item, 0, copy)
         if self.rope and part == len(self.halves()) - 1:
-            self.copy_live(("k_rope",), item, 0, (0, self.plan.block), copy, whole)
+            self.copy_live(("k_rope",), item, 0, (0, self.plan.block), copy)
 
-    def copy_in(self, step, item, action, whole):
+    def copy_in(self, step, item, action):
         """Starts, or waits for, the copies of an item: action is "start" or "wait"."""
-        _, index, number = item
-        slot = self.slot(step)
+        slot, queries = self.slot(step), lax.rem(item.number, self.plan.ring)
         copy = _copier(self.at["loaded"].at[slot], action)
+        names = ("latent", "k_rope") if self.rope else ("latent",)
+        self.copy_live(names, item, slot, (0, self.plan.block), copy)
+        pl.when(item.index == 0)(lambda: self.copy_queries(item, queries, copy))
 
-        @pl.when(step < self.count)
-        def _():
-            names = ("latent", "k_rope") if self.rope else ("latent",)
-            self.copy_live(names, item, slot, (0, self.plan.block), copy, whole)
-            queries = lax.rem(number, self.plan.ring)
-            pl.when(index == 0)(lambda: self.copy_queries(item, queries, copy))
+    def prefetch(self, step, item):
+        pl.when(step < self.count)(lambda: self.copy_in(step, item, "start"))
 
     def copy_out(self, row, action):
         for name in ("out", "lse"):
@@ -455,85 +454,103 @@ class _Walk:
 
     # The score half of a step.
 
-    def score(self, step, item, now):
-        """Scores of an item into buffer `now`, and the running maximum."""
-        at, slot, queries = self.at, self.slot(step), lax.rem(item[2], self.plan.ring)
-        pattern, latent = _rows(at["pattern"][queries]), _rows(at["latent"][slot])
+    def score(self, step, item, size, partial):
+        """Scores of an item, and the running maximum; masked where partial."""
+        at, slot, queries = self.at, self.slot(step), lax.rem(item.number, self.plan.ring)
+        pattern, latent = _rows(at["pattern"][queries]), _rows(at["latent"][slot, : size // _TILE])
         scores = self.dot(pattern, latent, (((1,), (1,)), ((), ())))
-        self.keep(self.add_rope(scores, slot, queries), self.opens(step, item), now)
+        scores = self.add_rope(scores, slot, queries)
+        self.keep(step, item, self.masked(item, scores) if partial else scores)
 
     def score_first(self, item):
-        """`score` of the first item, into buffer 0, as its halves come in."""
+        """`score` of the first item, as its halves come in."""
         at, scores = self.at, []
         for part, (begin, slots) in enumerate(self.halves()):
-            self.trimmed([item], functools.partial(self.copy_first, item, part, "wait"))
+            self.copy_first(item, part, "wait")
             latent = _rows(at["latent"][0, pl.ds(begin // _TILE, slots // _TILE)])
             scores.append(self.dot(_rows(at["pattern"][0]), latent, (((1,), (1,)), ((), ()))))
-        self.keep(self.add_rope(jnp.concatenate(scores, axis=1), 0, 0), True, 0)
+        self.keep(0, item, self.add_rope(jnp.concatenate(scores, axis=1), 0, 0))
 
     def add_rope(self, scores, slot, queries):
         """Scaled scores: those of the latents given, the rotary part added."""
         if self.rope:
-            q_rope, k_rope = _rows(self.at["q_rope"][queries]), _rows(self.at["k_rope"][slot])
-            scores += self.dot(q_rope, k_rope, (((1,), (0,)), ((), ())))
+            q_rope = _rows(self.at["q_rope"][queries])
+            tiles = [_rows(self.at["k_rope"][slot, :, i]) for i in range(scores.shape[1] // _LANES)]
+            scores += self.dot(q_rope, jnp.concatenate(tiles, axis=1), (((1,), (0,)), ((), ())))
         return scores * self.sizes.scale
 
-    def keep(self, scores, opens, now):
+    def keep(self, step, item, scores):
         at = self.at
-        last = jnp.where(opens, _MASKED, at["top"][1 - now])
+        opens = (item.index == 0) | (step == 0)  # the first of its row on this core
+        last = jnp.where(opens, _MASKED, at["top"][lax.rem(step + 1, 2)])
         top = jnp.maximum(last, scores.max(-1, keepdims=True))
-        at["scores"][now] = scores
-        at["top"][now] = top
-        at["fade"][now] = jnp.exp2(last - top)
+        at["scores"][:, : scores.shape[1]] = scores
+        at["top"][lax.rem(step, 2)] = top
+        at["fade"][...] = jnp.exp2(last - top)
 
-    def mask(self, step, item, now):
-        """Corrects `score` for a block that some query does not see in full."""
-        row, index, _ = item
-        block, tokens = self.plan.block, self.sizes.tokens
-        slot, start, limits = self.slot(step), index * block, self.limits(row)
-        low = functools.reduce(jnp.minimum, limits)
-        high = functools.reduce(jnp.maximum, limits)
+    def partial(self, item):
+        """Whether some query does not see an item's block in full."""
+        low = functools.reduce(jnp.minimum, self.limits(item.row))
+        return low < (item.index + 1) * self.plan.block
 
-        @pl.when((step < self.count) & (low < start + block))
+    def masked(self, item, scores):
+        """Scores of an item, `_MASKED` where a query does not see the slot."""
+        limits = [limit - item.index * self.plan.block for limit in self.limits(item.row)]
+        token = lax.broadcasted_iota(jnp.int32, scores.shape, 0) // self.sizes.heads
+        limit = functools.reduce(
+            lambda rest, t: jnp.where(token >= t, limits[t], rest),
+            range(1, self.sizes.tokens), limits[0],
+        )  # fmt: skip
+        where = lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+        return jnp.where(where < limit, scores, _MASKED)
+
+    def clean(self, step, item, size):
+        """Zeros for those latents of an item that no query sees: 0 x NaN is NaN."""
+        slot, live = self.slot(step), self.length(item.row) - item.index * self.plan.block
+
+        def zero(part, _):
+            tiles = (slot, pl.ds(part * (_LANES // _TILE), _LANES // _TILE))
+            held = self.at["latent"][tiles]
+            tile, row = (lax.broadcasted_iota(jnp.int32, held.shape, axis) for axis in (0, 1))
+            where = part * _LANES + tile * _TILE + row
+            self.at["latent"][tiles] = jnp.where(where < live, held, jnp.zeros_like(held))
+            return 0
+
+        lax.fori_loop(live // _LANES, size // _LANES, zero, 0)
+
+    def correct(self, step, item):
+        """Does after `score` what a partial block needs."""
+
+        @pl.when(self.partial(item))
         def _():
-            token = lax.broadcasted_iota(jnp.int32, (self.rows, block), 0) // self.sizes.heads
-            limit = functools.reduce(
-                lambda rest, t: jnp.where(token >= t, limits[t], rest), range(1, tokens), limits[0]
-            )
-            where = start + lax.broadcasted_iota(jnp.int32, (self.rows, block), 1)
-            scores = jnp.where(where < limit, self.at["scores"][now], _MASKED)
-            self.keep(scores, self.opens(step, item), now)
-
-            def clean(part, _):  # 0 x NaN is NaN: what no query sees must be 0
-                tiles = (slot, pl.ds(part * (_LANES // _TILE), _LANES // _TILE))
-                held = self.at["latent"][tiles]
-                tile, row = (lax.broadcasted_iota(jnp.int32, held.shape, axis) for axis in (0, 1))
-                where = start + part * _LANES + tile * _TILE + row
-                self.at["latent"][tiles] = jnp.where(where < high, held, jnp.zeros_like(held))
-                return 0
-
-            lax.fori_loop((high - start) // _LANES, block // _LANES, clean, 0)
+            self.keep(step, item, self.masked(item, self.at["scores"][...]))
+            self.clean(step, item, self.plan.block)
 
     # The mix half of a step.
 
-    def mix(self, step, now):
-        """Adds an item, scored into buffer `now`, to `total` (by lane) and `mixed`."""
-        at, block = self.at, self.plan.block
-        top, fade = at["top"][now], at["fade"][now]
-        weights = jnp.exp2(at["scores"][now] - _repeat(top, block))
-        parts = [weights[:, i : i + _LANES] for i in range(0, block, _LANES)]
+    def weigh(self, step, size):
+        """Weights of an item from its scores, added to `total` (by lane); how much others fade."""
+        at = self.at
+        top, fade = at["top"][lax.rem(step, 2)], at["fade"][...]
+        weights = jnp.exp2(at["scores"][:, :size] - _repeat(top, size))
+        parts = [weights[:, i : i + _LANES] for i in range(0, size, _LANES)]
         at["total"][...] = at["total"][...] * fade + functools.reduce(jnp.add, parts)
-        latent = _rows(at["latent"][self.slot(step)])
-        mixed = self.dot(weights.astype(latent.dtype), latent, (((1,), (0,)), ((), ())))
+        return weights.astype(at["latent"].dtype), fade
+
+    def mix(self, step, weights, fade):
+        """Adds an item's latents by their weights to `mixed`."""
+        at = self.at
+        latent = _rows(at["latent"][self.slot(step), : weights.shape[1] // _TILE])
+        mixed = self.dot(weights, latent, (((1,), (0,)), ((), ())))
         at["mixed"][...] = at["mixed"][...] * _repeat(fade, self.rank) + mixed
 
     def clear(self):
         for name in ("total", "mixed"):
             self.at[name][...] = jnp.zeros_like(self.at[name])
 
-    def result(self, now):
+    def result(self, step):
         """(out [M R] float32, lse by lane [groups 128]) of the row in `total` and `mixed`."""
-        top = self.at["top"][now]
+        top = self.at["top"][lax.rem(step, 2)]
         total = jnp.broadcast_to(self.at["total"][...].sum(-1, keepdims=True), top.shape)
         some = top > _MASKED / 2
         share = jnp.where(some, 1 / total, 0.0)
@@ -551,14 +568,13 @@ class _Walk:
 
     def finish(self, step, item, pending):
         """After a row's last item on this core, stores its result; whether a copy is under way."""
-        row, index, number = item
-        last = index + 1 == self.blocks(row)
+        last = item.left <= self.plan.block // _LANES
         ends = last | (step == self.count - 1)
-        whole = last & ((number > 0) | (self.first[1] == 0)) if self.plan.cores > 1 else last
+        whole = last & ((item.number > 0) | (self.first[1] == 0)) if self.plan.cores > 1 else last
 
         @pl.when(ends)
         def _():
-            out, lse = self.result(lax.rem(step, 2))
+            out, lse = self.result(step)
             self.clear()
 
             @pl.when(whole)
@@ -566,7 +582,7 @@ class _Walk:
                 pl.when(pending)(lambda: self.copy_out(0, "wait"))
                 self.at["out"][...] = out.astype(self.at["out"].dtype)
                 self.at["lse"][...] = lse
-                self.copy_out(row, "start")
+                self.copy_out(item.row, "start")
 
             if self.plan.cores > 1:
 
@@ -596,7 +612,6 @@ class _Walk:
 
     def run(self):
         self.count, self.first = self.share()
-        self.clear()
         pl.when(self.count > 0)(self.walk)
         if not self.full:
             self.zero_rows()
@@ -606,40 +621,61 @@ class _Walk:
         for _ in range(self.plan.ring - 1):
             items.append(self.following(items[-1]))
 
-        def start(whole):
-            for part in range(len(self.halves())):
-                self.copy_first(items[0], part, "start", whole)
-            for step in range(1, self.plan.ring - 1):
-                self.copy_in(jnp.int32(step), items[step], "start", whole)
-
-        self.trimmed(items[:-1], start)
+        for part in range(len(self.halves())):
+            self.copy_first(items[0], part, "start")
+        for step in range(1, self.plan.ring - 1):
+            self.prefetch(jnp.int32(step), items[step])
+        self.clear()
         self.score_first(items[0])
-        self.mask(jnp.int32(0), items[0], 0)
+        self.correct(0, items[0])
 
         def body(j, state):
             items, pending = state  # items j, j+1 ... j + ring-1
+            self.prefetch(j + self.plan.ring - 1, items[-1])
+            self.copy_in(j + 1, items[1], "wait")
 
-            def copies(whole):
-                self.copy_in(j + self.plan.ring - 1, items[-1], "start", whole)
-                self.copy_in(j + 1, items[1], "wait", whole)
+            def both(scored, partial, mixed):
+                # Weights first: they leave the buffer of scores, and no half waits for the other.
+                weighed = self.weigh(j, mixed)
+                self.score(j + 1, items[1], scored, partial)
+                self.mix(j, *weighed)
+                if partial:
+                    self.clean(j + 1, items[1], scored)
+                elif partial is None:
+                    self.correct(j + 1, items[1])
 
-            self.trimmed([items[1], items[-1]], copies)
-            for now in range(2):  # buffers known at compile time: the halves touch none in common
+            def one(scored, partial):
+                self.sized(items[0], functools.partial(both, scored, partial))
 
-                @pl.when(lax.rem(j, 2) == now)
-                def _(now=now):
-                    self.score(j + 1, items[1], 1 - now)
-                    self.mix(j, now)
-                    self.mask(j + 1, items[1], 1 - now)
-
+            self.scored(items[1], one)
             pending = self.finish(j, items[0], pending)
             return [*items[1:], self.following(items[-1])], pending
 
         last = self.count - 1
         items, pending = lax.fori_loop(0, last, body, (items, jnp.bool_(False)))
-        self.mix(last, lax.rem(last, 2))
+        self.sized(items[0], lambda size: self.mix(last, *self.weigh(last, size)))
         pending = self.finish(last, items[0], pending)
         pl.when(pending)(lambda: self.copy_out(0, "wait"))
+
+    def sized(self, item, do):
+        """do(size): how many slots of an item's block to compute, known at compile time."""
+        if self.plan.split:
+            half = item.left <= self.half // _LANES
+            lax.cond(half, lambda: do(self.half), lambda: do(self.plan.block))
+        else:
+            do(self.plan.block)
+
+    def scored(self, item, do):
+        """do(size, partial): also whether some query does not see all of them; None: not known."""
+
+        def whole(size):
+            for partial in (False, True):
+                pl.when(self.partial(item) == partial)(functools.partial(do, size, partial))
+
+        if self.plan.split:
+            self.sized(item, lambda size: do(size, True) if size == self.half else whole(size))
+        else:
+            do(self.plan.block, None)
 
 
 def _copier(semaphore, action):
