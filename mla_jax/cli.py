@@ -263,7 +263,7 @@ def _generate(options: Generate, console: Console) -> None:
     _check_generate(options)
     config, tokenizer, path = _source(options)
     prompts = _prompts(options, tokenizer, config.vocab_size)
-    generation._slots(
+    slots = generation._slots(
         config, prompts, options.max_new_tokens, options.max_length, options.speculate
     )
     model = _model(options, config, path, console)
@@ -308,8 +308,8 @@ def _generate(options: Generate, console: Console) -> None:
     table.add_row("cache", f"{result.cache_bytes / 2**20:,.1f} MiB")
     console.print(table)
     api.explain(
-        config.attention, batch_size=len(prompts), length=longest + options.max_new_tokens,
-        queries=1 + options.speculate, dtype=options.dtype,
+        config.attention, batch_size=len(prompts), length=slots, queries=1 + options.speculate,
+        dtype=options.dtype,
     )  # fmt: skip
 
 

@@ -100,6 +100,8 @@ def test_save_and_load_give_identical_logits(tmp_path, rng):
         (("costs", "tiny", "--device", "h20"), r"device='h20'.*Did you mean 'h200'"),
         (("costs", "tiny", "--context", "0"), r"slots=0|context=0|length=0"),
         (("explain", "tiny", "--dtype", "bf17"), r"dtype='bf17'"),
+        (("explain", "tiny", "--dtype", "int8"), r"dtype='int8': it must be of floating"),
+        (("explain", "tiny", "--batch", "0"), r"batch_size=0: it must be at least 1"),
         (("demo", "--implementation", "cuda"), r"implementation='cuda' is not known"),
         (("demo", "--load", "/nonexistent/model"), r"/nonexistent/model holds no model"),
         (("demo", "--tokens", "0"), r"at least 1"),

@@ -257,6 +257,9 @@ def explain(
         dtype: of the cache and the computation.
         device: where; None is the default device.
 
+    Raises:
+        ValueError: a number below 1, or a dtype that is not floating.
+
     >>> v3, cpu = MLAConfig.from_preset("deepseek_v3"), jax.devices("cpu")[0]
     >>> explain(v3, device=cpu)  # doctest: +ELLIPSIS
     cpu (cpu), bfloat16
@@ -266,6 +269,11 @@ def explain(
     """
     from mla_jax import costs  # costs imports config; imported here to keep ops free of it
 
+    for key, value in (("batch_size", batch_size), ("length", length), ("queries", queries)):
+        if value < 1:
+            raise ValueError(f"{key}={value!r}: it must be at least 1.")
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"dtype={jnp.dtype(dtype).name!r}: it must be of floating numbers.")
     device = default_device() if device is None else device
     name = jnp.dtype(dtype).name
     heads, rope = config.num_attention_heads, config.qk_rope_head_dim

@@ -92,6 +92,7 @@ CASES = [  # B, T, S, N, R, P, lengths, multiprocessors
     (2, 8, 136, 1, 128, 0, (136, 5), 2),
     (1, 1, 136, 128, 256, 64, (135,), 4),
     (3, 1, 72, 80, 128, 16, (64, 72, 63), 3),
+    (3, 1, 648, 3, 256, 16, (640, 1, 385), 7),
 ]
 
 
@@ -101,6 +102,12 @@ def test_interpreted_is_the_loop(case):
     dtype = jnp.float16 if shape[3] == 80 else jnp.bfloat16
     arrays, lengths = make(0, *shape, lengths, dtype)
     check(interpreted(arrays, lengths, sms), loop(arrays, lengths), dtype)
+
+
+def test_many_pieces(monkeypatch):
+    monkeypatch.setattr(merge, "_FEW", (2, 4, 4))  # 32 would take a minute
+    arrays, lengths = make(4, 1, 1, 520, 2, 256, 0, (515,), jnp.bfloat16)
+    check(interpreted(arrays, lengths, 5), loop(arrays, lengths), jnp.bfloat16)
 
 
 def _mask_without_causality(self, s, slot, length):

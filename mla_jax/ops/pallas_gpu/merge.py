@@ -20,8 +20,8 @@ from mla_jax.ops.pallas_gpu.schedule import TILE
 
 LOG2E = math.log2(math.e)
 LOWEST = -1e30  # first running maximum: finite, so that exp2(old - new) is never NaN
-# For few pieces to many: into how many units a row is cut, units and pieces loaded at once.
-_AT_ONCE = ((1, 8, 2), (1, 4, 4), (1, 2, 8), (2, 1, 32))
+# For up to 2, 4, 31 and more pieces: into how many units a row is cut, units and pieces at once.
+_FEW, _AT_ONCE = (2, 4, 31), ((1, 8, 2), (1, 4, 4), (1, 2, 8), (2, 1, 32))
 
 
 def like(operand, shape, dtype):
@@ -111,7 +111,7 @@ def _merge_share(row, part, tile, wg, refs, shape):
             lax.fori_loop(0, turns, body, ())
 
     # As many loads in flight as registers allow: over the pieces of a row, or over rows of few.
-    kind = (count > 2).astype(jnp.int32) + (count > 4) + (count >= 32)
+    kind = sum((count > most).astype(jnp.int32) for most in _FEW)
     lax.switch(kind, [functools.partial(merge, *at_once) for at_once in _AT_ONCE])
 
 

@@ -214,7 +214,7 @@ def _words(register):
 
 
 def _transpose(words, lane):
-    """N words of each of n neighbouring threads, 2 or 4: thread l gets word l of threads 0 to n."""
+    """As many words of each of 2 or 4 neighbouring threads: thread l gets word l of all of them."""
     arith, c = mgpu.utils.arith, mgpu.utils.c
     i32 = mgpu.utils.ir.IntegerType.get_signless(32)
     words = list(words)
