@@ -34,7 +34,7 @@ from jaxtyping import Array, Bool, Float, Int
 from mla_jax.cache import LatentCache
 from mla_jax.config import MLAConfig
 from mla_jax.costs import choose_form
-from mla_jax.ops import api, xla
+from mla_jax.ops import api, dense, xla
 from mla_jax.rope import apply_rope
 
 Form = Literal["auto", "absorbed", "expanded"]
@@ -107,7 +107,7 @@ class MultiHeadLatentAttention(nnx.Module):
             return nnx.LinearGeneral(
                 inputs, outputs, axis=tuple(range(-len(inputs), 0)), use_bias=name in biased,
                 dtype=dtype, param_dtype=param_dtype, kernel_init=kernel_init, precision=precision,
-                rngs=rngs,
+                dot_general=dense.dot_general, rngs=rngs,
             )  # fmt: skip
 
         def norm(width):

@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from mla_jax.models.deepseek_config import DeepseekConfig
-from mla_jax.ops import pallas_gpu
+from mla_jax.ops import dense, pallas_gpu
 from mla_jax.ops.api import default_device
 from mla_jax.ops.pallas_gpu import grouped
 
@@ -82,7 +82,10 @@ class GatedMLP(nnx.Module):
 
     def __init__(self, width: int, inner: int, *, precision, **types):
         def linear(inputs, outputs):
-            return nnx.Linear(inputs, outputs, use_bias=False, precision=precision, **types)
+            return nnx.Linear(
+                inputs, outputs, use_bias=False, precision=precision,
+                dot_general=dense.dot_general, **types,
+            )  # fmt: skip
 
         self.gate_proj = linear(width, inner)
         self.up_proj = linear(width, inner)

@@ -1,0 +1,38 @@
+"""The product of a single row, in company of zeros on a GPU."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mla_jax.ops import dense
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+@pytest.mark.parametrize("rows", [(), (1,), (1, 1), (2, 1), (1, 3)])
+def test_it_is_the_product(rows, platform, monkeypatch):
+    monkeypatch.setattr(dense, "default_device", lambda: types.SimpleNamespace(platform=platform))
+    layers = [
+        nnx.LinearGeneral((4, 6), (3, 5), axis=(-2, -1), dot_general=f, rngs=nnx.Rngs(0))
+        for f in (dense.dot_general, None)
+    ]
+    x = jax.random.normal(jax.random.key(1), (*rows, 4, 6))
+    loss = lambda layer, x: jnp.sin(layer(x)).sum()  # noqa: E731
+    got, want = (nnx.value_and_grad(loss, argnums=(0, 1))(layer, x) for layer in layers)
+    assert layers[0](x).shape == (*rows, 3, 5)
+    # float32 sums of 24 in two orders
+    for one, two in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("rows", "platform", "padded"), [
+    ((1, 1), "gpu", True), ((1,), "gpu", True), ((1, 1), "cpu", False), ((2, 1), "gpu", False),
+    ((), "gpu", False),
+])  # fmt: skip
+def test_only_a_lone_row_on_a_gpu_gets_company(rows, platform, padded, monkeypatch):
+    monkeypatch.setattr(dense, "default_device", lambda: types.SimpleNamespace(platform=platform))
+    layer = nnx.Linear(6, 5, dot_general=dense.dot_general, rngs=nnx.Rngs(0))
+    assert ("pad[" in str(jax.make_jaxpr(layer)(jnp.ones((*rows, 6))))) == padded
