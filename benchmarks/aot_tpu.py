@@ -46,6 +46,9 @@ KERNELS = [
     {"batch": 16, "slots": 4096, "heads": 16, "uneven": True},
     {"batch": 16, "slots": 4096, "heads": 128, "uneven": True},
 ]
+# B, N, T of the short form: where XLA need not pad the queries nor copy an array of one length,
+# since the linter objects to XLA's own code for these.
+LINTED = [(8, 16, 1), (1, 64, 2), (3, 128, 1)]
 LINT = {
     "xla_tpu_enable_llo_linter": True,
     "xla_tpu_llo_linter_analyze_tpu_custom_calls": True,
@@ -208,22 +211,23 @@ def step(generation, preset, heads, *, implementation=None, batch=64, slots=8192
 
 
 def short():
-    """One shape per generation, with the linter and dynamic lengths; for CI."""
+    """A few shapes per generation, with the linter and dynamic lengths; for CI."""
     import jax
     import jax.numpy as jnp
 
     from mla_jax.ops import pallas_tpu
 
     for generation in GENERATIONS:
-        _, args, plan = kernel(generation, batch=8, slots=4096, heads=16)
-        fn = functools.partial(pallas_tpu.launch, scale=192**-0.5, plan=plan)
-        args = [*args, jax.ShapeDtypeStruct((8,), jnp.int32)]
-        program = compiled(fn, args, generation, lint=True)
-        assert not cache_copies(program.as_text(), 8, 4096)
+        sizes = []
+        for batch, heads, tokens in LINTED:
+            _, args, plan = kernel(generation, batch=batch, slots=4096, heads=heads, tokens=tokens)
+            fn = functools.partial(pallas_tpu.launch, scale=192**-0.5, plan=plan)
+            args = [*args, jax.ShapeDtypeStruct((batch, tokens), jnp.int32)]
+            text = compiled(fn, args, generation, lint=True).as_text()
+            assert not cache_copies(text, batch, 4096)
+            sizes.append(vmem(text))
         step(generation, "deepseek_v2_lite", 16, batch=64)
-        print(
-            f"{generation}: compiles, {vmem(program.as_text())} MiB of VMEM, no copy of the cache"
-        )
+        print(f"{generation}: compiles, {max(sizes)} MiB of VMEM, no copy of the cache")
 
 
 def record(options, name, keys, row):

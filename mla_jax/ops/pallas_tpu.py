@@ -7,7 +7,7 @@ the scheduler can fill one's waits with the other's work:
     score  item j+1: queries x block on the matrix unit, running maximum -> scores, top, fade
     mix    item j:   exp2, sum, weights x latents on the matrix unit     -> total, mixed
 
-Of a row's last block only what is live is copied, and only half is computed where that is enough.
+Of a row's last block only what is live is copied, and only the parts that hold it are computed.
 Only a block that some query does not see in full is masked. Rows keep a running maximum and sum
 (Milakov and Gimelshein 2018, arXiv 1805.02867) in base 2. Where a chip has two cores, each takes
 half of the list; a row that straddles the halves is merged by lse.
@@ -52,15 +52,16 @@ class Plan:
         block: C, slots of a block, a multiple of 128.
         ring: buffers of a block in VMEM; ring - 2 copies are under way during a step.
         cores: TensorCores that share the work.
-        split: computes but half of a block that has no more live than that, and masks scores as
-            they come. That takes branches, and code of six steps instead of one.
+        parts: of a row's last block as many of these parts are computed as hold what is live, and
+            its scores are masked as they come. That takes branches, and code of parts x (parts + 1)
+            steps; with 1 it is one step, and a last block is computed whole.
         vmem_bytes: limit on the scoped VMEM of the kernel.
     """
 
     block: int
     ring: int
     cores: int
-    split: bool
+    parts: int
     vmem_bytes: int
 
 
@@ -146,8 +147,9 @@ def plan(queries: int, slots: int, itemsize: int, kind: str | None = None) -> Pl
     # kernel whether it is used or not, so it is what the buffers take and some for spills.
     buffers = ring * (block * 640 + rows * 640) * itemsize
     buffers += rows * (block * 4 + 512 * (4 + itemsize) + 5 * 4 * _LANES)
-    split = queries <= 32 or (tuned["split_of_128_queries"] and queries <= _LANES)
-    return Plan(block, ring, tuned["cores"], split, buffers * 5 // 4 + 2**22)
+    parts = tuned["parts_of_16_queries" if queries <= 32 else "parts_of_128_queries"]
+    parts = parts if queries <= _LANES else 1
+    return Plan(block, ring, tuned["cores"], parts, buffers * 5 // 4 + 2**22)
 
 
 def target():
@@ -323,6 +325,8 @@ class _Walk:
         self.full = self.lengths is None and sizes.known is None
         self.rope = "k_rope" in hbm
         self.half = -(-self.plan.block // (2 * _LANES)) * _LANES  # of a block
+        part = -(-self.plan.block // (self.plan.parts * _LANES)) * _LANES
+        self.portions = [*range(part, self.plan.block, part), self.plan.block]  # of a block
         self.core = pl.program_id(0) if self.plan.cores > 1 else 0
         exact = hbm["latent"].dtype == jnp.float32
         self.dot = functools.partial(
@@ -507,16 +511,22 @@ class _Walk:
     def clean(self, step, item, size):
         """Zeros for those latents of an item that no query sees: 0 x NaN is NaN."""
         slot, live = self.slot(step), self.length(item.row) - item.index * self.plan.block
+        begin, end, latents = pl.cdiv(live, _LANES), size // _LANES, self.at["latent"]
+        tiles = lambda part: (slot, pl.ds(part * (_LANES // _TILE), _LANES // _TILE))  # noqa: E731
 
-        def zero(part, _):
-            tiles = (slot, pl.ds(part * (_LANES // _TILE), _LANES // _TILE))
-            held = self.at["latent"][tiles]
+        def trim(part, _):
+            held = latents[tiles(part)]
             tile, row = (lax.broadcasted_iota(jnp.int32, held.shape, axis) for axis in (0, 1))
             where = part * _LANES + tile * _TILE + row
-            self.at["latent"][tiles] = jnp.where(where < live, held, jnp.zeros_like(held))
+            latents[tiles(part)] = jnp.where(where < live, held, jnp.zeros_like(held))
             return 0
 
-        lax.fori_loop(live // _LANES, size // _LANES, zero, 0)
+        def zero(part, _):
+            latents[tiles(part)] = jnp.zeros((_LANES // _TILE, *latents.shape[2:]), latents.dtype)
+            return 0
+
+        lax.fori_loop(live // _LANES, jnp.minimum(begin, end), trim, 0)
+        lax.fori_loop(begin, end, zero, 0)
 
     def correct(self, step, item):
         """Does after `score` what a partial block needs."""
@@ -659,11 +669,15 @@ class _Walk:
 
     def sized(self, item, do):
         """do(size): how many slots of an item's block to compute, known at compile time."""
-        if self.plan.split:
-            half = item.left <= self.half // _LANES
-            lax.cond(half, lambda: do(self.half), lambda: do(self.plan.block))
-        else:
-            do(self.plan.block)
+
+        def choose(sizes):
+            size, *more = sizes
+            if more:
+                lax.cond(item.left <= size // _LANES, lambda: do(size), lambda: choose(more))
+            else:
+                do(size)
+
+        choose(self.portions)
 
     def scored(self, item, do):
         """do(size, partial): also whether some query does not see all of them; None: not known."""
@@ -672,8 +686,9 @@ class _Walk:
             for partial in (False, True):
                 pl.when(self.partial(item) == partial)(functools.partial(do, size, partial))
 
-        if self.plan.split:
-            self.sized(item, lambda size: do(size, True) if size == self.half else whole(size))
+        if len(self.portions) > 1:
+            block = self.plan.block
+            self.sized(item, lambda size: do(size, True) if size < block else whole(size))
         else:
             do(self.plan.block, None)
 

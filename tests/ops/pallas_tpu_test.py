@@ -57,8 +57,8 @@ def poison(args, lengths):
     return [*args[:2], *(jnp.where(unseen, jnp.nan, array) for array in args[2:])]
 
 
-def run(args, lengths, *, block=128, ring=4, cores=1, split=False):
-    plan = Plan(block=block, ring=ring, cores=cores, split=split, vmem_bytes=2**25)
+def run(args, lengths, *, block=128, ring=4, cores=1, parts=1):
+    plan = Plan(block=block, ring=ring, cores=cores, parts=parts, vmem_bytes=2**25)
     call = jax.jit(functools.partial(pallas_tpu.decode, scale=SCALE, plan=plan))
     got = jax.block_until_ready(call(*args, lengths))
     assert not interpret_pallas_call.races.races_found
@@ -101,14 +101,16 @@ def test_lengths_around_blocks(rng):
     check(args, lengths, block=128)
     check(args, lengths, block=512)  # 1152 is 2.25 blocks
     args = draw(rng, len(lengths), 1, 1536, 4)
-    check(args, lengths, block=768, split=True)
+    check(args, lengths, block=768, parts=2)
     check(args, lengths, block=768)
 
 
 def test_trimmed_copies_take_what_is_live_and_no_more(rng):
     """Every number of live tiles of a block, its binary digits being copies of their own."""
     lengths = ints(*range(1, 896, 128), *range(0, 897, 128))
-    check(draw(rng, len(lengths), 2, 896, 2), lengths, block=896, split=True, ring=3)
+    args = draw(rng, len(lengths), 2, 896, 2)
+    check(args, lengths, block=896, parts=2, ring=3)
+    check(args, lengths[::-1], block=896, parts=4)  # 256, 512, 768 or 896 slots of a block
 
 
 @pytest.mark.parametrize("interpreter", [2], indirect=True)
@@ -119,7 +121,7 @@ def test_trimmed_copies_take_what_is_live_and_no_more(rng):
 def test_two_cores_share_the_blocks(lengths, rng):
     args = draw(rng, len(lengths), 1, 1024, 4)
     check(args, ints(*lengths), cores=2)
-    check(args, ints(*lengths), cores=2, block=512, split=True)
+    check(args, ints(*lengths), cores=2, block=512, parts=2)
 
 
 def test_one_full_row_among_empty_ones(rng):
@@ -131,13 +133,13 @@ def test_one_full_row_among_empty_ones(rng):
 def test_new_tokens_are_causal(tokens, rng):
     args = draw(rng, 4, tokens, 384, 4)
     check(args, ints(384, 1, 130, 0))
-    check(args, ints(384, 1, 130, 0), block=256, split=True)
+    check(args, ints(384, 257, 130, 0), block=256, parts=2)  # 257: not all see the first block
     if tokens == 8:
         return
     check(args, None)
     per_query = rng.integers(-1, 385, (4, tokens)).astype(np.int32)
     check(args, jnp.asarray(per_query))
-    check(args, jnp.asarray(per_query), block=256, split=True)
+    check(args, jnp.asarray(per_query), block=256, parts=2)
 
 
 def test_halves_merge(rng):
@@ -183,13 +185,13 @@ PLANTED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("bug", PLANTED)
-def test_planted_bugs_are_noticed(bug, split, rng):
+def test_planted_bugs_are_noticed(bug, parts, rng):
     args = draw(rng, 3, 2, 384, 4)
     lengths = ints(384, 130, 200)
     with PLANTED[bug](pallas_tpu._Walk), pytest.raises(AssertionError):
-        check(args, lengths, block=256, split=split)
+        check(args, lengths, block=256, parts=parts)
 
 
 @pytest.mark.parametrize("bug", ["missing_rope", "wrong_scale", "dropped_first_key"])
