@@ -266,6 +266,7 @@ def _generate(options: Generate, console: Console) -> None:
     slots = generation._slots(
         config, prompts, options.max_new_tokens, options.max_length, options.speculate
     )
+    _check_backend(options, config, len(prompts), slots)
     model = _model(options, config, path, console)
     alone = len(prompts) == 1 and not options.prompt_tokens
     shown: list[list[int]] = [[] for _ in prompts]
@@ -311,6 +312,16 @@ def _generate(options: Generate, console: Console) -> None:
         config.attention, batch_size=len(prompts), length=slots, queries=1 + options.speculate,
         dtype=options.dtype,
     )  # fmt: skip
+
+
+def _check_backend(options: Generate, config: DeepseekConfig, rows: int, slots: int) -> None:
+    """Raises NotImplementedError where the backend asked for cannot decode this here."""
+    backend = api.serving("latent_attention", options.implementation)
+    schedule = lambda lengths: api.decode_schedule(  # noqa: E731
+        config.attention, lengths, slots=slots, queries=1 + options.speculate,
+        dtype=options.dtype, implementation=backend,
+    )  # fmt: skip
+    jax.eval_shape(schedule, jax.ShapeDtypeStruct((rows,), jnp.int32))
 
 
 def _check_generate(options: Generate) -> None:

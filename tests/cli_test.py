@@ -38,6 +38,10 @@ _WRONG = [
     (("--prompt", "~"), r"prompt 0 has token 126: the model has 40 words"),
     (("--prompt", "\n", "--max-length", "4"), r"max_length=4"),
     (("--prompt", "\n", "--max-new-tokens", "200"), r"the model has 128 positions"),
+    (
+        ("--prompt", "\n", "--max-new-tokens", "9", "--implementation", "pallas_gpu"),
+        r"implementation='pallas_gpu': ",
+    ),
     (("--prompt", ""), r"none may be empty"),
     (("--random-weights", "--prompt", "a"), r"--random-weights is for a --preset"),
 ]
