@@ -56,10 +56,13 @@ def main():
     text += f'device_kind = "{device.device_kind}"\n'
     for rows, (heads, tokens) in ROWS.items():
         parts = device.core_count // -(-heads * tokens // pallas_gpu.TILE)
-        by_excess = {steps - -(-n * (steps + ROW_COST) // parts): n for n in range(1, parts + 1)}
         slack = 0
         for excess in EXCESSES:
-            shape = (by_excess[excess], options.slots, heads, tokens)
+            batch = parts * (steps - excess) // (steps + ROW_COST)  # or a step more
+            if batch < 1:
+                break
+            excess = steps - -(-batch * (steps + ROW_COST) // parts)
+            shape = (batch, options.slots, heads, tokens)
             whole, cut = time_cuts(shape, (steps, 0), options.last)
             text += (
                 f"# {shape}: whole {whole * 1e6:.1f} us, {excess} steps fewer {cut * 1e6:.1f} us\n"

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from mla_jax.attention import MultiHeadLatentAttention
 from mla_jax.cache import LatentCache
 from mla_jax.config import MLAConfig
+from mla_jax.ops import dense
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,7 +63,10 @@ class Block(nnx.Module):
             return nnx.RMSNorm(width, epsilon=config.rms_norm_eps, **types)
 
         def linear(inputs, outputs):
-            return nnx.Linear(inputs, outputs, use_bias=False, precision=precision, **types)
+            return nnx.Linear(
+                inputs, outputs, use_bias=False, precision=precision,
+                dot_general=dense.dot_general, **types,
+            )  # fmt: skip
 
         self.attention_norm = norm()
         self.attention = MultiHeadLatentAttention(

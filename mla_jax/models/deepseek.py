@@ -26,6 +26,7 @@ from mla_jax.attention import MultiHeadLatentAttention
 from mla_jax.cache import LatentCache
 from mla_jax.models.deepseek_config import DeepseekConfig
 from mla_jax.models.experts import GatedMLP, MixtureOfExperts
+from mla_jax.ops import dense
 
 
 class DeepseekBlock(nnx.Module):
@@ -95,7 +96,10 @@ class MultiTokenPredictor(nnx.Module):
         width = config.attention.hidden_size
         norm = functools.partial(nnx.RMSNorm, width, epsilon=config.rms_norm_eps, **types)
         self.enorm, self.hnorm, self.norm = norm(), norm(), norm()
-        self.eh_proj = nnx.Linear(2 * width, width, use_bias=False, precision=precision, **types)
+        self.eh_proj = nnx.Linear(
+            2 * width, width, use_bias=False, precision=precision, dot_general=dense.dot_general,
+            **types,
+        )  # fmt: skip
         self.block = DeepseekBlock(
             config, config.attention.num_hidden_layers, precision=precision,
             implementation=implementation, **types,

@@ -106,7 +106,7 @@ def test_lengths_around_blocks(rng):
 
 
 def test_trimmed_copies_take_what_is_live_and_no_more(rng):
-    """Every number of live tiles of a block, its binary digits being copies of their own."""
+    """Every number of live tiles of a block, which is the size of its copy."""
     lengths = ints(*range(1, 896, 128), *range(0, 897, 128))
     args = draw(rng, len(lengths), 2, 896, 2)
     check(args, lengths, block=896, parts=2, ring=3)

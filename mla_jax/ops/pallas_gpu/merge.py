@@ -1,7 +1,7 @@
 """The merge of a batch row that several parts of the decode kernel worked on, by these same parts.
 
-Each left a normalised piece [64, R] in float32 and its log-sum-exp; every warpgroup of theirs waits
-for all and then merges some of the query rows.
+Each left a normalised piece [64, R] in float32 and its log-sum-exp; every warpgroup of those that
+ended with this row waits for all and then merges some of the query rows.
 
 Letters: R latent width.
 """
