@@ -1,0 +1,116 @@
+"""Absorbed decode as one Mosaic TPU kernel: attention of all heads over a contiguous latent cache.
+
+`kernel.py` is the kernel, `planning.py` says how it is built for a shape and a chip. Forward only:
+derivatives are those of the XLA backend.
+
+Letters: B batch, T query tokens, S cache slots, N heads, R latent, P rotary channels.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from mla_jax.ops import xla
+from mla_jax.ops.pallas_tpu.kernel import launch
+from mla_jax.ops.pallas_tpu.planning import LANES, Plan, plan, vmem_limit
+from mla_jax.ops.reference import merge_attention
+
+_MOST_QUERIES = 8  # T; more tokens than this are a prefill, which another form serves
+
+
+def why_not(spec, device) -> str | None:
+    """Why the kernel cannot serve `spec` on `device`, or None."""
+    if device.platform != "tpu":
+        return f"needs a TPU, this is {device.device_kind} ({device.platform})"
+    rank, rope = spec.key_dims
+    if spec.dtype not in ("bfloat16", "float32"):
+        return f"takes bfloat16 and float32, not {spec.dtype}"
+    if others := set(spec.options) - {"lengths", "lengths per query"}:
+        return f"no {', '.join(sorted(others))}"
+    if spec.queries > _MOST_QUERIES:
+        return f"decodes up to {_MOST_QUERIES} tokens at once, not {spec.queries}"
+    if spec.heads > 128:
+        return f"takes up to 128 heads on one chip, not {spec.heads}: shard them"
+    if rank % LANES or rank > 512:
+        return f"kv_lora_rank must be a multiple of 128 up to 512, not {rank}"
+    if rope % 16 or rope > LANES:
+        return f"qk_rope_head_dim must be a multiple of 16 up to 128, not {rope}"
+    if spec.slots % LANES:
+        return f"the cache's slots must be a multiple of 128, not {spec.slots}"
+    size = jnp.dtype(spec.dtype).itemsize
+    shape = spec.batch, spec.queries * spec.heads, spec.slots
+    needed = plan(*shape, size, device.device_kind).vmem_bytes >> 20
+    limit = vmem_limit(device.device_kind)
+    if needed > limit:
+        return f"needs {needed} MiB of VMEM, {device.device_kind} is known to have {limit}"
+    return None
+
+
+def latent_attention(
+    pattern, q_rope, latent, k_rope, *, lengths, scale, soft_cap=None, window=None, mask=None,
+    segment_ids=None, precision=None,
+):  # fmt: skip
+    """The absorbed form: see `api.latent_attention`. Differentiated, it runs XLA's backward."""
+    del soft_cap, window, mask, segment_ids, precision  # `why_not` keeps them unset
+    return _attention(pattern, q_rope, latent, k_rope, lengths, scale)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attention(pattern, q_rope, latent, k_rope, lengths, scale):
+    batch, tokens, heads, _ = pattern.shape
+    size = jnp.dtype(latent.dtype).itemsize
+    chosen = plan(batch, tokens * heads, latent.shape[1], size)
+    return decode(pattern, q_rope, latent, k_rope, lengths, scale, chosen)
+
+
+def _forward(pattern, q_rope, latent, k_rope, lengths, scale):
+    arrays = (pattern, q_rope, latent, k_rope)
+    return _attention(*arrays, lengths, scale), (arrays, lengths)
+
+
+def _backward(scale, residuals: Any, cotangents: Any):
+    arrays, lengths = residuals
+    options = dict.fromkeys(("soft_cap", "window", "mask", "segment_ids", "precision"))
+    core = functools.partial(xla.latent_attention, lengths=lengths, scale=scale, **options)
+    return *jax.vjp(core, *arrays)[1](cotangents), None
+
+
+_attention.defvjp(_forward, _backward)
+
+
+# Jitted here too, so that the layers of a model share one lowering.
+@functools.partial(jax.jit, static_argnames=("scale", "plan"))
+def decode(pattern, q_rope, latent, k_rope, lengths, scale, plan: Plan):
+    """Runs the kernel by `plan`; arguments and results as `api.latent_attention`."""
+    batch, tokens, heads, rank = pattern.shape
+    out, lse, *parts = launch(pattern, q_rope, latent, k_rope, lengths, scale, plan)
+    out, lse = out.reshape(batch, -1, rank), lse.reshape(batch, -1)
+    if parts:
+        row = _shared_row(lengths, latent.shape[1], batch, plan)
+        out, lse = _join(out, lse, parts[0], parts[1], row)
+    out = out[:, : tokens * heads].reshape(batch, tokens, heads, rank)
+    return out, lse[:, : tokens * heads].reshape(batch, tokens, heads)
+
+
+def _shared_row(lengths, slots, batch, plan):
+    """The row that both cores worked on, or `batch` where the halves meet between rows."""
+    if lengths is None:
+        lengths = jnp.full((batch,), slots, jnp.int32)
+    longest = jnp.clip(lengths.reshape(batch, -1).max(1), 0, slots)
+    counts = jnp.maximum(pl.cdiv(longest, plan.piece), 1)
+    ends, pieces = jnp.cumsum(counts), plan.block // plan.piece
+    half = (pl.cdiv(ends[-1], pieces) + 1) // 2 * pieces
+    shared = (ends > half) & (ends - counts < half)
+    return jnp.where(shared.any(), jnp.argmax(shared), batch).astype(jnp.int32)
+
+
+def _join(out, lse, part, part_lse, row):
+    """Puts the merged parts of the shared row into it; a row of `batch` changes nothing."""
+    parts = zip(part, part_lse.reshape(len(part), -1)[:, : part.shape[1]], strict=True)
+    merged, merged_lse = merge_attention(*parts)
+    merged_lse = jnp.pad(merged_lse, (0, lse.shape[1] - len(merged_lse)))
+    out = out.at[row].set(merged.astype(out.dtype), mode="drop")
+    return out, lse.at[row].set(merged_lse, mode="drop")
