@@ -356,15 +356,19 @@ def tune(options):
             found = {}
             for block, piece in itertools.product((1024, 2048, 4096), (128, 256, 512)):
                 shape = {"slots": 4096, "heads": heads, "block": block, "piece": piece}
-                times, cycles = 0, 0
+                cost = 0
                 for rows in ({"batch": batch}, {"batch": 2 * batch, "uneven": True}):
                     got = static(generation, shape | rows).get("cycles") or math.inf  # it aborts
                     least = sum(lengths_of(shape | rows)) * 576 * 2 / (0.85 * bandwidth) * clock
-                    times, cycles = times + max(got, least), cycles + got
-                print(f"{generation}, {heads} heads, {block}, {piece}: {times}", flush=True)
-                found[block, piece] = times, cycles
-            best = min(found, key=found.__getitem__)
-            if math.isinf(found[best][0]):
+                    # A tenth of the cycles too: where memory is the limit they are optimistic.
+                    cost += max(got, least) + got / 10
+                print(f"{generation}, {heads} heads, {block}, {piece}: {cost:.0f}", flush=True)
+                found[block, piece] = cost
+            # The smallest block within 1%: what it takes of VMEM XLA cannot use.
+            near = [sizes for sizes, cost in found.items() if cost <= 1.01 * min(found.values())]
+            block = min(block for block, _ in near)
+            best = min((s for s in near if s[0] == block), key=found.__getitem__)
+            if math.isinf(found[best]):
                 print(f"{generation}, {heads} heads: no figures, the table keeps its values")
                 continue
             for name, value in zip(("block", "piece"), best, strict=True):
