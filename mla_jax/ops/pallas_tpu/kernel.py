@@ -104,7 +104,7 @@ def launch(pattern, q_rope, latent, k_rope, lengths, scale, plan: Plan, known=No
         "scores": vmem((rows, plan.block), jnp.float32),
         "top": vmem((2, pieces, rows, LANES), jnp.float32),
         "fade": vmem((pieces, rows, LANES), jnp.float32),
-        "peak": vmem((pieces, rows, LANES), jnp.float32),
+        "peak": vmem((pieces, rows, LANES), jnp.float32),  # top again; read by a constant index
         "total": vmem((pieces, rows, LANES), jnp.float32),
         "mixed": vmem((pieces, rows, rank), jnp.float32),
         "out": vmem((2, pieces, rows // _TILE, _TILE, rank), dtype),
@@ -397,7 +397,7 @@ class Walk:
         return lax.cond(self.whole(self.first), whole, mixed)
 
     def clear(self):
-        """Zeros where the first row goes on from."""
+        """Zeros where the first row goes on from; set while the first copies are under way."""
         for name in ("total", "mixed"):
             self.at[name][self.pieces - 1] = jnp.zeros_like(self.at[name][self.pieces - 1])
 
@@ -616,8 +616,9 @@ class Walk:
         places = [self.first, following]
         for step in range(1, ring - 1):
             places.append(prefetch(jnp.int32(step), places[-1]))
+        whole = self.whole(self.first)
         _either(
-            self.whole(self.first),
+            whole,
             lambda w: self.score(
                 zero, self.first, w, functools.partial(self.wait_first, middle, w)
             ),
@@ -640,10 +641,8 @@ class Walk:
             self.wait_stored(copies)
             return places, self.finish(j, now, after, wholes[0]), wholes[1]
 
-        (now, after, *_), copies, _ = lax.fori_loop(
-            0, last, body, (places, zero, self.whole(self.first))
-        )
-        whole = self.whole(now)
+        state = (places, zero, whole)
+        (now, after, *_), copies, whole = lax.fori_loop(0, last, body, state)
         _either(whole, lambda w: self.mix(last, self.weigh(last, now, w), results=True))
         self.wait_stored(copies)
         copies = self.finish(last, now, after, whole, results=True)
