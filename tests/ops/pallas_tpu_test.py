@@ -206,7 +206,7 @@ def test_planted_bugs_are_noticed(bug, piece, rng):
         check(args, lengths, block=256, piece=piece)
         return
     noticed = (AssertionError, jax.errors.JaxRuntimeError)  # the latter of some races
-    with PLANTED[bug](kernel.Walk), pytest.raises(noticed, match="RACE|races_found|<|Not equal"):
+    with PLANTED[bug](kernel.Walk), pytest.raises(noticed, match=r"RACE|races_found|<|Not equal"):
         check(args, lengths, block=256, piece=piece)
 
 
