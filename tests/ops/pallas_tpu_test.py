@@ -3,6 +3,7 @@
 The interpreter finds races and reads out of bounds, and fills uninitialised memory with NaN.
 """
 
+import contextlib
 import functools
 import importlib.util
 import os
@@ -162,6 +163,23 @@ def test_halves_merge(rng):
     np.testing.assert_allclose(merged[1], whole[1], atol=1e-5)
 
 
+@contextlib.contextmanager
+def opening(walk, broken):
+    """Breaks where maxima and sums begin anew, but not whose queries are copied and waited for."""
+    broken = functools.partialmethod(broken, real=walk.opens)
+
+    def within(method):
+        def traced(*args, **options):
+            with mock.patch.object(walk, "opens", broken):
+                return method(*args, **options)
+
+        return traced
+
+    changed = {name: within(getattr(walk, name)) for name in ("score", "weigh")}
+    with mock.patch.multiple(walk, **changed):
+        yield
+
+
 PLANTED = {
     "off_by_one_slot": lambda walk: mock.patch.object(
         walk, "limits", lambda self, row, real=walk.limits: [n - 1 for n in real(self, row)]
@@ -169,15 +187,15 @@ PLANTED = {
     "future_token_visible": lambda walk: mock.patch.object(
         walk, "limits", lambda self, row, real=walk.limits: [real(self, row)[-1]] * 2
     ),
-    "row_goes_on_from_the_last": lambda walk: mock.patch.object(
-        walk, "opens",
-        lambda self, step, number, at, real=walk.opens: (
-            real(self, step, number, at) & (at.row == 0)
-        ),
+    "row_goes_on_from_the_last": lambda walk: opening(
+        walk, lambda self, step, number, at, real: real(self, step, number, at) & (at.row == 0)
     ),
-    "only_the_last_piece": lambda walk: mock.patch.object(walk, "opens", return_value=True),
+    "only_the_last_piece": lambda walk: opening(
+        walk, lambda self, step, number, at, real: jnp.bool_(True)
+    ),
     "no_mask": lambda walk: mock.patch.object(walk, "masked", lambda self, place, scores: scores),
-    "not_clean": lambda walk: mock.patch.object(walk, "clean", return_value=None),
+    "not_cleared": lambda walk: mock.patch.object(walk, "clear_tiles", return_value=None),
+    "not_trimmed": lambda walk: mock.patch.object(walk, "trim", return_value=None),
     "whole_too_often": lambda walk: mock.patch.object(
         walk, "whole",
         lambda self, at, real=walk.whole: real(self, at._replace(piece=at.piece - 1)),

@@ -38,6 +38,7 @@ from jax.experimental.pallas import tpu as pltpu
 from mla_jax.ops.pallas_tpu.planning import LANES, Plan, rows_held
 
 _TILE = 8
+_UNITS = {"latent": _TILE, "k_rope": LANES}  # slots of the least that a copy can take
 _MASKED = -1e30  # finite, so that masked minus masked is 0 and not NaN
 
 
@@ -179,7 +180,6 @@ class Walk:
         self.keys = ("latent", "k_rope") if "k_rope" in hbm else ("latent",)
         self.queries = ("pattern", "q_rope") if "k_rope" in hbm else ("pattern",)
         self.pieces = self.plan.block // self.plan.piece  # of a block
-        self.tiles = self.plan.piece // LANES  # of a piece
         self.core = pl.program_id(0) if self.plan.cores > 1 else 0
         exact = hbm["latent"].dtype == jnp.float32
         self.dot = functools.partial(
@@ -248,41 +248,6 @@ class Walk:
         """Whether a piece is the first of its row on this core."""
         return (at.piece == 0) | (step == 0) & (number == 0)
 
-    def visit(self, step, start, each, part=None):
-        """each(place, number, pieces, tiles, opens) for each row of a block, or of a part of one.
-
-        Of the row at `place`, the block holds `pieces` from its own piece `number` on; `tiles` of
-        their tiles of 128 slots are live, hold a slot that some query sees. If the block is whole,
-        `pieces` and `tiles` are known at compile time. Returns where the next block begins, and the
-        sums of `tiles` and of `opens`, whether the row's first piece is there. A part is (its first
-        piece, the one after its last).
-        """
-        first, end = part or (0, self.pieces)
-
-        def go(state, whole=False):
-            at, number, tiles, opened = state
-            if whole:
-                pieces, live = self.pieces, self.pieces * self.tiles
-            else:
-                pieces = jnp.minimum(self.left(at), end - number)
-                live = pl.cdiv(self.length(at.row), LANES) - at.piece * self.tiles
-                live = jnp.where(at.row < self.batch, jnp.clip(live, 0, pieces * self.tiles), 0)
-            opens = (at.row < self.batch) & self.opens(step, number, at)
-            each(at, number, pieces, live, opens)
-            return self.following(at, pieces), number + pieces, tiles + live, opened + opens
-
-        def walk(state):
-            return lax.while_loop(lambda state: state[1] < end, go, state)
-
-        zero = jnp.int32(0)
-        state = (start, jnp.int32(first), zero, zero)
-        if part is None:
-            whole = functools.partial(go, whole=True)
-            following, _, tiles, opened = lax.cond(self.whole(start), whole, walk, state)
-        else:
-            following, _, tiles, opened = walk(state)
-        return following, tiles, opened
-
     def units(self, start, whole):
         """(first piece, the one after the last, place) of what to compute at once of a block."""
         if whole:
@@ -314,85 +279,161 @@ class Walk:
         """Waits until as much has been copied as a buffer takes."""
         pltpu.make_async_copy(target, target, self.at["loaded"].at[semaphore]).wait()
 
-    def of_block(self, name, step, begin, tiles):
-        """Tiles of 128 slots of a block, from slot `begin` on."""
-        return self.at[name].at[(self.slot(step), *_span(name, begin, tiles))]
+    def of_block(self, name, step, begin, count):
+        """So many units (`_UNITS`) of a block, from one on."""
+        return self.at[name].at[(self.slot(step), *_span(name, begin, count))]
 
-    def copy_keys(self, names, at, step, begin, tiles, semaphore):
-        """Copies tiles of a row, from a place on, to slot `begin` of a block."""
+    def of_pieces(self, name, step, first, end):
+        """Pieces of a block, from one to another."""
+        each = self.plan.piece // _UNITS[name]
+        return self.of_block(name, step, first * each, (end - first) * each)
+
+    def copy_keys(self, names, at, step, number, slots, semaphore):
+        """Copies slots of a row, from a place on, to a block, from piece `number` on."""
         for name in names:
-            source = _span(name, at.piece * self.plan.piece, tiles)
-            target = self.of_block(name, step, begin, tiles)
-            self.copy(self.hbm[name].at[(at.row, *source)], target, semaphore)
+            each, count = self.plan.piece // _UNITS[name], pl.cdiv(slots, _UNITS[name])
+            source = self.hbm[name].at[(at.row, *_span(name, at.piece * each, count))]
+            self.copy(source, self.of_block(name, step, number * each, count), semaphore)
 
     def copy_queries(self, row, semaphore):
         for name in self.queries:
             target = self.at[name].at[self.held(row)]
             self.copy(self.hbm[name].at[row], target, semaphore)
 
-    def wait_keys(self, names, step, begin, tiles, semaphore):
-        for name in names:
-            self.wait(self.of_block(name, step, begin, tiles), semaphore)
-
     def wait_queries(self, rows, semaphore):
         for name in self.queries:
             self.wait(self.at[name].at[pl.ds(0, rows)], semaphore)
 
-    def copy_block(self, step, start, part=None, semaphore=None):
-        """Starts the copies of a block, or a part of it; returns where the next one begins."""
-        semaphore = self.slot(step) if semaphore is None else semaphore
+    def copy_block(self, step, start):
+        """Starts the copies of a block; returns `_copied` of it and where the next one begins."""
+        semaphore = self.slot(step)
 
-        def each(at, number, pieces, tiles, opens):
-            del pieces
-            begin = number * self.plan.piece
-            _when(tiles > 0, lambda: self.copy_keys(self.keys, at, step, begin, tiles, semaphore))
+        def whole():
+            self.copy_keys(self.keys, start, step, 0, self.plan.block, semaphore)
+            opens = self.opens(step, 0, start)
+            pl.when(opens)(lambda: self.copy_queries(start.row, semaphore))
+            return _copied(self.plan.block), self.following(start, self.pieces)
+
+        def mixed():
+            return self.copy_pieces(step, start, 0, self.pieces, semaphore)
+
+        return lax.cond(self.whole(start), whole, mixed)
+
+    def copy_pieces(self, step, start, first, end, semaphore):
+        """`copy_block` of pieces of a block, from one to another: what is live of each row."""
+        tiles = self.plan.piece // LANES
+
+        def go(state):
+            copied, at, number = state
+            pieces = jnp.minimum(self.left(at), end - number)
+            exists = at.row < self.batch
+            live = self.length(at.row) - at.piece * self.plan.piece
+            live = jnp.where(exists, jnp.clip(live, 0, pieces * self.plan.piece), 0)
+            dead = pieces * tiles - live // LANES  # not live to the end; at most a piece
+            pl.when(exists)(lambda: self.clear_tiles(step, (number + pieces) * tiles, dead))
+
+            @pl.when(live > 0)
+            def _():
+                self.copy_keys(self.keys, at, step, number, live, semaphore)
+
+            opens = exists & self.opens(step, number, at)
             pl.when(opens)(lambda: self.copy_queries(at.row, semaphore))
+            return copied + _copied(live), self.following(at, pieces), number + pieces
 
-        return self.visit(step, start, each, part)[0]
+        state = (jnp.int32(0), start, jnp.int32(first))
+        return lax.while_loop(lambda state: state[2] < end, go, state)[:2]
 
-    def wait_block(self, step, start, whole, part=None, semaphore=None):
-        """Waits for the copies of a block, or a part of it."""
-        semaphore = self.slot(step) if semaphore is None else semaphore
-        if whole:
-            tiles = self.pieces * self.tiles
-            opened = jnp.where(self.opens(step, 0, start), 1, 0)
-        else:
-            _, tiles, opened = self.visit(step, start, lambda *_: None, part)
-        _when(tiles > 0, lambda: self.wait_keys(self.keys, step, 0, tiles, semaphore))
+    def clear_tiles(self, step, end, dead, done=0):
+        """Zeros in the last `dead` tiles of 128 slots before tile `end`, before what is live comes.
+
+        Weights of slots that no query sees are 0, and 0 x NaN is NaN.
+        """
+
+        def clear():
+            for name in self.keys:
+                count = LANES // _UNITS[name]
+                part = self.of_block(name, step, (end - 1 - done) * count, count)
+                part[...] = jnp.zeros(part.shape, part.dtype)
+            if (done + 1) * LANES < self.plan.piece:
+                self.clear_tiles(step, end, dead, done + 1)
+
+        pl.when(dead > done)(clear)
+
+    def wait_block(self, step, start, following, whole, copied):
+        """Waits for the copies of a block, from one place to another; `copied` if not whole."""
+        semaphore = self.slot(step)
+        if not whole:
+            self.wait_pieces(step, start, following, 0, copied, semaphore)
+            return
+        for name in self.keys:
+            self.wait(self.of_pieces(name, step, 0, self.pieces), semaphore)
+        pl.when(self.opens(step, 0, start))(lambda: self.wait_queries(1, semaphore))
+
+    def wait_pieces(self, step, start, following, first, copied, semaphore):
+        """Waits for the copies of the pieces from `first` on, of rows from one place to another."""
+        for name, count in zip(self.keys, _copied_of(copied), strict=False):
+            part = self.of_block(name, step, 0, count)
+            pl.when(count > 0)(functools.partial(self.wait, part, semaphore))
+        opened = jnp.minimum(following.row + (following.piece > 0), self.batch) - start.row
+        opened -= jnp.where(self.opens(step, first, start), 0, 1)
         pl.when(opened > 0)(lambda: self.wait_queries(opened, semaphore))
+        self.trim(step, start, following, first)
+
+    def trim(self, step, start, following, first):
+        """Zeros for what a copy of 8 latents brought past the end of each row that ends here."""
+        each_piece = self.plan.piece // _TILE
+
+        def each(row, number):
+            number += self.left(_Place(row, jnp.where(row == start.row, start.piece, 0)))
+            length = self.length(row)
+            last = jnp.maximum(length - 1, 0) // _TILE  # of the row; an empty one is zeros anyway
+            group = (number - self.pieces_of(row)) * each_piece + last
+            part = self.of_block("latent", step, group, 1)
+            held = part[...]
+            slot = last * _TILE + lax.broadcasted_iota(jnp.int32, held.shape, 1)
+            part[...] = jnp.where(slot < length, held, jnp.zeros_like(held))
+            return number
+
+        ends = jnp.minimum(following.row, self.batch)
+        lax.fori_loop(start.row, ends, each, jnp.int32(first))
 
     # The first block comes in two parts, the smaller first, so that its scores begin early. The
     # first part's copies signal the semaphore of the block that is copied last, which is free.
 
     def parts(self):
-        """{first piece: (the one after the last, semaphore)} of each part."""
+        """(first piece, the one after the last, semaphore) of each part."""
         cut = self.pieces * 3 // 8 or self.pieces // 2
-        last = {cut: (self.pieces, 0)}
-        return {0: (cut, self.plan.ring - 1)} | last if cut else last
+        last = (cut, self.pieces, 0)
+        return [(0, cut, self.plan.ring - 1), last] if cut else [last]
 
     def copy_first(self):
-        """`copy_block` of the first block; where its last part begins, and the next block."""
+        """Starts the copies of the first block.
+
+        Returns `_copied` of each part, where each begins, and where the next block does.
+        """
 
         def whole():
-            middle = self.first
-            for first, (end, semaphore) in self.parts().items():
-                middle = _Place(self.first.row, self.first.piece + first)
-                begin, tiles = first * self.plan.piece, (end - first) * self.tiles
-                self.copy_keys(("latent",), middle, 0, begin, tiles, semaphore)
+            copied, places = [], []
+            for first, end, semaphore in self.parts():
+                places.append(_Place(self.first.row, self.first.piece + first))
+                slots = (end - first) * self.plan.piece
+                copied.append(_copied(slots))
+                self.copy_keys(("latent",), places[-1], 0, first, slots, semaphore)
                 if first == 0:
                     self.copy_queries(self.first.row, semaphore)
                     self.clear()
             # At once: to libtpu's linter, a part of it would leave the rest unset.
-            self.copy_keys(self.keys[1:], self.first, 0, 0, self.pieces * self.tiles, 0)
-            return middle, self.following(self.first, self.pieces)
+            self.copy_keys(self.keys[1:], self.first, 0, 0, self.plan.block, 0)
+            return copied, [*places, self.following(self.first, self.pieces)]
 
         def mixed():
             self.clear()
-            middle = following = self.first
-            for first, (end, semaphore) in self.parts().items():
-                middle, part = following, (first, end)
-                following = self.copy_block(jnp.int32(0), middle, part, semaphore)
-            return middle, following
+            copied, places = [], [self.first]
+            for first, end, semaphore in self.parts():
+                part, following = self.copy_pieces(jnp.int32(0), places[-1], first, end, semaphore)
+                copied.append(part)
+                places.append(following)
+            return copied, places
 
         return lax.cond(self.whole(self.first), whole, mixed)
 
@@ -401,50 +442,20 @@ class Walk:
         for name in ("total", "mixed"):
             self.at[name][self.pieces - 1] = jnp.zeros_like(self.at[name][self.pieces - 1])
 
-    def wait_first(self, middle, whole, first):
+    def wait_first(self, copied, places, whole, piece):
         """Waits for the part of the first block that begins with a piece, if one does."""
-        if first not in self.parts():
-            return
-        end, semaphore = self.parts()[first]
-        if not whole:
-            start, part = middle if first else self.first, (first, end)
-            self.wait_block(jnp.int32(0), start, False, part, semaphore)
-            self.clean(jnp.int32(0), start, part)
-            return
-        begin, tiles = first * self.plan.piece, (end - first) * self.tiles
-        self.wait_keys(("latent",), 0, begin, tiles, semaphore)
-        if first == 0:
-            self.wait_queries(1, semaphore)
-        if end == self.pieces:
-            self.wait_keys(self.keys[1:], 0, 0, self.pieces * self.tiles, semaphore)
-
-    def clean(self, step, start, part=None):
-        """Zeros for those latents of a block that no query of their row sees: 0 x NaN is NaN."""
-
-        def each(at, number, pieces, live, opens):
-            del live, opens
-            first, end = number * self.tiles, (number + pieces) * self.tiles
-            seen = first * LANES + self.length(at.row) - at.piece * self.plan.piece  # in the block
-            after = jnp.minimum(pl.cdiv(seen, LANES), end)
-
-            def trim(tile, _):
-                part = self.of_block("latent", step, tile * LANES, 1)
-                held = part[...]
-                slot = tile * LANES + _TILE * lax.broadcasted_iota(jnp.int32, held.shape, 0)
-                slot += lax.broadcasted_iota(jnp.int32, held.shape, 1)
-                part[...] = jnp.where(slot < seen, held, jnp.zeros_like(held))
-                return 0
-
-            def zero(tile, _):
-                for name in self.keys:  # what was never set may not be read
-                    part = self.of_block(name, step, tile * LANES, 1)
-                    part[...] = jnp.zeros(part.shape, part.dtype)
-                return 0
-
-            lax.fori_loop(seen // LANES, after, trim, 0)
-            lax.fori_loop(after, end, zero, 0)
-
-        self.visit(step, start, each, part)
+        for i, (first, end, semaphore) in enumerate(self.parts()):
+            if first != piece:
+                continue
+            if not whole:
+                self.wait_pieces(0, places[i], places[i + 1], first, copied[i], semaphore)
+                continue
+            self.wait(self.of_pieces("latent", 0, first, end), semaphore)
+            if first == 0:
+                self.wait_queries(1, semaphore)
+            if end == self.pieces:
+                for name in self.keys[1:]:
+                    self.wait(self.of_pieces(name, 0, 0, self.pieces), semaphore)
 
     # The score half of a step.
 
@@ -455,7 +466,7 @@ class Walk:
         for first, end, place in self.units(start, whole):
             parts, scores = [(first, end)], []
             if arrive and whole:
-                parts = [(piece, end) for piece, (end, _) in self.parts().items()]
+                parts = [(piece, end) for piece, end, _ in self.parts()]
             for part in parts:
                 if arrive:
                     arrive(part[0])
@@ -465,7 +476,7 @@ class Walk:
             scores = jnp.concatenate(scores, axis=1)
             if "k_rope" in self.keys:
                 q_rope = _rows(at["q_rope"][self.held(place.row)])
-                tiles = range(first * self.tiles, end * self.tiles)
+                tiles = range(*(n * self.plan.piece // LANES for n in (first, end)))
                 k_rope = [_rows(at["k_rope"][slot, :, tile]) for tile in tiles]
                 k_rope = jnp.concatenate(k_rope, axis=1)
                 scores += self.dot(q_rope, k_rope, (((1,), (0,)), ((), ())))
@@ -528,7 +539,6 @@ class Walk:
         some = top > _MASKED / 2
         share = jnp.where(some, 1 / total, 0.0)
         out = self.at["mixed"][number] * _repeat(share, self.rank)
-        out = jnp.where(_repeat(share, self.rank) > 0, out, 0.0)
         lse = jnp.where(some, (top + jnp.log2(total)) * math.log(2), -jnp.inf)
         groups = []
         for i in range(0, self.rows, LANES):
@@ -605,31 +615,31 @@ class Walk:
         ring, last, zero = self.plan.ring, self.count - 1, jnp.int32(0)
 
         def prefetch(step, start):
-            return lax.cond(step < self.count, lambda: self.copy_block(step, start), lambda: start)
+            more = step < self.count
+            return lax.cond(more, lambda: self.copy_block(step, start), lambda: (zero, start))
 
-        def arrive(step, start, whole):
-            self.wait_block(step, start, whole)
-            if not whole:
-                self.clean(step, start)
-
-        middle, following = self.copy_first()
-        places = [self.first, following]
+        parts, first = self.copy_first()
+        places, copied = [self.first, first[-1]], []
         for step in range(1, ring - 1):
-            places.append(prefetch(jnp.int32(step), places[-1]))
+            count, following = prefetch(jnp.int32(step), places[-1])
+            copied.append(count)
+            places.append(following)
         whole = self.whole(self.first)
         _either(
             whole,
             lambda w: self.score(
-                zero, self.first, w, functools.partial(self.wait_first, middle, w)
+                zero, self.first, w, functools.partial(self.wait_first, parts, first, w)
             ),
         )
 
         def body(j, state):
-            places, copies, whole = state  # of blocks j, j+1 ... j + ring-1
+            places, copied, stores, whole = state  # of blocks j, j+1 ... j + ring-1
             now, after, *_ = places
-            places = [*places[1:], prefetch(j + ring - 1, places[-1])]
+            count, following = prefetch(j + ring - 1, places[-1])
+            places, copied = [*places[1:], following], [*copied, count]
             wholes = whole, self.whole(after)
-            _either(wholes[1], functools.partial(arrive, j + 1, after))
+            arrived = functools.partial(self.wait_block, j + 1, after, places[1])
+            _either(wholes[1], lambda w: arrived(w, copied[0]))
 
             def both(mixed, scored):
                 # Weights first: they leave the buffer of scores, and no half waits for the other.
@@ -638,18 +648,18 @@ class Walk:
                 self.mix(j, weighed, results=not mixed)
 
             _either(wholes[0], lambda w: _either(wholes[1], functools.partial(both, w)))
-            self.wait_stored(copies)
-            return places, self.finish(j, now, after, wholes[0]), wholes[1]
+            self.wait_stored(stores)
+            return places, copied[1:], self.finish(j, now, after, wholes[0]), wholes[1]
 
-        state = (places, zero, whole)
-        (now, after, *_), copies, whole = lax.fori_loop(0, last, body, state)
+        state = (places, copied, zero, whole)
+        (now, after, *_), _, stores, whole = lax.fori_loop(0, last, body, state)
         _either(whole, lambda w: self.mix(last, self.weigh(last, now, w), results=True))
-        self.wait_stored(copies)
-        copies = self.finish(last, now, after, whole, results=True)
+        self.wait_stored(stores)
+        stores = self.finish(last, now, after, whole, results=True)
         if self.plan.cores > 1:
             goes_on = (after.piece > 0) & (after.row < self.batch)
             pl.when(goes_on)(lambda: self.store_part(self.pieces - 1))
-        self.wait_stored(copies)
+        self.wait_stored(stores)
 
 
 def _either(flag, do):
@@ -657,18 +667,21 @@ def _either(flag, do):
     lax.cond(flag, lambda: do(True), lambda: do(False))
 
 
-def _when(flag, do):
-    """do() where a flag holds, which may be known at compile time."""
-    if flag is True:
-        do()
-    else:
-        pl.when(flag)(do)
+def _copied(slots):
+    """Units of latents and of rotary keys that a copy of so many slots takes, in one number."""
+    latent, k_rope = (pl.cdiv(slots, unit) for unit in _UNITS.values())
+    return jnp.int32(latent + (k_rope << 16))
 
 
-def _span(name, begin, tiles):
-    """Index of tiles of 128 slots, from slot `begin` on, in what is stored of a row."""
-    before, unit = ((), _TILE) if name == "latent" else ((slice(None),), LANES)
-    return (*before, pl.ds(begin // unit, tiles * (LANES // unit)))
+def _copied_of(number):
+    """(units of latents, units of rotary keys) of the sum of some `_copied`."""
+    return number & 0xFFFF, number >> 16
+
+
+def _span(name, begin, count):
+    """Index of units of slots, from one on, in what is stored of a row."""
+    before = () if name == "latent" else (slice(None),)
+    return (*before, pl.ds(begin, count))
 
 
 def _repeat(x, width):
