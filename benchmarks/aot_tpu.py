@@ -265,7 +265,8 @@ def kernels(options):
                       f"{mxu * clock:.0f} | | | | |", flush=True)  # fmt: skip
                 print(found.get("abort"), file=sys.stderr)
                 continue
-            read = sum(-(-length // 128) * 128 for length in lengths)
+            # The kernel copies latents by 8 and rotary keys by 128 slots.
+            read = sum(512 * -(-n // 8) * 8 + 64 * -(-n // 128) * 128 for n in lengths) / 576
             time, floor = max(cycles / clock, hbm * read / total), max(hbm, mxu)
             columns = [
                 f"{name}, {tokens}", found["block"], cycles, f"{cycles * 1024 / total:.0f}",
@@ -354,7 +355,7 @@ def tune(options):
         _, kind, clock, bandwidth, _ = GENERATIONS[generation]
         for heads, batch in ((16, 16), (128, 8)):
             found = {}
-            for block, piece in itertools.product((1024, 2048, 4096), (128, 256, 512)):
+            for block, piece in itertools.product((1024, 2048, 4096), (128, 256, 512, 1024)):
                 shape = {"slots": 4096, "heads": heads, "block": block, "piece": piece}
                 cost = 0
                 for rows in ({"batch": batch}, {"batch": 2 * batch, "uneven": True}):
@@ -364,10 +365,7 @@ def tune(options):
                     cost += max(got, least) + got / 10
                 print(f"{generation}, {heads} heads, {block}, {piece}: {cost:.0f}", flush=True)
                 found[block, piece] = cost
-            # The smallest block within 1%: what it takes of VMEM XLA cannot use.
-            near = [sizes for sizes, cost in found.items() if cost <= 1.01 * min(found.values())]
-            block = min(block for block, _ in near)
-            best = min((s for s in near if s[0] == block), key=found.__getitem__)
+            best = min(found, key=found.__getitem__)
             if math.isinf(found[best]):
                 print(f"{generation}, {heads} heads: no figures, the table keeps its values")
                 continue
