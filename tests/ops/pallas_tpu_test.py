@@ -6,6 +6,7 @@ The interpreter finds races and reads out of bounds, and fills uninitialised mem
 import contextlib
 import functools
 import importlib.util
+import itertools
 import os
 import pathlib
 import subprocess
@@ -194,8 +195,8 @@ PLANTED = {
         walk, lambda self, step, number, at, real: jnp.bool_(True)
     ),
     "no_mask": lambda walk: mock.patch.object(walk, "masked", lambda self, place, scores: scores),
-    "not_cleared": lambda walk: mock.patch.object(walk, "clear_tiles", return_value=None),
-    "not_trimmed": lambda walk: mock.patch.object(walk, "trim", return_value=None),
+    "tiles_not_cleared": lambda walk: mock.patch.object(walk, "clear_tiles", return_value=None),
+    "ends_not_cleared": lambda walk: mock.patch.object(walk, "clear_ends", return_value=None),
     "whole_too_often": lambda walk: mock.patch.object(
         walk, "whole",
         lambda self, at, real=walk.whole: real(self, at._replace(piece=at.piece - 1)),
@@ -214,13 +215,16 @@ def traced_anew():
     pallas_tpu.decode.clear_cache()
 
 
-@pytest.mark.parametrize("piece", [128, 256])
-@pytest.mark.parametrize("bug", [None, *PLANTED])
+@pytest.mark.parametrize(
+    ("bug", "piece"),
+    # A piece of one tile has none to clear beside the one where the row ends.
+    sorted({*itertools.product(["", *PLANTED], [128, 256])} - {("tiles_not_cleared", 128)}),
+)
 @pytest.mark.usefixtures("traced_anew")
 def test_planted_bugs_are_noticed(bug, piece, rng):
     args = draw(rng, 4, 2, 512, 4)
-    lengths = ints(512, 130, 300, 512)
-    if bug is None:
+    lengths = ints(450, 300, 130, 512)
+    if not bug:
         check(args, lengths, block=256, piece=piece)
         return
     noticed = (AssertionError, jax.errors.JaxRuntimeError)  # the latter of some races

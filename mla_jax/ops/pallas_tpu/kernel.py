@@ -38,6 +38,7 @@ from jax.experimental.pallas import tpu as pltpu
 from mla_jax.ops.pallas_tpu.planning import LANES, Plan, rows_held
 
 _TILE = 8
+_ROWS = 3  # of a block, whose copies start without a branch
 _UNITS = {"latent": _TILE, "k_rope": LANES}  # slots of the least that a copy can take
 _MASKED = -1e30  # finite, so that masked minus masked is 0 and not NaN
 
@@ -304,98 +305,99 @@ class Walk:
         for name in self.queries:
             self.wait(self.at[name].at[pl.ds(0, rows)], semaphore)
 
+    def copy_row(self, step, end, semaphore, state):
+        """Starts the copies of what is live of one row in a block, up to its piece `end`.
+
+        The state: `_copied` so far, where the block goes on, and from which of its pieces.
+        """
+        copied, at, number = state
+        pieces = jnp.minimum(self.left(at), end - number)
+        exists = (at.row < self.batch) & (pieces > 0)
+        live = self.length(at.row) - at.piece * self.plan.piece
+        live = jnp.where(exists, jnp.clip(live, 0, pieces * self.plan.piece), 0)
+
+        @pl.when(live > 0)
+        def _():
+            self.copy_keys(self.keys, at, step, number, live, semaphore)
+
+        opens = exists & self.opens(step, number, at)
+        pl.when(opens)(lambda: self.copy_queries(at.row, semaphore))
+        copied += _copied(live, live, opens.astype(jnp.int32))
+        return copied, self.following(at, pieces), number + pieces
+
+    def copy_some(self, step, start, rows=_ROWS):
+        """`copy_row` of a block's first rows, if the block exists, without a branch."""
+        state = jnp.int32(0), start, jnp.where(step < self.count, 0, self.pieces)
+        for _ in range(rows):
+            state = self.copy_row(step, self.pieces, self.slot(step), state)
+        return state
+
+    def copy_rest(self, step, state, end=None, semaphore=None):
+        """`copy_row` until piece `end`; returns `_copied` and where the block after begins."""
+        end = self.pieces if end is None else end
+        semaphore = self.slot(step) if semaphore is None else semaphore
+        go = functools.partial(self.copy_row, step, end, semaphore)
+        return lax.while_loop(lambda state: state[2] < end, go, state)[:2]
+
     def copy_block(self, step, start):
-        """Starts the copies of a block; returns `_copied` of it and where the next one begins."""
+        """Starts the copies of a block, if it exists; returns what `copy_rest` does."""
         semaphore = self.slot(step)
 
+        # To libtpu's linter, copies of a size that is known only at run time set nothing.
         def whole():
             self.copy_keys(self.keys, start, step, 0, self.plan.block, semaphore)
             opens = self.opens(step, 0, start)
             pl.when(opens)(lambda: self.copy_queries(start.row, semaphore))
-            return _copied(self.plan.block), self.following(start, self.pieces)
+            copied = _copied(self.plan.block, self.plan.block, opens.astype(jnp.int32))
+            return copied, self.following(start, self.pieces)
 
         def mixed():
-            return self.copy_pieces(step, start, 0, self.pieces, semaphore)
+            return self.copy_rest(step, self.copy_some(step, start, rows=0))
 
-        return lax.cond(self.whole(start), whole, mixed)
+        return lax.cond((step < self.count) & self.whole(start), whole, mixed)
 
-    def copy_pieces(self, step, start, first, end, semaphore):
-        """`copy_block` of pieces of a block, from one to another: what is live of each row."""
-        tiles = self.plan.piece // LANES
-
-        def go(state):
-            copied, at, number = state
-            pieces = jnp.minimum(self.left(at), end - number)
-            exists = at.row < self.batch
-            live = self.length(at.row) - at.piece * self.plan.piece
-            live = jnp.where(exists, jnp.clip(live, 0, pieces * self.plan.piece), 0)
-            dead = pieces * tiles - live // LANES  # not live to the end; at most a piece
-            pl.when(exists)(lambda: self.clear_tiles(step, (number + pieces) * tiles, dead))
-
-            @pl.when(live > 0)
-            def _():
-                self.copy_keys(self.keys, at, step, number, live, semaphore)
-
-            opens = exists & self.opens(step, number, at)
-            pl.when(opens)(lambda: self.copy_queries(at.row, semaphore))
-            return copied + _copied(live), self.following(at, pieces), number + pieces
-
-        state = (jnp.int32(0), start, jnp.int32(first))
-        return lax.while_loop(lambda state: state[2] < end, go, state)[:2]
-
-    def clear_tiles(self, step, end, dead, done=0):
-        """Zeros in the last `dead` tiles of 128 slots before tile `end`, before what is live comes.
-
-        Weights of slots that no query sees are 0, and 0 x NaN is NaN.
-        """
-
-        def clear():
-            for name in self.keys:
-                count = LANES // _UNITS[name]
-                part = self.of_block(name, step, (end - 1 - done) * count, count)
-                part[...] = jnp.zeros(part.shape, part.dtype)
-            if (done + 1) * LANES < self.plan.piece:
-                self.clear_tiles(step, end, dead, done + 1)
-
-        pl.when(dead > done)(clear)
-
-    def wait_block(self, step, start, following, whole, copied):
-        """Waits for the copies of a block, from one place to another; `copied` if not whole."""
-        semaphore = self.slot(step)
-        if not whole:
-            self.wait_pieces(step, start, following, 0, copied, semaphore)
-            return
-        for name in self.keys:
-            self.wait(self.of_pieces(name, step, 0, self.pieces), semaphore)
-        pl.when(self.opens(step, 0, start))(lambda: self.wait_queries(1, semaphore))
-
-    def wait_pieces(self, step, start, following, first, copied, semaphore):
-        """Waits for the copies of the pieces from `first` on, of rows from one place to another."""
-        for name, count in zip(self.keys, _copied_of(copied), strict=False):
+    def wait_block(self, step, copied, semaphore):
+        """Waits for the copies of a block, or of a part of the first one."""
+        *keys, rows = _copied_of(copied)
+        for name, count in zip(self.keys, keys, strict=False):
             part = self.of_block(name, step, 0, count)
             pl.when(count > 0)(functools.partial(self.wait, part, semaphore))
-        opened = jnp.minimum(following.row + (following.piece > 0), self.batch) - start.row
-        opened -= jnp.where(self.opens(step, first, start), 0, 1)
-        pl.when(opened > 0)(lambda: self.wait_queries(opened, semaphore))
-        self.trim(step, start, following, first)
+        pl.when(rows > 0)(lambda: self.wait_queries(rows, semaphore))
 
-    def trim(self, step, start, following, first):
-        """Zeros for what a copy of 8 latents brought past the end of each row that ends here."""
-        each_piece = self.plan.piece // _TILE
+    def clear_ends(self, step, start, following, first):
+        """Zeros in latents past the end of each row that ends in a block, from piece `first` on.
+
+        Weights of slots that no query sees are 0, and 0 x NaN is NaN. Copied are whole groups of 8
+        latents: past a row's end is what the cache holds there, or what the buffer held before.
+        """
+        groups, tiles = LANES // _TILE, self.plan.piece // LANES
 
         def each(row, number):
             number += self.left(_Place(row, jnp.where(row == start.row, start.piece, 0)))
             length = self.length(row)
-            last = jnp.maximum(length - 1, 0) // _TILE  # of the row; an empty one is zeros anyway
-            group = (number - self.pieces_of(row)) * each_piece + last
-            part = self.of_block("latent", step, group, 1)
+            begin = (number - self.pieces_of(row)) * tiles  # of the row, in the block's tiles
+            last = jnp.maximum(length - 1, 0) // LANES  # tile of the row
+            part = self.of_block("latent", step, (begin + last) * groups, groups)
             held = part[...]
-            slot = last * _TILE + lax.broadcasted_iota(jnp.int32, held.shape, 1)
+            group, of_group = (lax.broadcasted_iota(jnp.int32, held.shape, i) for i in (0, 1))
+            slot = last * LANES + group * _TILE + of_group
             part[...] = jnp.where(slot < length, held, jnp.zeros_like(held))
+            self.clear_tiles(step, number * tiles, number * tiles - begin - last - 1)
             return number
 
         ends = jnp.minimum(following.row, self.batch)
         lax.fori_loop(start.row, ends, each, jnp.int32(first))
+
+    def clear_tiles(self, step, end, dead, done=0):
+        """Zeros in the last `dead` tiles of 128 latents, at most a piece, before tile `end`."""
+
+        def clear():
+            groups = LANES // _TILE
+            _clear(self.of_block("latent", step, (end - 1 - done) * groups, groups))
+            if (done + 1) * LANES < self.plan.piece:
+                self.clear_tiles(step, end, dead, done + 1)
+
+        pl.when(dead > done)(clear)
 
     # The first block comes in two parts, the smaller first, so that its scores begin early. The
     # first part's copies signal the semaphore of the block that is copied last, which is free.
@@ -417,45 +419,33 @@ class Walk:
             for first, end, semaphore in self.parts():
                 places.append(_Place(self.first.row, self.first.piece + first))
                 slots = (end - first) * self.plan.piece
-                copied.append(_copied(slots))
                 self.copy_keys(("latent",), places[-1], 0, first, slots, semaphore)
                 if first == 0:
                     self.copy_queries(self.first.row, semaphore)
-                    self.clear()
+                copied.append(_copied(slots, 0, jnp.int32(first == 0)))
             # At once: to libtpu's linter, a part of it would leave the rest unset.
             self.copy_keys(self.keys[1:], self.first, 0, 0, self.plan.block, 0)
+            copied[-1] += _copied(0, self.plan.block, 0)
             return copied, [*places, self.following(self.first, self.pieces)]
 
         def mixed():
-            self.clear()
             copied, places = [], [self.first]
             for first, end, semaphore in self.parts():
-                part, following = self.copy_pieces(jnp.int32(0), places[-1], first, end, semaphore)
+                state = jnp.int32(0), places[-1], jnp.int32(first)
+                part, following = self.copy_rest(jnp.int32(0), state, end, semaphore)
                 copied.append(part)
                 places.append(following)
             return copied, places
 
         return lax.cond(self.whole(self.first), whole, mixed)
 
-    def clear(self):
-        """Zeros where the first row goes on from; set while the first copies are under way."""
-        for name in ("total", "mixed"):
-            self.at[name][self.pieces - 1] = jnp.zeros_like(self.at[name][self.pieces - 1])
-
     def wait_first(self, copied, places, whole, piece):
         """Waits for the part of the first block that begins with a piece, if one does."""
-        for i, (first, end, semaphore) in enumerate(self.parts()):
-            if first != piece:
-                continue
-            if not whole:
-                self.wait_pieces(0, places[i], places[i + 1], first, copied[i], semaphore)
-                continue
-            self.wait(self.of_pieces("latent", 0, first, end), semaphore)
-            if first == 0:
-                self.wait_queries(1, semaphore)
-            if end == self.pieces:
-                for name in self.keys[1:]:
-                    self.wait(self.of_pieces(name, 0, 0, self.pieces), semaphore)
+        for i, (first, _, semaphore) in enumerate(self.parts()):
+            if first == piece:
+                self.wait_block(0, copied[i], semaphore)
+                if not whole:
+                    self.clear_ends(0, places[i], places[i + 1], first)
 
     # The score half of a step.
 
@@ -613,43 +603,41 @@ class Walk:
 
     def walk(self):
         ring, last, zero = self.plan.ring, self.count - 1, jnp.int32(0)
-
-        def prefetch(step, start):
-            more = step < self.count
-            return lax.cond(more, lambda: self.copy_block(step, start), lambda: (zero, start))
-
         parts, first = self.copy_first()
+        for name in ("total", "mixed"):  # where the first row goes on from
+            _clear(self.at[name].at[self.pieces - 1])
         places, copied = [self.first, first[-1]], []
         for step in range(1, ring - 1):
-            count, following = prefetch(jnp.int32(step), places[-1])
+            count, following = self.copy_block(jnp.int32(step), places[-1])
             copied.append(count)
             places.append(following)
         whole = self.whole(self.first)
-        _either(
-            whole,
-            lambda w: self.score(
-                zero, self.first, w, functools.partial(self.wait_first, parts, first, w)
-            ),
-        )
+        arrive = functools.partial(self.wait_first, parts, first)
+        _either(whole, lambda w: self.score(zero, self.first, w, functools.partial(arrive, w)))
+        newest = jnp.int32(ring - 1)
+        count, beyond = self.copy_rest(newest, self.copy_some(newest, places[-1], rows=0))
+        places, copied = [*places, beyond], [*copied, count]
 
         def body(j, state):
-            places, copied, stores, whole = state  # of blocks j, j+1 ... j + ring-1
-            now, after, *_ = places
-            count, following = prefetch(j + ring - 1, places[-1])
-            places, copied = [*places[1:], following], [*copied, count]
+            places, copied, stores, whole = state  # from block j on, and of copies from j + 1 on
+            now, after, following, *_ = places
+            self.wait_block(j + 1, copied[0], self.slot(j + 1))
             wholes = whole, self.whole(after)
-            arrived = functools.partial(self.wait_block, j + 1, after, places[1])
-            _either(wholes[1], lambda w: arrived(w, copied[0]))
+            pl.when(~wholes[1])(lambda: self.clear_ends(j + 1, after, following, 0))
 
             def both(mixed, scored):
                 # Weights first: they leave the buffer of scores, and no half waits for the other.
                 weighed = self.weigh(j, now, mixed)
                 self.score(j + 1, after, scored)
                 self.mix(j, weighed, results=not mixed)
+                # Last, into the buffer that is free now: the scheduler keeps memory's order.
+                return self.copy_some(j + ring, places[-1])
 
-            _either(wholes[0], lambda w: _either(wholes[1], functools.partial(both, w)))
+            begun = _either(wholes[0], lambda w: _either(wholes[1], functools.partial(both, w)))
+            count, beyond = self.copy_rest(j + ring, begun)
+            places, copied = [*places[1:], beyond], [*copied[1:], count]
             self.wait_stored(stores)
-            return places, copied[1:], self.finish(j, now, after, wholes[0]), wholes[1]
+            return places, copied, self.finish(j, now, after, wholes[0]), wholes[1]
 
         state = (places, copied, zero, whole)
         (now, after, *_), _, stores, whole = lax.fori_loop(0, last, body, state)
@@ -664,18 +652,22 @@ class Walk:
 
 def _either(flag, do):
     """do(True) or do(False), as a flag says at run time."""
-    lax.cond(flag, lambda: do(True), lambda: do(False))
+    return lax.cond(flag, lambda: do(True), lambda: do(False))
 
 
-def _copied(slots):
-    """Units of latents and of rotary keys that a copy of so many slots takes, in one number."""
-    latent, k_rope = (pl.cdiv(slots, unit) for unit in _UNITS.values())
-    return jnp.int32(latent + (k_rope << 16))
+def _clear(ref):
+    ref[...] = jnp.zeros(ref.shape, ref.dtype)
+
+
+def _copied(latents, keys, rows):
+    """What copies of so many latents, rotary keys, and rows of queries take, in one number."""
+    latents, keys = pl.cdiv(latents, _UNITS["latent"]), pl.cdiv(keys, _UNITS["k_rope"])
+    return latents + (keys << 16) + (rows << 24)
 
 
 def _copied_of(number):
-    """(units of latents, units of rotary keys) of the sum of some `_copied`."""
-    return number & 0xFFFF, number >> 16
+    """(units of latents, units of rotary keys, rows of queries) of the sum of some `_copied`."""
+    return number & 0xFFFF, (number >> 16) & 0xFF, number >> 24
 
 
 def _span(name, begin, count):
