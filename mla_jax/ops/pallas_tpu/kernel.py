@@ -284,11 +284,6 @@ class Walk:
         """So many units (`_UNITS`) of a block, from one on."""
         return self.at[name].at[(self.slot(step), *_span(name, begin, count))]
 
-    def of_pieces(self, name, step, first, end):
-        """Pieces of a block, from one to another."""
-        each = self.plan.piece // _UNITS[name]
-        return self.of_block(name, step, first * each, (end - first) * each)
-
     def copy_keys(self, names, at, step, number, slots, semaphore):
         """Copies slots of a row, from a place on, to a block, from piece `number` on."""
         for name in names:
@@ -325,18 +320,22 @@ class Walk:
         copied += _copied(live, live, opens.astype(jnp.int32))
         return copied, self.following(at, pieces), number + pieces
 
-    def copy_some(self, step, start, rows=_ROWS):
-        """`copy_row` of a block's first rows, if the block exists, without a branch."""
-        state = jnp.int32(0), start, jnp.where(step < self.count, 0, self.pieces)
-        for _ in range(rows):
+    def uncopied(self, step, start):
+        """The state of `copy_row` before a block, if it exists."""
+        return jnp.int32(0), start, jnp.where(step < self.count, 0, self.pieces)
+
+    def copy_some(self, step, start):
+        """`copy_row` of a block's first rows without a branch."""
+        state = self.uncopied(step, start)
+        for _ in range(min(_ROWS, self.pieces)):
             state = self.copy_row(step, self.pieces, self.slot(step), state)
         return state
 
-    def copy_rest(self, step, state, end=None, semaphore=None):
+    def copy_rest(self, step, end, semaphore, state):
         """`copy_row` until piece `end`; returns `_copied` and where the block after begins."""
-        end = self.pieces if end is None else end
-        semaphore = self.slot(step) if semaphore is None else semaphore
         go = functools.partial(self.copy_row, step, end, semaphore)
+        if self.pieces == 1:  # one row has it all
+            return go(state)[:2]
         return lax.while_loop(lambda state: state[2] < end, go, state)[:2]
 
     def copy_block(self, step, start):
@@ -352,7 +351,7 @@ class Walk:
             return copied, self.following(start, self.pieces)
 
         def mixed():
-            return self.copy_rest(step, self.copy_some(step, start, rows=0))
+            return self.copy_rest(step, self.pieces, semaphore, self.uncopied(step, start))
 
         return lax.cond((step < self.count) & self.whole(start), whole, mixed)
 
@@ -400,7 +399,7 @@ class Walk:
         pl.when(dead > done)(clear)
 
     # The first block comes in two parts, the smaller first, so that its scores begin early. The
-    # first part's copies signal the semaphore of the block that is copied last, which is free.
+    # first part's copies signal the semaphore of the ring's last block, whose own start after that.
 
     def parts(self):
         """(first piece, the one after the last, semaphore) of each part."""
@@ -432,7 +431,7 @@ class Walk:
             copied, places = [], [self.first]
             for first, end, semaphore in self.parts():
                 state = jnp.int32(0), places[-1], jnp.int32(first)
-                part, following = self.copy_rest(jnp.int32(0), state, end, semaphore)
+                part, following = self.copy_rest(jnp.int32(0), end, semaphore, state)
                 copied.append(part)
                 places.append(following)
             return copied, places
@@ -614,8 +613,9 @@ class Walk:
         whole = self.whole(self.first)
         arrive = functools.partial(self.wait_first, parts, first)
         _either(whole, lambda w: self.score(zero, self.first, w, functools.partial(arrive, w)))
-        newest = jnp.int32(ring - 1)
-        count, beyond = self.copy_rest(newest, self.copy_some(newest, places[-1], rows=0))
+        newest = jnp.int32(ring - 1)  # now that its semaphore is free, and a place for its queries
+        begun = self.uncopied(newest, places[-1])
+        count, beyond = self.copy_rest(newest, self.pieces, self.slot(newest), begun)
         places, copied = [*places, beyond], [*copied, count]
 
         def body(j, state):
@@ -634,7 +634,9 @@ class Walk:
                 return self.copy_some(j + ring, places[-1])
 
             begun = _either(wholes[0], lambda w: _either(wholes[1], functools.partial(both, w)))
-            count, beyond = self.copy_rest(j + ring, begun)
+            if self.pieces > _ROWS:
+                begun = self.copy_rest(j + ring, self.pieces, self.slot(j + ring), begun)
+            count, beyond, *_ = begun
             places, copied = [*places[1:], beyond], [*copied[1:], count]
             self.wait_stored(stores)
             return places, copied, self.finish(j, now, after, wholes[0]), wholes[1]
