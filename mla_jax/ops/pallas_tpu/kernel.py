@@ -375,13 +375,17 @@ class Walk:
             number += self.left(_Place(row, jnp.where(row == start.row, start.piece, 0)))
             length = self.length(row)
             begin = (number - self.pieces_of(row)) * tiles  # of the row, in the block's tiles
-            last = jnp.maximum(length - 1, 0) // LANES  # tile of the row
-            part = self.of_block("latent", step, (begin + last) * groups, groups)
-            held = part[...]
-            group, of_group = (lax.broadcasted_iota(jnp.int32, held.shape, i) for i in (0, 1))
-            slot = last * LANES + group * _TILE + of_group
-            part[...] = jnp.where(slot < length, held, jnp.zeros_like(held))
-            self.clear_tiles(step, number * tiles, number * tiles - begin - last - 1)
+            live = pl.cdiv(length, LANES)
+
+            @pl.when(live * LANES > length)
+            def _():
+                part = self.of_block("latent", step, (begin + live - 1) * groups, groups)
+                held = part[...]
+                group, of_group = (lax.broadcasted_iota(jnp.int32, held.shape, i) for i in (0, 1))
+                slot = (live - 1) * LANES + group * _TILE + of_group
+                part[...] = jnp.where(slot < length, held, jnp.zeros_like(held))
+
+            self.clear_tiles(step, number * tiles, number * tiles - begin - live)
             return number
 
         ends = jnp.minimum(following.row, self.batch)
@@ -602,6 +606,8 @@ class Walk:
 
     def walk(self):
         ring, last, zero = self.plan.ring, self.count - 1, jnp.int32(0)
+        for name in self.keys:  # to libtpu's linter this sets all; no copy of unknown size does
+            _clear(self.of_block(name, self.count, 0, 1))
         parts, first = self.copy_first()
         for name in ("total", "mixed"):  # where the first row goes on from
             _clear(self.at[name].at[self.pieces - 1])
