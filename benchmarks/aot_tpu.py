@@ -26,6 +26,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import tomllib
 
 # Generation: topology, jax's device_kind, clock in GHz, HBM GB/s and bf16 TFLOP/s of a JAX device.
 GENERATIONS = {
@@ -352,7 +353,7 @@ def on_device(options):
 
 
 def tune(options):
-    """Measures sizes of blocks and pieces and writes the table."""
+    """Measures sizes of blocks and pieces; writes what is better by 1% and more to the table."""
     from mla_jax.config import configs_dir
 
     path = configs_dir() / "tuning" / "tpu.toml"
@@ -372,11 +373,12 @@ def tune(options):
                 print(f"{generation}, {heads} heads, {block}, {piece}: {cost:.0f}", flush=True)
                 found[block, piece] = cost
             best = min(found, key=found.__getitem__)
-            if math.isinf(found[best]):
-                print(f"{generation}, {heads} heads: no figures, the table keeps its values")
+            keys = [f"{name}_of_{heads}_queries" for name in ("block", "piece")]
+            now = found.get(tuple(tomllib.loads(text)[kind][key] for key in keys), math.inf)
+            if now <= 1.01 * found[best]:
+                print(f"{generation}, {heads} heads: the table keeps its values")
                 continue
-            for name, value in zip(("block", "piece"), best, strict=True):
-                key = f"{name}_of_{heads}_queries"
+            for key, value in zip(keys, best, strict=True):
                 text = re.sub(rf'(\["{kind}"\][^\[]*{key} = )\d+', rf"\g<1>{value}", text)
     path.write_text(text, encoding="utf-8")
 

@@ -604,10 +604,20 @@ class Walk:
         self.own = self.first.row + (self.first.piece > 0)  # first row that began on this core
         pl.when(self.count > 0)(self.walk)
 
+    def unpoison(self):
+        """A store for libtpu's linter, into the buffer that nothing is copied to yet.
+
+        To it, copies of a size that is known only at run time set nothing. After one store to a
+        place that it cannot work out (it follows scalars; this place comes from a vector) it
+        objects to none of what they bring. Found by trial.
+        """
+        lane = lax.broadcasted_iota(jnp.int32, (_TILE, LANES), 1).astype(jnp.float32)
+        zero = jnp.min(lane * self.count.astype(jnp.float32)).astype(jnp.int32)
+        for name in self.keys:
+            _clear(self.of_block(name, zero + self.plan.ring - 1, 0, 1))
+
     def walk(self):
         ring, last, zero = self.plan.ring, self.count - 1, jnp.int32(0)
-        for name in self.keys:  # to libtpu's linter this sets all; no copy of unknown size does
-            _clear(self.of_block(name, self.count, 0, 1))
         parts, first = self.copy_first()
         for name in ("total", "mixed"):  # where the first row goes on from
             _clear(self.at[name].at[self.pieces - 1])
@@ -616,6 +626,7 @@ class Walk:
             count, following = self.copy_block(jnp.int32(step), places[-1])
             copied.append(count)
             places.append(following)
+        self.unpoison()
         whole = self.whole(self.first)
         arrive = functools.partial(self.wait_first, parts, first)
         _either(whole, lambda w: self.score(zero, self.first, w, functools.partial(arrive, w)))
