@@ -50,7 +50,7 @@ KERNELS = [
     {"batch": 17, "slots": 4096, "heads": 128, "uneven": True},
     {"batch": 64, "slots": 512, "heads": 16},
 ]
-LINTED = [(8, 16, 1), (1, 64, 2), (3, 128, 1)]  # B, N, T of the short form
+LINTED = [(8, 16, 1), (1, 16, 1), (1, 64, 2), (3, 128, 1)]  # B, N, T of the short form
 LINT = {
     "xla_tpu_enable_llo_linter": True,
     "xla_tpu_llo_linter_analyze_tpu_custom_calls": True,
