@@ -9,7 +9,7 @@ a measurement on hardware; the time to expect is at least max(cycles / clock, by
 bandwidth)).
 
     python benchmarks/aot_tpu.py              the tables; --json FILE keeps the rows
-    python benchmarks/aot_tpu.py --short      one shape per generation, compile only: for CI
+    python benchmarks/aot_tpu.py --short      a few shapes per generation, linted: for CI
     python benchmarks/aot_tpu.py --tune       measures block sizes for configs/tuning/tpu.toml
     python benchmarks/aot_tpu.py --on-device  on a TPU: checks and times the same shapes
 """
@@ -218,14 +218,14 @@ def step(generation, preset, heads, *, implementation=None, batch=64, slots=8192
     }  # fmt: skip
 
 
-def short():
+def short(options):
     """A few shapes per generation, with the linter and dynamic lengths; for CI."""
     import jax
     import jax.numpy as jnp
 
     from mla_jax.ops import pallas_tpu
 
-    for generation in GENERATIONS:
+    for generation in options.generations:
         sizes = []
         for batch, heads, tokens in LINTED:
             _, args, plan = kernel(generation, batch=batch, slots=4096, heads=heads, tokens=tokens)
@@ -412,7 +412,7 @@ def main():
         print("libtpu is not installed (pip install --group tpu-aot): nothing compiled.")
         return
     if options.short:
-        short()
+        short(options)
     elif options.tune:
         tune(options)
     else:

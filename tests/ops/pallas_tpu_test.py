@@ -346,10 +346,11 @@ LIBTPU = pathlib.Path(sys.prefix, "tpu-aot")  # where `./run test` puts it
     not (LIBTPU / "libtpu").exists() and importlib.util.find_spec("libtpu") is None,
     reason="libtpu is not installed: ./run test does it, where there is one",
 )
-def test_compiles_for_every_generation():
-    command = [sys.executable, "benchmarks/aot_tpu.py", "--short"]
+@pytest.mark.parametrize("generation", ["v5e", "v5p", "v6e", "tpu7x"])
+def test_compiles_without_a_device(generation):
+    command = [sys.executable, "benchmarks/aot_tpu.py", "--short", generation]
     paths = [os.environ.get("PYTHONPATH"), str(LIBTPU)]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("compiles, ") == 4, done.stdout + done.stderr
+    assert done.stdout.count(f"{generation}: compiles, ") == 1, done.stdout + done.stderr
