@@ -27,7 +27,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 
-from mla_jax.ops import pallas_gpu  # noqa: E402
+from mla_jax.ops import hopper  # noqa: E402
 
 SHAPES = ((128, 128, 1, 512, 64), (128, 20, 4, 512, 64), (64, 16, 1, 512, 0), (8, 40, 2, 256, 32),
           (8, 40, 8, 128, 16))  # fmt: skip  # B, N, T, R, P
@@ -53,7 +53,7 @@ def compile_shape(target, batch, heads, tokens, rank, rope, slots, dtype):
     widths = ((batch, tokens, heads, rank), (batch, tokens, heads, rope), (batch, slots, rank),
               (batch, slots, rope))  # fmt: skip
     args = [struct(shape, dtype) for shape in widths] + [struct((batch,), jnp.int32)]
-    call = lambda *a: pallas_gpu.latent_attention(*a[:4], lengths=a[4], scale=192**-0.5)  # noqa: E731
+    call = lambda *a: hopper.latent_attention(*a[:4], lengths=a[4], scale=192**-0.5)  # noqa: E731
     # Pallas asks which GPU it lowers for: an abstract one answers.
     device = AbstractDevice(device_kind=target.device_kind, num_cores=132, platform="gpu")
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):

@@ -107,17 +107,17 @@ def kernel(generation, *, batch, slots, heads, tokens=1, dtype="bfloat16", uneve
     import jax
     import jax.numpy as jnp
 
-    from mla_jax.ops import pallas_tpu
+    from mla_jax.ops import tpu
 
     kind = GENERATIONS[generation][1]
-    plan = pallas_tpu.plan(batch, tokens * heads, slots, jnp.dtype(dtype).itemsize, kind)
+    plan = tpu.plan(batch, tokens * heads, slots, jnp.dtype(dtype).itemsize, kind)
     if changes:
         plan = dataclasses.replace(plan, vmem_bytes=60 * 2**20, **changes)
     shapes = ((batch, tokens, heads, 512), (batch, tokens, heads, 64))
     shapes += ((batch, slots, 512), (batch, slots, 64))
     args = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
     launch = functools.partial(
-        pallas_tpu.launch, lengths=None, scale=192**-0.5, plan=plan,
+        tpu.launch, lengths=None, scale=192**-0.5, plan=plan,
         known=ragged if uneven else None,
     )  # fmt: skip
     return launch, args, plan
@@ -223,13 +223,13 @@ def short(options):
     import jax
     import jax.numpy as jnp
 
-    from mla_jax.ops import pallas_tpu
+    from mla_jax.ops import tpu
 
     for generation in options.generations:
         sizes = []
         for batch, heads, tokens in LINTED:
             _, args, plan = kernel(generation, batch=batch, slots=4096, heads=heads, tokens=tokens)
-            fn = functools.partial(pallas_tpu.launch, scale=192**-0.5, plan=plan)
+            fn = functools.partial(tpu.launch, scale=192**-0.5, plan=plan)
             args = [*args, jax.ShapeDtypeStruct((batch, tokens), jnp.int32)]
             text = compiled(fn, args, generation, lint=True).as_text()
             assert not cache_copies(text, batch, 4096)

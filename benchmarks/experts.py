@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from decode import timer  # beside this file
 from flax import nnx
 
-from mla_jax.models import DeepseekConfig
-from mla_jax.models.experts import MixtureOfExperts
+from mla_jax.layers.experts import MixtureOfExperts
+from mla_jax.models import DecoderConfig
 
 
 def main():
@@ -24,7 +24,7 @@ def main():
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 64, 16384])
     parser.add_argument("--ways", nargs="+", default=["_grouped", "_xla"])
     options = parser.parse_args()
-    config = DeepseekConfig.from_preset(options.preset).replace(n_shared_experts=0)
+    config = DecoderConfig.from_preset(options.preset).replace(n_shared_experts=0)
     types = {"precision": None, "dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
 
     @jax.jit

@@ -28,7 +28,7 @@ from decode import ceilings  # beside this file
 from flax import nnx
 
 from mla_jax import generation
-from mla_jax.models import DeepseekConfig, random_decoder
+from mla_jax.models import DecoderConfig, random_decoder
 
 SCOPES = {  # the first that an operation's name contains
     "router": ("router",),
@@ -235,7 +235,7 @@ def main():
     parser.add_argument("--no-profile", action="store_true")
     parser.add_argument("--json", type=pathlib.Path, help="write the figures here, batch by batch")
     options = parser.parse_args()
-    config = DeepseekConfig.from_preset(options.preset)
+    config = DecoderConfig.from_preset(options.preset)
     if options.layers:
         shorter = config.attention.replace(num_hidden_layers=options.layers)
         config = config.replace(attention=shorter)

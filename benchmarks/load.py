@@ -26,7 +26,7 @@ import numpy as np
 from flax import nnx
 
 from mla_jax import MLAConfig, MultiHeadLatentAttention, checkpoint
-from mla_jax.models import DeepseekConfig
+from mla_jax.models import DecoderConfig
 
 BUFFER = 2**23
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -72,7 +72,7 @@ def shapes_of(config, size, attention_only):
 
 def write(folder, options):
     """Writes the checkpoint; returns the bytes of its largest layer."""
-    config = DeepseekConfig.from_preset(options.preset)
+    config = DecoderConfig.from_preset(options.preset)
     shapes, layers, largest = shapes_of(config, options.gigabytes * 1e9, options.attention)
     keys = dataclasses.asdict(config)
     keys |= keys.pop("attention") | {"num_hidden_layers": layers}

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from decode import SCALE, P, R, timer
 
-from mla_jax.ops import pallas_gpu
-from mla_jax.ops.pallas_gpu.schedule import ROW_COST, STEP
+from mla_jax.ops import hopper
+from mla_jax.ops.hopper.schedule import ROW_COST, STEP
 
 ROWS = {64: (64, 1), 1024: (128, 1)}  # class of query rows: what stands for it, N and T
 EXCESSES = (2, 4, 6, 8, 10, 12, 16)
@@ -28,13 +28,13 @@ def time_cuts(shape, slacks, last):
               draw(2, batch, slots, R), draw(3, batch, slots, P))  # fmt: skip
     lengths = jnp.full((batch,), slots, jnp.int32)
     schedules = [
-        pallas_gpu.decode_schedule(lengths, queries=tokens, heads=heads, slots=slots, slack=slack)
+        hopper.decode_schedule(lengths, queries=tokens, heads=heads, slots=slots, slack=slack)
         for slack in slacks
     ]
 
     def step(state):
         arrays, schedule, _ = state
-        call = pallas_gpu.latent_attention
+        call = hopper.latent_attention
         results = call(*arrays, lengths=lengths, scale=SCALE, schedule=schedule)
         return arrays, schedule, results
 
@@ -55,7 +55,7 @@ def main():
     text = f"# Made by benchmarks/tune.py, jax {jax.__version__}.\n"
     text += f'device_kind = "{device.device_kind}"\n'
     for rows, (heads, tokens) in ROWS.items():
-        parts = device.core_count // -(-heads * tokens // pallas_gpu.TILE)
+        parts = device.core_count // -(-heads * tokens // hopper.TILE)
         slack = 0
         for excess in EXCESSES:
             batch = parts * (steps - excess) // (steps + ROW_COST)  # or a step more

@@ -381,7 +381,7 @@ class MLAConfig:
     def from_toml(cls, path: str | os.PathLike) -> Self:
         """Reads a TOML file that holds the fields of this class, `rope_scaling` as a table.
 
-        A [decoder] table is for `models.DeepseekConfig` and left alone.
+        A [decoder] table is for `models.DecoderConfig` and left alone.
         """
         path = pathlib.Path(path)
         try:
@@ -400,7 +400,7 @@ class MLAConfig:
 
         Both styles are read: `rope_theta` with `rope_scaling` (the hub's files) and
         `rope_parameters` (transformers 5); so are Mistral's params.json and models that nest their
-        language model. `mla_jax.huggingface` says what each family's code does beyond its config.
+        language model. `mla_jax.families` says what each family's code does beyond its config.
         Keys that do not shape attention are left alone; one that asks for attention which this
         layer does not compute is refused.
 
@@ -413,10 +413,10 @@ class MLAConfig:
                 variation that is not supported; the message names the key.
             FileNotFoundError: no config.json (or params.json) there.
         """
-        from mla_jax import huggingface  # it imports this module
+        from mla_jax import families  # it imports this module
 
-        hf, where = huggingface.read_config(config)
-        return cls._from_mapping(huggingface.attention_fields(hf, where, layer), where)
+        hf, where = families.read_config(config)
+        return cls._from_mapping(families.attention_fields(hf, where, layer), where)
 
     @classmethod
     def _from_mapping(cls, keys: Mapping[str, Any], where: str) -> Self:

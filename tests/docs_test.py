@@ -17,6 +17,7 @@ PUBLIC = {
     for name, value in vars(module).items()
     if callable(value)
     and not name.startswith("_")
+    and value.__module__.startswith("mla_jax")
     and (hasattr(module, "__path__") or value.__module__ == module.__name__)
 }
 

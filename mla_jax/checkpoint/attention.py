@@ -18,9 +18,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
-from mla_jax.attention import MultiHeadLatentAttention
 from mla_jax.checkpoint import names as naming
 from mla_jax.checkpoint.files import AttentionTensors, save_tensors
+from mla_jax.layers.attention import MultiHeadLatentAttention
 
 THREADS = min(8, os.cpu_count() or 1)
 _WORTH_THREADS = 2**22  # bytes

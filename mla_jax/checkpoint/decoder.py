@@ -26,9 +26,12 @@ from mla_jax.checkpoint.attention import (
     sharding_of,
 )
 from mla_jax.checkpoint.files import AttentionTensors, Checkpoint, is_scale
-from mla_jax.models.deepseek import DeepseekBlock, DeepseekDecoder, MultiTokenPredictor
-from mla_jax.models.deepseek_config import DeepseekConfig
-from mla_jax.models.experts import GatedMLP, MixtureOfExperts
+from mla_jax.layers.experts import MixtureOfExperts
+from mla_jax.layers.mlp import GatedMLP
+from mla_jax.models.block import Block
+from mla_jax.models.config import DecoderConfig
+from mla_jax.models.decoder import Decoder
+from mla_jax.models.predictor import MultiTokenPredictor
 
 
 def load_decoder(
@@ -40,7 +43,7 @@ def load_decoder(
     precision=None,
     implementation: str | None = None,
     sharding: Shardings | None = None,
-) -> DeepseekDecoder:
+) -> Decoder:
     """Reads a model of DeepSeek's shape: its config.json and its safetensors.
 
     Args:
@@ -66,7 +69,7 @@ def load_decoder(
         config = decoder_config(files)
         try:
             model = nnx.eval_shape(
-                lambda: DeepseekDecoder(
+                lambda: Decoder(
                     config, mtp=mtp, dtype=dtype, param_dtype=param_dtype or dtype,
                     precision=precision, implementation=implementation, rngs=nnx.Rngs(0),
                 )
@@ -77,23 +80,23 @@ def load_decoder(
     return model
 
 
-def decoder_config(files: Checkpoint) -> DeepseekConfig:
+def decoder_config(files: Checkpoint) -> DecoderConfig:
     """The config of a checkpoint.
 
     Raises:
         FileNotFoundError: it has none.
-        ValueError: as `DeepseekConfig.from_hf`; the message names the checkpoint.
+        ValueError: as `DecoderConfig.from_hf`; the message names the checkpoint.
     """
     if not files.config:
         raise FileNotFoundError(f"{files.path} has no config.json, which says what model it is.")
     try:
-        return DeepseekConfig.from_hf(files.config)
+        return DecoderConfig.from_hf(files.config)
     except ValueError as error:
         raise ValueError(f"{files.path}: {error}") from error
 
 
 class _Loader:
-    def __init__(self, files: Checkpoint, model: DeepseekDecoder, sharding: Shardings | None):
+    def __init__(self, files: Checkpoint, model: Decoder, sharding: Shardings | None):
         self.files, self.model, self.sharding = files, model, sharding
         layers = files.layers()
         count = model.config.attention.num_hidden_layers
@@ -129,9 +132,7 @@ class _Loader:
     def _prefetch(self, *prefixes: str) -> None:
         self.files.prefetch(name for name in self.files if name.startswith(prefixes))
 
-    def _block(
-        self, path: str, block: DeepseekBlock, prefix: str, tensors: AttentionTensors
-    ) -> None:
+    def _block(self, path: str, block: Block, prefix: str, tensors: AttentionTensors) -> None:
         own = self._attention_sharding(path)
         load_attention(block.attention, tensors, sharding=own)
         self.used |= {tensors.full_name(name) for name in tensors}

@@ -22,7 +22,7 @@ import safetensors
 from safetensors.numpy import save_file
 
 from mla_jax.checkpoint import names as naming
-from mla_jax.huggingface import language_model, read_json
+from mla_jax.families import language_model, read_json
 
 _DTYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,

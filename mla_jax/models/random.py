@@ -7,12 +7,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Key
 
-from mla_jax.models.deepseek import DeepseekBlock, DeepseekDecoder
-from mla_jax.models.deepseek_config import DeepseekConfig
+from mla_jax.models.block import Block
+from mla_jax.models.config import DecoderConfig
+from mla_jax.models.decoder import Decoder
 
 
 def random_decoder(
-    config: DeepseekConfig,
+    config: DecoderConfig,
     *,
     seed: int = 0,
     mtp: bool = False,
@@ -20,8 +21,8 @@ def random_decoder(
     param_dtype=jnp.float32,
     precision=None,
     implementation: str | None = None,
-) -> DeepseekDecoder:
-    """What `DeepseekDecoder(..., rngs=nnx.Rngs(seed))` is, other numbers, in a few programs.
+) -> Decoder:
+    """What `Decoder(..., rngs=nnx.Rngs(seed))` is, other numbers, in a few programs.
 
     The constructor runs operation by operation: a minute for 16 G parameters on an H200. Here equal
     layers share one compiled program, and random bits come from the device's own generator.
@@ -29,11 +30,11 @@ def random_decoder(
     Args:
         config: its shape.
         seed: of the weights; the same seed gives the same weights on the same kind of device.
-        mtp, dtype, param_dtype, precision, implementation: as in `DeepseekDecoder`.
+        mtp, dtype, param_dtype, precision, implementation: as in `Decoder`.
 
     >>> import jax.numpy as jnp
-    >>> from mla_jax.models import DeepseekConfig
-    >>> model = random_decoder(DeepseekConfig.from_preset("tiny"), param_dtype=jnp.bfloat16)
+    >>> from mla_jax.models import DecoderConfig
+    >>> model = random_decoder(DecoderConfig.from_preset("tiny"), param_dtype=jnp.bfloat16)
     >>> model(jnp.zeros((2, 5), jnp.int32)).shape
     (2, 5, 256)
     """
@@ -41,7 +42,7 @@ def random_decoder(
         "dtype": dtype, "param_dtype": param_dtype, "precision": precision,
         "implementation": implementation,
     }  # fmt: skip
-    model = nnx.eval_shape(lambda: DeepseekDecoder(config, mtp=mtp, rngs=nnx.Rngs(0), **types))
+    model = nnx.eval_shape(lambda: Decoder(config, mtp=mtp, rngs=nnx.Rngs(0), **types))
     keys = jax.random.split(jax.random.key(seed, impl="unsafe_rbg"), len(model.blocks) + 1)
     # All but the layers: of a model of one layer, whose own weights nobody asks for. A predictor's
     # block is the one behind, here as in the whole model sparse or dense.
@@ -52,13 +53,13 @@ def random_decoder(
 
     @jax.jit
     def outside(key: Key[Array, ""]):
-        made = DeepseekDecoder(shallow, mtp=mtp, rngs=nnx.Rngs(key), **types)
+        made = Decoder(shallow, mtp=mtp, rngs=nnx.Rngs(key), **types)
         made.blocks = nnx.List()
         return nnx.state(made, nnx.Param)
 
     @functools.partial(jax.jit, static_argnames="layer")
     def inside(key: Key[Array, ""], *, layer: int):
-        return nnx.state(DeepseekBlock(config, layer, rngs=nnx.Rngs(key), **types), nnx.Param)
+        return nnx.state(Block(config, layer, rngs=nnx.Rngs(key), **types), nnx.Param)
 
     nnx.update(model, outside(keys[-1]))
     alike = {config.is_sparse(layer): layer for layer in range(len(model.blocks))}

@@ -1,1 +1,1 @@
-"""The attention cores of MLA: one signature, several backends, chosen in `api`."""
+"""The attention cores of MLA: one signature, several backends, chosen in `dispatch`."""

@@ -51,7 +51,7 @@ def expanded_attention(
     q_nope, q_rope, k_nope, k_rope, value, *, lengths, scale, soft_cap, window, mask, segment_ids,
     precision,
 ):  # fmt: skip
-    """The expanded form: see `api.expanded_attention`."""
+    """The expanded form: see `dispatch.expanded_attention`."""
     del lengths, soft_cap, window, mask, segment_ids, precision  # `why_not` keeps them unset
     return _attention(q_nope, q_rope, k_nope, k_rope, value, scale)
 

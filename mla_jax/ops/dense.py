@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jax import lax
 
-from mla_jax.ops.api import default_device
+from mla_jax.ops.dispatch import default_device
 
 _ROWS = 8  # that XLA multiplies as matrices
 

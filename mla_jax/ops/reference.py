@@ -126,7 +126,7 @@ def latent_attention(
     segment_ids: Int[Array, "B S"] | None = None,
     precision=None,
 ) -> tuple[Float[Array, "B T N R"], Float[Array, "B T N"]]:
-    """The absorbed form (DeepSeek-V2, arXiv 2405.04434, section 2.1.2): see `api`."""
+    """The absorbed form (DeepSeek-V2, arXiv 2405.04434, section 2.1.2): see `dispatch`."""
     del precision  # always the highest here
     (batch, queries), slots = pattern.shape[:2], latent.shape[1]
     seen = visible(
@@ -156,7 +156,7 @@ def expanded_attention(
     segment_ids: Int[Array, "B S"] | None = None,
     precision=None,
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
-    """The expanded form (arXiv 2405.04434, equations 9 to 19): see `api`."""
+    """The expanded form (arXiv 2405.04434, equations 9 to 19): see `dispatch`."""
     del precision
     (batch, queries), slots = q_nope.shape[:2], value.shape[1]
     seen = visible(

@@ -58,7 +58,7 @@ def latent_attention(
     segment_ids: Int[Array, "B S"] | None = None,
     precision=None,
 ) -> tuple[Float[Array, "B T N R"], Float[Array, "B T N"]]:
-    """The absorbed form: see `api.latent_attention`."""
+    """The absorbed form: see `dispatch.latent_attention`."""
     return _attend(
         (pattern, q_rope), (latent, k_rope), latent, lengths=lengths, mask=mask,
         segment_ids=segment_ids, scale=scale, soft_cap=soft_cap, window=window,
@@ -82,7 +82,7 @@ def expanded_attention(
     segment_ids: Int[Array, "B S"] | None = None,
     precision=None,
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
-    """The expanded form: see `api.expanded_attention`."""
+    """The expanded form: see `dispatch.expanded_attention`."""
     return _attend(
         (q_nope, q_rope), (k_nope, k_rope), value, lengths=lengths, mask=mask,
         segment_ids=segment_ids, scale=scale, soft_cap=soft_cap, window=window,

@@ -13,8 +13,8 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from mla_jax import checkpoint
-from mla_jax.decoding import decode_loop, prefill_step
-from mla_jax.models import DeepseekConfig
+from mla_jax.generation.steps import decode_loop, prefill_step
+from mla_jax.models import DecoderConfig
 
 FOLDERS = sorted((pathlib.Path(__file__).parents[1] / "testdata" / "decoders").iterdir())
 _full = jax.jit(lambda model, tokens: model(tokens))
@@ -255,7 +255,7 @@ def test_configs_of_other_shapes_are_refused(changes, message):
     source = next(folder for folder in FOLDERS if folder.name == "deepseek_v3")
     config = json.loads((source / "config.json").read_text())
     with pytest.raises(ValueError, match=message):
-        DeepseekConfig.from_hf(config | changes)
+        DecoderConfig.from_hf(config | changes)
 
 
 def test_sarvams_groups_are_of_eight_experts():
@@ -264,9 +264,9 @@ def test_sarvams_groups_are_of_eight_experts():
     for key in ("n_group", "topk_group", "n_routed_experts"):
         del config[key]
     config |= {"num_experts": 128, "num_experts_per_tok": 8}
-    found = DeepseekConfig.from_hf(config)
+    found = DecoderConfig.from_hf(config)
     assert (found.n_routed_experts, found.n_group, found.topk_group) == (128, 16, 2)
-    found = DeepseekConfig.from_hf(config | {"n_group": 1, "topk_group": 1})
+    found = DecoderConfig.from_hf(config | {"n_group": 1, "topk_group": 1})
     assert (found.n_group, found.topk_group) == (1, 1)
 
 

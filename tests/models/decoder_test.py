@@ -1,4 +1,6 @@
-"""The decoder: causal, its cached path equals one full pass, and it refuses bad input clearly."""
+"""The decoder against a float64 one in numpy, its experts three ways, its router, its presets."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -6,107 +8,201 @@ import numpy as np
 import pytest
 from common import MICRO, PLAIN, relative
 from flax import nnx
+from numpy_decoder import NumpyDecoder
 
-from mla_jax.decoding import decode_loop, decode_step, prefill_step
-from mla_jax.models import Decoder, DecoderConfig
+from mla_jax.generation.steps import decode_step, prefill_step
+from mla_jax.layers import experts as experts_module
+from mla_jax.models import Decoder, DecoderConfig, decoder_presets, random_decoder
 
-WORDS = 31
+SIGMOID = DecoderConfig(
+    attention=PLAIN.replace(num_hidden_layers=3), vocab_size=31, intermediate_size=20,
+    moe_intermediate_size=9, n_routed_experts=12, num_experts_per_tok=3, n_shared_experts=2,
+    first_k_dense_replace=1, scoring_func="sigmoid", norm_topk_prob=True, n_group=4, topk_group=2,
+    routed_scaling_factor=2.5, residual_scale=0.7, embed_scale=3.0, logit_scale=0.5,
+    num_nextn_predict_layers=1,
+)  # fmt: skip
+SOFTMAX = SIGMOID.replace(
+    attention=MICRO.replace(num_hidden_layers=2), scoring_func="softmax", norm_topk_prob=False,
+    n_shared_experts=0, tie_word_embeddings=True,
+)  # fmt: skip
+CONFIGS = {"sigmoid": SIGMOID, "softmax": SOFTMAX}
 
-_full = jax.jit(lambda model, tokens, **options: model(tokens, **options))
+
+@functools.cache
+def make(name, **options):
+    model = Decoder(CONFIGS[name], precision="highest", rngs=nnx.Rngs(0), **options)
+    random = np.random.default_rng(1)
+    for path, parameter in nnx.iter_graph(model):
+        if isinstance(parameter, nnx.Param) and (path[-1] in ("scale", "bias")):
+            shift = -2.0 if path[-2] == "router" else 1  # negative biases: a masked 0 would win
+            noise = 0.2 * random.standard_normal(parameter.shape)
+            parameter.set_value(jnp.asarray(shift + noise, jnp.float32))
+    return model
 
 
-def _model(attention=PLAIN, **options):
-    config = DecoderConfig(
-        attention=attention.replace(num_hidden_layers=2), vocab_size=WORDS, intermediate_size=20
+_full = jax.jit(lambda model, tokens: model(tokens))
+_extend = jax.jit(lambda model, *arguments: model.extend(*arguments))
+_draft = jax.jit(lambda model, *arguments: model.draft(*arguments))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_and_greedy_tokens_are_float64s(name, rng):
+    model = make(name)
+    exact = NumpyDecoder(model)
+    tokens = rng.integers(0, 31, (2, 9))
+    expected = np.stack([exact.logits(row) for row in tokens])
+    assert relative(_full(model, jnp.asarray(tokens)), expected) < 2e-6
+    logits, cache = prefill_step(
+        model, jnp.asarray(tokens[:, :7]), model.init_cache(2, 16), jnp.array([7, 4])
     )
-    return Decoder(config, rngs=nnx.Rngs(0), **options)
+    assert relative(logits[0], expected[0, :7]) < 2e-6
+    assert relative(logits[1, :4], expected[1, :4]) < 2e-6
+    rows = [list(tokens[0, :7]), list(tokens[1, :4])]
+    for b, t in enumerate((6, 3)):
+        rows[b].append(int(logits[b, t].argmax()))
+    for _ in range(4):
+        step = jnp.asarray([[row[-1]] for row in rows], jnp.int32)
+        logits, cache = decode_step(model, step, cache)
+        for row, own in zip(rows, logits, strict=True):
+            wanted = exact.logits(np.array(row))[-1]
+            assert relative(own[0], wanted) < 3e-6
+            assert int(own[0].argmax()) == int(wanted.argmax())
+            row.append(int(own[0].argmax()))
 
 
-@pytest.fixture
-def tokens(rng):
-    return jnp.asarray(rng.integers(0, WORDS, (3, 7)), jnp.int32)
-
-
-def test_logits_are_float32_and_causal(tokens):
-    model = _model(dtype=jnp.bfloat16)
-    logits = _full(model, tokens)
-    assert logits.shape == (3, 7, WORDS)
-    assert logits.dtype == jnp.float32
-    changed = _full(model, tokens.at[:, 4].set((tokens[:, 4] + 1) % WORDS))
-    np.testing.assert_array_equal(changed[:, :4], logits[:, :4])
-    assert (changed[:, 4:] != logits[:, 4:]).any(-1).all()
-
-
-@pytest.mark.parametrize("attention", [MICRO, PLAIN], ids=["micro", "plain"])
-def test_ragged_prefill_and_decode_equal_one_pass(attention, tokens):
-    model = _model(attention)
-    full, lengths = _full(model, tokens), [5, 1, 3]
-    rows = jnp.arange(3)
-    logits, cache = prefill_step(model, tokens[:, :5], model.init_cache(3, 9), jnp.array(lengths))
-    for row, length in enumerate(lengths):
-        assert relative(logits[row, :length], full[row, :length]) < 2e-5
-    for step in range(2):
-        at = jnp.array(lengths) + step
-        logits, cache = decode_step(model, tokens[rows, at][:, None], cache)
-        assert relative(logits[:, 0], full[rows, at]) < 2e-5
-    np.testing.assert_array_equal(cache[1].length, np.array(lengths) + 2)
-
-
-def test_greedy_loop_equals_full_passes(tokens):
-    model = _model()
-    _, cache = prefill_step(model, tokens[:, :-1], model.init_cache(3, 12))
-    written, lengths, _ = decode_loop(model, tokens[:, -1], cache, steps=4)
-    full = _full(model, jnp.concatenate([tokens, written], axis=1))
-    np.testing.assert_array_equal(written, full[:, 6:-1].argmax(-1))
-    np.testing.assert_array_equal(lengths, [4, 4, 4])
-
-
-def test_segments_do_not_see_each_other(tokens):
-    model, first, second = _model(), tokens[:, :4], tokens[:, 4:]
-    packed = _full(
-        model, tokens, segment_ids=jnp.array([[0] * 4 + [1] * 3] * 3), positions=jnp.r_[0:4, 0:3]
+@pytest.mark.parametrize("name", CONFIGS)
+def test_drafts_are_float64s(name, rng):
+    """Ragged prompts in two chunks, then two positions at once, then one after its own state."""
+    model = make(name, mtp=True)
+    exact = NumpyDecoder(model)
+    tokens = rng.integers(0, 31, (2, 10))
+    hidden = np.stack([exact.hidden(row) for row in tokens])
+    expected = np.stack(
+        [exact.draft(h[:-1], row[1:]) for h, row in zip(hidden, tokens, strict=True)]
     )
-    assert relative(packed[:, :4], _full(model, first)) < 2e-6
-    assert relative(packed[:, 4:], _full(model, second)) < 2e-6
+    states, cache = _extend(model, jnp.asarray(tokens), model.init_cache(2, 16))
+    assert relative(states, hidden) < 2e-6
+    cache = model.init_draft_cache(2, 16)
+    held = np.zeros(2, int)
+    for lengths in ([4, 3], [3, 0]):
+        part, following = (
+            np.stack([array[b, held[b] + shift : held[b] + shift + 4] for b in range(2)])
+            for array, shift in ((hidden, 0), (tokens, 1))
+        )
+        states, cache = _draft(
+            model, jnp.asarray(part, jnp.float32), jnp.asarray(following), cache,
+            jnp.asarray(lengths),
+        )  # fmt: skip
+        for b, count in enumerate(lengths):
+            own = expected[b, held[b] : held[b] + count]
+            assert not count or relative(states[b, :count], own) < 3e-6
+        held += lengths
+    place = held[:, None] + np.arange(2)
+    rows = np.arange(2)[:, None]
+    states, cache = _draft(
+        model, jnp.asarray(hidden[rows, place], jnp.float32), jnp.asarray(tokens[rows, place + 1]),
+        cache, None,
+    )  # fmt: skip
+    assert relative(states, expected[rows, place]) < 3e-6
+    assert relative(model.draft_logits(states), exact.draft_logits(expected[rows, place])) < 3e-6
+    following = model.draft_logits(states)[:, -1:].argmax(-1)
+    states, cache = _draft(model, states[:, -1:], following, cache, None)
+    for b, at in enumerate(place[:, 1]):
+        own = np.concatenate([hidden[b, : at + 1], expected[b, at : at + 1]])
+        text = [*tokens[b, 1 : at + 2], int(following[b, 0])]
+        assert relative(states[b, 0], exact.draft(own, text)[-1]) < 3e-6
+    assert exact.guesses(tokens[0, : place[0, 1] + 2], 1) == [int(following[0, 0])]
 
 
-@pytest.mark.parametrize("jit", [jax.jit, nnx.jit], ids=["jax.jit", "nnx.jit"])
-def test_jit_and_split_merge(jit, tokens):
-    model = _model()
-    expected = model(tokens)
-    assert relative(jit(lambda m, t: m(t))(model, tokens), expected) < 2e-6
-    assert relative(nnx.merge(*nnx.split(model))(tokens), expected) == 0
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("tokens", [1, 2, 40])
+def test_experts_every_way(name, tokens, rng, monkeypatch):
+    mlp, exact = make(name).blocks[1].mlp, NumpyDecoder(make(name))
+    x = rng.standard_normal((tokens, 24)).astype(np.float32)
+    weights = exact.weights["blocks"][1]["mlp"]
+    shared = exact.mlp(weights["shared"], x.astype(np.float64)) if "shared" in weights else 0
+    expected = np.stack([exact.experts(weights, row) for row in x.astype(np.float64)]) - shared
+    x = jnp.asarray(x)
+    experts, share = mlp.router(x)
+    assert relative(mlp._experts(x, experts, share), expected) < 2e-6
+    for way in (mlp._by_pair, mlp._all_experts, mlp._sorted):
+        assert relative(way(x, experts, share), expected) < 2e-6
+    monkeypatch.setattr(experts_module, "_BLOCK", 4)
+    assert relative(mlp._sorted(x, experts, share), expected) < 2e-6
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")  # lowered for a CPU all the same
+    assert relative(mlp._sorted(x, experts, share), expected) < 2e-6
 
 
-@pytest.mark.parametrize(
-    ("bad", "message"),
-    [
-        (jnp.zeros((3,), jnp.int32), r"tokens is int32 of shape \(3,\)"),
-        (jnp.zeros((3, 2), jnp.float32), r"tokens is float32"),
-    ],
-    ids=["rank", "dtype"],
-)
-def test_bad_tokens(bad, message):
-    model = _model()
-    with pytest.raises(ValueError, match=message):
-        model(bad)
-    with pytest.raises(ValueError, match=message):
-        model.decode(bad, model.init_cache(3, 4))
+def test_every_token_to_one_expert(rng, monkeypatch):
+    monkeypatch.setattr(experts_module, "_BLOCK", 4)
+    mlp = make("softmax").blocks[1].mlp
+    x = jnp.asarray(rng.standard_normal((10, 24)), jnp.float32)
+    experts = jnp.broadcast_to(jnp.array([[5, 11, 0]]), (10, 3))
+    share = jnp.broadcast_to(jnp.array([[1.0, 2.0, 3.0]]), (10, 3))
+    assert relative(mlp._sorted(x, experts, share), mlp._by_pair(x, experts, share)) < 2e-6
 
 
-def test_cache_of_another_depth(tokens):
-    model = _model()
+def test_many_tokens_do_not_multiply_memory():
+    """What `lax.ragged_dot` costs where it is not native: activations once per expert."""
+    config = SOFTMAX.replace(n_routed_experts=64, n_group=1, topk_group=1)
+    mlp = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)).blocks[1].mlp)
+    x = jax.ShapeDtypeStruct((1, 8192, 24), jnp.float32)
+    memory = jax.jit(lambda mlp, x: mlp(x)).lower(mlp, x).compile().memory_analysis()
+    pairs = 4 * 8192 * 3 * 24  # bytes of every token once per chosen expert
+    assert memory.temp_size_in_bytes < 12 * pairs
+
+
+def test_the_router_is_float32_in_a_bfloat16_model(rng):
+    model = Decoder(SIGMOID, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    mlp = model.blocks[1].mlp
+    assert mlp.router.kernel.dtype == jnp.float32
+    assert mlp.gate_proj.dtype == jnp.bfloat16
+    x = jnp.asarray(rng.standard_normal((1, 5, 24)), jnp.bfloat16)
+    assert mlp.router(x[0])[1].dtype == jnp.float32
+    assert mlp(x).dtype == jnp.bfloat16
+    assert model(jnp.zeros((1, 3), jnp.int32)).dtype == jnp.float32
+
+
+def test_presets_have_the_parameters_that_their_names_say():
+    billions = {"deepseek_v2": 235.7, "deepseek_v2_lite": 15.7, "deepseek_v3": 671.0,
+                "kimi_k2_0711": 1026, "moonlight": 16.0, "glm_4_7_flash": 29.9,
+                "minicpm3": 4.07, "youtu_2b": 1.96, "tiny": 0.0}  # fmt: skip
+    assert set(decoder_presets()) == set(billions)
+    for name, expected in billions.items():
+        config = DecoderConfig.from_preset(name)
+        model = nnx.eval_shape(lambda config=config: Decoder(config, rngs=nnx.Rngs(0)))
+        count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+        assert count / 1e9 == pytest.approx(expected, rel=0.01, abs=0.002)
+    config = DecoderConfig.from_preset("deepseek_v3")
+    model = nnx.eval_shape(lambda: Decoder(config, mtp=True, rngs=nnx.Rngs(0)))
+    leaves = jax.tree.leaves(nnx.state(model.predictor, nnx.Param))
+    assert sum(leaf.size for leaf in leaves) / 1e9 == pytest.approx(11.5, rel=0.01)  # as published
+    with pytest.raises(ValueError, match="'axk1' describes the attention only; whole models: deep"):
+        DecoderConfig.from_preset("axk1")
+
+
+def test_bad_input():
+    model = make("softmax")
+    with pytest.raises(ValueError, match="tokens is float32"):
+        model(jnp.zeros((1, 2)))
     with pytest.raises(ValueError, match="cache has 1 layers, the model 2"):
-        model.prefill(tokens, model.init_cache(3, 9)[:1])
+        model.decode(jnp.zeros((1, 1), jnp.int32), model.init_cache(1, 4)[:1])
+    with pytest.raises(ValueError, match="no block for multi-token prediction: make it with mtp"):
+        model.init_draft_cache(1, 4)
+    for count in (0, 2):
+        config = SOFTMAX.replace(num_nextn_predict_layers=count)
+        with pytest.raises(ValueError, match=f"num_nextn_predict_layers={count}: mtp needs"):
+            Decoder(config, mtp=True, rngs=nnx.Rngs(0))
 
 
-def test_overflow_is_an_error_outside_jit(tokens):
-    model = _model()
-    with pytest.raises(ValueError, match="max_length=6"):
-        model.prefill(tokens, model.init_cache(3, 6))
-
-
-@pytest.mark.parametrize("key", ["vocab_size", "intermediate_size"])
-def test_config_names_the_bad_key(key):
-    with pytest.raises(ValueError, match=f"{key}=0"):
-        DecoderConfig(attention=MICRO, **{key: 0})
+@pytest.mark.parametrize("dense", [0, 1, 2, 3, 4])
+def test_random_weights_have_the_models_shapes(dense):
+    config = DecoderConfig.from_preset("tiny").replace(first_k_dense_replace=dense)
+    config = config.replace(attention=config.attention.replace(num_hidden_layers=3))
+    made = random_decoder(config, mtp=True)
+    model = nnx.eval_shape(lambda: Decoder(config, mtp=True, rngs=nnx.Rngs(0)))
+    flat = [nnx.to_flat_state(nnx.state(m, nnx.Param)) for m in (made, model)]
+    assert flat[0].paths == flat[1].paths
+    for ours, theirs in zip(flat[0].leaves, flat[1].leaves, strict=True):
+        assert ours.shape == theirs.shape
+        assert isinstance(ours[...], jax.Array)

@@ -9,7 +9,7 @@ import pytest
 from common import loop_attention, relative
 
 import mla_jax
-from mla_jax.ops import api, reference, xla
+from mla_jax.ops import dispatch, reference, xla
 
 B, T, S, N, R, P, H, V = 3, 3, 11, 2, 6, 4, 5, 7
 SCALE = 0.3
@@ -265,4 +265,4 @@ def test_explain(capsys):
 def test_limits_clip():
     limits = reference.query_limits(jnp.array([1, 9]), 2, 3, 8)
     assert limits.tolist() == [[0, 0, 1], [7, 8, 8]]
-    assert api.serving("latent_attention", "cudnn") is None
+    assert dispatch.serving("latent_attention", "cudnn") is None

@@ -27,9 +27,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from mla_jax.ops.pallas_gpu import mosaic
-from mla_jax.ops.pallas_gpu.merge import LOG2E, LOWEST, like, merge, merge_interpreted, piece
-from mla_jax.ops.pallas_gpu.schedule import BLOCK, STEP, TILE
+from mla_jax.ops.hopper import mosaic
+from mla_jax.ops.hopper.merge import LOG2E, LOWEST, like, merge, merge_interpreted, piece
+from mla_jax.ops.hopper.schedule import BLOCK, STEP, TILE
 
 _WG = plgpu.Layout.WGMMA
 _ROW = plgpu.Layout.WGMMA.reduce(1)

@@ -21,9 +21,9 @@ from rich.table import Table
 from mla_jax import checkpoint, costs, generation, training
 from mla_jax.checkpoint.decoder import decoder_config
 from mla_jax.config import MLAConfig
-from mla_jax.decoding import _check_sampling, decode_loop, prefill_step, sample
-from mla_jax.models import Decoder, DecoderConfig, DeepseekConfig, random_decoder
-from mla_jax.ops import api
+from mla_jax.generation.steps import _check_sampling, decode_loop, prefill_step, sample
+from mla_jax.models import Decoder, DecoderConfig, random_decoder
+from mla_jax.ops import dispatch
 
 _STEPS = 350
 
@@ -168,7 +168,8 @@ def _demo(options: Demo, console: Console) -> None:
     if options.load is not None:
         model = load(options.load, options.implementation)
     else:
-        config = DecoderConfig(attention=MLAConfig.from_preset(options.preset))
+        attention = MLAConfig.from_preset(options.preset)
+        config = DecoderConfig(attention=attention, tie_word_embeddings=True)
         _check_memory(config)
         model = Decoder(config, implementation=options.implementation, rngs=nnx.Rngs(options.seed))
     attention = model.config.attention
@@ -256,7 +257,7 @@ def _write(model, options, console) -> None:
     table.add_row("compiling, once", f"{compiled - first_token - rest:.1f} s")
     table.add_row("cache", f"{ours:,} bytes per token ({theirs:,} for MHA: {theirs / ours:.1f}x)")
     console.print(table)
-    api.explain(attention, length=slots, dtype="float32")
+    dispatch.explain(attention, length=slots, dtype="float32")
 
 
 def _generate(options: Generate, console: Console) -> None:
@@ -308,16 +309,16 @@ def _generate(options: Generate, console: Console) -> None:
     table.add_row("compiling, once", f"{result.compile_seconds:.1f} s")
     table.add_row("cache", f"{result.cache_bytes / 2**20:,.1f} MiB")
     console.print(table)
-    api.explain(
+    dispatch.explain(
         config.attention, batch_size=len(prompts), length=slots, queries=1 + options.speculate,
         dtype=options.dtype,
     )  # fmt: skip
 
 
-def _check_backend(options: Generate, config: DeepseekConfig, rows: int, slots: int) -> None:
+def _check_backend(options: Generate, config: DecoderConfig, rows: int, slots: int) -> None:
     """Raises NotImplementedError where the backend asked for cannot decode this here."""
-    backend = api.serving("latent_attention", options.implementation)
-    schedule = lambda lengths: api.decode_schedule(  # noqa: E731
+    backend = dispatch.serving("latent_attention", options.implementation)
+    schedule = lambda lengths: dispatch.decode_schedule(  # noqa: E731
         config.attention, lengths, slots=slots, queries=1 + options.speculate,
         dtype=options.dtype, implementation=backend,
     )  # fmt: skip
@@ -342,25 +343,25 @@ def _check_generate(options: Generate) -> None:
             "a batch."
         )
     _check_dtype(options.dtype)
-    api.check_implementation(options.implementation)
+    dispatch.check_implementation(options.implementation)
     generation._check_flags(
         options.max_new_tokens, options.temperature, options.top_k, options.top_p,
         options.speculate, options.draft, options.block,
     )  # fmt: skip
 
 
-def _source(options: Generate) -> tuple[DeepseekConfig, generation.Tokenizer, pathlib.Path | None]:
+def _source(options: Generate) -> tuple[DecoderConfig, generation.Tokenizer, pathlib.Path | None]:
     """The model's config, its tokenizer, and where its weights are, if they are anywhere."""
     if options.checkpoint is None:
         assert options.preset is not None
-        return DeepseekConfig.from_preset(options.preset), generation.Tokenizer(), None
+        return DecoderConfig.from_preset(options.preset), generation.Tokenizer(), None
     with checkpoint.Checkpoint(options.checkpoint) as files:
         config, path = decoder_config(files), files.path
     folder = path if path.is_dir() else path.parent
     return config, generation.Tokenizer.from_checkpoint(folder), path
 
 
-def _model(options: Generate, config: DeepseekConfig, path: pathlib.Path | None, console):
+def _model(options: Generate, config: DecoderConfig, path: pathlib.Path | None, console):
     """The decoder, and a line about it."""
     mtp = options.draft == "mtp"
     given = {"dtype": options.dtype, "implementation": options.implementation, "mtp": mtp}
@@ -484,7 +485,7 @@ def _explain(options: Explain) -> None:
         jnp.dtype(options.dtype)
     except TypeError as error:
         raise ValueError(f"dtype={options.dtype!r} is not a dtype: use e.g. bfloat16.") from error
-    api.explain(
+    dispatch.explain(
         MLAConfig.from_preset(options.preset), batch_size=options.batch, length=options.length,
         queries=options.queries, dtype=options.dtype,
     )  # fmt: skip

@@ -25,8 +25,8 @@ from jax.sharding import PartitionSpec
 
 import mla_jax
 from mla_jax import MLAConfig, MultiHeadLatentAttention
-from mla_jax.ops import api, pallas_tpu, reference
-from mla_jax.ops.pallas_tpu import Plan, kernel
+from mla_jax.ops import dispatch, reference, tpu
+from mla_jax.ops.tpu import Plan, kernel
 
 SCALE = 0.11
 # bfloat16: rounded weights and a rounded result, each within half a unit of the last place.
@@ -61,7 +61,7 @@ def poison(args, lengths):
 
 def run(args, lengths, *, block=128, ring=4, cores=1, piece=128):
     plan = Plan(block=block, ring=ring, cores=cores, piece=piece, vmem_bytes=2**25)
-    call = jax.jit(functools.partial(pallas_tpu.decode, scale=SCALE, plan=plan))
+    call = jax.jit(functools.partial(tpu.decode, scale=SCALE, plan=plan))
     got = jax.block_until_ready(call(*args, lengths))
     assert not interpret_pallas_call.races.races_found
     return got
@@ -210,9 +210,9 @@ PLANTED = {
 @pytest.fixture
 def traced_anew():
     """Neither finds a program traced before nor leaves a broken one behind."""
-    pallas_tpu.decode.clear_cache()
+    tpu.decode.clear_cache()
     yield
-    pallas_tpu.decode.clear_cache()
+    tpu.decode.clear_cache()
 
 
 @pytest.mark.parametrize(
@@ -304,7 +304,7 @@ def test_a_layer_decodes_with_it(monkeypatch):
     assert cache.length.tolist() == [7, 7]
 
 
-SPEC = api.Spec("latent_attention", 2, 1, 256, 16, (512, 64), 512, "bfloat16", ("lengths",))
+SPEC = dispatch.Spec("latent_attention", 2, 1, 256, 16, (512, 64), 512, "bfloat16", ("lengths",))
 
 
 @pytest.mark.parametrize(
@@ -321,22 +321,22 @@ SPEC = api.Spec("latent_attention", 2, 1, 256, 16, (512, 64), 512, "bfloat16", (
 )
 def test_why_not(change, reason):
     tpu = mock.Mock(platform="tpu", device_kind="TPU v6 lite")
-    assert pallas_tpu.why_not(SPEC, tpu) is None
-    assert reason in pallas_tpu.why_not(api.dataclasses.replace(SPEC, **change), tpu)
-    assert "needs a TPU" in pallas_tpu.why_not(SPEC, jax.devices()[0])
+    assert tpu.why_not(SPEC, tpu) is None
+    assert reason in tpu.why_not(dispatch.dataclasses.replace(SPEC, **change), tpu)
+    assert "needs a TPU" in tpu.why_not(SPEC, jax.devices()[0])
 
 
 @pytest.mark.parametrize("kind", ["TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x", "TPU v9"])
 def test_plans_fit(kind):
     for queries in (1, 16, 128, 1024):
         for size in (2, 4):
-            plan = pallas_tpu.plan(64, queries, 32768, size, kind)
+            plan = tpu.plan(64, queries, 32768, size, kind)
             assert plan.piece % 128 == 0
             assert plan.block % plan.piece == 0
             assert plan.vmem_bytes < 40 * 2**20  # of 64 MiB, or 128, that a core has
-    assert pallas_tpu.plan(1, 16, 256, 2, kind).block == 256
-    assert pallas_tpu.plan(4, 16, 256, 2, kind).block == 1024  # four rows
-    assert pallas_tpu.plan(7, 16, 384, 2, kind).piece in (128, 256)
+    assert tpu.plan(1, 16, 256, 2, kind).block == 256
+    assert tpu.plan(4, 16, 256, 2, kind).block == 1024  # four rows
+    assert tpu.plan(7, 16, 384, 2, kind).piece in (128, 256)
 
 
 LIBTPU = pathlib.Path(sys.prefix, "tpu-aot")  # where `./run test` puts it

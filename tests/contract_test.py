@@ -14,7 +14,8 @@ from flax import nnx
 
 import mla_jax
 from mla_jax import MLAConfig, MultiHeadLatentAttention, costs
-from mla_jax.ops import api
+from mla_jax.layers import attention as layer_module
+from mla_jax.ops import dispatch
 
 CONFIGS = {
     "micro": MICRO,
@@ -146,18 +147,18 @@ def _attend_with(change):
 
 PLANTED = {
     "off_by_one_slot": (mla_jax.LatentCache, "append", _shifted_slot),
-    "missing_rope": (mla_jax.attention, "apply_rope", lambda x, positions, config, length, real: x),
+    "missing_rope": (layer_module, "apply_rope", lambda x, positions, config, length, real: x),
     "wrong_scale": (
-        api, "latent_attention",
+        dispatch, "latent_attention",
         _attend_with(lambda o: o | {"scale": o["scale"] * 1.01}),
     ),
     "dropped_first_key": (
-        api, "latent_attention",
+        dispatch, "latent_attention",
         _attend_with(lambda o: o | {"window": jnp.iinfo(jnp.int32).max}
                      if o["lengths"] is None else o | {"window": 4}),
     ),
     "future_token_visible": (
-        api, "latent_attention",
+        dispatch, "latent_attention",
         _attend_with(lambda o: o | {"lengths": jnp.where(o["lengths"] > 0, o["lengths"] + 1, 0)}
                      if o["lengths"] is not None else o),
     ),

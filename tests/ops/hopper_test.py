@@ -1,6 +1,6 @@
 """The Hopper kernel against a float64 loop: interpreted here, native where there is a Hopper GPU.
 
-`pytest -m accelerator tests/ops/pallas_gpu_test.py` runs the native half on a GPU.
+`pytest -m accelerator tests/ops/hopper_test.py` runs the native half on a GPU.
 """
 
 import functools
@@ -16,9 +16,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import mla_jax
 from mla_jax.models.decoder import Decoder, DecoderConfig
-from mla_jax.ops import api, pallas_gpu, xla
-from mla_jax.ops.pallas_gpu import kernel, make_schedule, merge
-from mla_jax.ops.pallas_gpu.schedule import ROW_COST
+from mla_jax.ops import dispatch, hopper, xla
+from mla_jax.ops.hopper import kernel, make_schedule, merge
+from mla_jax.ops.hopper.schedule import ROW_COST
 
 SCALE = 192**-0.5
 INTERPRET = plgpu.InterpretGPUParams()
@@ -80,9 +80,7 @@ def interpreted(arrays, lengths, sms, **options):
     )
     options = {"lengths": lengths, "scale": SCALE, "schedule": schedule} | options
     # The interpreter's callbacks run operations of their own: nothing else may be dispatched then.
-    return jax.block_until_ready(
-        pallas_gpu.latent_attention(*arrays, **options, interpret=INTERPRET)
-    )
+    return jax.block_until_ready(hopper.latent_attention(*arrays, **options, interpret=INTERPRET))
 
 
 CASES = [  # B, T, S, N, R, P, lengths, multiprocessors
@@ -139,9 +137,9 @@ PLANTED = {
 @pytest.fixture
 def traced_anew():
     """Neither finds a program traced before nor leaves a broken one behind."""
-    pallas_gpu._call.clear_cache()
+    hopper._call.clear_cache()
     yield
-    pallas_gpu._call.clear_cache()
+    hopper._call.clear_cache()
 
 
 @pytest.mark.parametrize("bug", [None, *PLANTED])
@@ -158,7 +156,7 @@ def test_planted_bugs_are_noticed(bug, monkeypatch):
 
 
 def test_gradients_vmap_and_no_lengths(monkeypatch):
-    monkeypatch.setattr(pallas_gpu, "_H200_SMS", 2)
+    monkeypatch.setattr(hopper, "_H200_SMS", 2)
     arrays, _ = make(2, 2, 1, 64, 2, 128, 16, (64, 64), jnp.bfloat16)
 
     def loss(attend, *arrays):
@@ -168,7 +166,7 @@ def test_gradients_vmap_and_no_lengths(monkeypatch):
         ).sum() + lse.sum()
 
     options = {"lengths": None, "scale": SCALE}
-    ours = functools.partial(pallas_gpu.latent_attention, **options, interpret=INTERPRET)
+    ours = functools.partial(hopper.latent_attention, **options, interpret=INTERPRET)
     theirs = functools.partial(xla.latent_attention, **options)
     grads = [
         jax.block_until_ready(jax.grad(functools.partial(loss, f), (0, 1, 2, 3))(*arrays))
@@ -183,9 +181,9 @@ def test_gradients_vmap_and_no_lengths(monkeypatch):
 
 def test_shard_map(monkeypatch):
     """Types for several devices; the interpreter runs one device at a time."""
-    monkeypatch.setattr(pallas_gpu, "_H200_SMS", 2)
+    monkeypatch.setattr(hopper, "_H200_SMS", 2)
     arrays, lengths = make(3, 2, 1, 72, 3, 128, 16, (70, 65), jnp.bfloat16)
-    attend = functools.partial(pallas_gpu.latent_attention, scale=SCALE)
+    attend = functools.partial(hopper.latent_attention, scale=SCALE)
     for devices, interpret in ((2, None), (1, INTERPRET)):
         mesh = jax.make_mesh((devices,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
         spec = jax.sharding.PartitionSpec("x")
@@ -207,12 +205,12 @@ def test_tuning_tables(tmp_path, monkeypatch):
         'device_kind = "NVIDIA X"\n[[latent_attention]]\nrows = 1024\nslack = 7\n'
         "[[latent_attention]]\nrows = 64\nslack = 3\n"
     )
-    monkeypatch.setattr(pallas_gpu, "configs_dir", lambda: tmp_path)
-    pallas_gpu.tuned.cache_clear()
-    assert pallas_gpu.tuned("NVIDIA X", 64)["slack"] == 3
-    assert pallas_gpu.tuned("NVIDIA X", 65)["slack"] == 7
-    assert pallas_gpu.tuned("NVIDIA Y", 64) == {}
-    pallas_gpu.tuned.cache_clear()
+    monkeypatch.setattr(hopper, "configs_dir", lambda: tmp_path)
+    hopper.tuned.cache_clear()
+    assert hopper.tuned("NVIDIA X", 64)["slack"] == 3
+    assert hopper.tuned("NVIDIA X", 65)["slack"] == 7
+    assert hopper.tuned("NVIDIA Y", 64) == {}
+    hopper.tuned.cache_clear()
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -254,7 +252,7 @@ def test_the_schedule_covers_every_step_once(seed):
 
 
 HOPPER = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H200", compute_capability="9.0")
-SPEC = api.Spec("latent_attention", 2, 1, 4096, 128, (512, 64), 512, "bfloat16", ("lengths",))
+SPEC = dispatch.Spec("latent_attention", 2, 1, 4096, 128, (512, 64), 512, "bfloat16", ("lengths",))
 REFUSED = {
     "float32": ({"dtype": "float32"}, "bfloat16 and float16"),
     "options": ({"options": ("lengths", "mask", "window")}, "not mask, window"),
@@ -273,18 +271,18 @@ REFUSED = {
 def test_what_it_cannot_serve(name):
     change, reason = REFUSED[name]
     spec = types.SimpleNamespace(**{**vars(SPEC), **change})
-    assert reason in pallas_gpu.why_not(spec, HOPPER)
+    assert reason in hopper.why_not(spec, HOPPER)
 
 
 def test_where_it_runs():
-    assert pallas_gpu.why_not(SPEC, HOPPER) is None
+    assert hopper.why_not(SPEC, HOPPER) is None
     ampere = types.SimpleNamespace(**vars(HOPPER) | {"compute_capability": "8.0"})
-    assert "9.x (Hopper), this is 8.0" in pallas_gpu.why_not(SPEC, ampere)
-    assert "needs an NVIDIA GPU" in pallas_gpu.why_not(SPEC, jax.devices("cpu")[0])
+    assert "9.x (Hopper), this is 8.0" in hopper.why_not(SPEC, ampere)
+    assert "needs an NVIDIA GPU" in hopper.why_not(SPEC, jax.devices("cpu")[0])
     schedule = make_schedule(jnp.array([3]), rows=1, slots=64, num_sms=2)
     arrays, lengths = make(0, 2, 1, 64, 2, 128, 16, (64, 64), jnp.bfloat16)
     with pytest.raises(ValueError, match="schedule is for 1 rows"):
-        pallas_gpu.latent_attention(*arrays, lengths=lengths, scale=SCALE, schedule=schedule)
+        hopper.latent_attention(*arrays, lengths=lengths, scale=SCALE, schedule=schedule)
 
 
 # ---- on a Hopper GPU
@@ -300,9 +298,9 @@ NATIVE += [(128, t, 512, 64, "bfloat16") for t in (1, 2, 8)] + [(16, 1, 512, 64,
 
 
 @pytest.fixture
-def hopper():
-    device = api.default_device()
-    reason = pallas_gpu.why_not(SPEC, device)
+def card():
+    device = dispatch.default_device()
+    reason = hopper.why_not(SPEC, device)
     if reason is not None:
         pytest.skip(reason)
     return device
@@ -310,7 +308,7 @@ def hopper():
 
 @pytest.mark.accelerator
 @pytest.mark.parametrize("case", NATIVE, ids=lambda c: "N{}-T{}-R{}-P{}-{}".format(*c))
-def test_native(case, hopper):
+def test_native(case, card):
     heads, tokens, rank, rope, dtype = case
     seed = NATIVE.index(case)
     rng = np.random.default_rng(seed)
@@ -324,11 +322,11 @@ def test_native(case, hopper):
     @functools.partial(jax.jit, static_argnames="sms")
     def run(arrays, lengths, sms):
         schedule = make_schedule(lengths, rows=tokens * heads, slots=slots, num_sms=sms, slack=0)
-        return pallas_gpu.latent_attention(*arrays, lengths=lengths, scale=SCALE, schedule=schedule)
+        return hopper.latent_attention(*arrays, lengths=lengths, scale=SCALE, schedule=schedule)
 
-    got = run(arrays, lengths, hopper.core_count)
+    got = run(arrays, lengths, card.core_count)
     check(got, want, dtype, tolerance=2e-3 if dtype == "bfloat16" else 3e-4)
-    again = run(arrays, lengths, hopper.core_count)
+    again = run(arrays, lengths, card.core_count)
     for one, two in zip(got, again, strict=True):
         np.testing.assert_array_equal(np.asarray(one), np.asarray(two))
     if seed % 3 == 0:  # few parts: whole rows and long streams
@@ -346,7 +344,7 @@ def two_layers():
 
 
 @pytest.mark.accelerator
-def test_native_in_the_layer(hopper):
+def test_native_in_the_layer(card):
     model, prompt, lengths = two_layers()
     results = []
     for implementation in (None, "xla"):
@@ -362,7 +360,7 @@ def test_native_in_the_layer(hopper):
 
 
 @pytest.mark.accelerator
-def test_native_in_a_scan_and_donated(hopper):
+def test_native_in_a_scan_and_donated(card):
     """Steps inside `lax.scan` equal steps one by one, and no step copies the donated cache."""
     model, prompt, lengths = two_layers()
     texts = jax.random.randint(jax.random.key(1), (3, 9), 0, 256)
@@ -395,7 +393,7 @@ def test_native_in_a_scan_and_donated(hopper):
 
 
 @pytest.mark.accelerator
-def test_native_under_shard_map(hopper):
+def test_native_under_shard_map(card):
     """Over the rows of a batch, on as many devices as there are."""
     devices = jax.device_count()
     lengths = np.resize((700, 65, 1, 0), 4 * devices)
@@ -403,7 +401,7 @@ def test_native_under_shard_map(hopper):
     mesh = jax.make_mesh((devices,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec("x")
     local = jax.shard_map(
-        lambda *a: pallas_gpu.latent_attention(*a[:4], lengths=a[4], scale=SCALE),
+        lambda *a: hopper.latent_attention(*a[:4], lengths=a[4], scale=SCALE),
         mesh=mesh, in_specs=spec, out_specs=spec,
     )  # fmt: skip
     check(jax.jit(local)(*arrays, lengths), loop(arrays, lengths), jnp.bfloat16, 2e-3)

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from mla_jax.ops import xla
-from mla_jax.ops.pallas_tpu.kernel import launch
-from mla_jax.ops.pallas_tpu.planning import LANES, Plan, plan, vmem_limit
 from mla_jax.ops.reference import merge_attention
+from mla_jax.ops.tpu.kernel import launch
+from mla_jax.ops.tpu.planning import LANES, Plan, plan, vmem_limit
 
 _MOST_QUERIES = 8  # T; more tokens than this are a prefill, which another form serves
 
@@ -53,7 +53,7 @@ def latent_attention(
     pattern, q_rope, latent, k_rope, *, lengths, scale, soft_cap=None, window=None, mask=None,
     segment_ids=None, precision=None,
 ):  # fmt: skip
-    """The absorbed form: see `api.latent_attention`. Differentiated, it runs XLA's backward."""
+    """The absorbed form: see `dispatch.latent_attention`. Its backward is XLA's."""
     del soft_cap, window, mask, segment_ids, precision  # `why_not` keeps them unset
     return _attention(pattern, q_rope, latent, k_rope, lengths, scale)
 
@@ -84,7 +84,7 @@ _attention.defvjp(_forward, _backward)
 # Jitted here too, so that the layers of a model share one lowering.
 @functools.partial(jax.jit, static_argnames=("scale", "plan"))
 def decode(pattern, q_rope, latent, k_rope, lengths, scale, plan: Plan):
-    """Runs the kernel by `plan`; arguments and results as `api.latent_attention`."""
+    """Runs the kernel by `plan`; arguments and results as `dispatch.latent_attention`."""
     batch, tokens, heads, rank = pattern.shape
     out, lse, *parts = launch(pattern, q_rope, latent, k_rope, lengths, scale, plan)
     out, lse = out.reshape(batch, -1, rank), lse.reshape(batch, -1)

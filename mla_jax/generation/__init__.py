@@ -34,7 +34,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Int
 
-from mla_jax.decoding import _check_sampling, sample
+from mla_jax.generation.steps import _check_sampling, sample
 
 _PREFILL_TOKENS = 16384  # of all rows together, in one chunk: bounds the experts' activations
 _SLOTS = 128  # a cache's length is a multiple of
@@ -152,7 +152,7 @@ def generate(
     """Continues prompts.
 
     Args:
-        model: a `models.DeepseekDecoder`, or what has its `prefill_last`, `decode`, `init_cache`.
+        model: a `models.Decoder`, or what has its `prefill_last`, `decode`, `init_cache`.
         prompts: token ids, at least one of each; their lengths may differ.
         max_new_tokens: of each row.
         max_length: slots of the cache; None is what the longest prompt and its new tokens need.

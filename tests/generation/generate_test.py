@@ -11,14 +11,14 @@ from flax import nnx
 
 from mla_jax import generation
 from mla_jax.generation import Tokenizer, generate
-from mla_jax.models import DeepseekConfig, DeepseekDecoder
+from mla_jax.models import Decoder, DecoderConfig
 
 
 @functools.cache
 def model():
-    config = DeepseekConfig.from_preset("tiny")
+    config = DecoderConfig.from_preset("tiny")
     config = config.replace(attention=config.attention.replace(num_hidden_layers=2))
-    return DeepseekDecoder(config, precision="highest", rngs=nnx.Rngs(0))
+    return Decoder(config, precision="highest", rngs=nnx.Rngs(0))
 
 
 PROMPTS = [list(b"abcabcabcab"), list(b"x"), list(b"one two three one two")]

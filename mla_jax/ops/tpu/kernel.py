@@ -35,7 +35,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from mla_jax.ops.pallas_tpu.planning import LANES, Plan, rows_held
+from mla_jax.ops.tpu.planning import LANES, Plan, rows_held
 
 _TILE = 8
 _ROWS = 3  # of a block, whose copies start without a branch

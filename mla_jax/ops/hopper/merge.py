@@ -15,8 +15,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from mla_jax.ops.pallas_gpu import mosaic
-from mla_jax.ops.pallas_gpu.schedule import TILE
+from mla_jax.ops.hopper import mosaic
+from mla_jax.ops.hopper.schedule import TILE
 
 LOG2E = math.log2(math.e)
 LOWEST = -1e30  # first running maximum: finite, so that exp2(old - new) is never NaN

@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
-from mla_jax import huggingface
+from mla_jax import families
 from mla_jax.config import MLAConfig, configs_dir
 
 _FAMILIES = (
@@ -17,13 +17,13 @@ _FAMILIES = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DeepseekConfig:
-    """Shape of a `DeepseekDecoder`; keys are the Hugging Face config's where it has them.
+class DecoderConfig:
+    """Shape of a `Decoder`; keys are the Hugging Face config's where it has them.
 
     Attributes:
         attention: of every layer; its hidden_size and num_hidden_layers are the model's.
-        vocab_size: W.
-        intermediate_size: F of the dense layers.
+        vocab_size: W; by default 256, one word a byte.
+        intermediate_size: F of the dense layers; None makes it 8 D / 3, rounded down.
         moe_intermediate_size: F of one expert.
         n_routed_experts: E; None has dense layers only.
         num_experts_per_tok: K.
@@ -45,7 +45,7 @@ class DeepseekConfig:
     Raises:
         ValueError: a value that cannot be; the message names the key.
 
-    >>> config = DeepseekConfig.from_preset("deepseek_v3")
+    >>> config = DecoderConfig.from_preset("deepseek_v3")
     >>> config.n_routed_experts, config.num_experts_per_tok, config.vocab_size
     (256, 8, 129280)
     >>> [layer for layer in range(61) if not config.is_sparse(layer)]
@@ -53,8 +53,8 @@ class DeepseekConfig:
     """
 
     attention: MLAConfig
-    vocab_size: int
-    intermediate_size: int
+    vocab_size: int = 256
+    intermediate_size: int | None = None
     moe_intermediate_size: int | None = None
     n_routed_experts: int | None = None
     num_experts_per_tok: int = 1
@@ -74,6 +74,9 @@ class DeepseekConfig:
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
+        if self.intermediate_size is None:
+            object.__setattr__(self, "intermediate_size", 8 * self.attention.hidden_size // 3)
+        object.__setattr__(self, "eos_token_ids", tuple(self.eos_token_ids))
         whole = ["vocab_size", "intermediate_size", "n_group", "topk_group", "num_experts_per_tok"]
         if self.n_routed_experts is not None:
             whole += ["n_routed_experts", "moe_intermediate_size"]
@@ -140,9 +143,9 @@ class DeepseekConfig:
             ValueError: a family whose decoder has another shape, or a key that asks for what this
                 decoder does not do.
         """
-        hf, where = huggingface.read_config(config)
+        hf, where = families.read_config(config)
         attention = MLAConfig.from_hf(hf)
-        hf = huggingface.language_model(hf)
+        hf = families.language_model(hf)
         family = hf.get("model_type")
         if str(family).startswith("longcat"):
             raise ValueError(

@@ -14,7 +14,7 @@ from mla_jax.models import Decoder, DecoderConfig
 _QUICK = ("demo", "--batch", "2", "--tokens", "6", "--prompt", "def ", "--temperature", "2")
 
 
-_CHECKPOINT = pathlib.Path(__file__).parent / "testdata" / "decoders" / "deepseek_v3"
+_CHECKPOINT = pathlib.Path(__file__).parents[1] / "testdata" / "decoders" / "deepseek_v3"
 _SAVED = ("generate", "--checkpoint", str(_CHECKPOINT))
 _GENERATE = ("generate", "--preset", "tiny", "--random-weights", "--dtype", "float32",
              "--max-new-tokens", "9")  # fmt: skip
@@ -164,9 +164,9 @@ def test_wrong_usage(capsys, args):
 
 @pytest.fixture
 def shallow(monkeypatch):
-    config = cli.DeepseekConfig.from_preset("tiny")
+    config = cli.DecoderConfig.from_preset("tiny")
     config = config.replace(attention=config.attention.replace(num_hidden_layers=1))
-    monkeypatch.setattr(cli.DeepseekConfig, "from_preset", lambda name: config)
+    monkeypatch.setattr(cli.DecoderConfig, "from_preset", lambda name: config)
 
 
 def test_generate_streams_one_text(capsys, shallow):

@@ -12,10 +12,10 @@ from numpy_decoder import NumpyDecoder
 
 from mla_jax import generation
 from mla_jax.generation import generate
-from mla_jax.models import DeepseekConfig, DeepseekDecoder
+from mla_jax.models import Decoder, DecoderConfig
 
 WORDS = 5  # few, so that guesses of random weights are right now and then
-RANDOM = DeepseekConfig(
+RANDOM = DecoderConfig(
     attention=MICRO.replace(num_hidden_layers=1), vocab_size=WORDS, intermediate_size=20,
     num_nextn_predict_layers=1,
 )  # fmt: skip
@@ -25,7 +25,7 @@ PROMPTS = [[1, 4, 0, 2, 2, 3, 1], [3], [0, 4, 1, 1]]
 
 @functools.cache
 def model():
-    model = DeepseekDecoder(RANDOM, mtp=True, precision="highest", rngs=nnx.Rngs(4))
+    model = Decoder(RANDOM, mtp=True, precision="highest", rngs=nnx.Rngs(4))
     random = np.random.default_rng(1)
     for path, parameter in nnx.iter_graph(model):
         if isinstance(parameter, nnx.Param) and path[-1] == "scale":
@@ -38,11 +38,11 @@ def prophet(words: int, knowing: bool):
 
     Where it is not knowing, the predictor's weights are random.
     """
-    config = DeepseekConfig(
+    config = DecoderConfig(
         attention=PLAIN.replace(num_hidden_layers=1), vocab_size=words, intermediate_size=20,
         num_nextn_predict_layers=1,
     )  # fmt: skip
-    model = DeepseekDecoder(config, mtp=True, precision="highest", rngs=nnx.Rngs(0))
+    model = Decoder(config, mtp=True, precision="highest", rngs=nnx.Rngs(0))
     table = model.embed.embedding[...]
     # Rows that a norm leaves as they are.
     model.embed.embedding.set_value(table / jnp.sqrt((table**2).mean(-1, keepdims=True)))
@@ -257,7 +257,7 @@ def test_refusals(options, message):
 
 
 def test_a_model_without_a_predictor_says_what_to_do():
-    bare = DeepseekDecoder(RANDOM, rngs=nnx.Rngs(0))
+    bare = Decoder(RANDOM, rngs=nnx.Rngs(0))
     with pytest.raises(
         ValueError, match=r"load_decoder\(\.\.\., mtp=True\).*or use draft='prompt'"
     ):

@@ -17,12 +17,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from mla_jax.config import MLAConfig
-from mla_jax.ops import cudnn, pallas_gpu, pallas_tpu, reference, xla
+from mla_jax.ops import cudnn, hopper, reference, tpu, xla
 from mla_jax.ops.reference import merge_attention as merge_attention
 
 _LATENT: dict[str, types.ModuleType] = {
-    "pallas_gpu": pallas_gpu,
-    "pallas_tpu": pallas_tpu,
+    "pallas_gpu": hopper,
+    "pallas_tpu": tpu,
     "xla": xla,
     "reference": reference,
 }

@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
-from mla_jax.ops import pallas_gpu
+from mla_jax.ops import hopper
 
 try:
     from jax.experimental.pallas import mosaic_gpu
@@ -32,7 +32,7 @@ _EPILOGUE = 64  # rows and columns written at a time
 
 def why_not(shape: tuple[int, ...], dtype, device) -> str | None:
     """Why kernels of this shape [E K N] cannot be served on `device`, or None."""
-    if reason := pallas_gpu.not_hopper(device):
+    if reason := hopper.not_hopper(device):
         return reason
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return f"takes bfloat16 and float16, not {jnp.dtype(dtype).name}"

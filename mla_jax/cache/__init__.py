@@ -16,7 +16,7 @@ from jax import export
 from jaxtyping import Array, Bool, Float, Int
 
 from mla_jax.config import MLAConfig
-from mla_jax.ops.api import default_device
+from mla_jax.ops.dispatch import default_device
 
 
 @jax.tree_util.register_dataclass

@@ -8,9 +8,9 @@ from common import relative
 from flax import nnx
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from mla_jax.models import DeepseekConfig, DeepseekDecoder, random_decoder
-from mla_jax.models.experts import MixtureOfExperts
-from mla_jax.ops.pallas_gpu import grouped
+from mla_jax.layers.experts import MixtureOfExperts
+from mla_jax.models import Decoder, DecoderConfig, random_decoder
+from mla_jax.ops.hopper import grouped
 
 INTERPRET = plgpu.InterpretGPUParams()
 
@@ -28,7 +28,7 @@ def test_tiles_times_their_experts(rows, rng):
 
 @pytest.mark.parametrize("tokens", [1, 70, 400])
 def test_experts_through_it(tokens):
-    config = DeepseekConfig.from_preset("tiny").replace(
+    config = DecoderConfig.from_preset("tiny").replace(
         moe_intermediate_size=128, n_routed_experts=8, num_experts_per_tok=3
     )
     types = {"precision": None, "dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
@@ -54,9 +54,9 @@ def test_why_not():
 
 
 def test_random_weights_are_like_the_constructors():
-    config = DeepseekConfig.from_preset("tiny")
+    config = DecoderConfig.from_preset("tiny")
     made = random_decoder(config, param_dtype=jnp.bfloat16)
-    model = DeepseekDecoder(config, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    model = Decoder(config, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     flat = [nnx.to_flat_state(nnx.state(m, nnx.Param)) for m in (made, model)]
     assert flat[0].paths == flat[1].paths
     for ours, theirs in zip(flat[0].leaves, flat[1].leaves, strict=True):

@@ -22,10 +22,10 @@ from jaxtyping import Array, Float, Int
 
 from mla_jax.config import configs_dir
 from mla_jax.ops import xla
-from mla_jax.ops.pallas_gpu.schedule import BLOCK, SLACK, STEP, TILE, Schedule, make_schedule
+from mla_jax.ops.hopper.schedule import BLOCK, SLACK, STEP, TILE, Schedule, make_schedule
 
 try:
-    from mla_jax.ops.pallas_gpu import kernel
+    from mla_jax.ops.hopper import kernel
 except ImportError:  # a jax without Mosaic GPU
     kernel = None
 _kernel: Any = kernel
@@ -130,7 +130,7 @@ def latent_attention(
     schedule: Schedule | None = None,
     interpret: Any = None,
 ) -> tuple[Float[Array, "B T N R"], Float[Array, "B T N"]]:
-    """The absorbed form: see `api.latent_attention`.
+    """The absorbed form: see `dispatch.latent_attention`.
 
     `schedule` is `decode_schedule` of the same lengths and shapes; None makes it here. `interpret`
     runs the kernel on a CPU: a schedule for few multiprocessors keeps that short.

@@ -34,7 +34,7 @@ from jaxtyping import Array, Bool, Float, Int
 from mla_jax.cache import LatentCache
 from mla_jax.config import MLAConfig
 from mla_jax.costs import choose_form
-from mla_jax.ops import api, dense, xla
+from mla_jax.ops import dense, dispatch, xla
 from mla_jax.rope import apply_rope
 
 Form = Literal["auto", "absorbed", "expanded"]
@@ -56,7 +56,7 @@ class MultiHeadLatentAttention(nnx.Module):
         param_dtype: of the parameters.
         precision: of the matmuls, as in jax.lax.dot.
         kernel_init: initializer of the kernels.
-        implementation: backend of the attention core, one of `ops.api.IMPLEMENTATIONS`; None
+        implementation: backend of the attention core, one of `ops.dispatch.IMPLEMENTATIONS`; None
             chooses for the device and the shapes (`explain` tells what).
         rngs: for the initializers; not kept.
 
@@ -93,7 +93,7 @@ class MultiHeadLatentAttention(nnx.Module):
             raise ValueError(
                 f"index_topk={config.index_topk}: sparse attention is not supported yet."
             )
-        api.check_implementation(implementation)
+        dispatch.check_implementation(implementation)
         self.config = config
         self.dtype = dtype
         self.param_dtype = param_dtype
@@ -265,10 +265,10 @@ class MultiHeadLatentAttention(nnx.Module):
         if choose_form(self.config, queries=queries, slots=cache.max_length) != "absorbed":
             return None
         lengths = jnp.minimum(cache.length + queries, cache.max_length)
-        return api.decode_schedule(
+        return dispatch.decode_schedule(
             self.config, lengths, slots=cache.max_length, queries=queries,
             dtype=cache.latent.dtype,
-            implementation=api.serving("latent_attention", self.implementation),
+            implementation=dispatch.serving("latent_attention", self.implementation),
         )  # fmt: skip
 
     @property
@@ -388,10 +388,10 @@ class MultiHeadLatentAttention(nnx.Module):
         """Heads [B T N V] and lse [B T N] by the absorbed form, never making keys or values."""
         with jax.named_scope("w_uk"):
             pattern = self._fold("BTNH,RNH->BTNR", q_nope, self.w_uk)
-        out_latent, lse = api.latent_attention(
+        out_latent, lse = dispatch.latent_attention(
             pattern, q_rope, latent, k_rope, scale=self.config.scale,
             window=self.config.sliding_window, precision=self.precision,
-            implementation=api.serving("latent_attention", self.implementation), **options,
+            implementation=dispatch.serving("latent_attention", self.implementation), **options,
         )  # fmt: skip
         with jax.named_scope("w_uv"):
             return self._fold("BTNR,RNV->BTNV", out_latent, self.w_uv), lse
@@ -407,10 +407,10 @@ class MultiHeadLatentAttention(nnx.Module):
     def _expanded(self, q_nope, q_rope, latent, k_rope, **options):
         """Heads [B T N V] and lse [B T N] by the expanded form, over the tokens given."""
         k_nope, value = self._keys_values(latent)
-        return api.expanded_attention(
+        return dispatch.expanded_attention(
             q_nope, q_rope, k_nope, k_rope, value, scale=self.config.scale,
             window=self.config.sliding_window, precision=self.precision,
-            implementation=api.serving("expanded_attention", self.implementation), **options,
+            implementation=dispatch.serving("expanded_attention", self.implementation), **options,
         )  # fmt: skip
 
     def _expanded_cached(self, q_nope, q_rope, latent, k_rope, cache, context, seen):

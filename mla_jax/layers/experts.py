@@ -16,10 +16,10 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from mla_jax.models.deepseek_config import DeepseekConfig
-from mla_jax.ops import dense, pallas_gpu
-from mla_jax.ops.api import default_device
-from mla_jax.ops.pallas_gpu import grouped
+from mla_jax.layers.mlp import GatedMLP
+from mla_jax.ops import hopper
+from mla_jax.ops.dispatch import default_device
+from mla_jax.ops.experts import grouped
 
 _DENSE_TOKENS = 256  # up to here reading every expert once beats sorting
 _BLOCK = 256  # tokens of one expert in a matmul
@@ -77,24 +77,6 @@ def _tiles(experts: Int[Array, "M K"], groups: int, rows: int) -> _Tiles:
     )  # fmt: skip
 
 
-class GatedMLP(nnx.Module):
-    """down(silu(gate x) * up x), arXiv 2002.05202."""
-
-    def __init__(self, width: int, inner: int, *, precision, **types):
-        def linear(inputs, outputs):
-            return nnx.Linear(
-                inputs, outputs, use_bias=False, precision=precision,
-                dot_general=dense.dot_general, **types,
-            )  # fmt: skip
-
-        self.gate_proj = linear(width, inner)
-        self.up_proj = linear(width, inner)
-        self.down_proj = linear(inner, width)
-
-    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
 class Router(nnx.Module):
     """Which experts a token goes to, and their weights: float32 throughout.
 
@@ -102,7 +84,7 @@ class Router(nnx.Module):
     arXiv 2412.19437, section 2.1.2).
     """
 
-    def __init__(self, config: DeepseekConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config, *, rngs: nnx.Rngs):
         self.config = config
         shape = (config.attention.hidden_size, config.n_routed_experts)
         self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), shape, jnp.float32))
@@ -135,7 +117,7 @@ class Router(nnx.Module):
 class MixtureOfExperts(nnx.Module):
     """A router's choice of experts, and a shared one: kernels [E D F], [E D F] and [E F D]."""
 
-    def __init__(self, config: DeepseekConfig, *, precision, dtype, param_dtype, rngs):
+    def __init__(self, config, *, precision, dtype, param_dtype, rngs):
         width, inner = config.attention.hidden_size, config.moe_intermediate_size
         assert inner is not None
         assert config.n_routed_experts is not None
@@ -241,7 +223,7 @@ class MixtureOfExperts(nnx.Module):
         tiles = _tiles(experts, groups, rows)
         product = functools.partial(
             grouped.grouped_matmul, owner=tiles.owner, used=tiles.used, rows=rows,
-            sms=sms or pallas_gpu.multiprocessors(device), interpret=interpret,
+            sms=sms or hopper.multiprocessors(device), interpret=interpret,
         )  # fmt: skip
 
         @jax.custom_jvp

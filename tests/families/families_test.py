@@ -1,7 +1,7 @@
 """Every family's config and tensor names against float64 numpy that knows no code of ours.
 
 It reads the family's own keys, and its own tensors as torch stores them. What a family's code does
-beyond its config is `traits` here, by the families' own code and not by `mla_jax.huggingface`.
+beyond its config is `traits` here, by the families' own code and not by `mla_jax.families`.
 """
 
 import json

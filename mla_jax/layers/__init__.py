@@ -1,0 +1,1 @@
+"""Layers that plug into a model: attention, the gated MLP, and mixtures of experts."""

@@ -1,0 +1,74 @@
+"""The block for multi-token prediction.
+
+Letters: B batch, T tokens, D hidden size.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from mla_jax.cache import LatentCache
+from mla_jax.models.block import Block
+from mla_jax.models.config import DecoderConfig
+from mla_jax.ops import dense
+
+
+class MultiTokenPredictor(nnx.Module):
+    """The block of DeepSeek-V3 that predicts one token further (arXiv 2412.19437, section 2.2).
+
+    From the model's hidden state at position i, after its final norm, and the embedding of the
+    token at i + 1, it makes a state whose logits are for the token at i + 2:
+
+        norm(block(eh_proj [enorm(embedding of i + 1), hnorm(state of i)]))
+
+    The block sits at position i and has a latent cache of its own. In place of the model's state it
+    takes its own of the position before, which drafts another token. Embedding and head are the
+    model's, except where a checkpoint has others: then they are `embed` and `head`.
+
+    Args:
+        config: the model's.
+        precision, implementation, types: as in `Decoder`.
+
+    >>> import jax.numpy as jnp
+    >>> from flax import nnx
+    >>> from mla_jax.models import DecoderConfig, Decoder
+    >>> config = DecoderConfig.from_preset("tiny")
+    >>> model = Decoder(config, mtp=True, rngs=nnx.Rngs(0))
+    >>> tokens = jnp.array([[3, 1, 4, 1]])
+    >>> hidden, _ = model.extend(tokens, model.init_cache(1, 8))
+    >>> state, _ = model.draft(hidden[:, :3], tokens[:, 1:], model.init_draft_cache(1, 8))
+    >>> model.draft_logits(state).shape  # for the three tokens from the third on
+    (1, 3, 256)
+    """
+
+    def __init__(self, config: DecoderConfig, *, precision, implementation, **types):
+        width = config.attention.hidden_size
+        norm = functools.partial(nnx.RMSNorm, width, epsilon=config.rms_norm_eps, **types)
+        self.enorm, self.hnorm, self.norm = norm(), norm(), norm()
+        self.eh_proj = nnx.Linear(
+            2 * width, width, use_bias=False, precision=precision, dot_general=dense.dot_general,
+            **types,
+        )  # fmt: skip
+        self.block = Block(
+            config, config.attention.num_hidden_layers, precision=precision,
+            implementation=implementation, **types,
+        )  # fmt: skip
+        self.embed: nnx.Embed | None = nnx.data(None)
+        self.head: nnx.Linear | None = nnx.data(None)
+
+    def extend(
+        self,
+        hidden: Float[Array, "B T D"],
+        embedded: Float[Array, "B T D"],
+        cache: LatentCache,
+        lengths: Int[Array, "B"] | None = None,
+        empty: bool = False,
+    ) -> tuple[Float[Array, "B T D"], LatentCache]:
+        """States of T positions, from those of the model and the embeddings of the tokens next."""
+        with jax.named_scope("mtp"):
+            joined = jnp.concatenate([self.enorm(embedded), self.hnorm(hidden)], axis=-1)
+            x, cache = self.block.extend(self.eh_proj(joined), cache, lengths, empty=empty)
+            return self.norm(x), cache

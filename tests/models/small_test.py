@@ -1,0 +1,112 @@
+"""The decoder: causal, its cached path equals one full pass, and it refuses bad input clearly."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from common import MICRO, PLAIN, relative
+from flax import nnx
+
+from mla_jax.generation.steps import decode_loop, decode_step, prefill_step
+from mla_jax.models import Decoder, DecoderConfig
+
+WORDS = 31
+
+_full = jax.jit(lambda model, tokens, **options: model(tokens, **options))
+
+
+def _model(attention=PLAIN, **options):
+    config = DecoderConfig(
+        attention=attention.replace(num_hidden_layers=2), vocab_size=WORDS, intermediate_size=20
+    )
+    return Decoder(config, rngs=nnx.Rngs(0), **options)
+
+
+@pytest.fixture
+def tokens(rng):
+    return jnp.asarray(rng.integers(0, WORDS, (3, 7)), jnp.int32)
+
+
+def test_logits_are_float32_and_causal(tokens):
+    model = _model(dtype=jnp.bfloat16)
+    logits = _full(model, tokens)
+    assert logits.shape == (3, 7, WORDS)
+    assert logits.dtype == jnp.float32
+    changed = _full(model, tokens.at[:, 4].set((tokens[:, 4] + 1) % WORDS))
+    np.testing.assert_array_equal(changed[:, :4], logits[:, :4])
+    assert (changed[:, 4:] != logits[:, 4:]).any(-1).all()
+
+
+@pytest.mark.parametrize("attention", [MICRO, PLAIN], ids=["micro", "plain"])
+def test_ragged_prefill_and_decode_equal_one_pass(attention, tokens):
+    model = _model(attention)
+    full, lengths = _full(model, tokens), [5, 1, 3]
+    rows = jnp.arange(3)
+    logits, cache = prefill_step(model, tokens[:, :5], model.init_cache(3, 9), jnp.array(lengths))
+    for row, length in enumerate(lengths):
+        assert relative(logits[row, :length], full[row, :length]) < 2e-5
+    for step in range(2):
+        at = jnp.array(lengths) + step
+        logits, cache = decode_step(model, tokens[rows, at][:, None], cache)
+        assert relative(logits[:, 0], full[rows, at]) < 2e-5
+    np.testing.assert_array_equal(cache[1].length, np.array(lengths) + 2)
+
+
+def test_greedy_loop_equals_full_passes(tokens):
+    model = _model()
+    _, cache = prefill_step(model, tokens[:, :-1], model.init_cache(3, 12))
+    written, lengths, _ = decode_loop(model, tokens[:, -1], cache, steps=4)
+    full = _full(model, jnp.concatenate([tokens, written], axis=1))
+    np.testing.assert_array_equal(written, full[:, 6:-1].argmax(-1))
+    np.testing.assert_array_equal(lengths, [4, 4, 4])
+
+
+def test_segments_do_not_see_each_other(tokens):
+    model, first, second = _model(), tokens[:, :4], tokens[:, 4:]
+    packed = _full(
+        model, tokens, segment_ids=jnp.array([[0] * 4 + [1] * 3] * 3), positions=jnp.r_[0:4, 0:3]
+    )
+    assert relative(packed[:, :4], _full(model, first)) < 2e-6
+    assert relative(packed[:, 4:], _full(model, second)) < 2e-6
+
+
+@pytest.mark.parametrize("jit", [jax.jit, nnx.jit], ids=["jax.jit", "nnx.jit"])
+def test_jit_and_split_merge(jit, tokens):
+    model = _model()
+    expected = model(tokens)
+    assert relative(jit(lambda m, t: m(t))(model, tokens), expected) < 2e-6
+    assert relative(nnx.merge(*nnx.split(model))(tokens), expected) == 0
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (jnp.zeros((3,), jnp.int32), r"tokens is int32 of shape \(3,\)"),
+        (jnp.zeros((3, 2), jnp.float32), r"tokens is float32"),
+    ],
+    ids=["rank", "dtype"],
+)
+def test_bad_tokens(bad, message):
+    model = _model()
+    with pytest.raises(ValueError, match=message):
+        model(bad)
+    with pytest.raises(ValueError, match=message):
+        model.decode(bad, model.init_cache(3, 4))
+
+
+def test_cache_of_another_depth(tokens):
+    model = _model()
+    with pytest.raises(ValueError, match="cache has 1 layers, the model 2"):
+        model.prefill(tokens, model.init_cache(3, 9)[:1])
+
+
+def test_overflow_is_an_error_outside_jit(tokens):
+    model = _model()
+    with pytest.raises(ValueError, match="max_length=6"):
+        model.prefill(tokens, model.init_cache(3, 6))
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "intermediate_size"])
+def test_config_names_the_bad_key(key):
+    with pytest.raises(ValueError, match=f"{key}=0"):
+        DecoderConfig(attention=MICRO, **{key: 0})
