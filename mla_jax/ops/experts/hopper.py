@@ -1,41 +1,50 @@
-"""The experts on Hopper GPUs: a kernel that reads the chosen experts only, for any M.
+"""The experts on Hopper GPUs, forward and backward, for any M: only the chosen experts are read.
+
+Between the kernels of `grouped.py` XLA gathers each tile's rows, and sums each token's outputs.
+The backward pass keeps x and the two products of the gated MLP, x gate and x up, and takes the rest
+anew. With s = sigmoid(a), h = a s b, w the pair's weight, and t = dy down^T:
+
+    dw = h . t      da = w t b s (1 + a (1 - s))      db = w t a s      dx = da gate^T + db up^T
+    d gate = x^T da      d up = x^T db      d down = (w h)^T dy
+
+Rows that fill a tile up are zeros in x and in dy, hence in everything that the sums over rows see.
 
 Letters: M tokens, K experts per token, E experts, D hidden size, F inner size, J tiles.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from mla_jax.ops.experts import xla
 from mla_jax.ops.experts.call import Call
-from mla_jax.ops.experts.tiles import make_tiles
+from mla_jax.ops.experts.tiles import Tiles, make_tiles
 from mla_jax.target import Target
 
 try:
     from mla_jax.ops.experts import grouped
 except ImportError:  # a jax without Mosaic GPU
     grouped = None
+_kernels: Any = grouped
 
-WIDTH = 128  # what D and F must be a multiple of
-_H200_CORES = 132  # multiprocessors where the target does not know its own
+_H200_CORES = 132  # multiprocessors, where the target does not know its own
 _INTERPRETED_CORES = 2  # enough to share work, few enough to be interpreted on a CPU
 
 
 def why_not(call: Call, target: Target) -> str | None:
-    """Why the kernel cannot serve this call, or None."""
+    """Why the kernels cannot serve this call, or None."""
     if target.interprets != "gpu":
         if target.platform != "gpu" or "NVIDIA" not in target.kind.upper():
             return f"needs an NVIDIA GPU, this is {target}"
         if target.capability is None or int(target.capability) != 9:
             return f"needs compute capability 9.x (Hopper), this is {target.capability}"
-    if grouped is None:
+    if _kernels is None:
         return "this version of jax has no Mosaic GPU"
     if call.dtype not in ("bfloat16", "float16"):
         return f"takes bfloat16 and float16, not {call.dtype}"
-    if any(width % WIDTH for width in call.widths):
-        return f"widths must be multiples of {WIDTH}, not {call.widths[0]} and {call.widths[1]}"
+    if any(width % _kernels.WIDTH for width in call.widths):
+        return f"widths must be multiples of {_kernels.WIDTH}, not {' and '.join(map(str, call.widths))}"
     if not call.static:
         return "the number of tokens must be static"
     return None
@@ -43,28 +52,55 @@ def why_not(call: Call, target: Target) -> str | None:
 
 def run(x, experts, weights, gate, up, down, *, precision, call: Call, target: Target):
     """See `routed_experts`."""
-    many = call.pairs >= call.experts * grouped.MANY // 2
-    rows = grouped.MANY if many else grouped.FEW
-    tiles = make_tiles(experts, call.experts, rows)
+    many = call.pairs >= call.experts * _kernels.MANY
+    rows = _kernels.MANY if many else _kernels.FEW
     cores = _INTERPRETED_CORES if target.interprets else target.cores or _H200_CORES
-    product = functools.partial(
-        grouped.grouped_matmul, owner=tiles.owner, used=tiles.used, rows=rows, sms=cores,
-        interpret=target.interpret,
-    )  # fmt: skip
+    plan = _kernels.Plan(rows, cores, target.interpret)
+    return _mixed(plan, x, weights, gate, up, down, make_tiles(experts, call.experts, rows))
 
-    @jax.custom_jvp
-    def mixed(x, weights, gate, up, down):
-        rows, wide = tiles.rows_of(x), jnp.promote_types(x.dtype, jnp.float32)
-        hidden = jax.nn.silu(product(rows, gate.astype(x.dtype)).astype(wide))
-        hidden = hidden * product(rows, up.astype(x.dtype))
-        own = product(hidden.astype(x.dtype), down.astype(x.dtype))[tiles.place]
-        return (own * weights[..., None]).sum(1).astype(x.dtype)
 
-    @mixed.defjvp
-    def _(primals, tangents):
-        def blocks(x, weights, *kernels):
-            return xla.by_block(x, experts, weights, kernels).astype(x.dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _mixed(plan, x, weights, gate, up, down, tiles: Tiles):
+    return _forward(plan, x, weights, gate, up, down, tiles, save=False)[0]
 
-        return jax.jvp(blocks, primals, tangents)
 
-    return mixed(x, weights, gate, up, down)
+def _forward(plan, x, weights, gate, up, down, tiles: Tiles, save=True):
+    gate_, up_, down_ = (kernel.astype(x.dtype) for kernel in (gate, up, down))
+    rows = tiles.rows_of(x)
+    hidden, *products = _kernels.gate_up(rows, gate_, up_, tiles, plan=plan, save=save)
+    own = _kernels.product((hidden,), (down_,), tiles, plan=plan)[tiles.place]
+    mixed = (own * weights[..., None]).sum(1).astype(x.dtype)
+    return mixed, (x, weights, gate, up, down, tiles, *products)
+
+
+def _backward(plan, residuals, dy):
+    x, weights, gate, up, down, tiles, a, b = residuals
+    wide, narrow = jnp.promote_types(x.dtype, jnp.float32), x.dtype
+    gate_, up_, down_ = (kernel.astype(narrow) for kernel in (gate, up, down))
+    share = jnp.zeros(tiles.token.shape, wide).at[tiles.place].set(weights, unique_indices=True)
+    dy = tiles.rows_of(dy.astype(narrow))
+    towards = _kernels.product((dy,), (down_,), tiles, plan=plan, transposed=True).astype(wide)
+    a, b, share = a.astype(wide), b.astype(wide), share[:, None]
+    s = jax.nn.sigmoid(a)
+    hidden = a * s * b
+    dweights = (hidden * towards).sum(1)[tiles.place].astype(weights.dtype)
+    towards = share * towards
+    da = (towards * b * s * (1 + a * (1 - s))).astype(narrow)
+    db = (towards * a * s).astype(narrow)
+    dx = _kernels.product((da, db), (gate_, up_), tiles, plan=plan, transposed=True)
+    dx = dx[tiles.place].astype(wide).sum(1).astype(narrow)
+    dgate, dup = _gradient(plan, tiles.rows_of(x), (da, db), tiles, (gate, up))
+    (ddown,) = _gradient(plan, (share * hidden).astype(narrow), (dy,), tiles, (down,))
+    return dx, dweights, dgate, dup, ddown, None
+
+
+def _gradient(plan, x, y, tiles: Tiles, parameters):
+    """Gradients of these parameters in their dtypes, of which the kernel writes one."""
+    dtypes = {parameter.dtype for parameter in parameters}
+    dtype = dtypes.pop() if len(dtypes) == 1 else jnp.dtype("float32")
+    dtype = dtype if dtype in ("bfloat16", "float16") else jnp.dtype("float32")
+    made = _kernels.gradient(x, y, tiles, plan=plan, dtype=dtype)
+    return [grad.astype(own.dtype) for grad, own in zip(made, parameters, strict=True)]
+
+
+_mixed.defvjp(_forward, _backward)
