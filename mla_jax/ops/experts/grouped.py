@@ -10,7 +10,8 @@ others too. Three products share one stream of operands through shared memory:
     gradient  x^T y within each expert, of one y or of two (gate and up), experts of no tile zeros
 
 A thread block stays on its multiprocessor and takes one output tile after the other. One warpgroup
-copies, running ahead into the next tile; two multiply, each a half of two accumulators.
+copies, running ahead into the next tile; two multiply, each a half of two accumulators. Of many
+rows, two thread blocks of a cluster work side by side: what both read is copied once for both.
 
 Letters: J tiles of rows, M rows of a tile, E experts, K inputs, N outputs.
 """
@@ -28,7 +29,8 @@ from jaxtyping import Array, Float
 
 from mla_jax.ops.experts.tiles import Tiles
 
-FEW, MANY = 64, 128  # M: the least that a warpgroup multiplies, and one tile for two of them
+# M: the least that a warpgroup multiplies; a tile for two of them; one for two thread blocks.
+FEW, SOME, MANY = 64, 128, 256
 WIDTH = 128  # columns of a block of a kernel: what K and N must be a multiple of
 _DEPTH = 64  # of K, or rows of a gradient, that a step takes
 _EPILOGUE = 64  # rows of an accumulator that are written at a time, and 16-bit columns
@@ -39,7 +41,7 @@ class Plan(NamedTuple):
     """What these kernels are compiled for, beside their shapes.
 
     Attributes:
-        rows: M, `FEW` or `MANY`.
+        rows: M, `FEW`, `SOME` or `MANY`.
         cores: thread blocks, the device's multiprocessors.
         interpret: parameters of the interpreter, to run on a CPU, or None.
     """
@@ -126,18 +128,36 @@ def gradient(
     apart, blocks = len(y) == 1, 2
     columns = pl.cdiv(width // WIDTH, blocks) if apart else width // WIDTH
     each = inputs // WIDTH * columns
+    # A cluster takes neighbours in m, which share y, or in n, which share x.
+    paired = plan.rows == MANY and each % 2 == 0
+    down = paired and inputs // WIDTH % 2 == 0
+    shared = () if not paired else (1, 2) if down else (0,)
     operands = [y[0]] * blocks if apart else list(y)
     out = [jax.ShapeDtypeStruct((experts, inputs, width), dtype)] * len(y)
 
     def body(x_ref, *refs):
-        y_refs, (first_ref, needed_ref), outputs = refs[:blocks], refs[blocks : blocks + 2], refs[4:]
+        y_refs, (first_ref, needed_ref), outputs = (
+            refs[:blocks],
+            refs[blocks : blocks + 2],
+            refs[4:],
+        )
 
         def scope(ring, staging):
             wg = lax.axis_index("wg")
             own = pl.ds(wg * _EPILOGUE, _EPILOGUE)
 
+            def place(at):
+                """The expert and the blocks of K and of N of output tile `at`."""
+                inside = lax.rem(at, each)
+                if down:  # the cluster's two tiles differ in m
+                    pair, lane = lax.div(inside, 2), lax.rem(inside, 2)
+                    m, n = lax.div(pair, columns) * 2 + lane, lax.rem(pair, columns)
+                else:
+                    m, n = lax.div(inside, columns), lax.rem(inside, columns)
+                return lax.div(at, each), m, n
+
             def fetch(at):
-                expert, m, n = lax.div(at, each), lax.div(lax.rem(at, each), columns), lax.rem(at, columns)
+                expert, m, n = place(at)
                 start = first_ref[expert] * plan.rows
 
                 def copy(step, slot):
@@ -154,7 +174,7 @@ def gradient(
                     plgpu.wgmma(acc, ring.at(0, slot).at[:, own].T, ring.at(1 + b, slot))
 
             def finish(at, accumulators):
-                expert, m, n = lax.div(at, each), lax.div(lax.rem(at, each), columns), lax.rem(at, columns)
+                expert, m, n = place(at)
                 for b, acc in enumerate(accumulators):
                     column = n * blocks + b if apart else n
                     goal = outputs[0 if apart else b].at[expert, _block(m)].at[own]
@@ -165,11 +185,11 @@ def gradient(
 
             ring.stream(experts * each, fetch, multiply, finish, (_EPILOGUE, WIDTH), blocks)
 
-        tiles_ = [(_DEPTH, WIDTH)] * (1 + blocks)
-        _with_ring(scope, tiles_, x.dtype, dtype, 4, plan)
+        stage = [(_DEPTH, WIDTH)] * (1 + blocks)
+        _with_ring(scope, stage, x.dtype, dtype, 4, 2, plan, shared)
 
     arrays = (x, *operands, tiles.first, tiles.needed)
-    return tuple(_launch(body, out, plan, "grouped_gradient")(*arrays))
+    return tuple(_launch(body, out, plan, "grouped_gradient", paired)(*arrays))
 
 
 class _Item(NamedTuple):
@@ -186,7 +206,9 @@ def _row_product(
     """
     blocks, count = len(kernels[0]), len(x)
     few = plan.rows == FEW  # then the two warpgroups share the columns, else the rows
-    tile = (FEW, WIDTH // 2) if few else (plan.rows // 2, WIDTH)
+    tile = (FEW, WIDTH // 2) if few else (SOME // 2, WIDTH)
+    own, paired = min(plan.rows, SOME), plan.rows == MANY  # rows of one thread block
+    shared = tuple(range(1, 1 + blocks)) if paired else ()
     total = kernels[0][0].shape[1 if transposed else 2] // WIDTH
     depth = x[0].shape[1] // _DEPTH
     flat = [kernel for group in kernels for kernel in group]
@@ -200,8 +222,15 @@ def _row_product(
             half = pl.ds(wg * (WIDTH // 2), WIDTH // 2)
             own_rows = slice(None) if few else pl.ds(wg * tile[0], tile[0])
 
+            def place(at):
+                """The tile, the first row of it that this thread block has, and its columns."""
+                lane = lax.rem(at, 2) if paired else 0
+                item = lax.div(at, 2) if paired else at
+                j = lax.div(item, columns)
+                return j, j * plan.rows + lane * own, lax.rem(item, columns)
+
             def fetch(at):
-                j, n = lax.div(at, columns), lax.rem(at, columns)
+                j, start, n = place(at)
                 expert = owner_ref[j]
 
                 def copy(step, slot):
@@ -209,7 +238,7 @@ def _row_product(
 
                         def one(i=i, x_ref=x_ref):
                             inner = pl.ds((step - i * depth) * _DEPTH, _DEPTH)
-                            ring.copy(x_ref.at[pl.ds(j * plan.rows, plan.rows), inner], 0, slot)
+                            ring.copy(x_ref.at[pl.ds(start, own), inner], 0, slot)
                             for b in range(blocks):
                                 outer = _block(_column(n, b, blocks, total, apart))
                                 where = (outer, inner) if transposed else (inner, outer)
@@ -238,18 +267,19 @@ def _row_product(
                 _store(result, output, column, staging, wg)
 
             def end(at, accumulators):
-                j, n = lax.div(at, columns), lax.rem(at, columns)
-                start = j * plan.rows if few else j * plan.rows + wg * tile[0]
+                _, start, n = place(at)
+                start = start if few else start + wg * tile[0]
                 finish(_Item(pl.ds(start, tile[0]), n), outputs, accumulators, store)
 
-            ring.stream(used_ref[0] * columns, fetch, multiply, end, tile, blocks)
+            total_ = used_ref[0] * (columns * (plan.rows // own))
+            ring.stream(total_, fetch, multiply, end, tile, blocks)
 
         block = (WIDTH, _DEPTH) if transposed else (_DEPTH, WIDTH)
-        stages = 4 if not few else 5 if blocks == 2 else 8
-        _with_ring(scope, [(plan.rows, _DEPTH)] + [block] * blocks, x[0].dtype, x[0].dtype, stages,
-                   plan)  # fmt: skip
+        stages, slots = (4, 2) if not few else (5, 1) if blocks == 2 else (8, 1)
+        stage = [(own, _DEPTH)] + [block] * blocks
+        _with_ring(scope, stage, x[0].dtype, x[0].dtype, stages, slots, plan, shared)
 
-    return tuple(_launch(body, out, plan, name)(*x, *flat, tiles.owner, tiles.used))
+    return tuple(_launch(body, out, plan, name, paired)(*x, *flat, tiles.owner, tiles.used))
 
 
 def _block(index):
@@ -269,14 +299,18 @@ class _Ring(NamedTuple):
     empty: Any
     stages: int
     cores: int
+    shared: tuple[int, ...]  # operands that both thread blocks of a cluster read
 
     def at(self, operand: int, slot):
         """An operand's tile in a stage."""
         return self.operands[operand].at[slot]
 
     def copy(self, source, operand: int, slot) -> None:
-        """Starts the copy of a tile into a stage."""
-        plgpu.copy_gmem_to_smem(source, self.at(operand, slot), self.full.at[slot])
+        """Starts the copy of a tile into a stage, of one that is shared for the whole cluster."""
+        plgpu.copy_gmem_to_smem(
+            source, self.at(operand, slot), self.full.at[slot],
+            collective_axes="lane" if operand in self.shared else None,
+        )  # fmt: skip
 
     def stream(
         self,
@@ -290,21 +324,23 @@ class _Ring(NamedTuple):
         """Takes this thread block's share of `total` output tiles.
 
         Args:
-            total: output tiles of all thread blocks.
+            total: output tiles of all thread blocks; those of a cluster take neighbours.
             fetch: gives, for an output tile, the number of its steps and what copies one of them.
             multiply: issues a step's products, one for each accumulator.
             finish: writes an output tile from the accumulators.
             tile: shape of a warpgroup's accumulator.
             accumulators: how many.
         """
-        first = lax.axis_index("sm")
-        count = lax.div(total - first + (self.cores - 1), jnp.int32(self.cores))
+        cores, first = self.cores, lax.axis_index("sm")
+        if self.shared:
+            cores, first = cores // 2 * 2, 2 * first + lax.axis_index("lane")
+        count = lax.div(total - first + (cores - 1), jnp.int32(cores))
 
         def produce():
             plgpu.set_max_registers(_COPYING, action="decrease")
 
             def item(index, filled):
-                steps, copy = fetch(first + index * self.cores)
+                steps, copy = fetch(first + index * cores)
 
                 def step(k, filled):
                     slot = lax.rem(filled, self.stages)
@@ -329,7 +365,7 @@ class _Ring(NamedTuple):
             plgpu.set_max_registers(_MULTIPLYING, action="increase")
 
             def item(index, done):
-                at = first + index * self.cores
+                at = first + index * cores
                 steps, _ = fetch(at)
 
                 def scope(*acc):
@@ -363,30 +399,33 @@ class _Ring(NamedTuple):
         lax.cond(lax.axis_index("wg") == 2, produce, consume)
 
 
-def _with_ring(scope, tiles, dtype, out_dtype, stages, plan: Plan):
-    """Runs `scope(ring, staging)` with shared memory for these operand tiles in each stage."""
+def _with_ring(scope, tiles, dtype, out_dtype, stages, slots, plan: Plan, shared):
+    """Runs `scope(ring, staging)` with `stages` of these operand tiles and `slots` for results."""
 
     def run(*refs):
         *operands, full, empty, staging = refs
-        scope(_Ring(operands, full, empty, stages, plan.cores), staging)
+        scope(_Ring(operands, full, empty, stages, plan.cores, shared), staging)
 
+    arrivals = {"num_arrivals": 2, "num_barriers": stages}
     pl.run_scoped(
         run,
         *[_swizzled((stages, *tile), dtype) for tile in tiles],
         plgpu.Barrier(num_arrivals=len(tiles), num_barriers=stages),
-        plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-        _swizzled((2, 2, _EPILOGUE, _row_elements(out_dtype)), out_dtype),
+        plgpu.ClusterBarrier(collective_axes=("lane",), **arrivals)
+        if shared
+        else plgpu.Barrier(**arrivals),
+        _swizzled((2, slots, _EPILOGUE, _row_elements(out_dtype)), out_dtype),
         collective_axes="wg",
     )
 
 
 def _store(result, output, column, staging, wg):
     """Writes a warpgroup's accumulator to block `column` of its rows, through shared memory."""
-    dtype, width = staging.dtype, _row_elements(staging.dtype)
+    dtype, width, slots = staging.dtype, _row_elements(staging.dtype), staging.shape[1]
     result = result.astype(dtype)
     for turn, start in enumerate(range(0, result.shape[1], width)):
-        slot = turn % 2
-        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+        slot = turn % slots
+        plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
         staging[wg, slot] = result[:, start : start + width]
         plgpu.commit_smem()
         goal = output.at[:, pl.ds(column * WIDTH + start, width)]
@@ -403,10 +442,11 @@ def _swizzled(shape, dtype):
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
-def _launch(body, out_type, plan: Plan, name: str):
+def _launch(body, out_type, plan: Plan, name: str, paired: bool):
+    cluster = {"cluster": (2,), "cluster_names": ("lane",)} if paired else {}
     return plgpu.kernel(
-        body, out_type=out_type, grid=(plan.cores,), grid_names=("sm",), num_threads=3,
-        thread_name="wg", kernel_name=name, interpret=plan.interpret,
+        body, out_type=out_type, grid=(plan.cores // (1 + paired),), grid_names=("sm",),
+        num_threads=3, thread_name="wg", kernel_name=name, interpret=plan.interpret, **cluster,
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=True
         ),

@@ -44,7 +44,8 @@ def why_not(call: Call, target: Target) -> str | None:
     if call.dtype not in ("bfloat16", "float16"):
         return f"takes bfloat16 and float16, not {call.dtype}"
     if any(width % _kernels.WIDTH for width in call.widths):
-        return f"widths must be multiples of {_kernels.WIDTH}, not {' and '.join(map(str, call.widths))}"
+        width, inner = call.widths
+        return f"widths must be multiples of {_kernels.WIDTH}, not {width} and {inner}"
     if not call.static:
         return "the number of tokens must be static"
     return None
@@ -52,11 +53,17 @@ def why_not(call: Call, target: Target) -> str | None:
 
 def run(x, experts, weights, gate, up, down, *, precision, call: Call, target: Target):
     """See `routed_experts`."""
-    many = call.pairs >= call.experts * _kernels.MANY
-    rows = _kernels.MANY if many else _kernels.FEW
+    rows = _rows(call)
     cores = _INTERPRETED_CORES if target.interprets else target.cores or _H200_CORES
     plan = _kernels.Plan(rows, cores, target.interpret)
     return _mixed(plan, x, weights, gate, up, down, make_tiles(experts, call.experts, rows))
+
+
+def _rows(call: Call) -> int:
+    """Rows of a tile: where experts get many tokens, what fills their last tiles up is little."""
+    each = call.pairs // call.experts
+    many = _kernels.MANY if each >= 4 * _kernels.SOME else _kernels.SOME
+    return many if each >= _kernels.SOME else _kernels.FEW
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
