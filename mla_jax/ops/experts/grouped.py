@@ -72,7 +72,7 @@ def gate_up(
         a, b = (acc[...] for acc in accumulators)
         parts = [a / (1 + jnp.exp(-a)) * b, *((a, b) if save else ())]
         for result, output in zip(parts, outputs, strict=True):
-            store(result, output.at[item.rows], item.column)
+            store(result, output.at[item.rows], item.first(item.column))
 
     return _row_product(
         [x], [[gate, up]], [out] * (3 if save else 1), finish, tiles, plan,
@@ -104,7 +104,7 @@ def product(
 
             @pl.when(column < width // WIDTH)
             def _(acc=acc, column=column):
-                store(acc[...], outputs[0].at[item.rows], column)
+                store(acc[...], outputs[0].at[item.rows], item.first(column))
 
     (result,) = _row_product(
         x, [[kernel] * blocks for kernel in kernels], [out], finish, tiles, plan,
@@ -112,6 +112,64 @@ def product(
         name="grouped_matmul",
     )  # fmt: skip
     return result
+
+
+@functools.partial(jax.jit, static_argnames=("plan",))
+def gate_up_gradient(
+    dy: Float[Array, "J*M N"],
+    down: Float[Array, "E K N"],
+    a: Float[Array, "J*M K"],
+    b: Float[Array, "J*M K"],
+    share: Float[Array, "J*M"],
+    tiles: Tiles,
+    *,
+    plan: Plan,
+) -> tuple[
+    Float[Array, "J*M K"], Float[Array, "J*M K"], Float[Array, "J*M K"], Float[Array, "I J*M"]
+]:
+    """From an expert's output back to its two products a and b, through the activation.
+
+    With t = dy down^T, s = sigmoid(a) and h = a s b: `share t b s (1 + a (1 - s))` and
+    `share t a s`, the gradients of a and b; `share h`; and h t summed over the columns
+    that a warpgroup has. Rows past the tiles in use hold anything.
+    """
+    width, dtype, few = a.shape[1], a.dtype, plan.rows == FEW
+    blocks, columns = (1, WIDTH // 2) if few else (2, WIDTH)  # columns of a block that one has
+    piece = 32  # columns at a time: the accumulators leave registers for no more
+    out = [jax.ShapeDtypeStruct(a.shape, dtype)] * 3
+    out.append(jax.ShapeDtypeStruct((width // columns, len(a)), jnp.float32))
+
+    def finish(item, refs, accumulators, store):
+        a_ref, b_ref, share_ref, da_ref, db_ref, h_ref, sums = refs
+        share = _load(share_ref.at[item.rows], plgpu.Layout.WGMMA.reduce(1))
+        for index, acc in enumerate(accumulators):
+            column = item.column * blocks + index
+
+            @pl.when(column < width // WIDTH)
+            def _(acc=acc, column=column):
+                wide, total = acc[...], 0.0
+                for start in range(0, columns, piece):
+                    first = item.first(column) + start
+                    here = (item.rows, pl.ds(first, piece))
+                    a, b = (
+                        _load(ref.at[here], plgpu.Layout.WGMMA).astype(jnp.float32)
+                        for ref in (a_ref, b_ref)
+                    )
+                    t = wide[:, start : start + piece]
+                    w = lax.broadcast_in_dim(share, t.shape, [0])
+                    s = 1 / (1 + jnp.exp(-a))
+                    h = a * s * b
+                    total = total + (h * t).sum(1)
+                    store(w * t * b * s * (1 + a * (1 - s)), da_ref.at[item.rows], first)
+                    store(w * t * a * s, db_ref.at[item.rows], first)
+                    store(w * h, h_ref.at[item.rows], first)
+                sums[lax.div(item.first(column), columns), item.rows] = total
+
+    return _row_product(
+        [dy], [[down] * blocks], out, finish, tiles, plan, columns=pl.cdiv(width // WIDTH, blocks),
+        apart=True, transposed=True, beside=(a, b, share), piece=piece,
+        name="grouped_matmul_gradient",
+    )  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "dtype"))
@@ -174,32 +232,52 @@ def gradient(
                     plgpu.wgmma(acc, ring.at(0, slot).at[:, own].T, ring.at(1 + b, slot))
 
             def finish(at, accumulators):
-                expert, m, n = place(at)
+                (expert, m, n), store = place(at), _Writer(staging, wg)
                 for b, acc in enumerate(accumulators):
                     column = n * blocks + b if apart else n
                     goal = outputs[0 if apart else b].at[expert, _block(m)].at[own]
 
                     @pl.when(column < width // WIDTH)
                     def _(acc=acc, column=column, goal=goal):
-                        _store(acc[...], goal, column, staging, wg)
+                        store(acc[...], goal, column * WIDTH)
 
             ring.stream(experts * each, fetch, multiply, finish, (_EPILOGUE, WIDTH), blocks)
 
         stage = [(_DEPTH, WIDTH)] * (1 + blocks)
-        _with_ring(scope, stage, x.dtype, dtype, 4, 2, plan, shared)
+        result = _swizzled((2, 2, _EPILOGUE, 128 // jnp.dtype(dtype).itemsize), dtype)
+        _with_ring(scope, stage, x.dtype, result, 4, plan, shared)
 
     arrays = (x, *operands, tiles.first, tiles.needed)
     return tuple(_launch(body, out, plan, "grouped_gradient", paired)(*arrays))
 
 
 class _Item(NamedTuple):
-    rows: Any  # of the output, one warpgroup's
-    column: Any  # which block of columns, or pair of blocks
+    """A warpgroup's part of an output tile: its rows, and which block or pair of blocks."""
+
+    rows: Any
+    column: Any
+    inside: Any  # where its columns begin in a block
+
+    def first(self, block):
+        """The first of its columns in a block."""
+        return block * WIDTH + self.inside
 
 
 def _row_product(
-    x, kernels, out, finish, tiles, plan, *, columns, apart, name, transposed=False
-):  # fmt: skip
+    x,
+    kernels,
+    out,
+    finish,
+    tiles,
+    plan,
+    *,
+    columns,
+    apart,
+    name,
+    transposed=False,
+    beside=(),
+    piece=64,
+):
     """Tiles of rows times kernels: `kernels[i]` has the blocks that meet `x[i]`.
 
     Blocks lie `apart` where they are neighbours of one kernel, else they are one of several.
@@ -215,7 +293,7 @@ def _row_product(
 
     def body(*refs):
         x_refs, refs = refs[:count], refs[count:]
-        kernel_refs, (owner_ref, used_ref, *outputs) = refs[: len(flat)], refs[len(flat) :]
+        kernel_refs, (owner_ref, used_ref, *rest) = refs[: len(flat)], refs[len(flat) :]
 
         def scope(ring, staging):
             wg = lax.axis_index("wg")
@@ -260,16 +338,11 @@ def _row_product(
                         kernel = kernel.at[half] if transposed else kernel.at[:, half]
                     plgpu.wgmma(acc, rows, kernel.T if transposed else kernel)
 
-            def store(result, output, column):
-                if few:
-                    output = output.at[:, pl.ds(column * WIDTH + wg * tile[1], tile[1])]
-                    column = 0
-                _store(result, output, column, staging, wg)
-
             def end(at, accumulators):
                 _, start, n = place(at)
                 start = start if few else start + wg * tile[0]
-                finish(_Item(pl.ds(start, tile[0]), n), outputs, accumulators, store)
+                item = _Item(pl.ds(start, tile[0]), n, wg * tile[1] if few else 0)
+                finish(item, rest, accumulators, _Writer(staging, wg))
 
             total_ = used_ref[0] * (columns * (plan.rows // own))
             ring.stream(total_, fetch, multiply, end, tile, blocks)
@@ -277,9 +350,12 @@ def _row_product(
         block = (WIDTH, _DEPTH) if transposed else (_DEPTH, WIDTH)
         stages, slots = (4, 2) if not few else (5, 1) if blocks == 2 else (8, 1)
         stage = [(own, _DEPTH)] + [block] * blocks
-        _with_ring(scope, stage, x[0].dtype, x[0].dtype, stages, slots, plan, shared)
+        result = _swizzled((2, slots, _EPILOGUE, piece), x[0].dtype)
+        _with_ring(scope, stage, x[0].dtype, result, stages, plan, shared)
 
-    return tuple(_launch(body, out, plan, name, paired)(*x, *flat, tiles.owner, tiles.used))
+    return tuple(
+        _launch(body, out, plan, name, paired)(*x, *flat, tiles.owner, tiles.used, *beside)
+    )
 
 
 def _block(index):
@@ -399,8 +475,8 @@ class _Ring(NamedTuple):
         lax.cond(lax.axis_index("wg") == 2, produce, consume)
 
 
-def _with_ring(scope, tiles, dtype, out_dtype, stages, slots, plan: Plan, shared):
-    """Runs `scope(ring, staging)` with `stages` of these operand tiles and `slots` for results."""
+def _with_ring(scope, tiles, dtype, result, stages, plan: Plan, shared):
+    """Runs `scope(ring, staging)` with `stages` of these operand tiles and room for results."""
 
     def run(*refs):
         *operands, full, empty, staging = refs
@@ -414,32 +490,41 @@ def _with_ring(scope, tiles, dtype, out_dtype, stages, slots, plan: Plan, shared
         plgpu.ClusterBarrier(collective_axes=("lane",), **arrivals)
         if shared
         else plgpu.Barrier(**arrivals),
-        _swizzled((2, slots, _EPILOGUE, _row_elements(out_dtype)), out_dtype),
+        result,
         collective_axes="wg",
     )
 
 
-def _store(result, output, column, staging, wg):
-    """Writes a warpgroup's accumulator to block `column` of its rows, through shared memory."""
-    dtype, width, slots = staging.dtype, _row_elements(staging.dtype), staging.shape[1]
-    result = result.astype(dtype)
-    for turn, start in enumerate(range(0, result.shape[1], width)):
-        slot = turn % slots
-        plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
-        staging[wg, slot] = result[:, start : start + width]
-        plgpu.commit_smem()
-        goal = output.at[:, pl.ds(column * WIDTH + start, width)]
-        plgpu.copy_smem_to_gmem(staging.at[wg, slot], goal)
+class _Writer:
+    """Writes what a warpgroup made through shared memory, one room while the other is copied."""
+
+    def __init__(self, staging, wg):
+        self.rooms, self.turn = staging.at[wg], 0
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # copies of the output tile before
+
+    def __call__(self, result, output, first) -> None:
+        """To these rows of an output, from column `first` on."""
+        count, _, width = self.rooms.shape
+        result = result.astype(self.rooms.dtype)
+        for start in range(0, result.shape[1], width):
+            room = self.rooms.at[self.turn % count]
+            if self.turn >= count:
+                plgpu.wait_smem_to_gmem(count - 1, wait_read_only=True)
+            room[...] = result[:, start : start + width]
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(room, output.at[:, pl.ds(first + start, width)])
+            self.turn += 1
 
 
-def _row_elements(dtype) -> int:
-    """Elements in a row of swizzled shared memory, 128 bytes."""
-    return 128 // jnp.dtype(dtype).itemsize
+def _load(ref, layout):
+    return plgpu.load(ref, layout=layout, optimized=False)
 
 
 def _swizzled(shape, dtype):
-    transforms = (plgpu.TilingTransform((8, _row_elements(dtype))), plgpu.SwizzleTransform(128))
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
+    """Shared memory in the layout of matrix operands, its rows up to 128 bytes long."""
+    columns = min(shape[-1], 128 // jnp.dtype(dtype).itemsize)
+    swizzle = plgpu.SwizzleTransform(columns * jnp.dtype(dtype).itemsize)
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), swizzle))
 
 
 def _launch(body, out_type, plan: Plan, name: str, paired: bool):

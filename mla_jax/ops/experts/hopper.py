@@ -86,18 +86,12 @@ def _backward(plan, residuals, dy):
     gate_, up_, down_ = (kernel.astype(narrow) for kernel in (gate, up, down))
     share = jnp.zeros(tiles.token.shape, wide).at[tiles.place].set(weights, unique_indices=True)
     dy = tiles.rows_of(dy.astype(narrow))
-    towards = _kernels.product((dy,), (down_,), tiles, plan=plan, transposed=True).astype(wide)
-    a, b, share = a.astype(wide), b.astype(wide), share[:, None]
-    s = jax.nn.sigmoid(a)
-    hidden = a * s * b
-    dweights = (hidden * towards).sum(1)[tiles.place].astype(weights.dtype)
-    towards = share * towards
-    da = (towards * b * s * (1 + a * (1 - s))).astype(narrow)
-    db = (towards * a * s).astype(narrow)
+    da, db, hidden, sums = _kernels.gate_up_gradient(dy, down_, a, b, share, tiles, plan=plan)
+    dweights = sums.sum(0)[tiles.place].astype(weights.dtype)
     dx = _kernels.product((da, db), (gate_, up_), tiles, plan=plan, transposed=True)
     dx = dx[tiles.place].astype(wide).sum(1).astype(narrow)
     dgate, dup = _gradient(plan, tiles.rows_of(x), (da, db), tiles, (gate, up))
-    (ddown,) = _gradient(plan, (share * hidden).astype(narrow), (dy,), tiles, (down,))
+    (ddown,) = _gradient(plan, hidden, (dy,), tiles, (down,))
     return dx, dweights, dgate, dup, ddown, None
 
 
