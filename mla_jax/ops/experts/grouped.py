@@ -10,8 +10,8 @@ others too. Three products share one stream of operands through shared memory:
     gradient  x^T y within each expert, of one y or of two (gate and up), experts of no tile zeros
 
 A thread block stays on its multiprocessor and takes one output tile after the other. One warpgroup
-copies, running ahead into the next tile; two multiply, each a half of two accumulators. Of many
-rows, two thread blocks of a cluster work side by side: what both read is copied once for both.
+copies, running ahead into the next tile; two multiply, each a half of two accumulators. Clusters of
+two thread blocks that share what both read were no faster on an H200.
 
 Letters: J tiles of rows, M rows of a tile, E experts, K inputs, N outputs.
 """
@@ -29,8 +29,7 @@ from jaxtyping import Array, Float
 
 from mla_jax.ops.experts.tiles import Tiles
 
-# M: the least that a warpgroup multiplies; a tile for two of them; one for two thread blocks.
-FEW, SOME, MANY = 64, 128, 256
+FEW, MANY = 64, 128  # M: the least that a warpgroup multiplies, and one tile for two of them
 WIDTH = 128  # columns of a block of a kernel: what K and N must be a multiple of
 _DEPTH = 64  # of K, or rows of a gradient, that a step takes
 _EPILOGUE = 64  # rows of an accumulator that are written at a time, and 16-bit columns
@@ -41,7 +40,7 @@ class Plan(NamedTuple):
     """What these kernels are compiled for, beside their shapes.
 
     Attributes:
-        rows: M, `FEW`, `SOME` or `MANY`.
+        rows: M, `FEW` or `MANY`.
         cores: thread blocks, the device's multiprocessors.
         interpret: parameters of the interpreter, to run on a CPU, or None.
     """
@@ -114,64 +113,6 @@ def product(
     return result
 
 
-@functools.partial(jax.jit, static_argnames=("plan",))
-def gate_up_gradient(
-    dy: Float[Array, "J*M N"],
-    down: Float[Array, "E K N"],
-    a: Float[Array, "J*M K"],
-    b: Float[Array, "J*M K"],
-    share: Float[Array, "J*M"],
-    tiles: Tiles,
-    *,
-    plan: Plan,
-) -> tuple[
-    Float[Array, "J*M K"], Float[Array, "J*M K"], Float[Array, "J*M K"], Float[Array, "I J*M"]
-]:
-    """From an expert's output back to its two products a and b, through the activation.
-
-    With t = dy down^T, s = sigmoid(a) and h = a s b: `share t b s (1 + a (1 - s))` and
-    `share t a s`, the gradients of a and b; `share h`; and h t summed over the columns
-    that a warpgroup has. Rows past the tiles in use hold anything.
-    """
-    width, dtype, few = a.shape[1], a.dtype, plan.rows == FEW
-    blocks, columns = (1, WIDTH // 2) if few else (2, WIDTH)  # columns of a block that one has
-    piece = 32  # columns at a time: the accumulators leave registers for no more
-    out = [jax.ShapeDtypeStruct(a.shape, dtype)] * 3
-    out.append(jax.ShapeDtypeStruct((width // columns, len(a)), jnp.float32))
-
-    def finish(item, refs, accumulators, store):
-        a_ref, b_ref, share_ref, da_ref, db_ref, h_ref, sums = refs
-        share = _load(share_ref.at[item.rows], plgpu.Layout.WGMMA.reduce(1))
-        for index, acc in enumerate(accumulators):
-            column = item.column * blocks + index
-
-            @pl.when(column < width // WIDTH)
-            def _(acc=acc, column=column):
-                wide, total = acc[...], 0.0
-                for start in range(0, columns, piece):
-                    first = item.first(column) + start
-                    here = (item.rows, pl.ds(first, piece))
-                    a, b = (
-                        _load(ref.at[here], plgpu.Layout.WGMMA).astype(jnp.float32)
-                        for ref in (a_ref, b_ref)
-                    )
-                    t = wide[:, start : start + piece]
-                    w = lax.broadcast_in_dim(share, t.shape, [0])
-                    s = 1 / (1 + jnp.exp(-a))
-                    h = a * s * b
-                    total = total + (h * t).sum(1)
-                    store(w * t * b * s * (1 + a * (1 - s)), da_ref.at[item.rows], first)
-                    store(w * t * a * s, db_ref.at[item.rows], first)
-                    store(w * h, h_ref.at[item.rows], first)
-                sums[lax.div(item.first(column), columns), item.rows] = total
-
-    return _row_product(
-        [dy], [[down] * blocks], out, finish, tiles, plan, columns=pl.cdiv(width // WIDTH, blocks),
-        apart=True, transposed=True, beside=(a, b, share), piece=piece,
-        name="grouped_matmul_gradient",
-    )  # fmt: skip
-
-
 @functools.partial(jax.jit, static_argnames=("plan", "dtype"))
 def gradient(
     x: Float[Array, "J*M K"],
@@ -186,19 +127,11 @@ def gradient(
     apart, blocks = len(y) == 1, 2
     columns = pl.cdiv(width // WIDTH, blocks) if apart else width // WIDTH
     each = inputs // WIDTH * columns
-    # A cluster takes neighbours in m, which share y, or in n, which share x.
-    paired = plan.rows == MANY and each % 2 == 0
-    down = paired and inputs // WIDTH % 2 == 0
-    shared = () if not paired else (1, 2) if down else (0,)
     operands = [y[0]] * blocks if apart else list(y)
     out = [jax.ShapeDtypeStruct((experts, inputs, width), dtype)] * len(y)
 
     def body(x_ref, *refs):
-        y_refs, (first_ref, needed_ref), outputs = (
-            refs[:blocks],
-            refs[blocks : blocks + 2],
-            refs[4:],
-        )
+        y_refs, (first_ref, needed_ref, *outputs) = refs[:blocks], refs[blocks:]
 
         def scope(ring, staging):
             wg = lax.axis_index("wg")
@@ -207,12 +140,7 @@ def gradient(
             def place(at):
                 """The expert and the blocks of K and of N of output tile `at`."""
                 inside = lax.rem(at, each)
-                if down:  # the cluster's two tiles differ in m
-                    pair, lane = lax.div(inside, 2), lax.rem(inside, 2)
-                    m, n = lax.div(pair, columns) * 2 + lane, lax.rem(pair, columns)
-                else:
-                    m, n = lax.div(inside, columns), lax.rem(inside, columns)
-                return lax.div(at, each), m, n
+                return lax.div(at, each), lax.div(inside, columns), lax.rem(inside, columns)
 
             def fetch(at):
                 expert, m, n = place(at)
@@ -244,11 +172,10 @@ def gradient(
             ring.stream(experts * each, fetch, multiply, finish, (_EPILOGUE, WIDTH), blocks)
 
         stage = [(_DEPTH, WIDTH)] * (1 + blocks)
-        result = _swizzled((2, 2, _EPILOGUE, 128 // jnp.dtype(dtype).itemsize), dtype)
-        _with_ring(scope, stage, x.dtype, result, 4, plan, shared)
+        _with_ring(scope, stage, x.dtype, dtype, plan, stages=4, rooms=2)
 
     arrays = (x, *operands, tiles.first, tiles.needed)
-    return tuple(_launch(body, out, plan, "grouped_gradient", paired)(*arrays))
+    return tuple(_launch(body, out, plan, "grouped_gradient")(*arrays))
 
 
 class _Item(NamedTuple):
@@ -263,60 +190,37 @@ class _Item(NamedTuple):
         return block * WIDTH + self.inside
 
 
-def _row_product(
-    x,
-    kernels,
-    out,
-    finish,
-    tiles,
-    plan,
-    *,
-    columns,
-    apart,
-    name,
-    transposed=False,
-    beside=(),
-    piece=64,
-):
+def _row_product(x, kernels, out, finish, tiles, plan, *, columns, apart, name, transposed=False):
     """Tiles of rows times kernels: `kernels[i]` has the blocks that meet `x[i]`.
 
     Blocks lie `apart` where they are neighbours of one kernel, else they are one of several.
     """
     blocks, count = len(kernels[0]), len(x)
     few = plan.rows == FEW  # then the two warpgroups share the columns, else the rows
-    tile = (FEW, WIDTH // 2) if few else (SOME // 2, WIDTH)
-    own, paired = min(plan.rows, SOME), plan.rows == MANY  # rows of one thread block
-    shared = tuple(range(1, 1 + blocks)) if paired else ()
+    tile = (FEW, WIDTH // 2) if few else (MANY // 2, WIDTH)
     total = kernels[0][0].shape[1 if transposed else 2] // WIDTH
     depth = x[0].shape[1] // _DEPTH
     flat = [kernel for group in kernels for kernel in group]
 
     def body(*refs):
         x_refs, refs = refs[:count], refs[count:]
-        kernel_refs, (owner_ref, used_ref, *rest) = refs[: len(flat)], refs[len(flat) :]
+        kernel_refs, (owner_ref, used_ref, *outputs) = refs[: len(flat)], refs[len(flat) :]
 
         def scope(ring, staging):
             wg = lax.axis_index("wg")
             half = pl.ds(wg * (WIDTH // 2), WIDTH // 2)
             own_rows = slice(None) if few else pl.ds(wg * tile[0], tile[0])
 
-            def place(at):
-                """The tile, the first row of it that this thread block has, and its columns."""
-                lane = lax.rem(at, 2) if paired else 0
-                item = lax.div(at, 2) if paired else at
-                j = lax.div(item, columns)
-                return j, j * plan.rows + lane * own, lax.rem(item, columns)
-
             def fetch(at):
-                j, start, n = place(at)
-                expert = owner_ref[j]
+                j, n = lax.div(at, columns), lax.rem(at, columns)
+                rows, expert = pl.ds(j * plan.rows, plan.rows), owner_ref[j]
 
                 def copy(step, slot):
                     for i, x_ref in enumerate(x_refs):
 
                         def one(i=i, x_ref=x_ref):
                             inner = pl.ds((step - i * depth) * _DEPTH, _DEPTH)
-                            ring.copy(x_ref.at[pl.ds(start, own), inner], 0, slot)
+                            ring.copy(x_ref.at[rows, inner], 0, slot)
                             for b in range(blocks):
                                 outer = _block(_column(n, b, blocks, total, apart))
                                 where = (outer, inner) if transposed else (inner, outer)
@@ -339,23 +243,19 @@ def _row_product(
                     plgpu.wgmma(acc, rows, kernel.T if transposed else kernel)
 
             def end(at, accumulators):
-                _, start, n = place(at)
-                start = start if few else start + wg * tile[0]
+                j, n = lax.div(at, columns), lax.rem(at, columns)
+                start = j * plan.rows + (0 if few else wg * tile[0])
                 item = _Item(pl.ds(start, tile[0]), n, wg * tile[1] if few else 0)
-                finish(item, rest, accumulators, _Writer(staging, wg))
+                finish(item, outputs, accumulators, _Writer(staging, wg))
 
-            total_ = used_ref[0] * (columns * (plan.rows // own))
-            ring.stream(total_, fetch, multiply, end, tile, blocks)
+            ring.stream(used_ref[0] * columns, fetch, multiply, end, tile, blocks)
 
         block = (WIDTH, _DEPTH) if transposed else (_DEPTH, WIDTH)
-        stages, slots = (4, 2) if not few else (5, 1) if blocks == 2 else (8, 1)
-        stage = [(own, _DEPTH)] + [block] * blocks
-        result = _swizzled((2, slots, _EPILOGUE, piece), x[0].dtype)
-        _with_ring(scope, stage, x[0].dtype, result, stages, plan, shared)
+        stages, rooms = (4, 2) if not few else (5, 1) if blocks == 2 else (8, 1)
+        stage = [(plan.rows, _DEPTH)] + [block] * blocks
+        _with_ring(scope, stage, x[0].dtype, x[0].dtype, plan, stages=stages, rooms=rooms)
 
-    return tuple(
-        _launch(body, out, plan, name, paired)(*x, *flat, tiles.owner, tiles.used, *beside)
-    )
+    return tuple(_launch(body, out, plan, name)(*x, *flat, tiles.owner, tiles.used))
 
 
 def _block(index):
@@ -375,18 +275,14 @@ class _Ring(NamedTuple):
     empty: Any
     stages: int
     cores: int
-    shared: tuple[int, ...]  # operands that both thread blocks of a cluster read
 
     def at(self, operand: int, slot):
         """An operand's tile in a stage."""
         return self.operands[operand].at[slot]
 
     def copy(self, source, operand: int, slot) -> None:
-        """Starts the copy of a tile into a stage, of one that is shared for the whole cluster."""
-        plgpu.copy_gmem_to_smem(
-            source, self.at(operand, slot), self.full.at[slot],
-            collective_axes="lane" if operand in self.shared else None,
-        )  # fmt: skip
+        """Starts the copy of a tile into a stage."""
+        plgpu.copy_gmem_to_smem(source, self.at(operand, slot), self.full.at[slot])
 
     def stream(
         self,
@@ -400,7 +296,7 @@ class _Ring(NamedTuple):
         """Takes this thread block's share of `total` output tiles.
 
         Args:
-            total: output tiles of all thread blocks; those of a cluster take neighbours.
+            total: output tiles of all thread blocks.
             fetch: gives, for an output tile, the number of its steps and what copies one of them.
             multiply: issues a step's products, one for each accumulator.
             finish: writes an output tile from the accumulators.
@@ -408,8 +304,6 @@ class _Ring(NamedTuple):
             accumulators: how many.
         """
         cores, first = self.cores, lax.axis_index("sm")
-        if self.shared:
-            cores, first = cores // 2 * 2, 2 * first + lax.axis_index("lane")
         count = lax.div(total - first + (cores - 1), jnp.int32(cores))
 
         def produce():
@@ -475,22 +369,19 @@ class _Ring(NamedTuple):
         lax.cond(lax.axis_index("wg") == 2, produce, consume)
 
 
-def _with_ring(scope, tiles, dtype, result, stages, plan: Plan, shared):
-    """Runs `scope(ring, staging)` with `stages` of these operand tiles and room for results."""
+def _with_ring(scope, tiles, dtype, out_dtype, plan: Plan, *, stages, rooms):
+    """Runs `scope(ring, staging)` with `stages` of these operand tiles and `rooms` for results."""
 
     def run(*refs):
         *operands, full, empty, staging = refs
-        scope(_Ring(operands, full, empty, stages, plan.cores, shared), staging)
+        scope(_Ring(operands, full, empty, stages, plan.cores), staging)
 
-    arrivals = {"num_arrivals": 2, "num_barriers": stages}
     pl.run_scoped(
         run,
         *[_swizzled((stages, *tile), dtype) for tile in tiles],
         plgpu.Barrier(num_arrivals=len(tiles), num_barriers=stages),
-        plgpu.ClusterBarrier(collective_axes=("lane",), **arrivals)
-        if shared
-        else plgpu.Barrier(**arrivals),
-        result,
+        plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        _swizzled((2, rooms, _EPILOGUE, _row_elements(out_dtype)), out_dtype),
         collective_axes="wg",
     )
 
@@ -516,22 +407,21 @@ class _Writer:
             self.turn += 1
 
 
-def _load(ref, layout):
-    return plgpu.load(ref, layout=layout, optimized=False)
+def _row_elements(dtype) -> int:
+    """Elements in a row of swizzled shared memory, 128 bytes."""
+    return 128 // jnp.dtype(dtype).itemsize
 
 
 def _swizzled(shape, dtype):
-    """Shared memory in the layout of matrix operands, its rows up to 128 bytes long."""
-    columns = min(shape[-1], 128 // jnp.dtype(dtype).itemsize)
-    swizzle = plgpu.SwizzleTransform(columns * jnp.dtype(dtype).itemsize)
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), swizzle))
+    """Shared memory in the layout of matrix operands."""
+    transforms = (plgpu.TilingTransform((8, _row_elements(dtype))), plgpu.SwizzleTransform(128))
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
-def _launch(body, out_type, plan: Plan, name: str, paired: bool):
-    cluster = {"cluster": (2,), "cluster_names": ("lane",)} if paired else {}
+def _launch(body, out_type, plan: Plan, name: str):
     return plgpu.kernel(
-        body, out_type=out_type, grid=(plan.cores // (1 + paired),), grid_names=("sm",),
-        num_threads=3, thread_name="wg", kernel_name=name, interpret=plan.interpret, **cluster,
+        body, out_type=out_type, grid=(plan.cores,), grid_names=("sm",), num_threads=3,
+        thread_name="wg", kernel_name=name, interpret=plan.interpret,
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=True
         ),
