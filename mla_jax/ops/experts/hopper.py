@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from mla_jax.ops.experts.call import Call
 from mla_jax.ops.experts.tiles import Tiles, make_tiles
+from mla_jax.ops.hopper import not_hopper
 from mla_jax.target import Target
 
 try:
@@ -34,11 +35,8 @@ _INTERPRETED_CORES = 2  # enough to share work, few enough to be interpreted on 
 
 def why_not(call: Call, target: Target) -> str | None:
     """Why the kernels cannot serve this call, or None."""
-    if target.interprets != "gpu":
-        if target.platform != "gpu" or "NVIDIA" not in target.kind.upper():
-            return f"needs an NVIDIA GPU, this is {target}"
-        if target.capability is None or int(target.capability) != 9:
-            return f"needs compute capability 9.x (Hopper), this is {target.capability}"
+    if reason := not_hopper(target):
+        return reason
     if _kernels is None:
         return "this version of jax has no Mosaic GPU"
     if call.dtype not in ("bfloat16", "float16"):
