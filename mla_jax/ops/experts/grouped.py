@@ -28,6 +28,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from mla_jax.ops.experts.tiles import Tiles
+from mla_jax.ops.hopper.merge import like
 
 FEW, MANY = 64, 128  # M: the least that a warpgroup multiplies, and one tile for two of them
 WIDTH = 128  # columns of a block of a kernel: what K and N must be a multiple of
@@ -65,7 +66,7 @@ def gate_up(
     Rows past the tiles in use hold anything. With `save` the two products come too.
     """
     width = gate.shape[2]
-    out = jax.ShapeDtypeStruct((x.shape[0], width), x.dtype)
+    out = like(x, (x.shape[0], width), x.dtype)
 
     def finish(item, outputs, accumulators, store):
         a, b = (acc[...] for acc in accumulators)
@@ -93,7 +94,7 @@ def product(
     `transposed` kernels are [E N K]. Rows past the tiles in use hold anything.
     """
     width = kernels[0].shape[1 if transposed else 2]
-    out = jax.ShapeDtypeStruct((x[0].shape[0], width), x[0].dtype)
+    out = like(x[0], (x[0].shape[0], width), x[0].dtype)
     # A decode step has few tiles: single blocks occupy more multiprocessors.
     blocks = 1 if plan.rows == FEW else 2
 
@@ -128,7 +129,7 @@ def gradient(
     columns = pl.cdiv(width // WIDTH, blocks) if apart else width // WIDTH
     each = inputs // WIDTH * columns
     operands = [y[0]] * blocks if apart else list(y)
-    out = [jax.ShapeDtypeStruct((experts, inputs, width), dtype)] * len(y)
+    out = [like(x, (experts, inputs, width), dtype)] * len(y)
 
     def body(x_ref, *refs):
         y_refs, (first_ref, needed_ref, *outputs) = refs[:blocks], refs[blocks:]

@@ -58,8 +58,8 @@ def run(x, experts, weights, gate, up, down, *, precision, call: Call, target: T
 
 
 def tile_rows(call: Call) -> int:
-    """Rows of a tile: many where they are full, few where most of them would fill tiles up."""
-    return _kernels.MANY if call.pairs >= call.experts * _kernels.MANY else _kernels.FEW
+    """Rows of a tile: many where an expert's tokens fill half of one in the mean, else few."""
+    return _kernels.MANY if call.pairs >= call.experts * _kernels.MANY // 2 else _kernels.FEW
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

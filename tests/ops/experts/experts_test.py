@@ -91,6 +91,51 @@ def test_a_mesh_of_hopper_gpus_gets_the_kernel():
         assert any("routed_experts.pallas_gpu" in stage for stage in stages())
 
 
+@pytest.mark.parametrize("tokens", [2, 40, 600])  # the three ways of XLA, on 20 to 300 of them
+def test_rows_on_several_devices(tokens):
+    """Inside `shard_map`: each device's own tokens, gradients of kernels summed over devices."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    arrays, experts = problem(tokens, count=12, chosen=3, widths=(24, 9))
+    over, whole = jax.P("data"), jax.P()
+    local = jax.shard_map(
+        routed_experts, mesh=mesh, in_specs=(over, over, over, whole, whole, whole), out_specs=over
+    )
+
+    @jax.jit
+    def run(dy, x, *rest):
+        y, pull = jax.vjp(lambda x, *rest: local(x, experts, *rest), x, *rest)
+        return y, *pull(dy)
+
+    dy = jnp.asarray(np.cos(np.arange(arrays[0].size)).reshape(arrays[0].shape), jnp.float32)
+    expected = loop(experts, *arrays), *gradients(experts, dy, *arrays)
+    for own, right in zip(run(dy, *arrays), expected, strict=True):
+        assert relative(own, right) < 5e-6
+
+
+def test_kernels_on_a_mesh_of_hopper_gpus():
+    """What is traced for two devices that are not there: the forward and the backward kernels."""
+    device = jax.sharding.AbstractDevice("NVIDIA H200", 132, "gpu")
+    mesh = jax.sharding.AbstractMesh(
+        (2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,), abstract_device=device
+    )
+    arrays, experts = problem(40, count=3, chosen=2, widths=(128, 128), dtype=jnp.bfloat16)
+    over, whole = jax.P("data"), jax.P()
+    specs = (over, over, over, whole, whole, whole)
+    with jax.sharding.use_abstract_mesh(mesh):
+        local = jax.shard_map(routed_experts, in_specs=specs, out_specs=over)
+
+        def total(x, experts, *rest):
+            return local(x, experts, *rest).astype(jnp.float32).sum()
+
+        given = [
+            jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=jax.NamedSharding(mesh, spec))
+            for a, spec in zip((arrays[0], experts, *arrays[1:]), specs, strict=True)
+        ]
+        program = str(jax.jit(jax.grad(total, (0, 2, 3, 4, 5))).trace(*given).jaxpr)
+    for kernel in ("grouped_matmul_gate_up", "grouped_matmul", "grouped_gradient"):
+        assert f"name={kernel}" in program
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_named_backend_serves_or_raises(dtype):
     arrays, experts = problem(4, count=4, chosen=2, widths=(24, 9), dtype=jnp.dtype(dtype))
