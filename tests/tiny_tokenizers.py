@@ -13,7 +13,7 @@ import tiktoken
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-SPECIAL = ["<unk>", "<s>", "</s>", "<|im_end|>"]
+SPECIAL = ["<s>", "</s>", "<|im_end|>", "<unk>"]
 TEXT = pathlib.Path(textwrap.__file__).read_text() + pathlib.Path(string.__file__).read_text()
 TEXT += "naïve café, 你好世界。你好吗? Привет, мир! 😀👍🏽 e\u0301\n" * 30
 

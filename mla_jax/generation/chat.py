@@ -115,6 +115,7 @@ def _compiled(template: str) -> Any:
     try:
         import jinja2
         import jinja2.ext
+        import jinja2.nodes
         import jinja2.sandbox
     except ImportError as error:
         raise ImportError(
@@ -144,10 +145,12 @@ def _compiled(template: str) -> Any:
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    known = {
+        "raise_exception": raise_exception,
+        "strftime_now": lambda form: datetime.datetime.now().strftime(form),
+    }
     try:
-        return environment.from_string(template)
+        return environment.from_string(template, globals=known)
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(f"the chat template, line {error.lineno}: {error}") from error
 

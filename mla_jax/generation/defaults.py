@@ -77,18 +77,18 @@ class GenerationDefaults:
             for key, nothing in (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0)):
                 if given.get(key, nothing) != nothing:
                     values[key] = given[key]
-        try:
-            arguments = {"temperature": 0.0, "top_k": None, "top_p": None} | values
-            check_sampling(None, jax.random.key(0), **arguments)
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from error
         config_file = str(pathlib.Path(where, "config.json"))
         stops = _tokens(config, config_file)
         for key in _LANGUAGE_MODELS:
             if isinstance(inner := config.get(key), Mapping):
                 stops += _tokens(inner, f"{config_file}, {key}")
         stops += _tokens(generation, file)
-        return cls(**values, stop_tokens=tuple(dict.fromkeys(stops)))
+        found = cls(**values, stop_tokens=tuple(dict.fromkeys(stops)))
+        try:
+            check_sampling(None, jax.random.key(0), **found.sampling)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
+        return found
 
     @property
     def sampling(self) -> dict[str, Any]:

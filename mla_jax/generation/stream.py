@@ -210,7 +210,8 @@ def token_ids(tokens: Any) -> list[int]:
         raise ValueError(
             f"tokens={tokens!r:.80}: it must be one row of whole numbers from 0 to 2^31 - 1."
         )
-    return array.tolist()
+    row: Any = array.tolist()  # whose type depends on the number of axes
+    return row
 
 
 def _fallbacks(string: str) -> list[int]:

@@ -120,15 +120,14 @@ class Tokenizers(Vocabulary):
         return None if byte is None else bytes([int(byte[1], 16)])
 
     def _own_frame(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """What the post-processor puts around a text, from a text that has tokens."""
+        """What the post-processor puts around a text, from one that it puts no copy of there."""
         for token in range(self._library.get_vocab_size()):
             text = self._library.id_to_token(token)
             inside = self._library.encode(text, add_special_tokens=False).ids if text else []
-            if inside:
-                whole, size = self._library.encode(text).ids, len(inside)
-                for at in range(len(whole) - size + 1):
-                    if whole[at : at + size] == inside:
-                        return tuple(whole[:at]), tuple(whole[at + size :])
+            whole, size = self._library.encode(text).ids if inside else [], len(inside)
+            places = [at for at in range(len(whole)) if whole[at : at + size] == inside]
+            if len(places) == 1:
+                return tuple(whole[: places[0]]), tuple(whole[places[0] + size :])
         return (), ()
 
 
@@ -194,8 +193,8 @@ class SentencePiece(Vocabulary):
             if library.is_control(token) or library.is_unknown(token)
         }
         self._added = own | dict(added or {})
-        named = {self.token(name) for name in special} - {None}
-        self.special = frozenset(own.values()) | named
+        named = [token for name in special if (token := self.token(name)) is not None]
+        self.special = frozenset(own.values()).union(named)
         self._names = {token: name for name, token in self._added.items()}
         longest_first = sorted(self._added, key=len, reverse=True)
         self._split = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
