@@ -16,6 +16,7 @@ import numpy as np
 from mla_jax.generation.vocabulary import UNKNOWN, Vocabulary
 
 _CHARACTER = 4  # bytes of UTF-8 in a character, at most
+_WAITING = 16  # tokens; more than bytes of a character, since a token may end one and begin another
 
 
 class StopStrings:
@@ -113,7 +114,7 @@ class TextStream:
         # text, another that is more.
         self._context: list[int] = []
         self._before: str | None = ""  # the context's own text; None until it is needed
-        self._waiting: list[int] = []  # tokens after the context, of one character at most
+        self._waiting: list[int] = []  # tokens after the context that are not shown yet
         for token in self._tail(prompt):
             self._text(token)
 
@@ -155,9 +156,9 @@ class TextStream:
     def _in_context(self, token: int) -> str:
         self._waiting.append(token)
         # A decoder that does more than the byte-level one may still take several tokens for a
-        # character. It says so by U+FFFD, which a text may also have: then no more than these wait.
+        # character. It says so by U+FFFD, which a text may also have: so not all of them can wait.
         after = self._vocabulary.text_of([*self._context, *self._waiting])
-        if after.endswith("\ufffd") and len(self._waiting) < _CHARACTER:
+        if after.endswith("\ufffd") and len(self._waiting) < _WAITING:
             return ""
         return self._show_waiting(after)
 
