@@ -159,13 +159,18 @@ class TestTokenizersLibrary:
         assert own.encode(["<s><|im_end|>hello", "<|im_end|>hello</s>"]) == [whole, whole]
 
     @pytest.mark.parametrize(
-        ("explicit", "begins"), [({}, True), ({"add_bos_token": False}, False)]
+        ("config", "begins"),
+        [
+            ({"tokenizer_class": "LlamaTokenizerFast"}, True),
+            ({"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": False}, False),
+            ({"tokenizer_class": "PreTrainedTokenizerFast"}, False),
+            ({}, False),
+        ],
     )
-    def test_a_class_of_transformers_adds_bos_by_default(self, tmp_path, explicit, begins):
+    def test_a_class_of_transformers_adds_bos_by_default(self, tmp_path, config, begins):
         library = tiny.byte_level()
         library.post_processor = tokenizers.processors.ByteLevel()
-        config = {"bos_token": "<s>", "tokenizer_class": "LlamaTokenizerFast"} | explicit
-        own = read(tmp_path, library, tokenizer_config=config)
+        own = read(tmp_path, library, tokenizer_config={"bos_token": "<s>"} | config)
         assert (own.encode(["a"])[0][0] == BOS) == begins
 
     def test_tokens_that_only_the_config_adds(self, tmp_path):
@@ -311,19 +316,20 @@ class TestSentencePiece:
         assert own.decode(tokens) == "text<think>"
         assert own.decode(tokens, skip_special_tokens=False) == text
 
+    @pytest.mark.parametrize("options", [{}, {"remove_extra_whitespaces": False}])
     @pytest.mark.parametrize("legacy", [True, False])
-    def test_the_space_after_a_special_token(self, tmp_path, legacy):
-        own = self.write(tmp_path, {"legacy": legacy, "add_bos_token": False})
-        library = tiny.sentencepiece_processor()
+    def test_the_space_after_a_special_token(self, tmp_path, legacy, options):
+        own = self.write(tmp_path, {"legacy": legacy, "add_bos_token": False}, **options)
+        library = tiny.sentencepiece_processor(**options)
+        pieces = lambda tokens: "".join(map(library.id_to_piece, tokens))  # noqa: E731
         plain = library.encode("text")
-        assert library.id_to_piece(plain[0]).startswith("▁")
-        first, second = own.encode(["text</s>text", "</s>text"])
+        assert pieces(plain) == "▁text"
+        first, second, third = own.encode(["text</s>text", "</s>text", "</s> text"])
         assert first[: len(plain) + 1] == [*plain, library.eos_id()]
-        after = "".join(map(library.id_to_piece, first[len(plain) + 1 :]))
-        assert after == ("▁text" if legacy else "text")
+        assert pieces(first[len(plain) + 1 :]) == ("▁text" if legacy else "text")
         assert second == first[len(plain) :]
-        spaced = own.encode(["</s> text"])[0][1:]
-        assert "".join(map(library.id_to_piece, spaced)) == "▁text"
+        doubled = legacy and options  # the text's own space, and the one that a text begins with
+        assert pieces(third[1:]) == ("▁▁text" if doubled else "▁text")
 
 
 def test_bytes_on_demand():
