@@ -480,3 +480,12 @@ def presets() -> tuple[str, ...]:
     True
     """
     return tuple(sorted(path.stem for path in (configs_dir() / "models").glob("*.toml")))
+
+
+def aliases(preset: str) -> tuple[str, ...]:
+    """Other names of a preset: of releases that share its shapes.
+
+    >>> aliases("deepseek_v3")
+    ('deepseek_r1', 'deepseek_v3_1')
+    """
+    return tuple(sorted(name for name, file in _PRESET_ALIASES.items() if file == preset))
