@@ -42,7 +42,7 @@ _HOMES = {
     ),
 }  # fmt: skip
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
-__all__ = [*_HOME, "checkpoint", "costs", "generation"]  # noqa: PLE0604
+__all__ = [*_HOME, "checkpoint", "costs", "generation"]
 
 
 class _Package(types.ModuleType):

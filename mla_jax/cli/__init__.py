@@ -1,8 +1,8 @@
 """The command `mla-jax`: parsing, errors and exit codes. What a command does is in its own module.
 
 Text is on standard output, everything else on standard error. Exit codes: 0 done, 1 an error in the
-run, 2 flags that cannot be, 130 interrupted by Ctrl-C (143 by SIGTERM where a training was kept). An
-error is one line; MLA_JAX_TRACEBACK=1 shows where it came from.
+run, 2 flags that cannot be, 130 interrupted by Ctrl-C (143 by SIGTERM where a training was kept).
+An error is one line; MLA_JAX_TRACEBACK=1 shows where it came from.
 """
 
 import importlib
@@ -55,7 +55,11 @@ def main(args: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt as error:
         _fail(error, str(error) or "interrupted", 128 + getattr(error, "signal", 2))
     except Exception as error:
-        _fail(error, str(error) if isinstance(error, _EXPECTED) else f"{type(error).__name__}: {error}", 1)
+        _fail(
+            error,
+            str(error) if isinstance(error, _EXPECTED) else f"{type(error).__name__}: {error}",
+            1,
+        )
 
 
 def _run(options: Options) -> None:

@@ -1,4 +1,4 @@
-"""Compiled programs are kept for the next run: JAX's persistent compilation cache, on by default."""
+"""Compiled programs are kept for the next run: JAX's persistent compilation cache, turned on."""
 
 import os
 import pathlib

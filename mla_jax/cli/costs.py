@@ -7,32 +7,9 @@ from typing import Any
 
 from mla_jax import costs as arithmetic
 from mla_jax.cli.options import Costs, Devices, Presets, judging_flags
-from mla_jax.cli.terminal import Terminal
+from mla_jax.cli.terminal import BYTES, OPERATIONS, SECONDS, Terminal, quantity
 from mla_jax.config import MLAConfig, aliases, configs_dir
 from mla_jax.config import presets as preset_names
-
-_BYTES = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
-_OPERATIONS = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP")
-_SECONDS = ("ns", "us", "ms", "s")
-
-
-def quantity(value: float, units: tuple[str, ...], step: int = 1000) -> str:
-    """A number in the largest unit that leaves it at least 1, with one decimal.
-
-    Args:
-        value: in the first of `units`, and not negative.
-        units: each `step` times the one before; of the first there are no decimals.
-        step: 1000, or 1024 for bytes.
-
-    >>> [quantity(n, ("B", "KiB", "MiB"), 1024) for n in (640, 8064, 1024**2 - 1, 10**10)]
-    ['640 B', '7.9 KiB', '1.0 MiB', '9,536.7 MiB']
-    """
-    if round(value) < step:
-        return f"{value:,.0f} {units[0]}"
-    power = 1
-    while power < len(units) - 1 and round(value / step**power, 1) >= step:
-        power += 1
-    return f"{value / step**power:,.1f} {units[power]}"
 
 
 def costs(options: Costs) -> None:
@@ -64,10 +41,10 @@ def costs(options: Costs) -> None:
         [
             (
                 row.kind,
-                quantity(row.cache_bytes, _BYTES, 1024) + ("" if row.fits else "!"),
-                quantity(row.cache_bytes_per_token, _BYTES, 1024), f"{row.numbers_read:,}",
-                quantity(row.core.flops, _OPERATIONS), f"{row.core.intensity:,.1f}",
-                quantity(row.core_seconds * 1e9, _SECONDS), row.bound,
+                quantity(row.cache_bytes, BYTES, 1024) + ("" if row.fits else "!"),
+                quantity(row.cache_bytes_per_token, BYTES, 1024), f"{row.numbers_read:,}",
+                quantity(row.core.flops, OPERATIONS), f"{row.core.intensity:,.1f}",
+                quantity(row.core_seconds * 1e9, SECONDS), row.bound,
             )
             for row in rows
         ],
@@ -106,7 +83,7 @@ def presets(options: Presets) -> None:
                 preset["name"], preset["makes"] or "refused", str(preset["num_hidden_layers"]),
                 str(preset["mla_layers"]), str(preset["num_attention_heads"]),
                 str(preset["kv_lora_rank"]), str(preset["qk_rope_head_dim"]),
-                quantity(preset["cache_bytes_per_token"], _BYTES, 1024),
+                quantity(preset["cache_bytes_per_token"], BYTES, 1024),
             )
             for preset in found
         ],
@@ -138,7 +115,7 @@ def devices(options: Devices) -> None:
             (
                 device.name, f"{device.flops_per_second / 1e12:,.1f}",
                 f"{device.bytes_per_second / 1e12:,.3f}",
-                quantity(device.memory_bytes, _BYTES, 1024), f"{device.ridge:,.1f}",
+                quantity(device.memory_bytes, BYTES, 1024), f"{device.ridge:,.1f}",
             )
             for device in found
         ],

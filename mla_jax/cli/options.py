@@ -1,4 +1,4 @@
-"""The flags of every command, as dataclasses. Nothing here needs JAX: help and errors come at once."""
+"""The flags of every command, as dataclasses. Nothing here needs JAX: help and errors are quick."""
 
 import argparse
 import contextlib
@@ -65,7 +65,8 @@ class Compiling(Output):
 class Demo(Compiling):
     """Train a small byte-level model on Python's standard library, then let it write.
 
-    Ctrl-C ends the training; with --save what was trained so far is kept, and --load goes on with it.
+    Ctrl-C ends the training; with --save what was trained so far is kept, and --load goes on with
+    it.
     """
 
     preset: str = _flag("tiny", "attention of every layer: one of `mla-jax presets`")
@@ -75,7 +76,7 @@ class Demo(Compiling):
     batch: int = _flag(8, "windows of a step")
     seed: int = _flag(0, "of initialization, data and sampling; the same seed gives the same text")
     implementation: str | None = _flag(None, "backend of the attention core instead of a choice")
-    prompt: str = _flag("def read(self, path):\n    ", "what the text goes on from")
+    prompt: str = _flag("def read(self, path):\n    ", "what the text goes on from", metavar="TEXT")
     tokens: int = _flag(256, "bytes to generate")
     temperature: float = _flag(0.6, "of sampling; 0 takes the most likely byte")
     save: pathlib.Path | None = _flag(None, "folder to write the model to", metavar="FOLDER")

@@ -1,8 +1,8 @@
 """What a command shows and where: its answer on standard output, everything else on standard error.
 
-On a terminal, work that takes long has a spinner, or a bar once its end is known; elsewhere there are
-plain lines. Lines wrap at spaces where the terminal is narrow, and a table that does not fit becomes
-one line a value: no number is ever cut.
+On a terminal, work that takes long has a spinner, or a bar once its end is known; elsewhere there
+are plain lines. Lines wrap at spaces where the terminal is narrow, and a table that does not fit
+becomes one line a value: no number is ever cut.
 """
 
 import contextlib
@@ -11,15 +11,21 @@ import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, Task, TextColumn
 from rich.table import Column
 
+import mla_jax
+from mla_jax.config import MLAConfig
+
+BYTES = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")  # these are for `quantity`
+OPERATIONS = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP")
+PARAMETERS = ("parameters", "k parameters", "M parameters", "G parameters", "T parameters")
+SECONDS = ("ns", "us", "ms", "s")
 _WIDE = 60  # columns of a terminal from which on a bar has room beside the words
-Report = Callable[..., None]
 
 
 class _Bar(BarColumn):
@@ -27,6 +33,24 @@ class _Bar(BarColumn):
 
     def render(self, task: Task) -> Any:
         return "" if task.total is None else super().render(task)
+
+
+class Report:
+    """What hears how far the work is: `report(done, total, words="")` makes the spinner a bar.
+
+    `words` stand behind the numbers. `stop` takes it all off the screen before the work is done, so
+    that text can have the lines.
+    """
+
+    def __init__(self, progress: Progress, what: str):
+        self._progress, self._what = progress, what
+        self._task = progress.add_task(what, total=None)
+        self.stop = progress.stop
+
+    def __call__(self, done: int, total: int, words: str = "") -> None:
+        """Shows that `done` of `total` is done."""
+        text = f"{self._what} {done:,} of {total:,} {words}".rstrip()
+        self._progress.update(self._task, completed=done, total=total, description=text)
 
 
 class Terminal:
@@ -41,6 +65,11 @@ class Terminal:
         self.quiet, self.json = quiet, json
         self._errors = Console(stderr=True, highlight=False, emoji=False, markup=False)
 
+    @property
+    def animated(self) -> bool:
+        """Whether there are spinners and bars."""
+        return self._errors.is_terminal and not self.quiet
+
     def note(self, text: str) -> None:
         """A line on standard error."""
         if not self.quiet:
@@ -52,6 +81,13 @@ class Terminal:
         width = max(len(name) for name, _ in pairs)
         for name, value in pairs:
             self.note(f"{name:{width}}  {value}")
+
+    def explain(self, config: MLAConfig, **shapes: Any) -> None:
+        """What `mla_jax.explain` prints, on standard error."""
+        if not self.quiet:
+            _flush()
+            with contextlib.redirect_stdout(sys.stderr):
+                mla_jax.explain(config, **shapes)
 
     def answer(self, text: str = "", end: str = "\n") -> None:
         """Text on standard output, as it is; not where the answer is JSON."""
@@ -78,24 +114,36 @@ class Terminal:
         """A spinner beside `what` while the body runs, where standard error is a terminal.
 
         Yields:
-            `report(done, total, words="")`: makes it a bar, with `words` behind the numbers.
+            a `Report` for work whose end is known.
         """
         bar = [_Bar(bar_width=20)] if self._errors.width >= _WIDE else []
         words = TextColumn("{task.description}", table_column=Column(overflow="fold"))
-        shown = not self.quiet and self._errors.is_terminal
         progress = Progress(
-            SpinnerColumn(), *bar, words, console=self._errors, disable=not shown, transient=True,
-            redirect_stdout=False, redirect_stderr=False,
+            SpinnerColumn(), *bar, words, console=self._errors, disable=not self.animated,
+            transient=True, redirect_stdout=False, redirect_stderr=False,
         )  # fmt: skip
         _flush()
         with progress:
-            task = progress.add_task(what, total=None)
+            yield Report(progress, what)
 
-            def report(done: int, total: int, words: str = "") -> None:
-                text = f"{what} {done:,} of {total:,} {words}".rstrip()
-                progress.update(task, completed=done, total=total, description=text)
 
-            yield report
+def quantity(value: float, units: tuple[str, ...], step: int = 1000) -> str:
+    """A number in the largest unit that leaves it at least 1, with one decimal.
+
+    Args:
+        value: in the first of `units`, and not negative.
+        units: each `step` times the one before; of the first there are no decimals.
+        step: 1000, or 1024 for bytes.
+
+    >>> [quantity(n, ("B", "KiB", "MiB"), 1024) for n in (640, 8064, 1024**2 - 1, 10**10)]
+    ['640 B', '7.9 KiB', '1.0 MiB', '9,536.7 MiB']
+    """
+    if round(value) < step:
+        return f"{value:,.0f} {units[0]}"
+    power = 1
+    while power < len(units) - 1 and round(value / step**power, 1) >= step:
+        power += 1
+    return f"{value / step**power:,.1f} {units[power]}"
 
 
 def table(
