@@ -7,7 +7,7 @@ import functools
 import math
 import pathlib
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +60,7 @@ def train(
     learning_rate: float = 6e-3,
     seed: int = 0,
     done: int = 0,
-) -> Iterator[float]:
+) -> Generator[float]:
     """Trains `model` in place on windows of `text`; yields the loss in bits per byte of each step.
 
     The model has the trained parameters once the iterator is exhausted, or closed before its end.

@@ -5,8 +5,10 @@ run, 2 flags that cannot be, 130 interrupted by Ctrl-C (143 by SIGTERM where a t
 An error is one line; MLA_JAX_TRACEBACK=1 shows where it came from.
 """
 
+import contextlib
 import importlib
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -15,7 +17,9 @@ from typing import NoReturn
 from mla_jax.cli.options import COMMANDS, BadFlags, Compiling, Options, parse
 
 # What is reported by its message alone; of other errors the type is said, too.
-_EXPECTED = (ValueError, NotImplementedError, OSError, ImportError, FloatingPointError, MemoryError)
+_EXPECTED = (
+    BadFlags, ValueError, NotImplementedError, OSError, ImportError, FloatingPointError,
+)  # fmt: skip
 _MODULES = {"presets": "costs", "devices": "costs"}  # of the commands that share another's
 
 
@@ -48,18 +52,12 @@ def main(args: Sequence[str] | None = None) -> None:
         if sys.stdout is not None:
             sys.stdout.flush()
     except BrokenPipeError:  # the reader had enough, as `head` has
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_unwritable()
         raise SystemExit(0) from None
-    except BadFlags as error:
-        _fail(error, str(error), 2)
     except KeyboardInterrupt as error:
-        _fail(error, str(error) or "interrupted", 128 + getattr(error, "signal", 2))
+        _fail(error, str(error) or "interrupted", 128 + getattr(error, "signal", signal.SIGINT))
     except Exception as error:
-        _fail(
-            error,
-            str(error) if isinstance(error, _EXPECTED) else f"{type(error).__name__}: {error}",
-            1,
-        )
+        _fail(error, _message(error), 2 if isinstance(error, BadFlags) else 1)
 
 
 def _run(options: Options) -> None:
@@ -71,10 +69,33 @@ def _run(options: Options) -> None:
     getattr(module, name)(options)
 
 
+def _message(error: BaseException) -> str:
+    """What is wrong, in the error's own words; of one that nobody expects its type, too."""
+    if isinstance(error, BadFlags) and error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) if isinstance(error, _EXPECTED) else f"{type(error).__name__}: {error}"
+
+
 def _fail(error: BaseException, message: str, code: int) -> NoReturn:
     """Ends the process with a line on standard error."""
     if os.environ.get("MLA_JAX_TRACEBACK"):
         traceback.print_exception(error)
     lines = [line.strip() for line in message.splitlines() if line.strip()]
-    print(f"mla-jax: {lines[0] if lines else type(error).__name__}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
+        print(
+            f"mla-jax: {lines[0] if lines else type(error).__name__}", file=sys.stderr, flush=True
+        )
+    _drop_unwritable()
     raise SystemExit(code) from error
+
+
+def _drop_unwritable() -> None:
+    """Lets the interpreter's last flush succeed where a stream takes nothing any more."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -6,7 +6,7 @@ import pathlib
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import jax
@@ -14,8 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-import mla_jax
-from mla_jax import costs, training
+from mla_jax import costs, target, training
 from mla_jax.cli import Interrupted, saved
 from mla_jax.cli.options import Demo, judging_flags
 from mla_jax.cli.terminal import PARAMETERS, Terminal, quantity
@@ -47,7 +46,8 @@ def demo(options: Demo) -> None:
     count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
     terminal.note(
         f"{quantity(count, PARAMETERS)}, {attention.num_hidden_layers} layers of "
-        f"{attention.num_attention_heads} heads on {mla_jax.target.current().kind}"
+        f"{attention.num_attention_heads} heads on {target.current().kind}"
+        + (f"; the training goes on after step {done} of {steps}" if 0 < done < steps else "")
     )
     trained = _train(model, done, steps, options, terminal) if done < steps else {}
     written = _write(model, options, terminal)
@@ -102,7 +102,7 @@ class _Stop:
 
 
 @contextlib.contextmanager
-def _stoppable(keeps: bool) -> Iterator[_Stop]:
+def _stoppable(keeps: bool) -> Generator[_Stop]:
     """Lets a signal end the training between two steps, where what was trained is kept.
 
     A step that is cut in half has donated its parameters already. Before the first step's end there

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-import mla_jax
-from mla_jax import checkpoint, generation
+from mla_jax import checkpoint, generation, target
 from mla_jax.checkpoint.decoder import decoder_config
 from mla_jax.cli.options import Generate, judging_flags
 from mla_jax.cli.terminal import BYTES, PARAMETERS, Terminal, quantity
@@ -49,7 +48,7 @@ def generate(options: Generate) -> None:
             if stream is not None and stream.begun:
                 terminal.answer()  # what follows, an error too, begins a line
     written = [tokenizer.decode(tokens) for tokens in result.tokens]
-    if stream is None:
+    if stream is None and not terminal.json:
         for row, text in enumerate(texts):
             terminal.note(f"text {row}")
             terminal.answer(text + written[row])
@@ -205,7 +204,7 @@ def _model(
     terminal.note(
         f"{source}: {quantity(sum(leaf.size for leaf in leaves), PARAMETERS)}, "
         f"{quantity(sum(leaf.nbytes for leaf in leaves), BYTES, 1024)}, ready in "
-        f"{time.perf_counter() - started:.1f} s on {mla_jax.target.current().kind}"
+        f"{time.perf_counter() - started:.1f} s on {target.current().kind}"
     )
     return model
 

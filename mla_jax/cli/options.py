@@ -9,7 +9,7 @@ import pathlib
 import sys
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any, Literal, NoReturn
 
 import mla_jax
@@ -20,10 +20,12 @@ class BadFlags(Exception):
 
 
 @contextlib.contextmanager
-def judging_flags() -> Iterator[None]:
+def judging_flags() -> Generator[None]:
     """Whatever is refused inside was asked for by flags: no work has begun yet."""
     try:
         yield
+    except BrokenPipeError:
+        raise
     except (ValueError, NotImplementedError, OSError, ImportError) as error:
         raise BadFlags(error) from error
 
@@ -181,7 +183,7 @@ class _Parser(argparse.ArgumentParser):
 class _Version(argparse.Action):
     """Prints the versions that a report of a fault needs."""
 
-    def __call__(self, parser, namespace, values, option_string=None) -> NoReturn:
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
         others = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax"))
         print(f"mla-jax {mla_jax.__version__} ({others})")
         parser.exit()

@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -33,6 +33,14 @@ class _Bar(BarColumn):
 
     def render(self, task: Task) -> Any:
         return "" if task.total is None else super().render(task)
+
+
+class _Errors(Console):
+    """Standard error, where a pipe that nobody reads is the command's to handle."""
+
+    def on_broken_pipe(self) -> None:
+        """Called while the error is handled."""
+        raise
 
 
 class Report:
@@ -63,7 +71,7 @@ class Terminal:
 
     def __init__(self, *, quiet: bool = False, json: bool = False):
         self.quiet, self.json = quiet, json
-        self._errors = Console(stderr=True, highlight=False, emoji=False, markup=False)
+        self._errors = _Errors(stderr=True, highlight=False, emoji=False, markup=False)
 
     @property
     def animated(self) -> bool:
@@ -110,7 +118,7 @@ class Terminal:
             print(json.dumps(value, allow_nan=False), flush=True)
 
     @contextlib.contextmanager
-    def working(self, what: str) -> Iterator[Report]:
+    def working(self, what: str) -> Generator[Report]:
         """A spinner beside `what` while the body runs, where standard error is a terminal.
 
         Yields:
