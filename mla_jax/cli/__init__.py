@@ -26,9 +26,9 @@ _MODULES = {"presets": "costs", "devices": "costs"}  # of the commands that shar
 class Interrupted(KeyboardInterrupt):
     """A signal ended the command, which kept something: the message says what."""
 
-    def __init__(self, message: str, signal: int):
+    def __init__(self, message: str, number: int):
         super().__init__(message)
-        self.signal = signal
+        self.number = number
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -55,7 +55,7 @@ def main(args: Sequence[str] | None = None) -> None:
         _drop_unwritable()
         raise SystemExit(0) from None
     except KeyboardInterrupt as error:
-        _fail(error, str(error) or "interrupted", 128 + getattr(error, "signal", signal.SIGINT))
+        _fail(error, str(error) or "interrupted", 128 + getattr(error, "number", signal.SIGINT))
     except Exception as error:
         _fail(error, _message(error), 2 if isinstance(error, BadFlags) else 1)
 

@@ -44,7 +44,7 @@ def costs(options: Costs) -> None:
                 quantity(row.cache_bytes, BYTES, 1024) + ("" if row.fits else "!"),
                 quantity(row.cache_bytes_per_token, BYTES, 1024), f"{row.numbers_read:,}",
                 quantity(row.core.flops, OPERATIONS), f"{row.core.intensity:,.1f}",
-                quantity(row.core_seconds * 1e9, SECONDS), row.bound,
+                quantity(row.core_seconds * 1e12, SECONDS), row.bound,
             )
             for row in rows
         ],

@@ -33,7 +33,7 @@ def demo(options: Demo) -> None:
         if options.tokens < 1 or options.batch < 1 or (options.steps or 0) < 0:
             raise ValueError("--tokens and --batch must be at least 1, --steps at least 0.")
         if not options.prompt:
-            raise ValueError("--prompt must be not empty.")
+            raise ValueError("--prompt must not be empty.")
         # What `sample` would refuse after the training, it refuses now.
         sample(jnp.zeros((1, 1)), jax.random.key(0), temperature=options.temperature)
         if options.save is not None:  # before training, so that a folder that cannot be is known

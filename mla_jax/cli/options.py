@@ -232,10 +232,12 @@ def _hyphens(word: str) -> str:
 
 
 def _add_command(commands, name: str, cls: type[Options]) -> _Parser:
-    parser = commands.add_parser(
-        name, help=(cls.__doc__ or "").split("\n")[0], description=cls.__doc__, allow_abbrev=False
-    )
     fields = dataclasses.fields(cls)
+    places = "".join(f" {field.name.upper()}" for field in fields if _is_positional(field))
+    parser = commands.add_parser(
+        name, help=(cls.__doc__ or "").split("\n")[0], description=cls.__doc__, allow_abbrev=False,
+        usage=f"mla-jax {name}{places} [FLAGS]",
+    )  # fmt: skip
     own = [field for field in fields if field.name in vars(cls).get("__annotations__", {})]
     for field in own + [field for field in fields if field not in own]:
         _add_flag(parser, field)
@@ -245,8 +247,8 @@ def _add_command(commands, name: str, cls: type[Options]) -> _Parser:
 def _add_flag(parser: _Parser, field: dataclasses.Field) -> None:
     more: dict[str, Any] = dict(field.metadata)
     kind = next(kind for kind in _kinds(field.type) if kind is not types.NoneType)
-    if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-        parser.add_argument(field.name, type=kind, **more)
+    if _is_positional(field):
+        parser.add_argument(field.name, type=kind, metavar=field.name.upper(), **more)
         return
     default = [] if field.default is dataclasses.MISSING else field.default
     if kind is bool:
@@ -262,6 +264,10 @@ def _add_flag(parser: _Parser, field: dataclasses.Field) -> None:
         shown = repr(default) if "\n" in str(default) else default
         more["help"] += f" (default: {shown})"
     parser.add_argument(_name(field), default=default, **more)
+
+
+def _is_positional(field: dataclasses.Field) -> bool:
+    return field.default is field.default_factory is dataclasses.MISSING
 
 
 def _name(field: dataclasses.Field) -> str:

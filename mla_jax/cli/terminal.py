@@ -24,7 +24,7 @@ from mla_jax.config import MLAConfig
 BYTES = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")  # these are for `quantity`
 OPERATIONS = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP")
 PARAMETERS = ("parameters", "k parameters", "M parameters", "G parameters", "T parameters")
-SECONDS = ("ns", "us", "ms", "s")
+SECONDS = ("ps", "ns", "us", "ms", "s")
 _WIDE = 60  # columns of a terminal from which on a bar has room beside the words
 
 
