@@ -91,8 +91,8 @@ class _Stream:
     def __call__(self, row: int, tokens: list[int]) -> None:
         if not self.begun:
             self.before()
-            self._terminal.answer(self._prompt, end="")
             self.begun = True
+            self._terminal.answer(self._prompt, end="")
         before = self._tokenizer.decode(self._shown)
         self._shown += tokens
         # A character may be several tokens: what is not whole yet is shown with the next ones.
