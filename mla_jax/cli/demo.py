@@ -216,7 +216,9 @@ def _write(model: Decoder, options: Demo, terminal: Terminal) -> dict[str, Any]:
         ("compiling, once", f"{compiled - first_token - rest:.1f} s"),
         ("cache", f"{ours:,} bytes per token ({theirs:,} for MHA: {theirs / ours:.1f}x)"),
     ])  # fmt: skip
-    terminal.explain(attention, length=slots, dtype="float32")
+    terminal.explain(
+        attention, length=slots, dtype="float32", implementation=options.implementation
+    )
     return {
         "prompt": options.prompt, "text": text, "first_token_seconds": first_token,
         "tokens_per_second": speed, "compile_seconds": compiled - first_token - rest,

@@ -34,7 +34,7 @@ def generate(options: Generate) -> None:
         slots = generation._slots(
             config, prompts, options.max_new_tokens, options.max_length, options.speculate
         )
-        _check_backend(options, config, len(prompts), slots)
+        _check_backend(options, config, prompts, slots)
     model = _model(options, config, path, terminal)
     texts = texts * len(prompts) if len(texts) == 1 else texts
     alone = len(texts) == 1 and not terminal.json
@@ -120,21 +120,34 @@ def _check(options: Generate) -> None:
             f"--batch {options.batch} copies one prompt: here are {count}, which are a batch."
         )
     _check_dtype(options.dtype)
-    dispatch.check_implementation(options.implementation)
+    dispatch.normalized(options.implementation)
     generation._check_flags(
         options.max_new_tokens, options.temperature, options.top_k, options.top_p,
         options.speculate, options.draft, options.block,
     )  # fmt: skip
 
 
-def _check_backend(options: Generate, config: DecoderConfig, rows: int, slots: int) -> None:
-    """Raises NotImplementedError where the backend asked for cannot decode this here."""
-    backend = dispatch.serving("latent_attention", options.implementation)
-    schedule = lambda lengths: dispatch.decode_schedule(  # noqa: E731
-        config.attention, lengths, slots=slots, queries=1 + options.speculate,
-        dtype=options.dtype, implementation=backend,
-    )  # fmt: skip
-    jax.eval_shape(schedule, jax.ShapeDtypeStruct((rows,), jnp.int32))
+def _check_backend(
+    options: Generate, config: DecoderConfig, prompts: list[list[int]], slots: int
+) -> None:
+    """Raises NotImplementedError where a backend that is named cannot do this here."""
+    if options.implementation is None:
+        return
+    # One layer, of which nothing is computed, asks what all of them would ask.
+    shallow = config.replace(attention=config.attention.replace(num_hidden_layers=1))
+    longest = max(map(len, prompts))
+
+    def steps():
+        model = Decoder(
+            shallow, dtype=options.dtype, param_dtype=options.dtype,
+            implementation=options.implementation, rngs=nnx.Rngs(0),
+        )  # fmt: skip
+        cache = model.init_cache(len(prompts), slots).as_fresh()
+        model.extend(jnp.zeros((len(prompts), longest), jnp.int32), cache)
+        cache = model.init_cache(len(prompts), slots)
+        model.extend(jnp.zeros((len(prompts), 1 + options.speculate), jnp.int32), cache)
+
+    jax.eval_shape(steps)
 
 
 def _check_dtype(name: str) -> None:
@@ -190,7 +203,11 @@ def _model(
 ) -> Decoder:
     """The decoder, and a line about it."""
     mtp = options.draft == "mtp"
-    given = {"dtype": options.dtype, "implementation": options.implementation, "mtp": mtp}
+    given: dict[str, Any] = {
+        "dtype": options.dtype,
+        "implementation": options.implementation,
+        "mtp": mtp,
+    }
     started = time.perf_counter()
     if path is not None:
         with terminal.working("reading weights"):
@@ -244,5 +261,5 @@ def _report(
     terminal.notes(rows)
     terminal.explain(
         config.attention, batch_size=len(prompts), length=slots, queries=1 + options.speculate,
-        dtype=options.dtype,
+        dtype=options.dtype, implementation=options.implementation,
     )  # fmt: skip

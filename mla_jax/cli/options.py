@@ -14,6 +14,8 @@ from typing import Any, Literal, NoReturn
 
 import mla_jax
 
+_BACKENDS = "backend of attention instead of a choice, for all ops or as OP=NAME,..."
+
 
 class BadFlags(Exception):
     """What the command line asks for cannot be; its message says what would be right."""
@@ -28,6 +30,14 @@ def judging_flags() -> Generator[None]:
         raise
     except (ValueError, NotImplementedError, OSError, ImportError) as error:
         raise BadFlags(error) from error
+
+
+def _implementation(text: str) -> str | dict[str, str]:
+    """A backend's name for all ops, or OP=NAME for some: latent_attention=xla,..."""
+    if "=" not in text:
+        return text
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    return {op.strip(): name.strip() for op, _, name in pairs}
 
 
 def _flag(default: Any, text: str, **more: Any) -> Any:
@@ -77,7 +87,9 @@ class Demo(Compiling):
     )
     batch: int = _flag(8, "windows of a step")
     seed: int = _flag(0, "of initialization, data and sampling; the same seed gives the same text")
-    implementation: str | None = _flag(None, "backend of the attention core instead of a choice")
+    implementation: str | dict[str, str] | None = _flag(
+        None, _BACKENDS, type=_implementation, metavar="NAME"
+    )
     prompt: str = _flag("def read(self, path):\n    ", "what the text goes on from", metavar="TEXT")
     tokens: int = _flag(256, "bytes to generate")
     temperature: float = _flag(0.6, "of sampling; 0 takes the most likely byte")
@@ -126,7 +138,9 @@ class Generate(Compiling):
         "by looking the text's end up in it, or by the model's multi-token prediction",
     )
     block: int = _flag(16, "decode steps in one program, after which text is shown")
-    implementation: str | None = _flag(None, "backend of the attention core instead of a choice")
+    implementation: str | dict[str, str] | None = _flag(
+        None, _BACKENDS, type=_implementation, metavar="NAME"
+    )
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -258,7 +272,7 @@ def _add_flag(parser: _Parser, field: dataclasses.Field) -> None:
     elif typing.get_origin(kind) is Literal:
         more["choices"] = typing.get_args(kind)
     else:
-        more["type"] = kind
+        more.setdefault("type", kind)
         more.setdefault("metavar", {int: "N", float: "X"}.get(kind, "NAME"))
     if default is not None and default != [] and kind is not bool:
         shown = repr(default) if "\n" in str(default) else default

@@ -11,6 +11,7 @@ from flax import nnx
 
 from mla_jax.config import MLAConfig
 from mla_jax.models import Decoder, DecoderConfig
+from mla_jax.ops.dispatch import Implementation
 
 _TRAINING = "training.json"
 
@@ -24,7 +25,7 @@ def save(model: Decoder, folder: str | os.PathLike) -> None:
     _write_json(folder / "config.json", dataclasses.asdict(model.config))
 
 
-def load(folder: str | os.PathLike, implementation: str | None = None) -> Decoder:
+def load(folder: str | os.PathLike, implementation: Implementation = None) -> Decoder:
     """Reads a model that `save` wrote.
 
     Raises:

@@ -30,6 +30,20 @@ def test_defaults_are_those_of_the_dataclasses():
         assert options.parse([name, *given.get(name, [])]) == cls(**arguments)
 
 
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ("xla", "xla"),
+        ("latent_attention=xla", {"latent_attention": "xla"}),
+        ("latent_attention=xla, expanded_attention=cudnn",
+         {"latent_attention": "xla", "expanded_attention": "cudnn"}),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("command", ["demo", "generate"])
+def test_backends_of_all_ops_or_of_each(command, given, found):
+    assert options.parse([command, "--implementation", given]).implementation == found
+
+
 def test_a_list_is_not_shared_between_two_parses():
     options.parse(["generate", "--prompt", "a"])
     assert options.parse(["generate"]).prompt == []
