@@ -119,7 +119,10 @@ def _stoppable(keeps: bool) -> Generator[_Stop]:
         yield stop
         return
     signals = (signal.SIGINT, signal.SIGTERM)
-    before = {each: signal.signal(each, note) for each in signals}
+    before = {each: signal.getsignal(each) for each in signals}
+    for each, handler in before.items():
+        if handler is not signal.SIG_IGN:  # a job in the background does not hear Ctrl-C
+            signal.signal(each, note)
     try:
         yield stop
     finally:

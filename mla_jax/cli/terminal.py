@@ -161,7 +161,7 @@ def table(
 
     >>> table(("name", "bytes"), [("a", "1,024"), ("b", "12")])
     ['name  bytes', 'a     1,024', 'b        12']
-    >>> table(("name", "bytes"), [("a", "1,024"), ("b", "12")], width=9)
+    >>> table(("name", "bytes"), [("a", "1,024"), ("b", "12")], width=10)
     ['a', '  bytes', '    1,024', '', 'b', '  bytes 12']
     """
     cells = [headers, *rows]

@@ -26,6 +26,14 @@ def _no_compilation_cache(monkeypatch):
     monkeypatch.setattr("mla_jax.cli.compilation.keep_compiled", lambda: None)
 
 
+@pytest.fixture(autouse=True)
+def _ctrl_c():
+    """A shell's background job ignores Ctrl-C, and so would these tests there."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def run(capsys):
     """Runs a command in this process; its standard output and standard error."""
@@ -88,6 +96,7 @@ class Terminal:
         self._process = subprocess.Popen(
             [*MODULE, *map(str, args)], stdin=theirs, stdout=theirs, stderr=theirs,
             env=environment | {"TERM": "xterm"}, start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
         os.close(theirs)
 

@@ -123,6 +123,18 @@ def test_a_second_signal_means_it_and_handlers_are_put_back():
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_a_signal_that_is_ignored_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with demo._stoppable(True) as stop:
+            stop.trained = 1
+            signal.raise_signal(signal.SIGINT)
+            assert stop.received is None
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_a_thread_cannot_take_signals_and_does_without():
     failed = []
 

@@ -121,7 +121,8 @@ def test_programs_are_kept_for_the_next_run(process, environment, tmp_path):
     process(*SHORT, "--prompt", "a", env=ALL)
     kept = files(pathlib.Path(environment["XDG_CACHE_HOME"]) / "mla_jax" / "compiled")
     assert kept
-    process(*SHORT, "--prompt", "b", env=ALL)
+    again = process(*SHORT, "--prompt", "b", env=ALL)
+    assert (again.returncode, again.stderr) == (0, "")  # what was kept is read without a word
     assert files(pathlib.Path(environment["XDG_CACHE_HOME"])) == kept
 
 
