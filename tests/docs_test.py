@@ -14,8 +14,8 @@ DOCS = pathlib.Path(__file__).parents[1] / "docs"
 PUBLIC = {
     f"{module.__name__}.{name}": value
     for module in (mla_jax, checkpoint, models, generation, costs)
-    for name, value in vars(module).items()
-    if callable(value)
+    for name in dir(module)
+    if callable(value := getattr(module, name))
     and not name.startswith("_")
     and value.__module__.startswith("mla_jax")
     and (hasattr(module, "__path__") or value.__module__ == module.__name__)
