@@ -31,7 +31,7 @@ def test_stop_tokens_end_rows_on_their_own():
         assert lengths[row] == end
         np.testing.assert_array_equal(written[row, :end], free[row, :end])
         np.testing.assert_array_equal(written[row, end:], stop)
-        assert cache[0].length[row] == start + end
+        assert cache.length[row] == start + end
 
 
 def test_sampling_in_the_loop_repeats_with_its_key():
