@@ -1,6 +1,5 @@
 """Multi-head Latent Attention for JAX and Flax.
 
-<<<<<<< HEAD
 Public names are imported when they are first used, so that what needs no JAX (configs, costs, the
 command line's help) does not wait for it.
 """
@@ -20,10 +19,10 @@ if TYPE_CHECKING:
     from mla_jax.config import RopeScaling as RopeScaling
     from mla_jax.config import presets as presets
     from mla_jax.explain import explain as explain
+    from mla_jax.generation.sampling import sample as sample
     from mla_jax.generation.steps import decode_loop as decode_loop
     from mla_jax.generation.steps import decode_step as decode_step
     from mla_jax.generation.steps import prefill_step as prefill_step
-    from mla_jax.generation.steps import sample as sample
     from mla_jax.layers.attention import MultiHeadLatentAttention as MultiHeadLatentAttention
     from mla_jax.layers.step import Step as Step
     from mla_jax.ops import expanded_attention as expanded_attention
@@ -37,7 +36,8 @@ _HOMES = {
     "cache": ("Cache",),
     "config": ("MLAConfig", "RopeScaling", "presets"),
     "explain": ("explain",),
-    "generation.steps": ("decode_loop", "decode_step", "prefill_step", "sample"),
+    "generation.sampling": ("sample",),
+    "generation.steps": ("decode_loop", "decode_step", "prefill_step"),
     "layers.attention": ("MultiHeadLatentAttention",),
     "layers.step": ("Step",),
     "ops": ("expanded_attention", "latent_attention", "merge_attention"),

@@ -22,9 +22,10 @@ PUBLIC = {
 }
 
 
-def test_getting_started_prints_what_it_says(capsys):
-    runpy.run_path(str(DOCS / "examples" / "getting_started.py"))
-    assert capsys.readouterr().out == (DOCS / "examples" / "getting_started.txt").read_text()
+@pytest.mark.parametrize("name", ["getting_started", "own_model"])
+def test_an_example_prints_what_it_says(name, capsys):
+    runpy.run_path(str(DOCS / "examples" / f"{name}.py"))
+    assert capsys.readouterr().out == (DOCS / "examples" / f"{name}.txt").read_text()
 
 
 @pytest.mark.parametrize("name", PUBLIC)
