@@ -191,7 +191,7 @@ def _source(options: Generate) -> tuple[DecoderConfig, generation.Tokenizer, pat
     """The model's config, its tokenizer, and where its weights are, if they are anywhere."""
     if options.checkpoint is None:
         assert options.preset is not None
-        return DecoderConfig.from_preset(options.preset), generation.Tokenizer(), None
+        return DecoderConfig.from_preset(options.preset), generation.Tokenizer.bytes(), None
     with checkpoint.Checkpoint(options.checkpoint) as files:
         config, path = decoder_config(files), files.path
     folder = path if path.is_dir() else path.parent
