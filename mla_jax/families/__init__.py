@@ -9,10 +9,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from mla_jax.families import (
-    axk, deepseek, dots, glm, hunyuan, kimi, ling, longcat, minicpm, mistral, others, sarvam, youtu,
+    axk,
+    deepseek,
+    dots,
+    glm,
+    hunyuan,
+    kimi,
+    ling,
+    longcat,
+    minicpm,
+    mistral,
+    others,
+    reading,
+    sarvam,
+    youtu,
 )  # fmt: skip
 from mla_jax.families import decoder as decoders
-from mla_jax.families import reading
 from mla_jax.families.family import Family as Family
 from mla_jax.families.reading import language_model as language_model
 from mla_jax.families.reading import read_config as read_config

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-
 # Models beside the language model that releases bring along under these names.
 VISION = (
     "vision_tower.", "vision_model.", "visual.", "multi_modal_projector.", "mm_projector.",

@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 from mla_jax import families
 from mla_jax.config import MLAConfig, configs_dir
 
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     """Shape of a `Decoder`; keys are the Hugging Face config's where it has them.
