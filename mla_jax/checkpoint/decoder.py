@@ -215,18 +215,15 @@ class _Loader:
             )
         for group in grouped(predictor_table(model, self.family, self.root)):
             self._fill(group)
-        types = {
-            "dtype": model.embed.dtype, "param_dtype": model.embed.param_dtype,
-            "rngs": nnx.Rngs(0),
-        }  # fmt: skip
+        types = {"dtype": model.embed.dtype, "param_dtype": model.embed.param_dtype}
         words, width = self.config.vocab_size, self.config.attention.hidden_size
         embed, head = predictor_copies(model, self.family, self.root)
         if self._has(embed.name) and self._differs(embed.name, self.embed):
-            predictor.embed = nnx.eval_shape(lambda: nnx.Embed(words, width, **types))
+            predictor.embed = nnx.eval_shape(lambda: nnx.Embed(words, width, rngs=nnx.Rngs(0), **types))
         shared = self.embed if model.head is None else self.head
         if self._has(head.name) and self._differs(head.name, shared):
-            bare = {"use_bias": False, "precision": predictor.eh_proj.precision}
-            predictor.head = nnx.eval_shape(lambda: nnx.Linear(width, words, **bare, **types))
+            types |= {"use_bias": False, "precision": predictor.eh_proj.precision}
+            predictor.head = nnx.eval_shape(lambda: nnx.Linear(width, words, rngs=nnx.Rngs(0), **types))
         own = {"predictor.embed": predictor.embed, "predictor.head": predictor.head}
         for entry in predictor_copies(model, self.family, self.root):
             if own[entry.path.rpartition(".")[0]] is not None:

@@ -77,6 +77,33 @@ def build(
     return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, once))
 
 
+def fetch(array: jax.Array, index: int | None = None) -> np.ndarray:
+    """An array, or its part at an index of the first axis, from whichever devices hold it.
+
+    Unlike np.asarray this keeps no copy of the whole with the array.
+
+    Raises:
+        ValueError: parts of it are with another process.
+
+    >>> import jax.numpy as jnp
+    >>> fetch(jnp.arange(6).reshape(3, 2), 1)
+    array([2, 3], dtype=int32)
+    """
+    if not array.is_fully_addressable:
+        raise ValueError(f"an array of shape {array.shape} lies with other processes: gather it.")
+    out = np.empty(array.shape if index is None else array.shape[1:], array.dtype)
+    for shard in array.addressable_shards:
+        if shard.replica_id:
+            continue
+        if index is None:
+            out[shard.index] = np.asarray(shard.data)
+            continue
+        start, stop, _ = shard.index[0].indices(array.shape[0])
+        if start <= index < stop:
+            out[shard.index[1:]] = np.asarray(shard.data[index - start])
+    return out
+
+
 def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """A C-ordered array, aligned as jax wants it."""
     size = math.prod(shape) * dtype.itemsize

@@ -22,7 +22,8 @@ _BLOCK = (128, 128)
 _SILENT = (
     "quant_method", "activation_scheme", "modules_to_not_convert", "ignored_layers", "scale_fmt",
     "fmt", "weight_block_size", "activation_scale_ub", "dequantize", "exclude_modules", "producer",
-    "kv_cache_scheme", "kv_cache_quant_algo", "quant_algo", "ignore", "is_checkpoint_fp8_serialized",
+    "kv_cache_scheme", "kv_cache_quant_algo", "quant_algo", "ignore",
+    "is_checkpoint_fp8_serialized",
 )  # fmt: skip
 _READ = (
     "fp8, fbgemm_fp8, w8a8_fp8, w8a8_int8, blockwise_int8, modelopt's FP8 and compressed-tensors' "
@@ -85,10 +86,7 @@ def forms(config: Mapping[str, Any], where: str) -> tuple[Form, ...] | None:
 
 def undeclared() -> tuple[Form, ...]:
     """What is read where nothing is announced."""
-    return (
-        *_grains((E4M3, E5M2), ("tensor", "row", "block"), _BLOCK),
-        *_grains((INT8,), ("tensor", "row", "block"), _BLOCK),
-    )
+    return _grains((E4M3, E5M2, INT8), ("block", "row", "tensor"), _BLOCK)
 
 
 def _grains(dtypes, grains, block) -> tuple[Form, ...]:
@@ -100,7 +98,7 @@ def _forms(config: Mapping[str, Any], where: str) -> tuple[Form, ...]:
     if "qformat_weight" in config:  # Mistral's params.json
         if config["qformat_weight"] != "fp8_e4m3":
             _refuse(where, "qformat_weight", config["qformat_weight"])
-        return _grains((E4M3,), ("tensor", "row", "block"), _BLOCK)
+        return _grains((E4M3,), ("block", "row", "tensor"), _BLOCK)
     method = config.get("quant_method")
     if method == "compressed-tensors":
         return _compressed(config, where)

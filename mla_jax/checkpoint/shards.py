@@ -1,4 +1,4 @@
-"""Files of a checkpoint: one memory-mapped safetensors file, and which of them hold which tensor."""
+"""Files of a checkpoint: a memory-mapped safetensors file, and which file holds which tensor."""
 
 import contextlib
 import json

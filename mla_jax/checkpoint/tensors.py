@@ -132,8 +132,7 @@ class Entry:
 
     def value(self) -> np.ndarray:
         """The tensor, from the parameter: the inverse of `fill`."""
-        value = self.parameter[...]
-        value = np.asarray(value if self.index is None else value[self.index])
+        value = host.fetch(self.parameter[...], self.index)
         if self.inputs is None:
             return np.ascontiguousarray(value.reshape(self.stored_shape))
         return np.ascontiguousarray(value.reshape(self.stored_shape[::-1]).T)

@@ -27,12 +27,12 @@ class Family:
             the layer or None; returns the config with what no table can say.
         refusals: a key to a value that the layer cannot honour, and why.
         refused: why no model of this family can be computed; None where they can.
-        styles: names of its attention tensors, by a name for `attention_tensors(names=...)`: Hugging
-            Face's name of DeepSeek's to its own.
+        styles: names of its attention tensors, by a name for `attention_tensors(names=...)`: from
+            Hugging Face's names of DeepSeek's to its own.
         names: modules of a whole model, by DeepSeek's dotted names ("self_attn", "mlp.gate",
             "embed_tokens", "layers"), to its own.
-        decoder: called with the config, the `MLAConfig` and what to call it in an error; returns the
-            fields of `DecoderConfig`. None: `Decoder` has not its shape.
+        decoder: called with the config, the `MLAConfig` and what to call it in an error; returns
+            the fields of `DecoderConfig`. None: `Decoder` has not its shape.
         no_decoder: what its decoder needs that `Decoder` has not; None names the families that fit.
         written: the inverse of `adjust` and `decoder`: called with a `DecoderConfig` and the
             config.json that says it in DeepSeek's keys; returns the family's.
