@@ -219,11 +219,15 @@ class _Loader:
         words, width = self.config.vocab_size, self.config.attention.hidden_size
         embed, head = predictor_copies(model, self.family, self.root)
         if self._has(embed.name) and self._differs(embed.name, self.embed):
-            predictor.embed = nnx.eval_shape(lambda: nnx.Embed(words, width, rngs=nnx.Rngs(0), **types))
+            predictor.embed = nnx.eval_shape(
+                lambda: nnx.Embed(words, width, rngs=nnx.Rngs(0), **types)
+            )
         shared = self.embed if model.head is None else self.head
         if self._has(head.name) and self._differs(head.name, shared):
             types |= {"use_bias": False, "precision": predictor.eh_proj.precision}
-            predictor.head = nnx.eval_shape(lambda: nnx.Linear(width, words, rngs=nnx.Rngs(0), **types))
+            predictor.head = nnx.eval_shape(
+                lambda: nnx.Linear(width, words, rngs=nnx.Rngs(0), **types)
+            )
         own = {"predictor.embed": predictor.embed, "predictor.head": predictor.head}
         for entry in predictor_copies(model, self.family, self.root):
             if own[entry.path.rpartition(".")[0]] is not None:

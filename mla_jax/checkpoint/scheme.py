@@ -40,11 +40,13 @@ class Form:
         dtype: what the file holds; int32 is packed integers.
         block: rows and columns that share a scale; None is all of that axis.
         bits: of one number.
+        exponents: whether scales may be powers of two, stored as their exponents.
     """
 
     dtype: np.dtype
     block: tuple[int | None, int | None]
     bits: int = 8
+    exponents: bool = False
 
     def grid(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the scales of a weight."""
@@ -86,12 +88,16 @@ def forms(config: Mapping[str, Any], where: str) -> tuple[Form, ...] | None:
 
 def undeclared() -> tuple[Form, ...]:
     """What is read where nothing is announced."""
-    return _grains((E4M3, E5M2, INT8), ("block", "row", "tensor"), _BLOCK)
+    return _grains((E4M3, E5M2, INT8), ("block", "row", "tensor"), _BLOCK, exponents=True)
 
 
-def _grains(dtypes, grains, block) -> tuple[Form, ...]:
+def _grains(dtypes, grains, block, exponents=False) -> tuple[Form, ...]:
     blocks = {"tensor": (None, None), "row": (1, None), "block": block}
-    return tuple(Form(dtype, blocks[grain]) for dtype in dtypes for grain in grains)
+    return tuple(
+        Form(dtype, blocks[grain], exponents=exponents and dtype != INT8)
+        for dtype in dtypes
+        for grain in grains
+    )
 
 
 def _forms(config: Mapping[str, Any], where: str) -> tuple[Form, ...]:
@@ -118,11 +124,12 @@ def _forms(config: Mapping[str, Any], where: str) -> tuple[Form, ...]:
         if kind not in kinds:
             _refuse(where, "fmt", kind)
         dtypes = (kinds[kind],)
+    exponents = config.get("scale_fmt") == "ue8m0"
     if block is not None:
-        return _grains(dtypes, ("block",), block)
+        return _grains(dtypes, ("block",), block, exponents)
     if method == "blockwise_int8":
         raise ValueError(f"{where} lacks weight_block_size.")
-    return _grains(dtypes, ("tensor", "row"), None)
+    return _grains(dtypes, ("tensor", "row"), None, exponents)
 
 
 def _compressed(config: Mapping[str, Any], where: str) -> tuple[Form, ...]:

@@ -157,17 +157,20 @@ def stored(name: str, source: Source, allowed: tuple[Form, ...] | None) -> Store
             f"{source.where(name)} is {kind} and has no scale: looked for "
             f"{stem}{{{', '.join(SCALES)}}} in all files."
         )
-    scale = source.raw(found[0])
-    if scale.dtype == np.uint8 and value.dtype != schemes.INT8:  # by its biased exponent
-        scale = scale.view(ml_dtypes.float8_e8m0fnu)
-    if scale.dtype not in _FLOATS and (scale.dtype != _E8M0 or value.dtype == schemes.INT8):
-        raise ValueError(f"{source.where(found[0])} holds {scale.dtype}: no scales of {name}.")
     announced = schemes.undeclared() if allowed is None else allowed
     forms = [form for form in announced if form.dtype == value.dtype]
     if not forms:
         raise ValueError(
             f"{source.where(name)} holds {value.dtype}, which its quantization_config does not "
             "announce."
+        )
+    scale = source.raw(found[0])
+    if scale.dtype in (np.uint8, _E8M0) and forms[0].exponents:
+        scale = scale.view(_E8M0)
+    elif scale.dtype not in _FLOATS:
+        raise ValueError(
+            f"{source.where(found[0])} holds {scale.dtype}: scales of {name} are floats, or "
+            "exponents where quantization_config has scale_fmt='ue8m0'."
         )
     form, scale = _fitting(name, value.shape, found[0], scale, forms, source)
     return Stored((name, found[0]), value, value.shape, scale, form)

@@ -201,8 +201,16 @@ def test_the_language_model_of_another(copy, root, head):
         ("model.layers.2.mlp.gate.e_score_correction_bias", None, "lacks .*correction_bias"),
         ("lm_head.weight", None, r"lacks lm_head\.weight"),
         ("model.norm.weight", np.ones(3, np.float32), r"model\.norm\.weight in .* shape \(3,\)"),
-        ("model.layers.0.hc_fn", np.ones(3, np.float32), r"layers\.0\.hc_fn in .*not used: .*layers have no"),
-        ("model.layers.1.self_attn.kv_a_proj_with_mqa.weight", None, r"lacks model\.layers\.1\.self_attn\.kv_a"),
+        (
+            "model.layers.0.hc_fn",
+            np.ones(3, np.float32),
+            r"layers\.0\.hc_fn in .*not used: .*layers have no",
+        ),
+        (
+            "model.layers.1.self_attn.kv_a_proj_with_mqa.weight",
+            None,
+            r"lacks model\.layers\.1\.self_attn\.kv_a",
+        ),
     ],
 )
 def test_errors_name_the_tensor(copy, name, change, message):

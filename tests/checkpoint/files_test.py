@@ -16,8 +16,7 @@ from flax import nnx
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from mla_jax import MLAConfig, MultiHeadLatentAttention, checkpoint
-from mla_jax import families
+from mla_jax import MLAConfig, MultiHeadLatentAttention, checkpoint, families
 from mla_jax.checkpoint import names as naming
 from mla_jax.checkpoint import tensors as tables
 

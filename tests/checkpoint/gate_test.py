@@ -134,7 +134,7 @@ def apply(tensors, key, kind, value):
         del tensors[key]
     elif kind == "cast":
         with np.errstate(all="ignore"):
-            tensors[key] = array.astype(value)
+            tensors[key] = array.astype(np.float64).astype(np.float32).astype(value)
     elif kind == "rename":
         if value == key:
             return tensors, None
@@ -158,9 +158,10 @@ def apply(tensors, key, kind, value):
         else:
             return tensors, None
     elif kind == "copy":
-        if ".layers.2." not in key:
+        target = key.replace("layers.2", value)
+        if target in tensors:
             return tensors, None
-        tensors[key.replace("layers.2", value)] = array
+        tensors[target] = array
     return tensors, key
 
 
@@ -194,9 +195,11 @@ def expected(name, tensors):
 def rescaled(exact, old, new):
     """The products with scales of another dtype: every block's divided by one and times another."""
     steps = [-(-size // count) for size, count in zip(exact.shape, old.shape, strict=True)]
-    grow = lambda s: np.repeat(np.repeat(np.float64(s), steps[0], 0), steps[1], 1)[  # noqa: E731
-        : exact.shape[0], : exact.shape[1]
-    ]
+    grow = (
+        lambda s: np.repeat(np.repeat(np.float64(s), steps[0], 0), steps[1], 1)[
+            : exact.shape[0], : exact.shape[1]
+        ]
+    )
     return exact / grow(old) * grow(new)
 
 
@@ -214,7 +217,9 @@ def load(folder, **options):
 
 @pytest.mark.filterwarnings("ignore:.*is not the embedding.*:UserWarning")
 @hypothesis.settings(
-    max_examples=250, deadline=None, derandomize=True,
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
     suppress_health_check=list(hypothesis.HealthCheck),
 )
 @hypothesis.given(change=changes(), mtp=st.booleans())
@@ -258,18 +263,18 @@ def attention_base(form):
     for name, tensor in checkpoint.attention_tensors(layer).items():
         stored[name] = tensor
         if tensor.ndim == 2 and form:
-            dtype, suffix = {"fp8": (E4M3, "weight_scale_inv"), "int8": (np.int8, "weight_scale")}[form]
+            dtype, suffix = {"fp8": (E4M3, "weight_scale_inv"), "int8": (np.int8, "weight_scale")}[
+                form
+            ]
             values, scale, _ = scaled(tensor, dtype, (1, None), random)
             stored |= {name: values, name.removesuffix("weight") + suffix: scale}
-    made = MultiHeadLatentAttention(MICRO, rngs=nnx.Rngs(0))
-    checkpoint.load_attention(made, stored)
-    return stored, checkpoint.attention_tensors(made)
+    return stored
 
 
-@hypothesis.settings(max_examples=150, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=100, deadline=None, derandomize=True)
 @hypothesis.given(data=st.data())
 def test_any_change_of_an_attention_tensor(data):
-    stored, exact = attention_base(data.draw(st.sampled_from(["", "fp8", "int8"])))
+    stored = attention_base(data.draw(st.sampled_from(["", "fp8", "int8"])))
     key = data.draw(st.sampled_from(sorted(stored)))
     kind = data.draw(st.sampled_from(["drop", "cast", "rename", "beside", "shape"]))
     value = {
@@ -283,13 +288,15 @@ def test_any_change_of_an_attention_tensor(data):
     try:
         checkpoint.load_attention(layer, changed)
     except ValueError as error:
-        assert named is None or key.rpartition(".")[0].split(".")[0] in str(error)
+        told = [part for part in (key, value) if isinstance(part, str)]
+        assert named is None or any(part.split(".")[0] in str(error) for part in told)
         return
     for name, tensor in checkpoint.attention_tensors(layer).items():
-        if name.rpartition(".")[0] != key.rpartition(".")[0] or kind != "cast":
-            np.testing.assert_array_equal(tensor, exact[name], err_msg=name)
-        else:  # a cast of a float to a float
-            np.testing.assert_allclose(tensor, exact[name], rtol=2**-7, err_msg=name)
+        stem, wanted = name.removesuffix("weight"), np.float32(changed[name])
+        for suffix in ("weight_scale", "weight_scale_inv"):  # one a row
+            if stem + suffix in stored:
+                wanted = wanted * np.float32(changed[stem + suffix]).reshape(-1, 1)
+        np.testing.assert_array_equal(tensor, wanted, err_msg=name)
 
 
 @pytest.fixture
@@ -398,8 +405,15 @@ def test_a_vision_towers_tensors_may_stay(tmp_path):
     """As DeepSeek-VL2 names its parts: the language model is nested, and so is its config."""
     config, tensors = source("deepseek_v2")
     inside = {f"language.{name}": value for name, value in tensors.items()}
-    inside |= {name: np.zeros(2, np.float32) for name in (
-        "vision.blocks.0.weight", "projector.layers.0.weight", "image_newline", "view_seperator")}
+    inside |= {
+        name: np.zeros(2, np.float32)
+        for name in (
+            "vision.blocks.0.weight",
+            "projector.layers.0.weight",
+            "image_newline",
+            "view_seperator",
+        )
+    }
     nested = {"model_type": "deepseek_vl_v2", "language_config": config}
     got = weights_of(load(write(tmp_path, nested, inside)))
     for name, value in got.items():

@@ -303,7 +303,9 @@ def test_what_cannot_be_saved_is_named(tmp_path):
     with pytest.raises(ValueError, match="a is complex64"):
         checkpoint.save_tensors(tmp_path, {"a": np.zeros(2, np.complex64)})
     model = make(CONFIGS["softmax"].replace(model_type="minicpm3"))
-    with pytest.raises(ValueError, match=r"model_type='minicpm3' cannot say moe_intermediate_size=9"):
+    with pytest.raises(
+        ValueError, match=r"model_type='minicpm3' cannot say moe_intermediate_size=9"
+    ):
         checkpoint.save_decoder(model, tmp_path / "a")
     assert not (tmp_path / "a").exists()
 

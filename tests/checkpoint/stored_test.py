@@ -179,8 +179,8 @@ def test_other_schemes_are_refused_by_name(config, message):
         ({"weight": np.uint8}, r"up_proj\.weight in .*holds uint8"),
         ({"weight": np.int32}, r"up_proj\.weight in .*holds int32"),
         ({"weight": ml_dtypes.float8_e4m3fn}, "which its quantization_config does not announce"),
-        ({"weight_scale": np.int32}, r"weight_scale in .*holds int32: no scales"),
-        ({"weight_scale": np.uint8}, r"weight_scale in .*holds uint8: no scales"),
+        ({"weight_scale": np.int32}, r"weight_scale in .*holds int32: scales of .* are floats"),
+        ({"weight_scale": np.uint8}, r"weight_scale in .*holds uint8: scales of .*scale_fmt"),
         ({"weight_scale": None}, "is int8 and has no scale"),
     ],
 )
