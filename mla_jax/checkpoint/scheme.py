@@ -106,6 +106,9 @@ def _forms(config: Mapping[str, Any], where: str) -> tuple[Form, ...]:
             _refuse(where, "qformat_weight", config["qformat_weight"])
         return _grains((E4M3,), ("block", "row", "tensor"), _BLOCK)
     method = config.get("quant_method")
+    if method is None and config.get("weight_block_size") is not None:
+        block = _block_size(config["weight_block_size"], where)
+        return _grains((E4M3, E5M2, INT8), ("block",), block, exponents=True)
     if method == "compressed-tensors":
         return _compressed(config, where)
     if method == "modelopt" and config.get("quant_algo") != "FP8":

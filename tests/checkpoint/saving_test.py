@@ -136,7 +136,7 @@ def test_files_are_safetensors_own(tmp_path):
     for file in tmp_path.glob("*.safetensors"):
         with safe_open(str(file), "np") as opened:
             assert opened.metadata() == {"format": "pt"}
-            for name in opened.keys():
+            for name in list(opened.keys()):
                 seen[name] = file.name
                 total += opened.get_tensor(name).nbytes
     assert seen == index["weight_map"]

@@ -79,7 +79,7 @@ def test_one_object_adds_a_family(folder):
 
 
 def test_it_is_saved_in_its_own_keys(folder):
-    path, model = folder
+    _, model = folder
     written = families.config_json(model.config, "float32")
     assert (written["model_type"], written["emphasis"]) == ("quail", 3.0)
     assert DecoderConfig.from_hf(written) == model.config
