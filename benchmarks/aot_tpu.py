@@ -110,7 +110,7 @@ def kernel(generation, *, batch, slots, heads, tokens=1, dtype="bfloat16", uneve
     from mla_jax.ops import tpu
 
     kind = GENERATIONS[generation][1]
-    plan = tpu.plan(batch, tokens * heads, slots, jnp.dtype(dtype).itemsize, kind)
+    plan = tpu.make_plan(batch, tokens * heads, slots, jnp.dtype(dtype).itemsize, kind)
     if changes:
         plan = dataclasses.replace(plan, vmem_bytes=60 * 2**20, **changes)
     shapes = ((batch, tokens, heads, 512), (batch, tokens, heads, 64))

@@ -1,8 +1,8 @@
 """The device that a computation is compiled for, real or abstract: the only module that asks.
 
-Under `jax.set_mesh`, and inside `jax.shard_map`, jax knows an abstract device: its kind and number of
-cores, but not what it can do. What it can do then follows from a real device of that kind, or from
-the kind's name.
+Under `jax.set_mesh`, and inside `jax.shard_map`, jax knows an abstract device: its kind and number
+of cores, but not what it can do. What it can do then follows from a real device of that kind, or
+from the kind's name.
 """
 
 import dataclasses
@@ -65,8 +65,8 @@ class Target:
 def current() -> Target:
     """The target of what is being traced or run now.
 
-    That is the device of the mesh in use, if there is one, else `jax_default_device`, else the first
-    device of the default backend.
+    That is the device of the mesh in use, if there is one, else `jax_default_device`, else the
+    first device of the default backend.
 
     >>> current().platform in ("cpu", "gpu", "tpu")
     True

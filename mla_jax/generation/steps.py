@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
-from mla_jax.cache import LatentCache
+from mla_jax.cache import Cache
 
 
 @functools.partial(jax.jit, donate_argnames=("cache",))
@@ -146,7 +146,7 @@ def decode_loop(
     >>> model = Decoder(config, rngs=nnx.Rngs(0))
     >>> cache = model.init_cache(batch_size=2, max_length=8)
     >>> tokens, lengths, cache = decode_loop(model, jnp.array([7, 8]), cache, steps=4)
-    >>> tokens.shape, lengths, cache[0].length
+    >>> tokens.shape, lengths, cache.length
     ((2, 4), Array([4, 4], dtype=int32), Array([4, 4], dtype=int32))
     """
     if not isinstance(steps, int) or steps < 1:
@@ -174,11 +174,8 @@ def _loop(model, tokens, cache, key, *, steps, temperature, top_k, top_p, stop_t
 
     def step(carry, step_key):
         token, active, cache = carry
-        # Without stop tokens every row is active, and `decode` lets kernels know the lengths.
-        if stop_tokens:
-            logits, cache = model.prefill(token[:, None], cache, active.astype(jnp.int32))
-        else:
-            logits, cache = model.decode(token[:, None], cache)
+        lengths = active.astype(jnp.int32) if stop_tokens else None
+        logits, cache = model.prefill(token[:, None], cache, lengths)
         drawn = sample(logits[:, 0], step_key, temperature=temperature, top_k=top_k, top_p=top_p)
         token = jnp.where(active, drawn, token)
         stopped = (token[:, None] == stops[None]).any(-1)
@@ -204,14 +201,12 @@ def _check_sampling(words, key, temperature, top_k, top_p) -> None:
         raise ValueError("logits have no words: their last axis must not be empty.")
 
 
-def _check_room(cache, steps: int) -> None:
-    is_cache = lambda node: isinstance(node, LatentCache)  # noqa: E731
-    for layer in jax.tree.leaves(cache, is_leaf=is_cache):
-        if not is_cache(layer) or isinstance(layer.length, jax.core.Tracer):
-            continue
-        held = np.asarray(layer.length)
-        if (held + steps > layer.max_length).any():
-            raise ValueError(
-                f"steps={steps} do not fit: rows hold {held.tolist()} of max_length="
-                f"{layer.max_length} tokens. Make the cache longer."
-            )
+def _check_room(cache: Cache, steps: int) -> None:
+    if isinstance(cache.length, jax.core.Tracer):
+        return
+    held = np.asarray(cache.length)
+    if (held + steps > cache.max_length).any():
+        raise ValueError(
+            f"steps={steps} do not fit: rows hold {held.tolist()} of max_length="
+            f"{cache.max_length} tokens. Make the cache longer."
+        )

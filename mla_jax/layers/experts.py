@@ -16,9 +16,9 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from mla_jax import target
 from mla_jax.layers.mlp import GatedMLP
 from mla_jax.ops import hopper
-from mla_jax.ops.dispatch import default_device
 from mla_jax.ops.experts import grouped
 
 _DENSE_TOKENS = 256  # up to here reading every expert once beats sorting
@@ -155,7 +155,7 @@ class MixtureOfExperts(nnx.Module):
         """
         dtype = self.dtype or jnp.promote_types(x.dtype, self.gate_proj.dtype)
         x, pairs = x.astype(dtype), experts.size
-        if grouped.why_not(self.gate_proj.shape, dtype, default_device()) is None:
+        if grouped.why_not(self.gate_proj.shape, dtype, target.current()) is None:
             mixed = self._grouped(x, experts, weights)
         elif 2 * pairs <= self.gate_proj.shape[0]:
             mixed = self._by_pair(x, experts, weights)
@@ -194,7 +194,7 @@ class MixtureOfExperts(nnx.Module):
     def _sorted(self, x, experts, weights):
         """Many tokens: sorted by expert, then ragged matmuls, or matmuls of one expert's block."""
         count, groups = self.config.num_experts_per_tok, self.gate_proj.shape[0]
-        if jax.default_backend() == "tpu":
+        if target.current().platform == "tpu":
             flat = experts.reshape(-1)
             order = jnp.argsort(flat, stable=True)
             sizes = jnp.bincount(flat, length=groups).astype(jnp.int32)
@@ -218,7 +218,7 @@ class MixtureOfExperts(nnx.Module):
 
     def _grouped(self, x, experts, weights, sms=None, interpret=None):
         """Any number of tokens on a Hopper GPU: tiles of one expert each, through a kernel."""
-        groups, device = self.gate_proj.shape[0], default_device()
+        groups, device = self.gate_proj.shape[0], target.current()
         rows = grouped.MANY if experts.size >= groups * grouped.MANY // 2 else grouped.FEW
         tiles = _tiles(experts, groups, rows)
         product = functools.partial(

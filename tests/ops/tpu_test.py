@@ -330,13 +330,13 @@ def test_why_not(change, reason):
 def test_plans_fit(kind):
     for queries in (1, 16, 128, 1024):
         for size in (2, 4):
-            plan = tpu.plan(64, queries, 32768, size, kind)
+            plan = tpu.make_plan(64, queries, 32768, size, kind)
             assert plan.piece % 128 == 0
             assert plan.block % plan.piece == 0
             assert plan.vmem_bytes < 40 * 2**20  # of 64 MiB, or 128, that a core has
-    assert tpu.plan(1, 16, 256, 2, kind).block == 256
-    assert tpu.plan(4, 16, 256, 2, kind).block == 1024  # four rows
-    assert tpu.plan(7, 16, 384, 2, kind).piece in (128, 256)
+    assert tpu.make_plan(1, 16, 256, 2, kind).block == 256
+    assert tpu.make_plan(4, 16, 256, 2, kind).block == 1024  # four rows
+    assert tpu.make_plan(7, 16, 384, 2, kind).piece in (128, 256)
 
 
 LIBTPU = pathlib.Path(sys.prefix, "tpu-aot")  # where `./run test` puts it
