@@ -7,6 +7,7 @@ follows the layers under the next number, and is read where it is asked for.
 import os
 import re
 import warnings
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -215,10 +216,11 @@ class _Loader:
             )
         for group in grouped(predictor_table(model, self.family, self.root)):
             self._fill(group)
-        types = {"dtype": model.embed.dtype, "param_dtype": model.embed.param_dtype}
+        embed = model.embed
+        types: dict[str, Any] = {"dtype": embed.dtype, "param_dtype": embed.param_dtype}
         words, width = self.config.vocab_size, self.config.attention.hidden_size
-        embed, head = predictor_copies(model, self.family, self.root)
-        if self._has(embed.name) and self._differs(embed.name, self.embed):
+        words_of, head = predictor_copies(model, self.family, self.root)
+        if self._has(words_of.name) and self._differs(words_of.name, self.embed):
             predictor.embed = nnx.eval_shape(
                 lambda: nnx.Embed(words, width, rngs=nnx.Rngs(0), **types)
             )

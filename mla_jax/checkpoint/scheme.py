@@ -187,7 +187,7 @@ def _compressed_group(weights: Any, format: str, where: str) -> Form:
                 "bits."
             )
         return Form(INT32, block, bits)
-    dtypes = {("int", 8): INT8, ("float", 8): E4M3}
+    dtypes: dict[Any, np.dtype] = {("int", 8): INT8, ("float", 8): E4M3}
     if (kind, bits) not in dtypes:
         raise ValueError(f"{where}: num_bits={bits!r}, type={kind!r}: {format} has 8 bits.")
     return Form(dtypes[kind, bits], block)

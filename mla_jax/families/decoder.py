@@ -84,9 +84,9 @@ def _only_dense(hf: Mapping[str, Any], known: Mapping[str, Any]) -> bool:
         return True
     first, layers = known.get("first_k_dense_replace", 0), hf.get("num_hidden_layers")
     drafts = hf.get("num_nextn_predict_layers") or 0
-    if not all(isinstance(value, int) for value in (first, layers, drafts)):
-        return False  # an error that names the key comes where they are validated
-    return first >= layers + drafts
+    if isinstance(first, int) and isinstance(layers, int) and isinstance(drafts, int):
+        return first >= layers + drafts
+    return False  # an error that names the key comes where they are validated
 
 
 def _refuse(hf: Mapping[str, Any], where: str) -> None:

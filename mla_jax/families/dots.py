@@ -51,7 +51,7 @@ def _adjust(hf: dict[str, Any], where: str, layer: int | None) -> dict[str, Any]
         own = own.get(str(index), own.get(index)) if isinstance(own, Mapping) else None
         if not isinstance(own, Mapping):
             raise ValueError(f"{where}: per_layer_config lacks the sliding layer {index}.")
-        return hf | own
+        return hf | dict(own)
     hf |= {name: hf.get(f"swa_{name}", default) for name, default in _SLIDING.items()}
     if hf.get("swa_qk_rope_head_dim") is not None:
         hf["qk_rope_head_dim"] = hf["swa_qk_rope_head_dim"]
