@@ -112,9 +112,8 @@ class Entry:
             target = out.reshape(columns.stop - columns.start, rows.stop - rows.start, copy=False)
 
             def chunk(few):
-                target[:, few.start - rows.start : few.stop - rows.start] = stored.read(
-                    (few, columns)
-                ).T
+                part = stored.read((few, columns), out.dtype)  # its last dtype before it is turned
+                host.copy(part.T, target[:, few.start - rows.start : few.stop - rows.start])
 
             host.each(chunk, stored.chunks(rows, columns), threads)
         else:
