@@ -54,6 +54,8 @@ class Checkpoint:
         self._files = index_of(self.path)
         self._shards: dict[pathlib.Path, Shard] = {}
         self._ahead: set[str] = set()
+        self._by_layers: dict[str, dict[tuple[int, int], str]] = {}
+        self._checked = False
         self._reader = concurrent.futures.ThreadPoolExecutor(1)
         self.config: Mapping[str, Any] = config_of(self.path)
 
@@ -155,6 +157,7 @@ class Checkpoint:
                 f"{have}."
             )
         self.check_beside()
+        self._check_behind()
         for family in families.FAMILIES.values():
             for name, remedy in family.learned.items():
                 if name in self and np.any(np.asarray(self.raw(name), np.float32)):
@@ -183,13 +186,19 @@ class Checkpoint:
         Raises:
             ValueError: there is such a thing; the message names it.
         """
+        if self._checked:
+            return
         for name in self:
             if _ADAPTER.search(name):
                 raise ValueError(
                     f"{self.where(name)} is an adapter's: merge it into the weights first."
                 )
-        if not self.path.is_dir():
-            return
+        if self.path.is_dir():
+            self._check_folder()
+        self._checked = True
+
+    def _check_folder(self) -> None:
+        """Files of the folder that the index does not know."""
         if (self.path / "adapter_config.json").exists():
             raise ValueError(
                 f"{self.path} holds an adapter (adapter_config.json) beside the weights: merge it "
@@ -203,8 +212,24 @@ class Checkpoint:
                 if name not in self:
                     raise ValueError(f"{name} in {file}: the index does not know this file.")
 
+    def _check_behind(self) -> None:
+        """Refuses a layer behind the last: a block for drafting has eh_proj."""
+        count = _layer_count(self.config)
+        for (layer, _), prefix in self._prefixes().items():
+            if count is None or layer < count:
+                continue
+            inside = [name for name in self if name.startswith(f"{self.root()}layers.{layer}.")]
+            others = [name for name in inside if not name.startswith(prefix)]
+            if others and not any(name.endswith(".eh_proj.weight") for name in inside):
+                raise ValueError(
+                    f"{self.where(others[0])}: its config says num_hidden_layers={count}, and a "
+                    "block for drafting has eh_proj."
+                )
+
     def _prefixes(self, layers: str = "layers") -> dict[tuple[int, int], str]:
-        return attention_prefixes(self, layers)
+        if layers not in self._by_layers:
+            self._by_layers[layers] = attention_prefixes(self, layers)
+        return self._by_layers[layers]
 
     def _is_layer(self, key: tuple[int, int]) -> bool:
         """Whether a key is of a layer: those behind the last are for multi-token prediction."""

@@ -145,6 +145,9 @@ def config_json(config: Any, dtype: str) -> dict[str, Any]:
         config: the `DecoderConfig`.
         dtype: of the parameters.
 
+    Raises:
+        ValueError: a model_type that is not known.
+
     >>> from mla_jax.models import DecoderConfig
     >>> written = config_json(DecoderConfig.from_preset("moonlight"), "bfloat16")
     >>> written["model_type"], written["n_routed_experts"]
@@ -154,10 +157,14 @@ def config_json(config: Any, dtype: str) -> dict[str, Any]:
     if name is None:
         softmax = config.n_routed_experts is not None and config.scoring_func == "softmax"
         name = "deepseek_v2" if softmax else "deepseek_v3"
-    name = FAMILIES[name].saved_as or name
+    family = find(name)
+    assert family is not None
+    if family.saved_as is not None:
+        name, family = family.saved_as, FAMILIES[family.saved_as]
     hf = decoders.written(config, name, dtype)
-    change = FAMILIES[name].written
-    return hf if change is None else change(config, hf)
+    if family.architecture is not None:
+        hf = {"architectures": [family.architecture]} | hf
+    return hf if family.written is None else family.written(config, hf)
 
 
 def of_checkpoint(hf: Mapping[str, Any], where: str) -> tuple[Family, Family]:

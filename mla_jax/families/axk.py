@@ -20,7 +20,7 @@ _TWO = {  # AXK2Config
 }  # fmt: skip
 FAMILIES = (
     Family(
-        model_types=("axk1", "AXK1"), defaults=_ONE,
+        model_types=("axk1", "AXK1"), architecture="AXK1ForCausalLM", defaults=_ONE,
         decoder=lambda hf, attention, where: mixture(hf, where),
     ),
     Family(

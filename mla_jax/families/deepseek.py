@@ -46,10 +46,14 @@ def _v2_decoder(hf, attention, where):
 
 FAMILIES = (
     Family(
-        model_types=("deepseek_v3",), defaults=V3, adjust=transmla, styles={"deepseek": NAMES},
+        model_types=("deepseek_v3",), architecture="DeepseekV3ForCausalLM", defaults=V3,
+        adjust=transmla, styles={"deepseek": NAMES},
         decoder=lambda hf, attention, where: mixture(hf, where),
     ),
-    Family(model_types=("deepseek_v2",), defaults=V2, adjust=transmla, decoder=_v2_decoder),
+    Family(
+        model_types=("deepseek_v2",), architecture="DeepseekV2ForCausalLM", defaults=V2,
+        adjust=transmla, decoder=_v2_decoder,
+    ),
     Family(
         model_types=("deepseek_v32",),
         defaults=V3 | {"max_position_embeddings": 163840, "index_topk": 2048},

@@ -36,6 +36,7 @@ class Family:
         no_decoder: what its decoder needs that `Decoder` has not; None names the families that fit.
         written: the inverse of `adjust` and `decoder`: called with a `DecoderConfig` and the
             config.json that says it in DeepSeek's keys; returns the family's.
+        architecture: the class that its config.json names; serving engines go by it.
         saved_as: the model_type under which its language model is saved; None is its own.
         beside: prefixes of tensors that are no part of the language model.
         learned: tensors that change the attention where they are not zero, and what to do then.
@@ -55,6 +56,7 @@ class Family:
     decoder: Callable[[Mapping[str, Any], Any, str], dict[str, Any]] | None = None
     no_decoder: str | None = None
     written: Callable[[Any, dict[str, Any]], dict[str, Any]] | None = None
+    architecture: str | None = None
     saved_as: str | None = None
     beside: tuple[str, ...] = VISION
     learned: Mapping[str, str] = dataclasses.field(default_factory=dict)

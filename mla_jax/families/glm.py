@@ -35,7 +35,8 @@ def _written(config, hf):
 
 FAMILIES = (
     Family(
-        model_types=("glm4_moe_lite",), defaults=_LITE, written=_written,
+        model_types=("glm4_moe_lite",), architecture="Glm4MoeLiteForCausalLM", defaults=_LITE,
+        written=_written,
         decoder=lambda hf, attention, where: mixture(hf, where),
     ),
     Family(model_types=("glm_moe_dsa",), defaults=_DSA),

@@ -17,7 +17,10 @@ def _decoder(hf, attention, where):
 
 
 FAMILIES = (
-    Family(model_types=("kimi_k2",), defaults=V3, adjust=transmla, decoder=_decoder),
+    Family(
+        model_types=("kimi_k2",), architecture="DeepseekV3ForCausalLM", defaults=V3,
+        adjust=transmla, decoder=_decoder,
+    ),
     Family(
         model_types=("kimi_vl",), defaults=V3, decoder=_decoder, saved_as="deepseek_v3",
         beside=VISION,

@@ -59,7 +59,7 @@ def _such_that(quotient, value: float, divisor: float) -> float:
 
 FAMILIES = (
     Family(
-        model_types=("minicpm3",), defaults=_THREE, adjust=_adjust, decoder=_decoder,
-        written=_written,
+        model_types=("minicpm3",), architecture="MiniCPM3ForCausalLM", defaults=_THREE,
+        adjust=_adjust, decoder=_decoder, written=_written,
     ),
 )  # fmt: skip

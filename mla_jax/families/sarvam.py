@@ -48,7 +48,8 @@ def _written(config, hf):
 
 FAMILIES = (
     Family(
-        model_types=("sarvam_mla",), defaults=_MLA, adjust=_adjust, decoder=_decoder,
+        model_types=("sarvam_mla",), architecture="SarvamMLAForCausalLM", defaults=_MLA,
+        adjust=_adjust, decoder=_decoder,
         renamed={"num_experts": "n_routed_experts", "num_shared_experts": "n_shared_experts"},
         written=_written,
     ),

@@ -11,7 +11,7 @@ _TWO_B = {  # YoutuConfig of transformers
 }  # fmt: skip
 FAMILIES = (
     Family(
-        model_types=("youtu", "youtu_llm"), defaults=_TWO_B,
+        model_types=("youtu", "youtu_llm"), architecture="YoutuForCausalLM", defaults=_TWO_B,
         decoder=lambda hf, attention, where: dense(hf, where),
     ),
 )  # fmt: skip

@@ -344,6 +344,16 @@ def test_a_layer_behind_the_last_is_no_block_for_drafting_without_eh_proj(v3):
         load(put(config, tensors))
 
 
+def test_a_layer_behind_the_last_is_refused_by_attention_layers_too(v3):
+    config, tensors, put = v3
+    folder = put(config, tensors)
+    assert checkpoint.Checkpoint(folder).layers() == [0, 1, 2]
+    checkpoint.Checkpoint(folder).attention(0)
+    del tensors[f"{MTP}eh_proj.weight"]
+    with pytest.raises(ValueError, match=r"model\.layers\.3\..*num_hidden_layers=3, and a block"):
+        checkpoint.Checkpoint(put(config, tensors)).attention(0)
+
+
 @pytest.mark.parametrize("through", ["decoder", "attention"])
 def test_an_adapter_beside_the_weights(v3, through):
     config, tensors, put = v3

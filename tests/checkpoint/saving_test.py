@@ -187,7 +187,7 @@ from mla_jax import checkpoint
 from mla_jax.checkpoint import saving
 
 folder, how = pathlib.Path(sys.argv[1]), sys.argv[2]
-BEFORE = {"one file": 1, "fewer shards": 2, "more shards": 5}[how]
+BEFORE = {"one file": 1, "no index": 2, "fewer shards": 2, "more shards": 5}[how]
 
 def tensors(generation, count):
     return [saving.Tensor(f"t{i}.weight", np.dtype(np.float32), (50,),
@@ -203,6 +203,8 @@ def prepare():
     save(1, 2 * BEFORE)
     if how == "one file":  # as many folders of the hub are, without an index
         (folder / "model-00001-of-00001.safetensors").rename(folder / "model.safetensors")
+        (folder / "model.safetensors.index.json").unlink()
+    if how == "no index":
         (folder / "model.safetensors.index.json").unlink()
 
 def state():
@@ -250,7 +252,7 @@ print("killed at", len(seen) - 1, "steps:", "".join(map(str, seen)))
 """
 
 
-@pytest.mark.parametrize("how", ["one file", "fewer shards", "more shards"])
+@pytest.mark.parametrize("how", ["one file", "no index", "fewer shards", "more shards"])
 def test_killed_at_any_step_it_is_the_old_model_or_the_new(how, tmp_path):
     found = subprocess.run(
         [sys.executable, "-c", _KILLED, str(tmp_path / "model"), how], capture_output=True,
@@ -270,12 +272,12 @@ old = {f"old{i}.weight": np.full(300, i, np.float32) for i in range(4)}
 checkpoint.save_tensors(folder, old, shard_bytes=2000)
 before = sorted(f.name for f in folder.iterdir())
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-new = {f"new{i}.weight": np.full(3000, i, np.float32) for i in range(4)}
-for limit in (0, 50, 5000, 11_900):  # a shard has 12,000 bytes and a header
+new = {f"new{i}.weight": np.full(1000 * (i + 1), i, np.float32) for i in range(3)}
+for limit in (0, 50, 5000, 11_900):  # shards have 4, 8 and 12 thousand bytes and a header
     soft = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     try:
-        checkpoint.save_tensors(folder, new, shard_bytes=12_500)
+        checkpoint.save_tensors(folder, new, shard_bytes=4500)
     except OSError as error:
         print(limit, error.errno)
     else:
