@@ -27,7 +27,9 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 
-from mla_jax.ops import hopper  # noqa: E402
+from mla_jax.cache import Dense  # noqa: E402
+from mla_jax.ops import dispatch, hopper  # noqa: E402
+from mla_jax.ops.seen import Seen  # noqa: E402
 
 SHAPES = ((128, 128, 1, 512, 64), (128, 20, 4, 512, 64), (64, 16, 1, 512, 0), (8, 40, 2, 256, 32),
           (8, 40, 8, 128, 16))  # fmt: skip  # B, N, T, R, P
@@ -53,7 +55,17 @@ def compile_shape(target, batch, heads, tokens, rank, rope, slots, dtype):
     widths = ((batch, tokens, heads, rank), (batch, tokens, heads, rope), (batch, slots, rank),
               (batch, slots, rope))  # fmt: skip
     args = [struct(shape, dtype) for shape in widths] + [struct((batch,), jnp.int32)]
-    call = lambda *a: hopper.latent_attention(*a[:4], lengths=a[4], scale=192**-0.5)  # noqa: E731
+    (batch, tokens, heads, rank), (slots, rope) = args[0].shape, args[3].shape[1:]
+    static = dispatch.Call(
+        "latent_attention", batch, tokens, slots, heads, (rank, rope), rank, args[0].dtype.name,
+        ("lengths",), scale=192**-0.5,
+    )  # fmt: skip
+
+    def call(*a):
+        seen = Seen.of(a[4], batch=batch, queries=tokens, slots=slots)
+        store = Dense({"latent": a[2], "k_rope": a[3]})
+        return hopper.latent_attention(a[:2], store, seen, static)
+
     # Pallas asks which GPU it lowers for: an abstract one answers.
     device = AbstractDevice(device_kind=target.device_kind, num_cores=132, platform="gpu")
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):

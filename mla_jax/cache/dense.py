@@ -29,7 +29,7 @@ class Dense:
     """Arrays [B S ...] by name: every row has S slots of its own.
 
     Attributes:
-        arrays: by their names, in the order of the mixer that made them.
+        arrays: by their names.
 
     >>> store = Dense({"latent": jnp.zeros((2, 8, 4))})
     >>> store = store.write(jnp.array([[0], [3]]), latent=jnp.ones((2, 1, 4)))

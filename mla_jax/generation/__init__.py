@@ -22,8 +22,6 @@ Letters: B prompts, T tokens of a step, S slots of the cache, W words, K drafted
 import dataclasses
 import functools
 import math
-import os
-import pathlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -35,67 +33,17 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from mla_jax.cache import Cache
-from mla_jax.generation.steps import _check_sampling, sample
+from mla_jax.generation.defaults import GenerationDefaults as GenerationDefaults
+from mla_jax.generation.sampling import check_sampling as check_sampling
+from mla_jax.generation.sampling import mark_seen as mark_seen
+from mla_jax.generation.sampling import sample as sample
+from mla_jax.generation.stream import StopStrings as StopStrings
+from mla_jax.generation.stream import TextStream as TextStream
+from mla_jax.generation.tokenizer import Tokenizer as Tokenizer
 
 _PREFILL_TOKENS = 16384  # of all rows together, in one chunk: bounds the experts' activations
 _SLOTS = 128  # a cache's length is a multiple of
 _NGRAM = 3  # tokens of the text's end that a prompt lookup looks for, then fewer
-
-
-class Tokenizer:
-    """A checkpoint's tokenizer.json, or bytes where there is none.
-
-    Args:
-        tokenizer: of the `tokenizers` library; None takes a text's UTF-8 bytes as its tokens.
-
-    >>> tokenizer = Tokenizer()
-    >>> tokenizer.encode(["MLA", "é"])
-    [[77, 76, 65], [195, 169]]
-    >>> tokenizer.decode([77, 76, 65])
-    'MLA'
-    """
-
-    def __init__(self, tokenizer: Any = None):
-        self._tokenizer = tokenizer
-
-    @classmethod
-    def from_checkpoint(cls, path: str | os.PathLike) -> "Tokenizer":
-        """Reads tokenizer.json from a folder; bytes where the folder has none.
-
-        Raises:
-            ImportError: there is one, and no `tokenizers` library to read it.
-            ValueError: it cannot be read.
-        """
-        file = pathlib.Path(path) / "tokenizer.json"
-        if not file.is_file():
-            return cls()
-        try:
-            import tokenizers
-        except ImportError as error:
-            raise ImportError(f"{file} needs the tokenizers library: install it.") from error
-        try:
-            return cls(tokenizers.Tokenizer.from_file(str(file)))
-        except Exception as error:  # the library raises bare Exceptions
-            raise ValueError(f"{file} cannot be read: {error}") from error
-
-    @property
-    def is_bytes(self) -> bool:
-        """Whether tokens are bytes."""
-        return self._tokenizer is None
-
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of every text, special tokens added as the tokenizer says."""
-        if self._tokenizer is None:
-            return [list(text.encode()) for text in texts]
-        return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        """The text of token ids; a byte above 255 becomes a replacement character."""
-        if self._tokenizer is None:
-            return b"".join(
-                bytes([token]) if 0 <= token < 256 else b"\xff" for token in map(int, tokens)
-            ).decode(errors="replace")
-        return self._tokenizer.decode([int(token) for token in tokens])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -512,7 +460,7 @@ def _check_flags(max_new_tokens, temperature, top_k, top_p, speculate, draft, bl
         raise ValueError(f"draft={draft!r}: it must be 'prompt' or 'mtp'.")
     if draft == "mtp" and not speculate:
         raise ValueError("draft='mtp' drafts nothing with speculate=0: say how many tokens.")
-    _check_sampling(None, jax.random.key(0), temperature, top_k, top_p)
+    check_sampling(None, jax.random.key(0), temperature, top_k, top_p)
 
 
 def _slots(config, prompts, max_new_tokens, max_length, speculate) -> int:

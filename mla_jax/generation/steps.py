@@ -13,9 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Int, Key
 
 from mla_jax.cache import Cache
+from mla_jax.generation.sampling import check_sampling as _check_sampling
+from mla_jax.generation.sampling import sample
 
 
 @functools.partial(jax.jit, donate_argnames=("cache",))
@@ -56,56 +58,6 @@ def decode_step(model, x, cache):
     ((2, 1, 128), Array([1, 1], dtype=int32))
     """
     return model.decode(x, cache)
-
-
-def sample(
-    logits: Float[Array, "B W"],
-    key: Key[Array, ""] | None,
-    *,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-) -> Int[Array, "B"]:
-    """Draws a token per row.
-
-    Args:
-        logits: [B W].
-        key: of jax.random; not needed where temperature is 0.
-        temperature: divides the logits; 0 takes the most likely token.
-        top_k: draw among the k most likely only.
-        top_p: draw among the fewest tokens whose probabilities reach top_p (nucleus sampling,
-            Holtzman et al. 2019, arXiv 1904.09751); after top_k where both are given.
-
-    Returns:
-        int32 [B].
-
-    Raises:
-        ValueError: an argument out of range, or no key where one is needed.
-
-    >>> logits = jnp.array([[0.0, 2.0, 1.0], [3.0, 0.0, 1.0]])
-    >>> sample(logits, None)
-    Array([1, 0], dtype=int32)
-    >>> sample(logits, jax.random.key(0), temperature=1.0, top_k=1)
-    Array([1, 0], dtype=int32)
-    >>> sample(logits, None, temperature=1.0)
-    Traceback (most recent call last):
-    ValueError: temperature=1.0 draws at random: give key=jax.random.key(0).
-    """
-    words = logits.shape[-1]
-    _check_sampling(words, key, temperature, top_k, top_p)
-    if temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits.astype(jnp.float32) / temperature
-    assert key is not None  # checked above
-    if top_k is None and top_p is None:
-        return jax.random.categorical(key, logits).astype(jnp.int32)
-    kept, tokens = lax.top_k(logits, words if top_k is None else min(top_k, words))
-    if top_p is not None:
-        probabilities = jax.nn.softmax(kept, axis=-1)
-        before = jnp.cumsum(probabilities, axis=-1) - probabilities
-        kept = jnp.where(before < top_p, kept, -jnp.inf)  # the first always stays: 0 < top_p
-    choice = jax.random.categorical(key, kept)[:, None]
-    return jnp.take_along_axis(tokens, choice, axis=-1)[:, 0].astype(jnp.int32)
 
 
 def decode_loop(
@@ -186,19 +138,6 @@ def _loop(model, tokens, cache, key, *, steps, temperature, top_k, top_p, stop_t
     carry = (tokens.astype(jnp.int32), active, cache)
     (_, _, cache), (drawn, counted) = lax.scan(step, carry, keys, length=steps)
     return drawn.T, counted.sum(0, dtype=jnp.int32), cache
-
-
-def _check_sampling(words, key, temperature, top_k, top_p) -> None:
-    if not temperature >= 0:
-        raise ValueError(f"temperature={temperature}: it must be at least 0; 0 is greedy.")
-    if temperature > 0 and key is None:
-        raise ValueError(f"temperature={temperature} draws at random: give key=jax.random.key(0).")
-    if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
-        raise ValueError(f"top_k={top_k!r}: it must be a whole number of at least 1, or None.")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p}: it must be above 0 and at most 1, or None.")
-    if words == 0:
-        raise ValueError("logits have no words: their last axis must not be empty.")
 
 
 def _check_room(cache: Cache, steps: int) -> None:

@@ -90,10 +90,8 @@ class MultiHeadLatentAttention(nnx.Module):
     ):
         if not isinstance(config, MLAConfig):
             raise ValueError(f"config={config!r}: it must be an MLAConfig.")
-        if config.index_topk is not None:
-            raise ValueError(
-                f"index_topk={config.index_topk}: sparse attention is not supported yet."
-            )
+        if config.refusal is not None:
+            raise ValueError(config.refusal)
         self.config = config
         self.dtype = dtype
         self.param_dtype = param_dtype

@@ -108,7 +108,6 @@ def _attend(queries, store, pick, seen, call):
     slots, shared = store.slots, call.op == "latent_attention"
 
     def by_blocks(queries, store, seen, size=None):
-        size = size or _BLOCK_SLOTS
         load = lambda start, size, alive: pick(_clean(store.block(start, size), alive))  # noqa: E731
         zero = _zero_of(queries, store, seen)
         return _blocks(queries, load, seen, slots, call.value_dim, shared, zero, call, size)
@@ -220,14 +219,14 @@ def _clean(held, alive):
     }
 
 
-def _blocks(queries, load, seen, slots, width, shared, zero, call, size=_BLOCK_SLOTS):
+def _blocks(queries, load, seen, slots, width, shared, zero, call, size=None):
     """Attention by blocks of queries and of slots, with a running maximum and sum.
 
     `load(start, size, alive [B size])` gives the keys and the value of a block of slots. `zero` is
     `_zero_of` all operands: the carry of a loop inside shard_map must vary as its results do.
     """
     batch, tokens, heads = queries[0].shape[:3]
-    size = min(size, slots)
+    size = min(size or _BLOCK_SLOTS, slots)
     rows = max(1, min(tokens, _BLOCK_SCORES // (batch * heads * size)))
 
     def query_block(first):
