@@ -421,9 +421,10 @@ class MLAConfig:
     def from_hf(
         cls, config: Mapping[str, Any] | str | os.PathLike, *, layer: int | None = None
     ) -> Self:
-        """Reads a Hugging Face config.json: a mapping, the file, or the folder that holds it.
+        """Reads a Hugging Face config.json: a mapping, the file, its folder, or a repo id.
 
-        Both styles are read: `rope_theta` with `rope_scaling` (the hub's files) and
+        Keys that it leaves out have the defaults of the family's config class. Both styles are
+        read: `rope_theta` with `rope_scaling` (the hub's files) and
         `rope_parameters` (transformers 5); so are Mistral's params.json and models that nest their
         language model. `mla_jax.families` says what each family's code does beyond its config.
         Keys that do not shape attention are left alone; one that asks for attention which this
