@@ -177,13 +177,15 @@ def attend_latents(
 def latent_call(queries, store, seen, scale, soft_cap=None, precision=None) -> Call:
     """What is static of such a call."""
     pattern, q_rope = queries
+    batch, tokens, heads, rank = pattern.shape
     return Call(
         "latent_attention",
-        *pattern.shape[:2],
+        batch,
+        tokens,
         store.slots,
-        pattern.shape[2],
-        (pattern.shape[3], q_rope.shape[3]),
-        pattern.shape[3],
+        heads,
+        (rank, q_rope.shape[3]),
+        rank,
         jnp.dtype(pattern.dtype).name,
         seen.options,
         _kind(store),
@@ -278,7 +280,7 @@ def _seen(lengths, batch, tokens, slots, heads, window, mask, segment_ids) -> Se
     if (isinstance(tokens, int) and not tokens) or (isinstance(slots, int) and not slots):
         raise ValueError(f"T = {tokens} query tokens, S = {slots} slots: both must be at least 1.")
     if lengths is not None:
-        lengths = lengths if isinstance(lengths, jax.Array) else np.asarray(lengths)
+        lengths = lengths if isinstance(lengths, jax.Array) else jnp.asarray(np.asarray(lengths))
         if not jnp.issubdtype(lengths.dtype, jnp.integer):
             raise ValueError(f"lengths is {lengths.dtype}: it must be an integer array.")
         if lengths.shape not in ((batch,), (batch, tokens)):

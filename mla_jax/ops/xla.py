@@ -125,7 +125,8 @@ def _attend(queries, store, pick, seen, call):
         if clean:
             alive = jnp.broadcast_to(visible.any(axis=(1, 2)), (batch, slots))
             held = _clean(held, alive)
-        return _whole(queries, *pick(held), visible, call)
+        keys, value = pick(held)
+        return _whole(queries, keys, value, visible, call)
 
     checked = target.current().platform == "gpu" and call.store == "dense" and known
     if not (seen.full or checked) and known:

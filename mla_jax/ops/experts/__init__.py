@@ -102,8 +102,11 @@ def _choose(call: Call, target: targets.Target, name: str | None) -> str:
 
 def _checked(x, experts, weights, gate, up, down) -> Call:
     """The call that these arrays make, or a ValueError that names the argument at fault."""
-    for name, array, letters in (("x", x, "M D"), ("experts", experts, "M K"),
-                                 ("gate", gate, "E D F")):  # fmt: skip
+    for name, array, letters in (
+        ("x", x, "M D"),
+        ("experts", experts, "M K"),
+        ("gate", gate, "E D F"),
+    ):
         if array.ndim != len(letters.split()):
             raise ValueError(f"{name} has shape {array.shape}: it must be [{letters}].")
     (tokens, width), (count, _, inner) = x.shape, gate.shape
@@ -116,9 +119,10 @@ def _checked(x, experts, weights, gate, up, down) -> Call:
             f"weights has shape {weights.shape}: it must be [M K] = {experts.shape}, as experts."
         )
     for name, kernel, shape, letters in (
-        ("gate", gate, (count, width, inner), "E D F"), ("up", up, (count, width, inner), "E D F"),
+        ("gate", gate, (count, width, inner), "E D F"),
+        ("up", up, (count, width, inner), "E D F"),
         ("down", down, (count, inner, width), "E F D"),
-    ):  # fmt: skip
+    ):
         if kernel.shape != shape:
             raise ValueError(
                 f"{name} has shape {kernel.shape}: it must be [{letters}] = {shape} to go with x "

@@ -75,9 +75,16 @@ def gate_up(
             store(result, output.at[item.rows], item.first(item.column))
 
     return _row_product(
-        [x], [[gate, up]], [out] * (3 if save else 1), finish, tiles, plan,
-        columns=width // WIDTH, apart=False, name="grouped_matmul_gate_up",
-    )  # fmt: skip
+        [x],
+        [[gate, up]],
+        [out] * (3 if save else 1),
+        finish,
+        tiles,
+        plan,
+        columns=width // WIDTH,
+        apart=False,
+        name="grouped_matmul_gate_up",
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "transposed"))
@@ -107,10 +114,17 @@ def product(
                 store(acc[...], outputs[0].at[item.rows], item.first(column))
 
     (result,) = _row_product(
-        x, [[kernel] * blocks for kernel in kernels], [out], finish, tiles, plan,
-        columns=pl.cdiv(width // WIDTH, blocks), apart=True, transposed=transposed,
+        x,
+        [[kernel] * blocks for kernel in kernels],
+        [out],
+        finish,
+        tiles,
+        plan,
+        columns=pl.cdiv(width // WIDTH, blocks),
+        apart=True,
+        transposed=transposed,
         name="grouped_matmul",
-    )  # fmt: skip
+    )
     return result
 
 
@@ -421,9 +435,15 @@ def _swizzled(shape, dtype):
 
 def _launch(body, out_type, plan: Plan, name: str):
     return plgpu.kernel(
-        body, out_type=out_type, grid=(plan.cores,), grid_names=("sm",), num_threads=3,
-        thread_name="wg", kernel_name=name, interpret=plan.interpret,
+        body,
+        out_type=out_type,
+        grid=(plan.cores,),
+        grid_names=("sm",),
+        num_threads=3,
+        thread_name="wg",
+        kernel_name=name,
+        interpret=plan.interpret,
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=True
         ),
-    )  # fmt: skip
+    )

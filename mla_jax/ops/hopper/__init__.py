@@ -125,8 +125,10 @@ def latent_attention(queries, store, seen, call):
     """The absorbed form: see `ops.latent_attention`."""
     device = target.current()
     schedule = plan(seen, call) if seen.plan is None else seen.plan
+    pattern, q_rope = queries
     out, lse = decode(
-        *map(seen.last, queries),
+        seen.last(pattern),
+        seen.last(q_rope),
         store.latent,
         store.k_rope,
         schedule,
