@@ -417,6 +417,32 @@ def test_logits_of_quantised_models_are_those_of_their_numbers(tmp_path):
         np.testing.assert_array_equal(logits(a, tokens), logits(b, tokens))
 
 
+@pytest.mark.parametrize("axis", [0, 1, -1])
+@pytest.mark.parametrize(
+    "form", ["", " fp8", " int8", " int4"], ids=["plain", "fp8", "int8", "int4"]
+)
+def test_any_axis_of_any_weight_can_be_split(form, axis, tmp_path):
+    """Heads' channels, too, which are not next to each other in torch's rows."""
+    config, tensors, _ = base(f"deepseek_v3{form}")
+    folder = write(tmp_path, config, tensors)
+    mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
+    split = []
+
+    def place(path, shape):
+        at = axis % len(shape) if axis < len(shape) else 0
+        if shape[at] % 2:
+            return jax.NamedSharding(mesh, jax.P())
+        split.append(path)
+        return jax.NamedSharding(mesh, jax.P(*(["x" if i == at else None for i in range(at + 1)])))
+
+    whole, parts = load(folder, mtp=True), load(folder, mtp=True, sharding=place)
+    assert len(split) > 20
+    for (path, a), (_, b) in zip(
+        nnx.to_flat_state(nnx.state(whole)), nnx.to_flat_state(nnx.state(parts)), strict=True
+    ):
+        np.testing.assert_array_equal(np.asarray(a[...]), np.asarray(b[...]), err_msg=str(path))
+
+
 def test_a_vision_towers_tensors_may_stay(tmp_path):
     """As DeepSeek-VL2 names its parts: the language model is nested, and so is its config."""
     config, tensors = source("deepseek_v2")
