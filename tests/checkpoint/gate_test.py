@@ -349,9 +349,13 @@ def test_a_layer_behind_the_last_is_refused_by_attention_layers_too(v3):
     folder = put(config, tensors)
     assert checkpoint.Checkpoint(folder).layers() == [0, 1, 2]
     checkpoint.Checkpoint(folder).attention(0)
+    silent = {key: value for key, value in config.items() if key != "num_nextn_predict_layers"}
+    checkpoint.Checkpoint(put(silent, tensors)).attention(0)
     del tensors[f"{MTP}eh_proj.weight"]
-    with pytest.raises(ValueError, match=r"model\.layers\.3\..*num_hidden_layers=3, and a block"):
-        checkpoint.Checkpoint(put(config, tensors)).attention(0)
+    for drafts, other in ((None, silent), (0, config | {"num_nextn_predict_layers": 0})):
+        message = rf"model\.layers\.3\..*num_hidden_layers=3 and num_nextn_predict_layers={drafts}"
+        with pytest.raises(ValueError, match=message):
+            checkpoint.Checkpoint(put(other, tensors)).attention(0)
 
 
 @pytest.mark.parametrize("through", ["decoder", "attention"])
