@@ -17,8 +17,8 @@ import tomllib
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
-_YARN = ("yarn", "deepseek_yarn")  # two names of the same formula
-_ROPE_TYPES = (*_YARN, "longrope", "linear")
+YARN = ("yarn", "deepseek_yarn")  # two names of the same formula
+_ROPE_TYPES = (*YARN, "longrope", "linear")
 _PROJECTIONS = ("q_a_proj", "q_proj", "q_b_proj", "kv_a_proj", "o_proj")
 _POSITIVE_INTEGERS = (
     "hidden_size", "num_attention_heads", "kv_lora_rank", "v_head_dim", "num_hidden_layers",
@@ -378,7 +378,7 @@ class MLAConfig:
             return self.softmax_scale
         scale = self.qk_head_dim**-0.5
         scaling = self.rope_scaling
-        if scaling is None or scaling.rope_type not in _YARN or self.mla_use_nope:
+        if scaling is None or scaling.rope_type not in YARN or self.mla_use_nope:
             return scale
         return scale * yarn_mscale(scaling.factor, scaling.mscale_all_dim or 0.0) ** 2
 

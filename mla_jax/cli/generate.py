@@ -38,16 +38,19 @@ def generate(options: Generate) -> None:
     model = _model(options, config, path, terminal)
     texts = texts * len(prompts) if len(texts) == 1 else texts
     alone = len(texts) == 1 and not terminal.json
-    stream = _Stream(terminal, tokenizer, texts[0]) if alone else None
+    stream = _Stream(terminal, tokenizer.stream(prompts[0]), texts[0]) if alone else None
     with terminal.working("compiling") as report:
         if stream is not None:
             stream.before = report.stop
         try:
             result = generation.generate(model, prompts, on_tokens=stream, **arguments)
         finally:
-            if stream is not None and stream.begun:
-                terminal.answer()  # what follows, an error too, begins a line
-    written = [tokenizer.decode(tokens) for tokens in result.tokens]
+            if stream is not None:
+                stream.finish()
+    written = [
+        _continuation(tokenizer, prompt, tokens)
+        for prompt, tokens in zip(prompts, result.tokens, strict=True)
+    ]
     if stream is None and not terminal.json:
         for row, text in enumerate(texts):
             terminal.note(f"text {row}")
@@ -82,9 +85,8 @@ def _arguments(options: Generate, config: DecoderConfig) -> dict[str, Any]:
 class _Stream:
     """Shows one text as its tokens come, the prompt with the first of them."""
 
-    def __init__(self, terminal: Terminal, tokenizer: generation.Tokenizer, prompt: str):
-        self._terminal, self._tokenizer, self._prompt = terminal, tokenizer, prompt
-        self._shown: list[int] = []
+    def __init__(self, terminal: Terminal, text: generation.TextStream, prompt: str):
+        self._terminal, self._text, self._prompt = terminal, text, prompt
         self.begun = False
         self.before = lambda: None  # called before anything is shown
 
@@ -93,11 +95,18 @@ class _Stream:
             self.before()
             self.begun = True
             self._terminal.answer(self._prompt, end="")
-        before = self._tokenizer.decode(self._shown)
-        self._shown += tokens
-        # A character may be several tokens: what is not whole yet is shown with the next ones.
-        fresh = self._tokenizer.decode(self._shown)
-        self._terminal.answer(fresh[len(before) :], end="")
+        self._terminal.answer(self._text.push(tokens), end="")
+
+    def finish(self) -> None:
+        """Ends the line, so that what follows, an error too, begins one."""
+        if self.begun:
+            self._terminal.answer(self._text.finish())
+
+
+def _continuation(tokenizer: generation.Tokenizer, prompt: list[int], tokens: list[int]) -> str:
+    """The text of the tokens as it follows the prompt's."""
+    stream = tokenizer.stream(prompt)
+    return stream.push(tokens) + stream.finish()
 
 
 def _check(options: Generate) -> None:
@@ -191,7 +200,7 @@ def _source(options: Generate) -> tuple[DecoderConfig, generation.Tokenizer, pat
     """The model's config, its tokenizer, and where its weights are, if they are anywhere."""
     if options.checkpoint is None:
         assert options.preset is not None
-        return DecoderConfig.from_preset(options.preset), generation.Tokenizer(), None
+        return DecoderConfig.from_preset(options.preset), generation.Tokenizer.bytes(), None
     with checkpoint.Checkpoint(options.checkpoint) as files:
         config, path = decoder_config(files), files.path
     folder = path if path.is_dir() else path.parent

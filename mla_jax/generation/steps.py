@@ -16,8 +16,7 @@ from jax import lax
 from jaxtyping import Array, Int, Key
 
 from mla_jax.cache import Cache
-from mla_jax.generation.sampling import check_sampling as _check_sampling
-from mla_jax.generation.sampling import sample
+from mla_jax.generation.sampling import check_sampling, sample
 
 
 @functools.partial(jax.jit, donate_argnames=("cache",))
@@ -108,7 +107,7 @@ def decode_loop(
             f"tokens is {tokens.dtype} of shape {tokens.shape}: it must be integer [B], the newest "
             "token of each row."
         )
-    _check_sampling(None, key, temperature, top_k, top_p)
+    check_sampling(None, key, temperature, top_k, top_p)
     _check_room(cache, steps)
     return _loop(
         model, tokens, cache, key, steps=steps, temperature=float(temperature), top_k=top_k,

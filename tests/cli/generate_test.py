@@ -27,6 +27,13 @@ def shallow(monkeypatch):
 
 
 @pytest.fixture
+def bytes_are_words(monkeypatch):
+    """The checkpoint of the tests has 40 words and no tokenizer."""
+    made = generation.Tokenizer.bytes()
+    monkeypatch.setattr(generation.Tokenizer, "from_checkpoint", lambda path: made)
+
+
+@pytest.fixture
 def weightless(monkeypatch):
     """No weights are made or read."""
     monkeypatch.setattr("mla_jax.cli.generate._model", lambda *arguments: None)
@@ -122,7 +129,7 @@ def test_flags_become_arguments(run, generated):
     }  # fmt: skip
 
 
-def test_from_a_checkpoint(run):
+def test_from_a_checkpoint(run, bytes_are_words):
     expected = np.load(CHECKPOINT / "expected.npz")
     prompt = bytes(expected["tokens"][0].astype(np.uint8)).decode()  # tokens below 40 are ASCII
     out, err = run(*SAVED, "--prompt", prompt, "--dtype", "float32", "--max-new-tokens", 4)
@@ -226,7 +233,9 @@ def test_an_error_in_the_run_is_one_line(fails, weightless, monkeypatch, error, 
     ],
     ids=lambda value: " ".join(value),
 )
-def test_wrong_flags_are_known_before_weights_are_read(fails, monkeypatch, args, message):
+def test_wrong_flags_are_known_before_weights_are_read(
+    fails, bytes_are_words, monkeypatch, args, message
+):
     monkeypatch.setattr("mla_jax.checkpoint.load_decoder", None)
     assert re.search(message, fails(*SAVED, *args))
 
@@ -243,3 +252,7 @@ def test_wrong_flags_are_known_before_weights_are_read(fails, monkeypatch, args,
 )
 def test_wrong_models(fails, args, message):
     assert message in fails("generate", *args)
+
+
+def test_a_checkpoint_without_a_tokenizer(fails):
+    assert "has no tokenizer" in fails(*SAVED, "--prompt", "a")
