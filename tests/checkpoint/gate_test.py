@@ -23,6 +23,7 @@ from mla_jax.checkpoint import tensors as tables
 DECODERS = pathlib.Path(__file__).parents[1] / "testdata" / "decoders"
 BF16, E8M0 = ml_dtypes.bfloat16, ml_dtypes.float8_e8m0fnu
 MTP = "model.layers.3."
+BLOCKS = {"fp8": (16, 16), "int8": (1, None), "int4": (1, 8)}  # that share a scale, in `base`
 COPIES = {  # which a block for drafting may leave out
     f"{MTP}embed_tokens.weight": "model.embed_tokens.weight",
     f"{MTP}shared_head.head.weight": "lm_head.weight",
@@ -68,16 +69,15 @@ def base(name):
         if not quantised:
             tensors[key], numbers[key] = value, (value, (key,))
         elif form == "int4":
-            words, scale, shape, exact = packed(value, 8, random)
+            words, scale, shape, exact = packed(value, BLOCKS[form][1], random)
             parts = {"weight_packed": words, "weight_scale": scale, "weight_shape": shape}
             tensors |= {stem + part: array for part, array in parts.items()}
             numbers[key] = exact, tuple(stem + part for part in parts)
         else:
-            dtype, block, suffix = {
-                "fp8": (E4M3, (16, 16), "weight_scale_inv"),
-                "int8": (np.int8, (1, None), "weight_scale"),
-            }[form]
-            values, scale, exact = scaled(value, dtype, block, random)
+            dtype, suffix = {
+                "fp8": (E4M3, "weight_scale_inv"), "int8": (np.int8, "weight_scale"),
+            }[form]  # fmt: skip
+            values, scale, exact = scaled(value, dtype, BLOCKS[form], random)
             tensors |= {key: values, stem + suffix: scale}
             numbers[key] = exact, (key, stem + suffix)
     quantization = {
@@ -194,13 +194,15 @@ def expected(name, tensors):
             if len(parts) == 1:
                 found[key] = tensors[key]
             elif not same and tensors[parts[1]].dtype in (np.float64, np.float32, np.float16, BF16):
-                found[key] = rescaled(exact, old[parts[1]], tensors[parts[1]])
+                found[key] = rescaled(
+                    exact, old[parts[1]], tensors[parts[1]], BLOCKS[name.split()[1]]
+                )
     return found
 
 
-def rescaled(exact, old, new):
+def rescaled(exact, old, new, block):
     """The products with scales of another dtype: every block's divided by one and times another."""
-    steps = [-(-size // count) for size, count in zip(exact.shape, old.shape, strict=True)]
+    steps = [step or size for step, size in zip(block, exact.shape, strict=True)]
 
     def grow(scale):
         whole = np.repeat(np.repeat(np.float64(scale), steps[0], 0), steps[1], 1)
