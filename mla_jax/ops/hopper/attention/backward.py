@@ -1,0 +1,347 @@
+"""The backward kernels: one for the gradient of queries, one for those of keys and values.
+
+With P = exp(S - lse), dP = dO V^T and dS = P (dP - delta), where delta is the sum of dO O over a
+row less the gradient of its lse:
+
+    dQ = scale dS K        dK = scale dS^T Q        dV = P^T dO
+
+The first kernel holds queries and walks over slots, as the forward kernel does; the second holds
+slots and walks over queries, with S^T and dP^T in place of S and dP. Each sum has one owner and one
+order, so that results repeat bit for bit, which one kernel with atomic additions would not give;
+S and dP are computed twice for it. The gradient of the shared rotary key is written per head and
+summed over heads afterwards, again in one order.
+
+Letters: B batch, T query tokens, S slots, N heads, H and P key parts, V value channels.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from mla_jax.ops.hopper.attention.forward import block_slots
+from mla_jax.ops.hopper.attention.plan import ROWS, TILE, Plan, Sizes
+from mla_jax.ops.hopper.attention.tiles import (
+    COLUMN, ROW, SHARED_MEMORY, Ring, Shape, Walk, columns, in_flight, interpreted_scratch, launch,
+    load, rows_stored, scores, tiled,
+)  # fmt: skip
+from mla_jax.ops.hopper.merge import like
+
+_AHEAD = 1  # blocks of queries copied ahead of their use
+_SPARE = 2048  # bytes for barriers and alignment
+# Channels of dK and dV that 64 rows of slots can have in one warpgroup's registers; beyond, one
+# warpgroup takes dV, the other dK, of the same slots.
+_TOGETHER = 320
+
+
+def sizes(shape: Shape) -> Sizes:
+    """Of the blocks and tiles of all three kernels."""
+    rows = TILE if _together(shape) else ROWS
+    return Sizes(block_slots(shape.key, shape.value), _query_block(shape)[0], rows)
+
+
+def _together(shape):
+    return shape.key + shape.value <= _TOGETHER
+
+
+def _query_block(shape):
+    """Slots of a block, and how many blocks of keys and of values are in flight, for dQ."""
+    for size, keys, values in ((64, 4, 4), (64, 3, 3), (64, 2, 2), (64, 2, 1)):
+        tiles = TILE * (shape.key + shape.value)
+        memory = 2 * (tiles + size * (keys * shape.key + values * shape.value)) + _SPARE
+        if memory <= SHARED_MEMORY and shape.key // 2 + size <= 192:
+            return size, keys, values
+    raise ValueError(f"no block fits keys of {shape.key} and values of {shape.value} channels")
+
+
+def _key_stages(shape):
+    """How many blocks of queries are in flight, for dK and dV."""
+    rows = TILE if _together(shape) else ROWS
+    each = 2 * ROWS * (shape.key + shape.value) + 8 * ROWS
+    held = 2 * rows * (shape.key + shape.value)
+    return min(4, (SHARED_MEMORY - _SPARE - held) // each)
+
+
+def query_gradient(operands, plan: Plan, shape: Shape, interpret=None):
+    """dQ, part by part [B T N width].
+
+    Args:
+        operands: those of the forward kernel, and do [B T N V]; lse (base 2) and delta [B N padded].
+        plan, shape, interpret: as in the forward kernel.
+    """
+    size, keys, values = _query_block(shape)
+    tile = lambda rows, width: lambda stages: tiled((stages, rows, width), shape.dtype)  # noqa: E731
+    scratch = Ring.scratch("q", [tile(ROWS, w) for w in (*shape.parts, shape.value)], 2, 1)
+    scratch |= Ring.scratch("k", [tile(size, w) for w in shape.parts], keys, 2)
+    scratch |= Ring.scratch("v", [tile(size, shape.value)], values, 2)
+    scratch |= interpreted_scratch(shape, shape.parts, [size])
+    rows = shape.batch * rows_stored(shape.tokens, shape.native)
+    outputs = {
+        f"dq{i}": like(operands["v"], (rows, shape.heads * w), shape.dtype)
+        for i, w in enumerate(shape.parts)
+    }
+    inputs = operands | {"bounds": plan.bounds, "ids": plan.ids, "ranges": plan.queries}
+    results = launch(_Queries, "mla_attention_dq", shape, inputs, outputs, scratch, interpret)
+    return [
+        x.reshape(shape.batch, -1, shape.heads, w)[:, : shape.tokens]
+        for x, w in zip(results, shape.parts, strict=True)
+    ]
+
+
+def key_gradient(operands, plan: Plan, shape: Shape, interpret=None):
+    """dK, part by part, each per head [B S N width], and dV [B S N V]; see `query_gradient`."""
+    together, stages = _together(shape), _key_stages(shape)
+    tile = lambda rows, width: lambda stages: tiled((stages, rows, width), shape.dtype)  # noqa: E731
+    vector = lambda stages: plgpu.SMEM((stages, ROWS), jnp.float32)  # noqa: E731
+    held, consumers = (2, 1) if together else (1, 2)
+    widths = (*shape.parts, shape.value)
+    scratch = Ring.scratch("k", [tile(ROWS, w) for w in widths], held, consumers)
+    scratch |= Ring.scratch("q", [*(tile(ROWS, w) for w in shape.parts), vector], stages, 2)
+    scratch |= Ring.scratch("o", [tile(ROWS, shape.value), vector], stages, 2)
+    scratch |= interpreted_scratch(shape, widths, [ROWS])
+    rows = shape.batch * rows_stored(shape.slots, shape.native)
+    outputs = {
+        f"d{i}": like(operands["v"], (rows, shape.heads * w), shape.dtype)
+        for i, w in enumerate(widths)
+    }
+    inputs = operands | {
+        "bounds": plan.bounds, "ids": plan.ids, "ranges": plan.keys, "dead": plan.dead,
+    }  # fmt: skip
+    results = launch(_Keys, "mla_attention_dkv", shape, inputs, outputs, scratch, interpret)
+    *dk, dv = (
+        x.reshape(shape.batch, -1, shape.heads, w)[:, : shape.slots]
+        for x, w in zip(results, widths, strict=True)
+    )
+    return dk, dv
+
+
+class _Queries(Walk):
+    """dQ of 128 queries of one head, over the blocks of slots they see."""
+
+    heavy_last = True
+
+    def __init__(self, refs, smem, shape):
+        super().__init__(refs, smem, shape)
+        self.tiles = self.count(shape)
+        self.size, keys, values = _query_block(shape)
+        self.q, self.k, self.v = Ring("q", smem, 2), Ring("k", smem, keys), Ring("v", smem, values)
+
+    @staticmethod
+    def count(shape):
+        return -(-shape.tokens // TILE)
+
+    def produce(self):
+        names = [*(f"q{i}" for i in range(len(self.shape.parts))), "do"]
+
+        def one(k, row, head, tile, carry):
+            first, _, _, last, _ = self.range(row, tile)
+            for wg in range(2):
+                at = tile * TILE + wg * ROWS
+                self.q.fill(2 * k + wg, self.of_head(names, row, head, at, ROWS))
+
+            def block(j, done):
+                start = j * self.size
+                self.k.fill(done, self.keys(row, head, start, self.size))
+                self.v.fill(done, self.of_head(["v"], row, head, start, self.size))
+                return done + 1
+
+            return k + 1, lax.fori_loop(first, last, block, carry[1])
+
+        items, done = self.each_item(one, (jnp.int32(0), jnp.int32(0)))
+        self.q.drain(2 * items)
+        self.k.drain(done)
+        self.v.drain(done)
+
+    def consume(self, wg):
+        def walk(*dq):
+            self.each_item(lambda *item: self.item(wg, dq, *item), jnp.int32(0))
+
+        self.accumulators(wg, self.shape.parts, walk)
+
+    def item(self, wg, dq, k, row, head, tile, done):
+        shape = self.shape
+        first, opened, close, last, live = self.range(row, tile)
+        at = tile * TILE + wg * ROWS
+        lse = load(self.refs["lse"].at[row, head, pl.ds(at, ROWS)], ROW)
+        delta = load(self.refs["delta"].at[row, head, pl.ds(at, ROWS)], ROW)
+        *q, do = self.q.wait(2 * k + wg)
+        for acc in dq:
+            self.clear(acc)
+
+        def step(masked):
+            def body(j, _):
+                self.step(wg, dq, q, do, lse, delta, row, at, done + j - first, j, live, masked)
+
+            return body
+
+        lax.fori_loop(first, opened, step(True), None)
+        lax.fori_loop(opened, close, step(False), None)
+        lax.fori_loop(close, last, step(True), None)
+        self.q.release(2 * k + wg)
+        stored = rows_stored(shape.tokens, shape.native)
+        count = jnp.minimum(shape.tokens - at, ROWS)
+        for i, (acc, width) in enumerate(zip(dq, shape.parts, strict=True)):
+            value = (acc[...] * shape.scale).astype(shape.dtype)
+            self.store(self.refs[f"dq{i}"], value, row * stored + at, head * width, count)
+        return done + last - first
+
+    def step(self, wg, dq, q, do, lse, delta, row, at, index, j, live, masked):
+        size = self.size
+        k = self.k.wait(index)
+
+        def products(s, dp):
+            scores(s, q, k)
+            scores(dp, [do], self.v.wait(index))
+            p = jnp.exp2(in_flight(s, wait_n=1) * self.scale2 - columns(lse, size))
+            return p, in_flight(dp, wait_n=0)
+
+        p, dp = pl.run_scoped(products, *[plgpu.ACC((ROWS, size), jnp.float32)] * 2)
+        self.v.release(index)
+        ds = p * (dp - columns(delta, size))
+        if masked:
+            ds = jnp.where(self.visible(row, at, j * size, True, size), ds, 0.0)
+            self.keep_slots(k, j * size, live)
+        ds = ds.astype(self.shape.dtype)
+        for acc, part in zip(dq, k, strict=True):
+            self.multiply(acc, ds, part, wg)
+        self.retire(0)
+        self.k.release(index)
+
+
+class _Keys(Walk):
+    """dK and dV of the slots of one head, over the blocks of queries that see them."""
+
+    heavy_last = False  # causal: the first slots are seen most
+    copies = False  # no warpgroup only copies: two with all registers hold dK, dV, S and dP
+
+    def __init__(self, refs, smem, shape):
+        super().__init__(refs, smem, shape)
+        self.tiles, self.together = self.count(shape), _together(shape)
+        self.rows = TILE if self.together else ROWS
+        self.k = Ring("k", smem, 2 if self.together else 1)
+        self.q, self.o = (Ring(name, smem, _key_stages(shape)) for name in "qo")
+
+    @staticmethod
+    def count(shape):
+        return -(-shape.slots // (TILE if _together(shape) else ROWS))
+
+    def held(self, k, wg):
+        """Index of the held tiles in their ring, which one or both warpgroups use."""
+        return 2 * k + wg if self.together else k
+
+    def fill(self, row, head, j, index):
+        """Starts the copies of a block of queries."""
+        names, start = [f"q{i}" for i in range(len(self.shape.parts))], j * ROWS
+        vectors = [self.refs[x].at[row, head, pl.ds(start, ROWS)] for x in ("lse", "delta")]
+        self.q.fill(index, [*self.of_head(names, row, head, start, ROWS), vectors[0]])
+        self.o.fill(index, [*self.of_head(["do"], row, head, start, ROWS), vectors[1]])
+
+    def consume(self, wg):
+        count = len(self.shape.parts)
+        widths = (*self.shape.parts, self.shape.value)
+
+        def role(first, last):
+            def walk(*accs):
+                dk, dv = accs[: count - first], accs[count - first :]
+                done = self.each_item(lambda *item: self.item(wg, dk, dv, *item), jnp.int32(0))
+
+                @pl.when(wg == 0)
+                def _():
+                    self.q.drain(done)
+                    self.o.drain(done)
+
+            return lambda: self.accumulators(wg, widths[first:last], walk, first)
+
+        if self.together:
+            role(0, count + 1)()
+        else:
+            lax.cond(wg == 0, role(count, count + 1), role(0, count))
+
+    def item(self, wg, dk, dv, k, row, head, tile, done):
+        """One tile of slots; `dk` or `dv` is empty where the other warpgroup has it."""
+        shape = self.shape
+        first, opened, close, last, _ = self.range(row, tile)
+        at = tile * self.rows + (wg * ROWS if self.together else 0)
+
+        def hold():
+            held = self.keys(row, head, at, ROWS) + self.of_head(["v"], row, head, at, ROWS)
+            self.k.fill(self.held(k, wg), held)
+
+        hold() if self.together else pl.when(wg == 0)(hold)
+
+        def ahead(j):
+            @pl.when((wg == 0) & (j < last))
+            def _():
+                self.fill(row, head, j, done + j - first)
+
+        for j in range(_AHEAD):
+            ahead(first + j)
+        *key, value = self.k.wait(self.held(k, wg))
+        for acc in (*dk, *dv):
+            self.clear(acc)
+
+        def step(masked):
+            def body(j, _):
+                more = lambda: ahead(j + _AHEAD)  # noqa: E731
+                self.step(wg, dk, dv, key, value, row, at, done + j - first, j, masked, more)
+
+            return body
+
+        lax.fori_loop(first, opened, step(True), None)
+        lax.fori_loop(opened, close, step(False), None)
+        lax.fori_loop(close, last, step(True), None)
+        self.k.release(self.held(k, wg))
+        stored = rows_stored(shape.slots, shape.native)
+        count = jnp.minimum(shape.slots - at, ROWS)
+        results = [(i, acc, shape.scale) for i, acc in enumerate(dk)]
+        results += [(len(shape.parts), acc, 1.0) for acc in dv]
+        for i, acc, factor in results:
+            width = acc.shape[1]
+            gradient = (acc[...] * factor).astype(shape.dtype)
+            self.store(self.refs[f"d{i}"], gradient, row * stored + at, head * width, count)
+        return done + last - first
+
+    def step(self, wg, dk, dv, key, value, row, at, index, j, masked, more):
+        dtype, block = self.shape.dtype, (ROWS, ROWS)
+        *q, lse = self.q.wait(index)
+        do, delta = self.o.wait(index)
+        spread = lambda x: lax.broadcast_in_dim(load(x, COLUMN), block, [1])  # noqa: E731
+
+        def products(s, dp=None):
+            scores(s, key, q)
+            if dp is not None:
+                scores(dp, [value], [do])
+            more()
+            p = jnp.exp2(
+                in_flight(s, wait_n=0 if dp is None else 1) * self.scale2 - spread(lse)
+            )
+            return (p,) if dp is None else (p, in_flight(dp, wait_n=0))
+
+        accs = [plgpu.ACC(block, jnp.float32)] * (2 if dk else 1)
+        p, *dp = pl.run_scoped(products, *accs)
+        if masked:
+            seen = self.visible(row, j * ROWS, at, False, ROWS)
+            p = jnp.where(seen, p, 0.0)
+            self.keep_queries([*q, do], row, j)
+        if dk:
+            ds = p * (dp[0] - spread(delta))
+            if masked:
+                ds = jnp.where(seen, ds, 0.0)
+            ds = ds.astype(dtype)
+        for acc in dv:
+            self.multiply(acc, p.astype(dtype), do, wg)
+        for acc, part in zip(dk, q, strict=False):
+            self.multiply(acc, ds, part, wg)
+        self.retire(0)
+        self.q.release(index)
+        self.o.release(index)
+
+    def keep_queries(self, refs, row, j):
+        """Zeros the queries of a block that see nothing."""
+        bounds, dead = self.refs["bounds"], self.refs["dead"]
+        row = row if bounds.shape[0] > 1 else 0
+
+        @pl.when(dead[row, j] > 0)
+        def _():
+            start, end = (load(bounds.at[row, i, pl.ds(j * ROWS, ROWS)], ROW) for i in range(2))
+            self.keep_rows(refs, lambda offset: start < end)

@@ -1,0 +1,339 @@
+"""What the attention kernels share: rings of tiles in shared memory, accumulators, masks, the walk.
+
+A thread block is two warpgroups that compute and one that copies. It walks its share of the tiles,
+heavy and light ones in turn, and the copies of a tile begin while the one before is still computed.
+
+Letters: B batch, T query tokens, S slots, N heads.
+"""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from mla_jax.ops.hopper import mosaic
+from mla_jax.ops.hopper.attention.plan import ROWS, padded
+from mla_jax.ops.hopper.merge import LOG2E
+
+WG = plgpu.Layout.WGMMA
+ROW = plgpu.Layout.WGMMA.reduce(1)
+COLUMN = plgpu.Layout.WGMMA.reduce(0)
+SHARED_MEMORY = 227 * 1024
+COMPUTE_REGISTERS, COPY_REGISTERS = 240, 24  # 2 x 240 + 24 = 504, all that three can have
+
+
+class Shape(NamedTuple):
+    """What a kernel is compiled for; T and S are multiples of 8."""
+
+    batch: int
+    tokens: int
+    slots: int
+    heads: int
+    parts: tuple[int, ...]  # widths of a key's parts: per head, and shared (the last, if two)
+    shared: bool  # whether the last part is shared by the heads
+    value: int
+    scale: float
+    dtype: Any
+    segments: bool
+    cores: int
+    native: bool
+
+    @property
+    def key(self) -> int:
+        """Width of a key, H + P."""
+        return sum(self.parts)
+
+
+def tiled(shape, dtype):
+    """Shared memory in the swizzled layout of matrix operands; last axis a multiple of 16."""
+    size = tile_columns(shape[-1])
+    tiling, swizzle = plgpu.TilingTransform((8, size)), plgpu.SwizzleTransform(2 * size)
+    return plgpu.SMEM(shape, dtype, transforms=(tiling, swizzle))
+
+
+def tile_columns(width: int) -> int:
+    """Columns of a swizzled tile of shared memory."""
+    return next(size for size in (64, 32, 16) if width % size == 0)
+
+
+class Ring:
+    """Tiles in flight between the copying warpgroup and those that compute.
+
+    `index` counts the tiles of a ring; slot index % stages holds it.
+    """
+
+    def __init__(self, name, smem, stages: int):
+        self.buffers = [smem[f"{name}{i}"] for i in range(len(smem)) if f"{name}{i}" in smem]
+        self.full, self.free, self.stages = smem[f"{name}_full"], smem[f"{name}_free"], stages
+
+    @staticmethod
+    def scratch(name, buffers, stages: int, consumers: int) -> dict[str, Any]:
+        """The scratch of a ring; `buffers` are functions of the number of stages."""
+        smem = {f"{name}{i}": make(stages) for i, make in enumerate(buffers)}
+        return smem | {
+            f"{name}_full": plgpu.Barrier(num_arrivals=len(buffers), num_barriers=stages),
+            f"{name}_free": plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
+        }
+
+    def slot(self, index):
+        return lax.rem(index, jnp.int32(self.stages)) if self.stages > 1 else jnp.int32(0)
+
+    def fill(self, index, sources):
+        """Copies into the next slot once its last tile has been used."""
+        slot = self.slot(index)
+
+        @pl.when(index >= self.stages)
+        def _():
+            plgpu.barrier_wait(self.free.at[slot])
+
+        for source, buffer in zip(sources, self.buffers, strict=True):
+            plgpu.copy_gmem_to_smem(source, buffer.at[slot], self.full.at[slot])
+
+    def drain(self, index):
+        """Waits until all tiles have been used."""
+        for back in range(1, self.stages + 1):
+
+            @pl.when(index >= back)
+            def _(back=back):
+                plgpu.barrier_wait(self.free.at[self.slot(index - back)])
+
+    def wait(self, index):
+        slot = self.slot(index)
+        plgpu.barrier_wait(self.full.at[slot])
+        return [buffer.at[slot] for buffer in self.buffers]
+
+    def release(self, index):
+        plgpu.barrier_arrive(self.free.at[self.slot(index)])
+
+
+class Walk:
+    """Base of the kernels: one thread block and its way through the tiles.
+
+    A subclass has `tiles` (per head and batch row), `heavy_last` (which end of them is the longer
+    one), `produce(...)`, run by the copying warpgroup, and `consume(wg)`, run by the others.
+    """
+
+    tiles: int
+    heavy_last: bool
+    copies = True
+
+    def __init__(self, refs: dict[str, Any], smem: dict[str, Any], shape: Shape):
+        self.refs, self.smem, self.shape, self.native = refs, smem, shape, shape.native
+        self.scale2 = shape.scale * LOG2E  # softmax in base 2
+
+    def run(self):
+        wg = lax.axis_index("wg")
+        if not self.copies:
+            self.consume(wg)
+            return
+
+        def consume():
+            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+            self.consume(wg)
+
+        def produce():
+            plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
+            self.produce()
+
+        lax.cond(wg < 2, consume, produce)
+
+    def consume(self, wg):
+        raise NotImplementedError
+
+    def produce(self):
+        raise NotImplementedError
+
+    # -- the way through the tiles
+
+    def each_item(self, body, carry):
+        """body(round, batch row, head, tile, carry) for the tiles of this thread block.
+
+        Every other round goes backwards through the thread blocks: tiles of a head grow.
+        """
+        shape = self.shape
+        items = shape.batch * shape.heads * self.tiles
+        blocks = thread_blocks(shape, self.tiles)
+        block = lax.axis_index("block")
+        back = blocks - 1 - block
+        last = back if (items // blocks) % 2 else block
+        rounds = items // blocks + (last < items % blocks).astype(jnp.int32)
+
+        def one(k, carry):
+            item = k * blocks + jnp.where(k % 2 == 1, back, block)
+            tile = lax.rem(item, jnp.int32(self.tiles))
+            if self.heavy_last:
+                tile = self.tiles - 1 - tile
+            item = lax.div(item, jnp.int32(self.tiles))
+            row, head = lax.div(item, jnp.int32(shape.heads)), lax.rem(item, jnp.int32(shape.heads))
+            return body(k, row, head, tile, carry)
+
+        return lax.fori_loop(0, rounds, one, carry)
+
+    def range(self, row, tile):
+        """first, open, close, last and the live slots of a tile."""
+        ranges = self.refs["ranges"]
+        row = row if ranges.shape[0] > 1 else 0
+        return tuple(ranges[row, tile, i] + 0 for i in range(5))
+
+    def keys(self, row, head, start, size):
+        """Where a block of keys lies: per head, and shared."""
+        at = [(row, pl.ds(start, size), head)] * len(self.shape.parts)
+        if self.shape.shared:
+            at[-1] = at[-1][:2]
+        return [self.refs[f"k{i}"].at[index] for i, index in enumerate(at)]
+
+    def of_head(self, names, row, head, start, size):
+        return [self.refs[name].at[row, pl.ds(start, size), head] for name in names]
+
+    # -- masks
+
+    def visible(self, row, queries, slots, by_row: bool, width: int):
+        """bool [64, width]: queries by row and slots by column, or the other way round."""
+        bounds, shape = self.refs["bounds"], (ROWS, width)
+        across, along = (ROW, COLUMN) if by_row else (COLUMN, ROW)
+        size, axis = (ROWS, 0) if by_row else (width, 1)
+        at = row if bounds.shape[0] > 1 else 0
+        spread = lambda x, axis: lax.broadcast_in_dim(x, shape, [axis])  # noqa: E731
+        bound = lambda i: spread(  # noqa: E731
+            load(bounds.at[at, i, pl.ds(queries, size)], across), axis
+        )
+        slot = plgpu.broadcasted_iota(jnp.int32, shape, 1 - axis, layout=WG) + slots
+        seen = (slot >= bound(0)) & (slot < bound(1))
+        if self.shape.segments:
+            others = width if by_row else ROWS
+            ids = load(self.refs["ids"].at[row, pl.ds(slots, others)], along)
+            seen &= bound(2) == spread(ids, 1 - axis)
+        return seen
+
+    def keep_rows(self, refs, live):
+        """Zeros rows of tiles: 0 * NaN would be NaN. live(offset) is bool [64], of rows from there."""
+        for ref in refs:
+            rows, width = ref.shape
+            size = tile_columns(width)
+            for first in sorted({*range(0, rows - ROWS + 1, ROWS), rows - ROWS}):
+                keep = columns(live(first), size)
+                for column in range(0, width, size):
+                    part = ref.at[pl.ds(first, ROWS), pl.ds(column, size)]
+                    x = load(part, WG)
+                    part[...] = jnp.where(keep, x, jnp.zeros_like(x))
+        plgpu.commit_smem()
+
+    def keep_slots(self, refs, first, live):
+        """Zeros the slots of a block that starts at `first` from slot `live` on."""
+
+        @pl.when(first + refs[0].shape[0] > live)
+        def _():
+            row = plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, (ROWS,), 0), ROW)
+            self.keep_rows(refs, lambda offset: row + (first + offset) < filled(live, jnp.int32))
+
+    # -- accumulators: in registers and in flight natively, in shared memory when interpreted
+
+    def accumulators(self, wg, widths, body, first=0):
+        """Runs body on float32 accumulators [64, width] that live for the whole walk."""
+        if self.native:
+            pl.run_scoped(body, *(plgpu.ACC((ROWS, width), jnp.float32) for width in widths))
+        else:
+            body(*(self.smem[f"acc{first + i}"].at[wg] for i in range(len(widths))))
+
+    def multiply(self, acc, a, b, wg):
+        """acc += a b, with a in registers."""
+        if self.native:
+            plgpu.wgmma(acc, a, b)
+            return
+        parked = self.smem[f"park{a.shape[1]}"].at[wg]  # the interpreter wants both in memory
+        parked[...] = a
+        plgpu.commit_smem()
+
+        def product(fresh):
+            plgpu.wgmma(fresh, parked, b)
+            return fresh[...]
+
+        acc[...] = acc[...] + pl.run_scoped(product, plgpu.ACC(acc.shape, jnp.float32))
+
+    def rescale(self, acc, factor):
+        old = plgpu.wgmma_accumulator_load(acc, wait_n=None) if self.native else acc[...]
+        acc[...] = old * columns(factor, acc.shape[1])
+
+    def clear(self, acc):
+        zero = jnp.zeros(acc.shape, jnp.float32)
+        acc[...] = plgpu.layout_cast(zero, WG) if self.native else zero
+
+    def retire(self, in_flight):
+        if self.native:
+            plgpu.wgmma_wait(in_flight)
+
+    def partial_sums(self, p):
+        return mosaic.partial_sums(p) if self.native else p.reshape(ROWS, 8, -1).sum(2)
+
+    def store(self, ref, value, row, column, count):
+        """ref[row : row + count, column : ...] = value[:count]; interpreted, all 64 rows."""
+        if self.native:
+            mosaic.store_rows(ref, value, row, column, count)
+        else:
+            ref[pl.ds(row, ROWS), pl.ds(column, value.shape[1])] = value
+
+    def store_values(self, ref, value, row):
+        if self.native:
+            mosaic.store_row_values(ref, value, row, ROWS)
+        else:
+            ref[pl.ds(row, ROWS)] = value
+
+
+def interpreted_scratch(shape: Shape, widths, products) -> dict[str, Any]:
+    """What stands in for registers: accumulators of `widths`, left operands of width `products`."""
+    if shape.native:
+        return {}
+    smem = {f"acc{i}": plgpu.SMEM((2, ROWS, w), jnp.float32) for i, w in enumerate(widths)}
+    return smem | {f"park{w}": tiled((2, ROWS, w), shape.dtype) for w in products}
+
+
+def thread_blocks(shape: Shape, tiles: int) -> int:
+    return min(shape.cores, shape.batch * shape.heads * tiles)
+
+
+def launch(kind, name, shape: Shape, operands: dict[str, Any], outputs, scratch, interpret):
+    """Runs a kernel: `operands` by name, `outputs` {name: ShapeDtypeStruct}."""
+    inputs = {key: value for key, value in operands.items() if value is not None}
+
+    def body(*refs, **smem):
+        named = dict(zip([*inputs, *outputs], refs, strict=True))
+        kind(named, smem, shape).run()
+
+    tiles = kind.count(shape)
+    return plgpu.kernel(
+        body, out_type=list(outputs.values()), scratch_types=scratch, kernel_name=name,
+        grid=(thread_blocks(shape, tiles),), grid_names=("block",), num_threads=3 if kind.copies else 2,
+        thread_name="wg", interpret=interpret, compiler_params=plgpu.CompilerParams(
+            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
+    )(*inputs.values())  # fmt: skip
+
+
+def rows_stored(length: int, native: bool) -> int:
+    """Rows of an output: the interpreter has no stores of part of a tile."""
+    return length if native else padded(length)
+
+
+def columns(row_values, width):
+    """[64] to [64, width], free in registers."""
+    return lax.broadcast_in_dim(row_values, (row_values.shape[0], width), [0])
+
+
+def filled(value, dtype=jnp.float32):
+    return plgpu.layout_cast(jnp.full((ROWS,), value, dtype), ROW)
+
+
+def load(ref, layout):
+    return plgpu.load(ref, layout=layout, optimized=False)
+
+
+def scores(acc, left, right):
+    """acc += left right^T, part by part, all in shared memory."""
+    for a, b in zip(left, right, strict=True):
+        plgpu.wgmma(acc, a, b.T)
+
+
+def in_flight(acc, wait_n):
+    """The value of an accumulator once at most `wait_n` later products are in flight."""
+    return plgpu.wgmma_accumulator_load(acc, wait_n=wait_n)
