@@ -19,16 +19,18 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from mla_jax.ops.hopper import mosaic
 from mla_jax.ops.hopper.attention.forward import block_slots
 from mla_jax.ops.hopper.attention.plan import ROWS, TILE, Plan, Sizes
 from mla_jax.ops.hopper.attention.tiles import (
-    COLUMN, ROW, SHARED_MEMORY, Ring, Shape, Walk, columns, in_flight, interpreted_scratch, launch,
-    load, rows_stored, scores, tiled,
+    COLUMN, ROW, SHARED_MEMORY, WG, Ring, Shape, Walk, across, columns, in_flight,
+    interpreted_scratch, launch, load, rows_stored, scores, tiles, vectors,
 )  # fmt: skip
 from mla_jax.ops.hopper.merge import like
 
+_STATISTICS = ("lse", "delta")
 _AHEAD = 1  # blocks of queries copied ahead of their use
-_SPARE = 2048  # bytes for barriers and alignment
+_SPARE = 4096  # bytes for barriers, ids and alignment
 # Channels of dK and dV that 64 rows of slots can have in one warpgroup's registers; beyond, one
 # warpgroup takes dV, the other dK, of the same slots.
 _TOGETHER = 320
@@ -46,10 +48,10 @@ def _together(shape):
 
 def _query_block(shape):
     """Slots of a block, and how many blocks of keys and of values are in flight, for dQ."""
-    for size, keys, values in ((64, 4, 4), (64, 3, 3), (64, 2, 2), (64, 2, 1)):
-        tiles = TILE * (shape.key + shape.value)
-        memory = 2 * (tiles + size * (keys * shape.key + values * shape.value)) + _SPARE
-        if memory <= SHARED_MEMORY and shape.key // 2 + size <= 192:
+    for size, keys, values in ((64, 3, 3), (64, 2, 2), (64, 2, 1)):
+        held = TILE * (shape.key + shape.value)
+        memory = 2 * (held + size * (keys * shape.key + values * shape.value)) + _SPARE // 2
+        if memory <= SHARED_MEMORY:
             return size, keys, values
     raise ValueError(f"no block fits keys of {shape.key} and values of {shape.value} channels")
 
@@ -57,9 +59,9 @@ def _query_block(shape):
 def _key_stages(shape):
     """How many blocks of queries are in flight, for dK and dV."""
     rows = TILE if _together(shape) else ROWS
-    each = 2 * ROWS * (shape.key + shape.value) + 8 * ROWS
+    each = 2 * ROWS * (shape.key + shape.value) + 3 * 1024
     held = 2 * rows * (shape.key + shape.value)
-    return min(4, (SHARED_MEMORY - _SPARE - held) // each)
+    return min(3, (SHARED_MEMORY - _SPARE - held) // each)
 
 
 def query_gradient(operands, plan: Plan, shape: Shape, interpret=None):
@@ -70,10 +72,10 @@ def query_gradient(operands, plan: Plan, shape: Shape, interpret=None):
         plan, shape, interpret: as in the forward kernel.
     """
     size, keys, values = _query_block(shape)
-    tile = lambda rows, width: lambda stages: tiled((stages, rows, width), shape.dtype)  # noqa: E731
-    scratch = Ring.scratch("q", [tile(ROWS, w) for w in (*shape.parts, shape.value)], 2, 1)
-    scratch |= Ring.scratch("k", [tile(size, w) for w in shape.parts], keys, 2)
-    scratch |= Ring.scratch("v", [tile(size, shape.value)], values, 2)
+    scratch = Ring.scratch("q", tiles(ROWS, (*shape.parts, shape.value), shape.dtype), 2, 1)
+    blocks = tiles(size, shape.parts, shape.dtype) + vectors(shape.segments, size)
+    scratch |= Ring.scratch("k", blocks, keys, 2)
+    scratch |= Ring.scratch("v", tiles(size, [shape.value], shape.dtype), values, 2)
     scratch |= interpreted_scratch(shape, shape.parts, [size])
     rows = shape.batch * rows_stored(shape.tokens, shape.native)
     outputs = {
@@ -90,14 +92,15 @@ def query_gradient(operands, plan: Plan, shape: Shape, interpret=None):
 
 def key_gradient(operands, plan: Plan, shape: Shape, interpret=None):
     """dK, part by part, each per head [B S N width], and dV [B S N V]; see `query_gradient`."""
-    together, stages = _together(shape), _key_stages(shape)
-    tile = lambda rows, width: lambda stages: tiled((stages, rows, width), shape.dtype)  # noqa: E731
-    vector = lambda stages: plgpu.SMEM((stages, ROWS), jnp.float32)  # noqa: E731
-    held, consumers = (2, 1) if together else (1, 2)
-    widths = (*shape.parts, shape.value)
-    scratch = Ring.scratch("k", [tile(ROWS, w) for w in widths], held, consumers)
-    scratch |= Ring.scratch("q", [*(tile(ROWS, w) for w in shape.parts), vector], stages, 2)
-    scratch |= Ring.scratch("o", [tile(ROWS, shape.value), vector], stages, 2)
+    stages, widths = _key_stages(shape), (*shape.parts, shape.value)
+    held, consumers = (2, 1) if _together(shape) else (1, 2)
+    scratch = Ring.scratch("k", tiles(ROWS, widths, shape.dtype), held, consumers)
+    bounds = plan.bounds.shape[1]
+    queries = tiles(ROWS, shape.parts, shape.dtype) + vectors(1, ROWS, jnp.float32)
+    queries.append(lambda stages: plgpu.SMEM((stages, bounds, ROWS), jnp.int32))
+    scratch |= Ring.scratch("q", queries, stages, 2)
+    outs = tiles(ROWS, [shape.value], shape.dtype) + vectors(1, ROWS, jnp.float32)
+    scratch |= Ring.scratch("o", outs, stages, 2)
     scratch |= interpreted_scratch(shape, widths, [ROWS])
     rows = shape.batch * rows_stored(shape.slots, shape.native)
     outputs = {
@@ -118,11 +121,10 @@ def key_gradient(operands, plan: Plan, shape: Shape, interpret=None):
 class _Queries(Walk):
     """dQ of 128 queries of one head, over the blocks of slots they see."""
 
-    heavy_last = True
+    heavy_last = True  # causal: the last queries see most
 
     def __init__(self, refs, smem, shape):
         super().__init__(refs, smem, shape)
-        self.tiles = self.count(shape)
         self.size, keys, values = _query_block(shape)
         self.q, self.k, self.v = Ring("q", smem, 2), Ring("k", smem, keys), Ring("v", smem, values)
 
@@ -131,26 +133,7 @@ class _Queries(Walk):
         return -(-shape.tokens // TILE)
 
     def produce(self):
-        names = [*(f"q{i}" for i in range(len(self.shape.parts))), "do"]
-
-        def one(k, row, head, tile, carry):
-            first, _, _, last, _ = self.range(row, tile)
-            for wg in range(2):
-                at = tile * TILE + wg * ROWS
-                self.q.fill(2 * k + wg, self.of_head(names, row, head, at, ROWS))
-
-            def block(j, done):
-                start = j * self.size
-                self.k.fill(done, self.keys(row, head, start, self.size))
-                self.v.fill(done, self.of_head(["v"], row, head, start, self.size))
-                return done + 1
-
-            return k + 1, lax.fori_loop(first, last, block, carry[1])
-
-        items, done = self.each_item(one, (jnp.int32(0), jnp.int32(0)))
-        self.q.drain(2 * items)
-        self.k.drain(done)
-        self.v.drain(done)
+        self.produce_blocks([*(f"q{i}" for i in range(len(self.shape.parts))), "do"])
 
     def consume(self, wg):
         def walk(*dq):
@@ -159,25 +142,55 @@ class _Queries(Walk):
         self.accumulators(wg, self.shape.parts, walk)
 
     def item(self, wg, dq, k, row, head, tile, done):
-        shape = self.shape
+        """One tile: 64 queries of a head for this warpgroup; returns the blocks done."""
+        shape, size = self.shape, self.size
         first, opened, close, last, live = self.range(row, tile)
         at = tile * TILE + wg * ROWS
-        lse = load(self.refs["lse"].at[row, head, pl.ds(at, ROWS)], ROW)
-        delta = load(self.refs["delta"].at[row, head, pl.ds(at, ROWS)], ROW)
+        rows = self.row_bounds(row, at)
+        lse, delta = (load(self.refs[x].at[row, head, pl.ds(at, ROWS)], ROW) for x in _STATISTICS)
         *q, do = self.q.wait(2 * k + wg)
         for acc in dq:
             self.clear(acc)
 
         def step(masked):
             def body(j, _):
-                self.step(wg, dq, q, do, lse, delta, row, at, done + j - first, j, live, masked)
+                index = done + j - first
+                keys = self.k.wait(index)
+
+                def products(s, dp):
+                    scores(s, q, keys)
+                    scores(dp, [do], self.v.wait(index))
+                    p = jnp.exp2(in_flight(s, wait_n=1) * self.scale2 - columns(lse, size))
+                    return p, in_flight(dp, wait_n=0)
+
+                p, dp = pl.run_scoped(products, *[plgpu.ACC((ROWS, size), jnp.float32)] * 2)
+                self.v.release(index)
+
+                @pl.when(j + 1 == last)
+                def _():
+                    self.q.release(2 * k + wg)
+
+                ds = p * (dp - columns(delta, size))
+                if masked:
+                    ids = keys[-1] if shape.segments else None
+                    ds = jnp.where(self.visible(rows, j * size, ids, size), ds, 0.0)
+                    self.keep_slots(keys[: len(dq)], j * size, live)
+                ds = ds.astype(shape.dtype)
+                for acc, part in zip(dq, keys, strict=False):
+                    self.multiply(acc, ds, part, wg)
+                self.retire(0)
+                self.k.release(index)
 
             return body
 
         lax.fori_loop(first, opened, step(True), None)
         lax.fori_loop(opened, close, step(False), None)
         lax.fori_loop(close, last, step(True), None)
-        self.q.release(2 * k + wg)
+
+        @pl.when(first == last)
+        def _():
+            self.q.release(2 * k + wg)
+
         stored = rows_stored(shape.tokens, shape.native)
         count = jnp.minimum(shape.tokens - at, ROWS)
         for i, (acc, width) in enumerate(zip(dq, shape.parts, strict=True)):
@@ -185,38 +198,16 @@ class _Queries(Walk):
             self.store(self.refs[f"dq{i}"], value, row * stored + at, head * width, count)
         return done + last - first
 
-    def step(self, wg, dq, q, do, lse, delta, row, at, index, j, live, masked):
-        size = self.size
-        k = self.k.wait(index)
-
-        def products(s, dp):
-            scores(s, q, k)
-            scores(dp, [do], self.v.wait(index))
-            p = jnp.exp2(in_flight(s, wait_n=1) * self.scale2 - columns(lse, size))
-            return p, in_flight(dp, wait_n=0)
-
-        p, dp = pl.run_scoped(products, *[plgpu.ACC((ROWS, size), jnp.float32)] * 2)
-        self.v.release(index)
-        ds = p * (dp - columns(delta, size))
-        if masked:
-            ds = jnp.where(self.visible(row, at, j * size, True, size), ds, 0.0)
-            self.keep_slots(k, j * size, live)
-        ds = ds.astype(self.shape.dtype)
-        for acc, part in zip(dq, k, strict=True):
-            self.multiply(acc, ds, part, wg)
-        self.retire(0)
-        self.k.release(index)
-
 
 class _Keys(Walk):
     """dK and dV of the slots of one head, over the blocks of queries that see them."""
 
     heavy_last = False  # causal: the first slots are seen most
-    copies = False  # no warpgroup only copies: two with all registers hold dK, dV, S and dP
+    copies = False  # dK, dV, S and dP take all registers of two warpgroups: no third one copies
 
     def __init__(self, refs, smem, shape):
         super().__init__(refs, smem, shape)
-        self.tiles, self.together = self.count(shape), _together(shape)
+        self.together = _together(shape)
         self.rows = TILE if self.together else ROWS
         self.k = Ring("k", smem, 2 if self.together else 1)
         self.q, self.o = (Ring(name, smem, _key_stages(shape)) for name in "qo")
@@ -224,17 +215,6 @@ class _Keys(Walk):
     @staticmethod
     def count(shape):
         return -(-shape.slots // (TILE if _together(shape) else ROWS))
-
-    def held(self, k, wg):
-        """Index of the held tiles in their ring, which one or both warpgroups use."""
-        return 2 * k + wg if self.together else k
-
-    def fill(self, row, head, j, index):
-        """Starts the copies of a block of queries."""
-        names, start = [f"q{i}" for i in range(len(self.shape.parts))], j * ROWS
-        vectors = [self.refs[x].at[row, head, pl.ds(start, ROWS)] for x in ("lse", "delta")]
-        self.q.fill(index, [*self.of_head(names, row, head, start, ROWS), vectors[0]])
-        self.o.fill(index, [*self.of_head(["do"], row, head, start, ROWS), vectors[1]])
 
     def consume(self, wg):
         count = len(self.shape.parts)
@@ -257,17 +237,32 @@ class _Keys(Walk):
         else:
             lax.cond(wg == 0, role(count, count + 1), role(0, count))
 
+    def hold(self, wg, index, row, head, at):
+        """Starts the copies of the keys and values of a tile, of one or of both warpgroups."""
+
+        def fill():
+            keys = self.keys(row, head, at, ROWS)
+            self.k.fill(index, keys + self.of_head(["v"], row, head, at, ROWS))
+
+        fill() if self.together else pl.when(wg == 0)(fill)
+
+    def fill(self, row, head, j, index):
+        """Starts the copies of a block of queries."""
+        names, start = [f"q{i}" for i in range(len(self.shape.parts))], j * ROWS
+        lse, delta = (self.refs[x].at[row, head, pl.ds(start, ROWS)] for x in _STATISTICS)
+        bounds = self.refs["bounds"]
+        bounds = bounds.at[row if bounds.shape[0] > 1 else 0, :, pl.ds(start, ROWS)]
+        self.q.fill(index, [*self.of_head(names, row, head, start, ROWS), lse, bounds])
+        self.o.fill(index, [*self.of_head(["do"], row, head, start, ROWS), delta])
+
     def item(self, wg, dk, dv, k, row, head, tile, done):
         """One tile of slots; `dk` or `dv` is empty where the other warpgroup has it."""
         shape = self.shape
         first, opened, close, last, _ = self.range(row, tile)
         at = tile * self.rows + (wg * ROWS if self.together else 0)
-
-        def hold():
-            held = self.keys(row, head, at, ROWS) + self.of_head(["v"], row, head, at, ROWS)
-            self.k.fill(self.held(k, wg), held)
-
-        hold() if self.together else pl.when(wg == 0)(hold)
+        held = 2 * k + wg if self.together else k
+        self.hold(wg, held, row, head, at)
+        ids = load(self.refs["ids"].at[row, pl.ds(at, ROWS)], ROW) if shape.segments else None
 
         def ahead(j):
             @pl.when((wg == 0) & (j < last))
@@ -276,21 +271,24 @@ class _Keys(Walk):
 
         for j in range(_AHEAD):
             ahead(first + j)
-        *key, value = self.k.wait(self.held(k, wg))
+        self.k.wait(held)
         for acc in (*dk, *dv):
             self.clear(acc)
 
         def step(masked):
             def body(j, _):
-                more = lambda: ahead(j + _AHEAD)  # noqa: E731
-                self.step(wg, dk, dv, key, value, row, at, done + j - first, j, masked, more)
+                # The address anew each time: the compiler would keep all of its uses in registers.
+                slot = self.k.slot(held) + (mosaic.opaque(0) if self.native else 0)
+                *key, value = (buffer.at[slot] for buffer in self.k.buffers)
+                at_block = row, j, at, ids, done + j - first
+                self.step(wg, dk, dv, key, value, *at_block, masked, lambda: ahead(j + _AHEAD))
 
             return body
 
         lax.fori_loop(first, opened, step(True), None)
         lax.fori_loop(opened, close, step(False), None)
         lax.fori_loop(close, last, step(True), None)
-        self.k.release(self.held(k, wg))
+        self.k.release(held)
         stored = rows_stored(shape.slots, shape.native)
         count = jnp.minimum(shape.slots - at, ROWS)
         results = [(i, acc, shape.scale) for i, acc in enumerate(dk)]
@@ -301,32 +299,35 @@ class _Keys(Walk):
             self.store(self.refs[f"d{i}"], gradient, row * stored + at, head * width, count)
         return done + last - first
 
-    def step(self, wg, dk, dv, key, value, row, at, index, j, masked, more):
+    def step(self, wg, dk, dv, key, value, row, j, at, ids, index, masked, more):
+        """One block of queries; `more` starts the copies of a later one."""
         dtype, block = self.shape.dtype, (ROWS, ROWS)
-        *q, lse = self.q.wait(index)
+        *q, lse, bounds = self.q.wait(index)
         do, delta = self.o.wait(index)
-        spread = lambda x: lax.broadcast_in_dim(load(x, COLUMN), block, [1])  # noqa: E731
 
         def products(s, dp=None):
             scores(s, key, q)
             if dp is not None:
                 scores(dp, [value], [do])
             more()
-            p = jnp.exp2(
-                in_flight(s, wait_n=0 if dp is None else 1) * self.scale2 - spread(lse)
-            )
+            s = in_flight(s, wait_n=0 if dp is None else 1)
+            p = jnp.exp2(s * self.scale2 - across(load(lse, COLUMN)))
             return (p,) if dp is None else (p, in_flight(dp, wait_n=0))
 
         accs = [plgpu.ACC(block, jnp.float32)] * (2 if dk else 1)
         p, *dp = pl.run_scoped(products, *accs)
         if masked:
-            seen = self.visible(row, j * ROWS, at, False, ROWS)
+            slot = plgpu.broadcasted_iota(jnp.int32, block, 0, layout=WG) + at
+            limit = lambda i: across(load(bounds.at[i], COLUMN))  # noqa: E731
+            seen = (slot >= limit(0)) & (slot < limit(1))
+            if ids is not None:
+                seen &= columns(ids, ROWS) == limit(2)
             p = jnp.where(seen, p, 0.0)
-            self.keep_queries([*q, do], row, j)
+            self.keep_queries([*q, do], bounds, row, j)
         if dk:
-            ds = p * (dp[0] - spread(delta))
+            ds = p * (dp[0] - across(load(delta, COLUMN)))
             if masked:
-                ds = jnp.where(seen, ds, 0.0)
+                ds = jnp.where(seen, ds, 0.0)  # dP of a query that sees nothing may be NaN
             ds = ds.astype(dtype)
         for acc in dv:
             self.multiply(acc, p.astype(dtype), do, wg)
@@ -336,12 +337,11 @@ class _Keys(Walk):
         self.q.release(index)
         self.o.release(index)
 
-    def keep_queries(self, refs, row, j):
+    def keep_queries(self, refs, bounds, row, j):
         """Zeros the queries of a block that see nothing."""
-        bounds, dead = self.refs["bounds"], self.refs["dead"]
-        row = row if bounds.shape[0] > 1 else 0
+        dead = self.refs["dead"]
 
-        @pl.when(dead[row, j] > 0)
+        @pl.when(dead[row if dead.shape[0] > 1 else 0, j] > 0)
         def _():
-            start, end = (load(bounds.at[row, i, pl.ds(j * ROWS, ROWS)], ROW) for i in range(2))
+            start, end = (load(bounds.at[i], ROW) for i in range(2))
             self.keep_rows(refs, lambda offset: start < end)

@@ -53,6 +53,16 @@ def tiled(shape, dtype):
     return plgpu.SMEM(shape, dtype, transforms=(tiling, swizzle))
 
 
+def tiles(rows, widths, dtype):
+    """Buffers of a ring that hold matrix operands of these widths."""
+    return [lambda stages, w=width: tiled((stages, rows, w), dtype) for width in widths]
+
+
+def vectors(count, size, dtype=jnp.int32):
+    """Buffers of a ring that hold `count` vectors."""
+    return [lambda stages: plgpu.SMEM((stages, size), dtype)] * int(count)
+
+
 def tile_columns(width: int) -> int:
     """Columns of a swizzled tile of shared memory."""
     return next(size for size in (64, 32, 16) if width % size == 0)
@@ -111,17 +121,26 @@ class Ring:
 class Walk:
     """Base of the kernels: one thread block and its way through the tiles.
 
-    A subclass has `tiles` (per head and batch row), `heavy_last` (which end of them is the longer
-    one), `produce(...)`, run by the copying warpgroup, and `consume(wg)`, run by the others.
+    A subclass has `count(shape)` (tiles of a head and batch row), `heavy_last` (which end of them
+    is the longer one), `produce()`, run by the copying warpgroup, and `consume(wg)`, run by the
+    others.
     """
 
-    tiles: int
     heavy_last: bool
-    copies = True
+    copies = True  # whether there is a warpgroup that only copies
+    q: Ring
+    k: Ring
+    v: Ring
+    size: int
 
     def __init__(self, refs: dict[str, Any], smem: dict[str, Any], shape: Shape):
         self.refs, self.smem, self.shape, self.native = refs, smem, shape, shape.native
+        self.tiles = self.count(shape)
         self.scale2 = shape.scale * LOG2E  # softmax in base 2
+
+    @staticmethod
+    def count(shape: Shape) -> int:
+        raise NotImplementedError
 
     def run(self):
         wg = lax.axis_index("wg")
@@ -187,24 +206,46 @@ class Walk:
     def of_head(self, names, row, head, start, size):
         return [self.refs[name].at[row, pl.ds(start, size), head] for name in names]
 
+    def produce_blocks(self, names):
+        """Copies `names` of each tile's queries, and the blocks of slots that they see."""
+
+        def one(k, row, head, tile, carry):
+            first, _, _, last, _ = self.range(row, tile)
+            for wg in range(2):
+                at = tile * 2 * ROWS + wg * ROWS
+                self.q.fill(2 * k + wg, self.of_head(names, row, head, at, ROWS))
+
+            def block(j, done):
+                start = j * self.size
+                keys = self.keys(row, head, start, self.size)
+                if self.shape.segments:
+                    keys.append(self.refs["ids"].at[row, pl.ds(start, self.size)])
+                self.k.fill(done, keys)
+                self.v.fill(done, self.of_head(["v"], row, head, start, self.size))
+                return done + 1
+
+            return k + 1, lax.fori_loop(first, last, block, carry[1])
+
+        items, done = self.each_item(one, (jnp.int32(0), jnp.int32(0)))
+        self.q.drain(2 * items)
+        self.k.drain(done)
+        self.v.drain(done)
+
     # -- masks
 
-    def visible(self, row, queries, slots, by_row: bool, width: int):
-        """bool [64, width]: queries by row and slots by column, or the other way round."""
-        bounds, shape = self.refs["bounds"], (ROWS, width)
-        across, along = (ROW, COLUMN) if by_row else (COLUMN, ROW)
-        size, axis = (ROWS, 0) if by_row else (width, 1)
-        at = row if bounds.shape[0] > 1 else 0
-        spread = lambda x, axis: lax.broadcast_in_dim(x, shape, [axis])  # noqa: E731
-        bound = lambda i: spread(  # noqa: E731
-            load(bounds.at[at, i, pl.ds(queries, size)], across), axis
-        )
-        slot = plgpu.broadcasted_iota(jnp.int32, shape, 1 - axis, layout=WG) + slots
-        seen = (slot >= bound(0)) & (slot < bound(1))
+    def row_bounds(self, row, at):
+        """Start, end and (with segments) id of 64 queries, by row."""
+        bounds = self.refs["bounds"]
+        row = row if bounds.shape[0] > 1 else 0
+        return [load(bounds.at[row, i, pl.ds(at, ROWS)], ROW) for i in range(bounds.shape[1])]
+
+    def visible(self, rows, start, ids, width):
+        """bool [64, width]: which of the slots from `start` on queries with these bounds see."""
+        shape = (ROWS, width)
+        slot = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=WG) + start
+        seen = (slot >= columns(rows[0], width)) & (slot < columns(rows[1], width))
         if self.shape.segments:
-            others = width if by_row else ROWS
-            ids = load(self.refs["ids"].at[row, pl.ds(slots, others)], along)
-            seen &= bound(2) == spread(ids, 1 - axis)
+            seen &= columns(rows[2], width) == across(load(ids, COLUMN))
         return seen
 
     def keep_rows(self, refs, live):
@@ -320,6 +361,11 @@ def columns(row_values, width):
     return lax.broadcast_in_dim(row_values, (row_values.shape[0], width), [0])
 
 
+def across(column_values):
+    """[width] to [64, width], free in registers."""
+    return lax.broadcast_in_dim(column_values, (ROWS, column_values.shape[0]), [1])
+
+
 def filled(value, dtype=jnp.float32):
     return plgpu.layout_cast(jnp.full((ROWS,), value, dtype), ROW)
 
@@ -329,8 +375,8 @@ def load(ref, layout):
 
 
 def scores(acc, left, right):
-    """acc += left right^T, part by part, all in shared memory."""
-    for a, b in zip(left, right, strict=True):
+    """acc += left right^T, part by part, all in shared memory; what `right` has more is no part."""
+    for a, b in zip(left, right, strict=False):
         plgpu.wgmma(acc, a, b.T)
 
 
