@@ -117,7 +117,7 @@ def parts_of_ours(arrays, cotangent, scale, options):
     window, segments = options.pop("window", None), options.pop("segment_ids", None)
     limits = plan.limits_of(batch, tokens, slots, **options)
     made = attention.plan_of(q_nope, q_rope, value, limits, window=window, segment_ids=segments)
-    shape = attention._shape(q_nope, q_rope, value, scale, segments is not None, None)
+    shape = attention.shape_of(q_nope, q_rope, value, scale, segments is not None)
     named = dict(zip(("q0", "q1", "k0", "k1", "v"), arrays, strict=True))
     padded = (batch, q_nope.shape[2], plan.padded(tokens))
     more = named | {

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mla_jax.target import current
 from mla_jax.ops.hopper.attention.plan import Plan, limits_of, make_plan, padded
+from mla_jax.target import current
 
 try:
     from mla_jax.ops.hopper.attention import backward, forward
@@ -28,6 +28,7 @@ _forward: Any = forward
 _Shape: Any = Shape
 
 _WIDEST = 256
+_CHANNELS = 32  # unit of the channels: a swizzled tile, and the stores of results
 _H200_CORES = 132  # where no GPU is there to ask: compiling for one, and the interpreter
 _OPTIONS = {"lengths", "lengths per query", "window", "segment_ids", "query_lengths", "full"}
 
@@ -82,9 +83,9 @@ def expanded_attention(
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
     """Attention with per-head keys and values and one rotary key, as the layer has them.
 
-    out[b,t,n] = sum_s softmax_s(scale (q_nope[b,t,n] . k_nope[b,s,n] + q_rope[b,t,n] . k_rope[b,s]))
-    value[b,s,n] over the slots s that query t sees (DeepSeek-V2, arXiv 2405.04434, equations 9 to
-    19), after FlashAttention-2 and -3 (arXiv 2307.08691, 2407.08608).
+    out[b,t,n] = sum_s softmax_s(scale (q_nope[b,t,n] . k_nope[b,s,n] + q_rope[b,t,n] .
+    k_rope[b,s])) value[b,s,n] over the slots s that query t sees (DeepSeek-V2, arXiv 2405.04434,
+    equations 9 to 19), after FlashAttention-2 and -3 (arXiv 2307.08691, 2407.08608).
 
     Args:
         q_nope, q_rope: queries without and with position; H or P may be 0.
@@ -102,12 +103,12 @@ def expanded_attention(
         interpret: parameters of Pallas' interpreter, to run on a CPU.
 
     Returns:
-        out [B T N V] in the operands' dtype and lse [B T N] float32; zeros and -inf for a query that
-        sees nothing. Both differentiate.
+        out [B T N V] in the operands' dtype and lse [B T N] float32; zeros and -inf for a query
+        that sees nothing. Both differentiate.
     """
-    batch, tokens, heads = q_nope.shape[:3]
+    batch, tokens = q_nope.shape[:2]
     slots, width = value.shape[1], value.shape[3]
-    shape = _shape(q_nope, q_rope, value, scale, segment_ids is not None, interpret)
+    shape = shape_of(q_nope, q_rope, value, scale, segment_ids is not None, interpret)
     if plan is None:
         limits = limits_of(
             batch, tokens, slots, limits=limits, lengths=lengths, query_lengths=query_lengths,
@@ -116,10 +117,11 @@ def expanded_attention(
         plan = make_plan(
             limits, slots, _backward.sizes(shape), window=window, segment_ids=segment_ids
         )
-    parts = [(q_nope, k_nope), (q_rope, k_rope)]
-    parts = [(_pad(q), _pad(k)) for q, k in parts if q.shape[-1]]
-    arrays = {f"{name}{i}": x for i, pair in enumerate(parts) for name, x in zip("qk", pair)}
-    out, lse = _attention((shape, interpret), arrays | {"v": _pad(value)}, plan)
+    arrays = {"v": _pad(value)}
+    pairs = [pair for pair in ((q_nope, k_nope), (q_rope, k_rope)) if pair[0].shape[-1]]
+    for i, (query, key) in enumerate(pairs):
+        arrays |= {f"q{i}": _pad(query), f"k{i}": _pad(key)}
+    out, lse = _attention((shape, interpret), arrays, plan)
     return out[:, :tokens, :, :width], lse[:, :tokens]
 
 
@@ -133,17 +135,18 @@ def plan_of(
     segment_ids: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None = None,
 ) -> Plan:
     """The plan of all calls with these shapes, limits (see `limits_of`), window and segments."""
-    shape = _shape(q_nope, q_rope, value, 1.0, segment_ids is not None, None)
+    shape = shape_of(q_nope, q_rope, value, 1.0, segment_ids is not None)
     sizes = _backward.sizes(shape)
     return make_plan(limits, value.shape[1], sizes, window=window, segment_ids=segment_ids)
 
 
-def _shape(q_nope, q_rope, value, scale, segments, interpret):
+def shape_of(q_nope, q_rope, value, scale: float, segments: bool, interpret: Any = None):
+    """What the kernels are compiled for."""
     batch, tokens, heads = q_nope.shape[:3]
-    parts = tuple(_round(x.shape[-1], 16) for x in (q_nope, q_rope) if x.shape[-1])
+    parts = tuple(_round(x.shape[-1], _CHANNELS) for x in (q_nope, q_rope) if x.shape[-1])
     return _Shape(
         batch=batch, tokens=_round(tokens, 8), slots=_round(value.shape[1], 8), heads=heads,
-        parts=parts, shared=q_rope.shape[-1] > 0, value=_round(value.shape[-1], 16),
+        parts=parts, shared=q_rope.shape[-1] > 0, value=_round(value.shape[-1], _CHANNELS),
         scale=float(scale), dtype=value.dtype, segments=segments,
         cores=current().cores or _H200_CORES, native=not interpret,
     )  # fmt: skip
@@ -154,8 +157,8 @@ def _round(size, unit):
 
 
 def _pad(x):
-    """Tokens in eights, as copies want them, and channels in sixteens, as products do."""
-    more = _round(x.shape[1], 8) - x.shape[1], _round(x.shape[-1], 16) - x.shape[-1]
+    """Tokens in eights, as copies want them; channels as tiles do: no known model needs more."""
+    more = _round(x.shape[1], 8) - x.shape[1], _round(x.shape[-1], _CHANNELS) - x.shape[-1]
     if not any(more):
         return x
     return jnp.pad(x, [(0, 0), (0, more[0]), *[(0, 0)] * (x.ndim - 3), (0, more[1])])
@@ -167,16 +170,40 @@ def _attention(static, arrays, plan):
 
 
 def _forward_rule(static, arrays, plan):
-    out, lse = _run_forward(arrays, plan, *static)
+    out, lse = _batched(_run_forward, static, (arrays, plan))
     return (out, jnp.swapaxes(lse, 1, 2)[:, : out.shape[1]]), (arrays, plan, out, lse)
 
 
 def _backward_rule(static, residuals, cotangents):
-    arrays, plan, out, lse = residuals
-    return _run_backward(arrays, plan, out, lse, *cotangents, *static), None
+    return _batched(_run_backward, static, (*residuals, *cotangents)), None
 
 
 _attention.defvjp(_forward_rule, _backward_rule)
+
+
+def _batched(run, static, arguments):
+    """run(*arguments, *static), which `jax.vmap` turns into a call with more batch rows."""
+
+    @jax.custom_batching.custom_vmap
+    def call(*arguments):
+        return run(*arguments, *static)
+
+    @call.def_vmap
+    def _(size, mapped, *arguments):
+        shape, interpret = static
+
+        def join(x, is_mapped):  # one row of a plan serves all rows of its batch only
+            x = x if is_mapped else jnp.broadcast_to(x, (size, *x.shape))
+            x = jnp.broadcast_to(x, (size, shape.batch, *x.shape[2:]))
+            return x.reshape(size * shape.batch, *x.shape[2:])
+
+        arguments = jax.tree.map(join, tuple(arguments), tuple(mapped))
+        more = shape._replace(batch=size * shape.batch), interpret
+        results = _batched(run, more, arguments)
+        split = lambda x: x.reshape(size, shape.batch, *x.shape[1:])  # noqa: E731
+        return jax.tree.map(split, results), jax.tree.map(lambda _: True, results)
+
+    return call(*arguments)
 
 
 # Jitted, so that the layers of a model share one lowering, which takes seconds.
@@ -188,10 +215,11 @@ def _run_forward(arrays, plan, shape, interpret):
 @functools.partial(jax.jit, static_argnames=("shape", "interpret"))
 def _run_backward(arrays, plan, out, lse, d_out, d_lse, shape, interpret):
     interpret = interpret or None
+    blind = lse == -jnp.inf
     delta = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(-1) - d_lse
     delta = jnp.pad(jnp.swapaxes(delta, 1, 2), [(0, 0), (0, 0), (0, lse.shape[2] - out.shape[1])])
     operands = arrays | {
-        "do": d_out, "delta": delta, "lse": jnp.where(lse == -jnp.inf, 0, lse * LOG2E),
+        "do": d_out, "delta": jnp.where(blind, 0, delta), "lse": jnp.where(blind, 0, lse * LOG2E),
     }  # fmt: skip
     dq = _backward.query_gradient(operands, plan, shape, interpret)
     dk, dv = _backward.key_gradient(operands, plan, shape, interpret)

@@ -23,8 +23,23 @@ from mla_jax.ops.hopper import mosaic
 from mla_jax.ops.hopper.attention.forward import block_slots
 from mla_jax.ops.hopper.attention.plan import ROWS, TILE, Plan, Sizes
 from mla_jax.ops.hopper.attention.tiles import (
-    COLUMN, ROW, SHARED_MEMORY, WG, Ring, Shape, Walk, across, columns, in_flight,
-    interpreted_scratch, launch, load, rows_stored, scores, tiles, vectors,
+    COLUMN,
+    ROW,
+    SHARED_MEMORY,
+    WG,
+    Ring,
+    Shape,
+    Walk,
+    across,
+    columns,
+    in_flight,
+    interpreted_scratch,
+    launch,
+    load,
+    rows_stored,
+    scores,
+    tiles,
+    vectors,
 )  # fmt: skip
 from mla_jax.ops.hopper.merge import like
 
@@ -48,7 +63,7 @@ def _together(shape):
 
 def _query_block(shape):
     """Slots of a block, and how many blocks of keys and of values are in flight, for dQ."""
-    for size, keys, values in ((64, 3, 3), (64, 2, 2), (64, 2, 1)):
+    for size, keys, values in ((64, 3, 3), (64, 2, 2), (64, 2, 1), (64, 1, 1)):
         held = TILE * (shape.key + shape.value)
         memory = 2 * (held + size * (keys * shape.key + values * shape.value)) + _SPARE // 2
         if memory <= SHARED_MEMORY:
@@ -68,7 +83,8 @@ def query_gradient(operands, plan: Plan, shape: Shape, interpret=None):
     """dQ, part by part [B T N width].
 
     Args:
-        operands: those of the forward kernel, and do [B T N V]; lse (base 2) and delta [B N padded].
+        operands: those of the forward kernel, and do [B T N V]; lse (base 2) and delta [B N
+            padded(T)].
         plan, shape, interpret: as in the forward kernel.
     """
     size, keys, values = _query_block(shape)

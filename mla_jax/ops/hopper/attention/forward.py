@@ -17,8 +17,19 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from mla_jax.ops.hopper import mosaic
 from mla_jax.ops.hopper.attention.plan import ROWS, TILE, Plan, padded
 from mla_jax.ops.hopper.attention.tiles import (
-    SHARED_MEMORY, Ring, Shape, Walk, columns, filled, in_flight, interpreted_scratch, launch,
-    rows_stored, scores, tiles, vectors,
+    SHARED_MEMORY,
+    Ring,
+    Shape,
+    Walk,
+    columns,
+    filled,
+    in_flight,
+    interpreted_scratch,
+    launch,
+    rows_stored,
+    scores,
+    tiles,
+    vectors,
 )  # fmt: skip
 from mla_jax.ops.hopper.merge import LOG2E, LOWEST, like
 
@@ -31,7 +42,7 @@ def block_slots(key: int, value: int) -> int:
     """Slots of a block: the most whose tiles fit shared memory and whose scores fit registers."""
     for size in (128, 64):  # whole swizzled tiles of values
         memory = 2 * (TILE * key + _STAGES * size * (key + value)) + _SPARE
-        if memory <= SHARED_MEMORY and value + 3 * size // 2 <= 384:
+        if memory <= SHARED_MEMORY and value + 3 * size // 2 <= 352:
             return size
     raise ValueError(f"no block fits keys of {key} and values of {value} channels")
 
@@ -102,7 +113,7 @@ class _Forward(Walk):
         self.clear(acc)
 
         def used(j):
-            """After its last scores: the other warpgroup may wait for what follows in the copies."""
+            """Frees the queries after their last scores: the next copies wait for it."""
 
             @pl.when(j + 1 == last)
             def _():

@@ -8,6 +8,7 @@ Letters: B batch, T query tokens, S slots, N heads.
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -47,7 +48,7 @@ class Shape(NamedTuple):
 
 
 def tiled(shape, dtype):
-    """Shared memory in the swizzled layout of matrix operands; last axis a multiple of 16."""
+    """Shared memory in the swizzled layout of matrix operands; last axis a multiple of 32."""
     size = tile_columns(shape[-1])
     tiling, swizzle = plgpu.TilingTransform((8, size)), plgpu.SwizzleTransform(2 * size)
     return plgpu.SMEM(shape, dtype, transforms=(tiling, swizzle))
@@ -65,7 +66,7 @@ def vectors(count, size, dtype=jnp.int32):
 
 def tile_columns(width: int) -> int:
     """Columns of a swizzled tile of shared memory."""
-    return next(size for size in (64, 32, 16) if width % size == 0)
+    return 64 if width % 64 == 0 else 32
 
 
 class Ring:
@@ -240,7 +241,7 @@ class Walk:
         return [load(bounds.at[row, i, pl.ds(at, ROWS)], ROW) for i in range(bounds.shape[1])]
 
     def visible(self, rows, start, ids, width):
-        """bool [64, width]: which of the slots from `start` on queries with these bounds see."""
+        """Bool [64, width]: which of the slots from `start` on queries with these bounds see."""
         shape = (ROWS, width)
         slot = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=WG) + start
         seen = (slot >= columns(rows[0], width)) & (slot < columns(rows[1], width))
@@ -249,7 +250,7 @@ class Walk:
         return seen
 
     def keep_rows(self, refs, live):
-        """Zeros rows of tiles: 0 * NaN would be NaN. live(offset) is bool [64], of rows from there."""
+        """Zeros rows: 0 * NaN would be NaN. live(offset) tells of 64 rows from there what stays."""
         for ref in refs:
             rows, width = ref.shape
             size = tile_columns(width)
@@ -279,7 +280,7 @@ class Walk:
             body(*(self.smem[f"acc{first + i}"].at[wg] for i in range(len(widths))))
 
     def multiply(self, acc, a, b, wg):
-        """acc += a b, with a in registers."""
+        """Acc += a b, with a in registers."""
         if self.native:
             plgpu.wgmma(acc, a, b)
             return
@@ -343,12 +344,21 @@ def launch(kind, name, shape: Shape, operands: dict[str, Any], outputs, scratch,
         kind(named, smem, shape).run()
 
     tiles = kind.count(shape)
-    return plgpu.kernel(
+    results = plgpu.kernel(
         body, out_type=list(outputs.values()), scratch_types=scratch, kernel_name=name,
-        grid=(thread_blocks(shape, tiles),), grid_names=("block",), num_threads=3 if kind.copies else 2,
-        thread_name="wg", interpret=interpret, compiler_params=plgpu.CompilerParams(
+        grid=(thread_blocks(shape, tiles),), grid_names=("block",),
+        num_threads=3 if kind.copies else 2, thread_name="wg", interpret=interpret,
+        compiler_params=plgpu.CompilerParams(
             approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
     )(*inputs.values())  # fmt: skip
+    return [_varying(x, next(iter(inputs.values()))) for x in results]
+
+
+def _varying(x, operand):
+    """Under shard_map, a kernel's results vary over what its operands vary over."""
+    axes = lambda x: getattr(getattr(jax.typeof(x), "mat", None), "varying", frozenset())  # noqa: E731
+    missing = axes(operand) - axes(x)
+    return lax.pcast(x, tuple(missing), to="varying") if missing else x
 
 
 def rows_stored(length: int, native: bool) -> int:
@@ -375,7 +385,7 @@ def load(ref, layout):
 
 
 def scores(acc, left, right):
-    """acc += left right^T, part by part, all in shared memory; what `right` has more is no part."""
+    """Acc += left right^T, part by part, all in shared memory; what `right` has more is no part."""
     for a, b in zip(left, right, strict=False):
         plgpu.wgmma(acc, a, b.T)
 
