@@ -134,7 +134,14 @@ def key_gradient(operands, plan: Plan, shape: Shape, interpret=None):
     return dk, dv
 
 
-class _Queries(Walk):
+class _Backward(Walk):
+    def anew(self, ring, index):
+        """Tiles of a ring, for one step: the compiler would keep every address in a register."""
+        slot = ring.slot(index) + (mosaic.opaque(0) if self.native else 0)
+        return [buffer.at[slot] for buffer in ring.buffers]
+
+
+class _Queries(_Backward):
     """dQ of 128 queries of one head, over the blocks of slots they see."""
 
     heavy_last = True  # causal: the last queries see most
@@ -157,14 +164,14 @@ class _Queries(Walk):
 
         self.accumulators(wg, self.shape.parts, walk)
 
-    def item(self, wg, dq, k, row, head, tile, done):
+    def item(self, wg, dq, k, place, ranges, done):
         """One tile: 64 queries of a head for this warpgroup; returns the blocks done."""
         shape, size = self.shape, self.size
-        first, opened, close, last, live = self.range(row, tile)
+        (row, head, tile), (first, opened, close, last, live) = place, ranges
         at = tile * TILE + wg * ROWS
         rows = self.row_bounds(row, at)
         lse, delta = (load(self.refs[x].at[row, head, pl.ds(at, ROWS)], ROW) for x in _STATISTICS)
-        *q, do = self.q.wait(2 * k + wg)
+        held = self.q.wait(2 * k + wg)
         for acc in dq:
             self.clear(acc)
 
@@ -172,6 +179,7 @@ class _Queries(Walk):
             def body(j, _):
                 index = done + j - first
                 keys = self.k.wait(index)
+                *q, do = held if _together(shape) else self.anew(self.q, 2 * k + wg)
 
                 def products(s, dp):
                     scores(s, q, keys)
@@ -215,7 +223,7 @@ class _Queries(Walk):
         return done + last - first
 
 
-class _Keys(Walk):
+class _Keys(_Backward):
     """dK and dV of the slots of one head, over the blocks of queries that see them."""
 
     heavy_last = False  # causal: the first slots are seen most
@@ -271,10 +279,10 @@ class _Keys(Walk):
         self.q.fill(index, [*self.of_head(names, row, head, start, ROWS), lse, bounds])
         self.o.fill(index, [*self.of_head(["do"], row, head, start, ROWS), delta])
 
-    def item(self, wg, dk, dv, k, row, head, tile, done):
+    def item(self, wg, dk, dv, k, place, ranges, done):
         """One tile of slots; `dk` or `dv` is empty where the other warpgroup has it."""
         shape = self.shape
-        first, opened, close, last, _ = self.range(row, tile)
+        (row, head, tile), (first, opened, close, last, _) = place, ranges
         at = tile * self.rows + (wg * ROWS if self.together else 0)
         held = 2 * k + wg if self.together else k
         self.hold(wg, held, row, head, at)
@@ -293,9 +301,7 @@ class _Keys(Walk):
 
         def step(masked):
             def body(j, _):
-                # The address anew each time: the compiler would keep all of its uses in registers.
-                slot = self.k.slot(held) + (mosaic.opaque(0) if self.native else 0)
-                *key, value = (buffer.at[slot] for buffer in self.k.buffers)
+                *key, value = self.anew(self.k, held)
                 at_block = row, j, at, ids, done + j - first
                 self.step(wg, dk, dv, key, value, *at_block, masked, lambda: ahead(j + _AHEAD))
 

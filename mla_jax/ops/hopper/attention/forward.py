@@ -103,10 +103,10 @@ class _Forward(Walk):
 
         self.accumulators(wg, [self.shape.value], walk)
 
-    def item(self, wg, acc, k, row, head, tile, done):
+    def item(self, wg, acc, k, place, ranges, done):
         """One tile: 64 queries of a head for this warpgroup; returns the blocks done."""
         shape = self.shape
-        first, opened, close, last, live = self.range(row, tile)
+        (row, head, tile), (first, opened, close, last, live) = place, ranges
         at = tile * TILE + wg * ROWS
         rows = self.row_bounds(row, at)
         q = self.q.wait(2 * k + wg)

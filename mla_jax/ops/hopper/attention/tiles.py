@@ -168,9 +168,10 @@ class Walk:
     # -- the way through the tiles
 
     def each_item(self, body, carry):
-        """body(round, batch row, head, tile, carry) for the tiles of this thread block.
+        """body(round, (batch row, head, tile), range, carry) for the tiles of this thread block.
 
-        Every other round goes backwards through the thread blocks: tiles of a head grow.
+        Every other round goes backwards through the thread blocks: tiles of a head grow. The range
+        of a tile is loaded a round ahead of its use.
         """
         shape = self.shape
         items = shape.batch * shape.heads * self.tiles
@@ -180,16 +181,23 @@ class Walk:
         last = back if (items // blocks) % 2 else block
         rounds = items // blocks + (last < items % blocks).astype(jnp.int32)
 
-        def one(k, carry):
+        def place(k):
             item = k * blocks + jnp.where(k % 2 == 1, back, block)
             tile = lax.rem(item, jnp.int32(self.tiles))
             if self.heavy_last:
                 tile = self.tiles - 1 - tile
             item = lax.div(item, jnp.int32(self.tiles))
             row, head = lax.div(item, jnp.int32(shape.heads)), lax.rem(item, jnp.int32(shape.heads))
-            return body(k, row, head, tile, carry)
+            return row, head, tile
 
-        return lax.fori_loop(0, rounds, one, carry)
+        def one(k, carry):
+            here, carry = carry
+            row, _, tile = place(jnp.minimum(k + 1, rounds - 1))
+            following = self.range(row, tile)
+            return following, body(k, place(k), here, carry)
+
+        row, _, tile = place(jnp.int32(0))
+        return lax.fori_loop(0, rounds, one, (self.range(row, tile), carry))[1]
 
     def range(self, row, tile):
         """first, open, close, last and the live slots of a tile."""
@@ -210,8 +218,8 @@ class Walk:
     def produce_blocks(self, names):
         """Copies `names` of each tile's queries, and the blocks of slots that they see."""
 
-        def one(k, row, head, tile, carry):
-            first, _, _, last, _ = self.range(row, tile)
+        def one(k, place, ranges, carry):
+            (row, head, tile), (first, _, _, last, _) = place, ranges
             for wg in range(2):
                 at = tile * 2 * ROWS + wg * ROWS
                 self.q.fill(2 * k + wg, self.of_head(names, row, head, at, ROWS))
