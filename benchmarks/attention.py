@@ -159,6 +159,42 @@ def timed(program, arguments, count):
     return (time.perf_counter() - start) / count
 
 
+def exact(q_nope, q_rope, k_nope, k_rope, value):
+    """Causal attention as it is written down, in the operands' precision."""
+    scores = jnp.einsum("btnh,bsnh->bnts", q_nope, k_nope)
+    scores += jnp.einsum("btnp,bsp->bnts", q_rope, k_rope)
+    tokens = scores.shape[-1]
+    seen = jnp.arange(tokens)[None] <= jnp.arange(tokens)[:, None]
+    scores = jnp.where(seen, scores * (q_nope.shape[-1] + q_rope.shape[-1]) ** -0.5, -jnp.inf)
+    return jnp.einsum("bnts,bsnv->btnv", jax.nn.softmax(scores), value)
+
+
+def errors(queue, tokens=2048, heads=4):
+    """Relative errors of results and gradients against float64, ours and cuDNN's."""
+    widths = WIDTHS["v3"]
+    arrays, cotangent = operands(1, tokens, tokens, heads, widths)
+    with jax.enable_x64(True):
+        wide = [x.astype(jnp.float64) for x in (*arrays, cotangent)]
+        want = jax.jit(functools.partial(gradients, exact))(wide[:5], wide[5])
+        want = [np.asarray(x) for x in jax.tree.leaves(want)]
+    found = contestants("plain", 1, tokens, tokens, heads, widths, False)
+    names = ("out", "dq_nope", "dq_rope", "dk_nope", "dk_rope", "dv")
+    for name in ("ours", "cudnn"):
+        function, arguments = found[f"{name} both"]
+        out, got = jax.jit(function)(*arguments)
+        got = [np.asarray(x, np.float64) for x in (out, *got)]
+        if name == "cudnn":
+            out, query, key, value = got
+            split = widths[0]
+            rope = jnp.asarray(key[..., split:].sum(2), jnp.bfloat16)  # as a layer would have it
+            got = [out, query[..., :split], query[..., split:], key[..., :split],
+                   np.asarray(rope, np.float64), value]  # fmt: skip
+        each = (np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(got, want, strict=True))
+        text = ", ".join(f"{n} {e:.2e}" for n, e in zip(names, each, strict=True))
+        queue.put(f"errors of {name} against float64: {text}")
+    queue.put(None)
+
+
 def measure(name, case, kernels, rounds, queue):
     """Times one case; puts lines of the table into `queue`."""
     kind, batch, tokens, slots, heads, widths = case
@@ -206,6 +242,7 @@ def main():
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--kernels", action="store_true", help="our kernels one by one, too")
+    parser.add_argument("--errors", action="store_true", help="against float64, too")
     options = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
@@ -213,7 +250,9 @@ def main():
         arguments = (name, CASES[name], options.kernels, options.rounds, queue)
         context.Process(target=guarded, args=arguments, daemon=True).start()
     print("| case | what | us | TFLOP/s | rounds, us |\n|---|---|---|---|---|")
-    running = len(options.cases)
+    running = len(options.cases) + options.errors
+    if options.errors:
+        context.Process(target=errors, args=(queue,), daemon=True).start()
     while running:
         line = queue.get()
         running -= line is None

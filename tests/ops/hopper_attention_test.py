@@ -114,11 +114,12 @@ def run(arrays, cotangents, scale, interpret=None, **options):
 
 
 def check(got, want, dtype):
-    """Rounding of the weights (relative to the row's largest) and of the result: half a unit each.
+    """Errors of rounding, of which one is 0.21 eps at the root mean square (uniform within half a
+    unit in the last place, mantissas as logarithms fall) and n are 0.21 sqrt(n) eps.
 
-    Each is uniform within half a unit in the last place, 0.29 eps at the root mean square, and at
-    most twice that in a binade: two of them make at most 0.8 eps. Gradients carry a third, that of
-    out within delta, and those of the rotary key a fourth, of each head's part.
+    A result has two, of the weights and its own; a gradient up to four, of the weights or their
+    gradient, of out within delta, of each head's part of the rotary key, and its own. Twice that
+    covers small samples.
     """
     eps = float(jnp.finfo(dtype).eps)
     out, lse = (np.asarray(x, np.float64) for x in got[:2])
@@ -126,12 +127,15 @@ def check(got, want, dtype):
     assert np.isfinite(out).all()
     np.testing.assert_array_equal(np.isneginf(lse), blind)
     assert (out[blind] == 0).all()
-    assert relative(out, want[0]) < 0.8 * eps
+    assert blind.all() or relative(out, want[0]) < 0.6 * eps
     # float32 sums of exponentials by approximate instructions
     np.testing.assert_allclose(lse[~blind], want[1][~blind], atol=2e-5)
     for name, one, two in zip(NAMES, got[2], want[2], strict=False):  # or no gradients
         assert np.isfinite(np.asarray(one, np.float64)).all(), name
-        assert not two.size or relative(one, two) < 1.2 * eps, (name, relative(one, two))
+        if two.any():
+            assert relative(one, two) < 0.84 * eps, name
+        else:
+            assert not np.asarray(one).any(), name
 
 
 def packed(rng, batch, tokens, count):

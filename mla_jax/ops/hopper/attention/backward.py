@@ -338,17 +338,14 @@ class _Keys(_Backward):
 
         accs = [plgpu.ACC(block, jnp.float32)] * (2 if dk else 1)
         p, *dp = pl.run_scoped(products, *accs)
+        seen = ds = None
         if masked:
-            slot = plgpu.broadcasted_iota(jnp.int32, block, 0, layout=WG) + at
-            limit = lambda i: across(load(bounds.at[i], COLUMN))  # noqa: E731
-            seen = (slot >= limit(0)) & (slot < limit(1))
-            if ids is not None:
-                seen &= columns(ids, ROWS) == limit(2)
+            seen = self.seen(bounds, ids, at)
             p = jnp.where(seen, p, 0.0)
             self.keep_queries([*q, do], bounds, row, j)
         if dk:
             ds = p * (dp[0] - across(load(delta, COLUMN)))
-            if masked:
+            if seen is not None:
                 ds = jnp.where(seen, ds, 0.0)  # dP of a query that sees nothing may be NaN
             ds = ds.astype(dtype)
         for acc in dv:
@@ -358,6 +355,13 @@ class _Keys(_Backward):
         self.retire(0)
         self.q.release(index)
         self.o.release(index)
+
+    def seen(self, bounds, ids, at):
+        """bool [64, 64]: which of the slots from `at` on, by row, the queries of a block see."""
+        slot = plgpu.broadcasted_iota(jnp.int32, (ROWS, ROWS), 0, layout=WG) + at
+        limit = lambda i: across(load(bounds.at[i], COLUMN))  # noqa: E731
+        seen = (slot >= limit(0)) & (slot < limit(1))
+        return seen if ids is None else seen & (columns(ids, ROWS) == limit(2))
 
     def keep_queries(self, refs, bounds, row, j):
         """Zeros the queries of a block that see nothing."""

@@ -170,8 +170,7 @@ class Walk:
     def each_item(self, body, carry):
         """body(round, (batch row, head, tile), range, carry) for the tiles of this thread block.
 
-        Every other round goes backwards through the thread blocks: tiles of a head grow. The range
-        of a tile is loaded a round ahead of its use.
+        Every other round goes backwards through the thread blocks: tiles of a head grow.
         """
         shape = self.shape
         items = shape.batch * shape.heads * self.tiles
@@ -181,23 +180,16 @@ class Walk:
         last = back if (items // blocks) % 2 else block
         rounds = items // blocks + (last < items % blocks).astype(jnp.int32)
 
-        def place(k):
+        def one(k, carry):
             item = k * blocks + jnp.where(k % 2 == 1, back, block)
             tile = lax.rem(item, jnp.int32(self.tiles))
             if self.heavy_last:
                 tile = self.tiles - 1 - tile
             item = lax.div(item, jnp.int32(self.tiles))
             row, head = lax.div(item, jnp.int32(shape.heads)), lax.rem(item, jnp.int32(shape.heads))
-            return row, head, tile
+            return body(k, (row, head, tile), self.range(row, tile), carry)
 
-        def one(k, carry):
-            here, carry = carry
-            row, _, tile = place(jnp.minimum(k + 1, rounds - 1))
-            following = self.range(row, tile)
-            return following, body(k, place(k), here, carry)
-
-        row, _, tile = place(jnp.int32(0))
-        return lax.fori_loop(0, rounds, one, (self.range(row, tile), carry))[1]
+        return lax.fori_loop(0, rounds, one, carry)
 
     def range(self, row, tile):
         """first, open, close, last and the live slots of a tile."""
@@ -207,10 +199,10 @@ class Walk:
 
     def keys(self, row, head, start, size):
         """Where a block of keys lies: per head, and shared."""
-        at = [(row, pl.ds(start, size), head)] * len(self.shape.parts)
-        if self.shape.shared:
-            at[-1] = at[-1][:2]
-        return [self.refs[f"k{i}"].at[index] for i, index in enumerate(at)]
+        count = len(self.shape.parts)
+        slots = [self.refs[f"k{i}"].at[row, pl.ds(start, size)] for i in range(count)]
+        of_heads = count - self.shape.shared
+        return [x.at[:, head] if i < of_heads else x for i, x in enumerate(slots)]
 
     def of_head(self, names, row, head, start, size):
         return [self.refs[name].at[row, pl.ds(start, size), head] for name in names]
