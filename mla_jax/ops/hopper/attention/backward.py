@@ -171,7 +171,7 @@ class _Queries(_Backward):
         at = tile * TILE + wg * ROWS
         rows = self.row_bounds(row, at)
         lse, delta = (load(self.refs[x].at[row, head, pl.ds(at, ROWS)], ROW) for x in _STATISTICS)
-        held = self.q.wait(2 * k + wg)
+        self.q.wait(2 * k + wg)
         for acc in dq:
             self.clear(acc)
 
@@ -179,7 +179,7 @@ class _Queries(_Backward):
             def body(j, _):
                 index = done + j - first
                 keys = self.k.wait(index)
-                *q, do = held if _together(shape) else self.anew(self.q, 2 * k + wg)
+                *q, do = self.anew(self.q, 2 * k + wg)
 
                 def products(s, dp):
                     scores(s, q, keys)
@@ -357,7 +357,7 @@ class _Keys(_Backward):
         self.o.release(index)
 
     def seen(self, bounds, ids, at):
-        """bool [64, 64]: which of the slots from `at` on, by row, the queries of a block see."""
+        """Bool [64, 64]: which of the slots from `at` on, by row, the queries of a block see."""
         slot = plgpu.broadcasted_iota(jnp.int32, (ROWS, ROWS), 0, layout=WG) + at
         limit = lambda i: across(load(bounds.at[i], COLUMN))  # noqa: E731
         seen = (slot >= limit(0)) & (slot < limit(1))
