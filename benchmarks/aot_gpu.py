@@ -28,8 +28,10 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 
-from mla_jax.ops import hopper  # noqa: E402
+from mla_jax.cache import Dense  # noqa: E402
+from mla_jax.ops import dispatch, hopper  # noqa: E402
 from mla_jax.ops.hopper import attention  # noqa: E402
+from mla_jax.ops.seen import Seen  # noqa: E402
 
 SHAPES = ((128, 128, 1, 512, 64), (128, 20, 4, 512, 64), (64, 16, 1, 512, 0), (8, 40, 2, 256, 32),
           (8, 40, 8, 128, 16))  # fmt: skip  # B, N, T, R, P
@@ -53,7 +55,16 @@ def compile_shape(target, batch, heads, tokens, rank, rope, slots, dtype):
     """Compiles one call of the decode kernel; leaves its PTX in DUMP."""
     shapes = ((batch, tokens, heads, rank), (batch, tokens, heads, rope), (batch, slots, rank),
               (batch, slots, rope))  # fmt: skip
-    call = lambda *a: hopper.latent_attention(*a[:4], lengths=a[4], scale=192**-0.5)  # noqa: E731
+    static = dispatch.Call(
+        "latent_attention", batch, tokens, slots, heads, (rank, rope), rank, dtype.name,
+        ("lengths",), scale=192**-0.5,
+    )  # fmt: skip
+
+    def call(*a):
+        seen = Seen.of(a[4], batch=batch, queries=tokens, slots=slots)
+        store = Dense({"latent": a[2], "k_rope": a[3]})
+        return hopper.latent_attention(a[:2], store, seen, static)
+
     lower(target, call, [*((shape, dtype) for shape in shapes), ((batch,), jnp.int32)])
 
 

@@ -108,16 +108,17 @@ def kernel(generation, *, batch, slots, heads, tokens=1, dtype="bfloat16", uneve
     import jax.numpy as jnp
 
     from mla_jax.ops import tpu
+    from mla_jax.ops.tpu import kernel as kernel_module
 
     kind = GENERATIONS[generation][1]
-    plan = tpu.plan(batch, tokens * heads, slots, jnp.dtype(dtype).itemsize, kind)
+    plan = tpu.make_plan(batch, tokens * heads, slots, jnp.dtype(dtype).itemsize, kind)
     if changes:
         plan = dataclasses.replace(plan, vmem_bytes=60 * 2**20, **changes)
     shapes = ((batch, tokens, heads, 512), (batch, tokens, heads, 64))
     shapes += ((batch, slots, 512), (batch, slots, 64))
     args = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
     launch = functools.partial(
-        tpu.launch, lengths=None, scale=192**-0.5, plan=plan,
+        kernel_module.launch, lengths=None, scale=192**-0.5, plan=plan,
         known=ragged if uneven else None,
     )  # fmt: skip
     return launch, args, plan
@@ -195,7 +196,7 @@ def step(generation, preset, heads, *, implementation=None, batch=64, slots=8192
             rngs=nnx.Rngs(0),
         )
     )  # fmt: skip
-    cache = jax.eval_shape(lambda: mla_jax.LatentCache.init(config, batch, slots, jnp.bfloat16))
+    cache = jax.eval_shape(lambda: layer.init_cache(batch, slots))
     x = jax.ShapeDtypeStruct((batch, tokens or 1, config.hidden_size), jnp.bfloat16)
 
     def run(layer, x, cache):
@@ -223,13 +224,13 @@ def short(options):
     import jax
     import jax.numpy as jnp
 
-    from mla_jax.ops import tpu
+    from mla_jax.ops.tpu import kernel as kernel_module
 
     for generation in options.generations:
         sizes = []
         for batch, heads, tokens in LINTED:
             _, args, plan = kernel(generation, batch=batch, slots=4096, heads=heads, tokens=tokens)
-            fn = functools.partial(tpu.launch, scale=192**-0.5, plan=plan)
+            fn = functools.partial(kernel_module.launch, scale=192**-0.5, plan=plan)
             args = [*args, jax.ShapeDtypeStruct((batch, tokens), jnp.int32)]
             text = compiled(fn, args, generation, lint=True).as_text()
             assert not cache_copies(text, batch, 4096)

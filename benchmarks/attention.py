@@ -116,7 +116,10 @@ def parts_of_ours(arrays, cotangent, scale, options):
     options = dict(options)
     window, segments = options.pop("window", None), options.pop("segment_ids", None)
     limits = plan.limits_of(batch, tokens, slots, **options)
-    made = attention.plan_of(q_nope, q_rope, value, limits, window=window, segment_ids=segments)
+    widths = q_nope.shape[-1], q_rope.shape[-1]
+    made = attention.plan_for(
+        limits, slots, widths, value.shape[-1], window=window, segment_ids=segments
+    )
     shape = attention.shape_of(q_nope, q_rope, value, scale, segments is not None)
     named = dict(zip(("q0", "q1", "k0", "k1", "v"), arrays, strict=True))
     padded = (batch, q_nope.shape[2], plan.padded(tokens))

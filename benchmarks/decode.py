@@ -27,8 +27,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from mla_jax import MLAConfig, decode_schedule, latent_attention
+from mla_jax import ops
+from mla_jax.cache import Dense
 from mla_jax.config import configs_dir
+from mla_jax.ops import dispatch
+from mla_jax.ops.seen import Seen
 
 R, P, H, V, SCALE = 512, 64, 128, 128, 192**-0.5
 CACHED_BYTES = 2e8  # rotate among copies up to here: a few times the L2
@@ -120,17 +123,22 @@ def errors(out, lse, want):
 
 
 def latent_case(implementation, arrays, lengths):
-    """call(arrays, lengths, schedule), and the function that makes the schedule, or None."""
-    call = functools.partial(latent_attention, scale=SCALE, implementation=implementation)
-    heads, slots = arrays[0].shape[2], arrays[2].shape[1]
-    config = MLAConfig.from_preset("deepseek_v3").replace(num_attention_heads=heads)
-    make = functools.partial(
-        decode_schedule, config, slots=slots, queries=arrays[0].shape[1],
-        dtype=arrays[0].dtype, implementation=implementation,
-    )  # fmt: skip
-    needed = jax.eval_shape(make, lengths) is not None
-    run = lambda arrays, lengths, schedule: call(*arrays, lengths=lengths, schedule=schedule)  # noqa: E731
-    return run, (make if needed else None)
+    """run(arrays, seen), what makes `seen` of lengths, and whether the backend plans."""
+    (batch, tokens), slots = arrays[0].shape[:2], arrays[2].shape[1]
+
+    def cut(lengths):
+        seen = Seen.of(lengths, batch=batch, queries=tokens, slots=slots)
+        store = Dense({"latent": arrays[2], "k_rope": arrays[3]})
+        call = ops.latent_call(arrays[:2], store, seen, SCALE)
+        return dispatch.plan(seen, call, implementation)
+
+    def run(arrays, seen):
+        store = Dense({"latent": arrays[2], "k_rope": arrays[3]})
+        return ops.attend_latents(
+            arrays[:2], store, seen, scale=SCALE, implementation=implementation
+        )
+
+    return run, cut, jax.eval_shape(cut, lengths).plan is not None
 
 
 def measure(implementation, shape, lengths, dtype, guess, last):
@@ -142,17 +150,17 @@ def measure(implementation, shape, lengths, dtype, guess, last):
     copies = copies_of(one)
     caches = [(draw(2 + i, batch, slots, R), draw(90 + i, batch, slots, P)) for i in range(copies)]
     limits = jnp.asarray(lengths, jnp.int32)
-    run, make = latent_case(implementation, (*queries, *caches[0]), limits)
-    schedule = jax.jit(make)(limits) if make else None
+    run, make, plans = latent_case(implementation, (*queries, *caches[0]), limits)
+    seen = jax.jit(make)(limits)
     results = tuple(jnp.full(x.shape, jnp.nan, x.dtype) for x in jax.eval_shape(
-        run, (*queries, *caches[0]), limits, schedule))  # fmt: skip
+        run, (*queries, *caches[0]), seen))  # fmt: skip
 
     def step(state):
         # As many results as calls: none is computed in vain, or only copied.
         queries, caches, results = state
         results = []
         for cache in caches * (calls // copies):
-            results.append(run((*queries, *cache), limits, schedule))
+            results.append(run((*queries, *cache), seen))
             queries, results = lax.optimization_barrier((queries, results))
         return queries, caches, results
 
@@ -165,17 +173,17 @@ def measure(implementation, shape, lengths, dtype, guess, last):
     want = oracle((*queries, *caches[0]), lengths, rows, some)
     out, lse = (np.asarray(x[np.array(rows)], np.float64)[:, :, some] for x in state[2][0])
     cut = None
-    if make:
+    if plans:
 
         def anew(state):
             limits, _ = state
-            schedules = []
+            cuts = []
             for _ in range(CALLS):
-                schedules.append(make(limits))
-                limits, schedules = lax.optimization_barrier((limits, schedules))
-            return limits, schedules
+                cuts.append(make(limits).plan)
+                limits, cuts = lax.optimization_barrier((limits, cuts))
+            return limits, cuts
 
-        cut = timer(anew, CALLS * 1e-5, last)((limits, [schedule] * CALLS))[0] / CALLS
+        cut = timer(anew, CALLS * 1e-5, last)((limits, [seen.plan] * CALLS))[0] / CALLS
     compared = errors(out, lse, want)
     return {"seconds": taken / calls, "cut": cut, "repeatable": same, **compared}
 

@@ -35,7 +35,7 @@ SCOPES = {  # the first that an operation's name contains
     "shared expert": ("shared_expert",),
     "experts": ("experts", "grouped_matmul"),
     "head": ("head",),
-    "attention core": ("latent_attention", "expanded_attention", "decode_schedule", "mla_decode"),
+    "attention core": ("latent_attention", "expanded_attention", "plan", "mla_decode"),
     "attention projections": ("queries", "latents", "rope", "w_uk", "w_uv", "kv_b_proj", "o_proj"),
     "cache append": ("cache_append",),
     "dense MLP, norms": ("mlp",),
@@ -173,7 +173,7 @@ def measure(model, batch, options, copy, result):
     say(f"batch {batch}: first token after {taken:.3f} s, {batch * prompt / taken:,.0f} tokens/s, "
         f"{flops / taken / 1e12:.0f} TFLOP/s in matrices")  # fmt: skip
     del logits
-    held = sum(layer.nbytes for layer in cache)
+    held = cache.nbytes
     key = jax.random.key(0)
     step = programs.compile(
         generation._decode_block, model, token, cache, key, steps=block, **GREEDY

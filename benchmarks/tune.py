@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from decode import SCALE, P, R, timer
 
+from mla_jax import target
 from mla_jax.ops import hopper
 from mla_jax.ops.hopper.schedule import ROW_COST, STEP
 
@@ -27,15 +28,15 @@ def time_cuts(shape, slacks, last):
     arrays = (draw(0, batch, tokens, heads, R), draw(1, batch, tokens, heads, P),
               draw(2, batch, slots, R), draw(3, batch, slots, P))  # fmt: skip
     lengths = jnp.full((batch,), slots, jnp.int32)
+    sms = hopper.multiprocessors(target.current())
     schedules = [
-        hopper.decode_schedule(lengths, queries=tokens, heads=heads, slots=slots, slack=slack)
+        hopper.make_schedule(lengths, rows=tokens * heads, slots=slots, num_sms=sms, slack=slack)
         for slack in slacks
     ]
 
     def step(state):
         arrays, schedule, _ = state
-        call = hopper.latent_attention
-        results = call(*arrays, lengths=lengths, scale=SCALE, schedule=schedule)
+        results = hopper.decode(*arrays, schedule, scale=SCALE)
         return arrays, schedule, results
 
     start = (arrays[0], jnp.zeros(arrays[0].shape[:-1], jnp.float32))

@@ -48,12 +48,12 @@ class FenceDoctests(griffe.Extension):
 
 
 def _presets():
-    rows = ["| preset | D | N | Q | R | H | P | V | layers | cache, bytes per token (bf16) |"]
-    rows.append("|---|" + "---:|" * 9)
+    rows = ["| preset | D | N | Q | R | H | P | V | layers | MLA | cache, bytes per token (bf16) |"]
+    rows.append("|---|" + "---:|" * 10)
     for name in mla_jax.presets():
         c = mla_jax.MLAConfig.from_preset(name)
         numbers = [c.hidden_size, c.num_attention_heads, c.q_lora_rank or "-", c.kv_lora_rank,
                    c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim, c.num_hidden_layers,
-                   f"{costs.cache_bytes(c, 1, 1):,}"]  # fmt: skip
+                   c.mla_layers, f"{costs.cache_bytes(c, 1, 1):,}"]  # fmt: skip
         rows.append(f"| `{name}` | " + " | ".join(map(str, numbers)) + " |")
     return "\n".join(rows)

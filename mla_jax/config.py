@@ -17,15 +17,16 @@ import tomllib
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
-_YARN = ("yarn", "deepseek_yarn")  # two names of the same formula
-_ROPE_TYPES = (*_YARN, "longrope", "linear")
+YARN = ("yarn", "deepseek_yarn")  # two names of the same formula
+_ROPE_TYPES = (*YARN, "longrope", "linear")
 _PROJECTIONS = ("q_a_proj", "q_proj", "q_b_proj", "kv_a_proj", "o_proj")
 _POSITIVE_INTEGERS = (
     "hidden_size", "num_attention_heads", "kv_lora_rank", "v_head_dim", "num_hidden_layers",
     "max_position_embeddings",
 )  # fmt: skip
 _OPTIONAL_INTEGERS = (
-    "q_lora_rank", "sliding_window", "llama_4_original_max_position_embeddings", "index_topk",
+    "q_lora_rank", "num_mla_layers", "sliding_window", "llama_4_original_max_position_embeddings",
+    "index_topk",
 )  # fmt: skip
 _SWITCHES = (
     "rope_interleave", "mla_use_nope", "latent_norm", "k_rope_norm", "mla_scale_q_lora",
@@ -169,7 +170,10 @@ class MLAConfig:
         qk_nope_head_dim: H, per-head query and key channels without position.
         qk_rope_head_dim: P, rotary channels, one key shared by all heads; even, may be 0.
         v_head_dim: V, per-head value channels.
-        num_hidden_layers: layers of the whole model; only `costs` uses it.
+        num_hidden_layers: layers of the whole model.
+        num_mla_layers: how many of these attentions the whole model has, where that is not one in
+            every layer: fewer in a hybrid (7 in Kimi-Linear's 27 layers), more where a layer has
+            two (56 in LongCat-Flash's 28); None is one a layer. Only `costs` uses it.
         max_position_embeddings: longest context of the model, in tokens.
         rope_theta: base of the rotary frequencies.
         rope_scaling: a `RopeScaling`, a mapping of its fields, or None.
@@ -216,6 +220,7 @@ class MLAConfig:
     qk_rope_head_dim: int
     v_head_dim: int
     num_hidden_layers: int = 1
+    num_mla_layers: int | None = None
     max_position_embeddings: int = 4096
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
@@ -343,6 +348,26 @@ class MLAConfig:
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @property
+    def mla_layers(self) -> int:
+        """How many of these attentions, each with a cache of its own, the whole model has.
+
+        >>> [MLAConfig.from_preset(name).mla_layers for name in ("deepseek_v3", "kimi_linear")]
+        [61, 7]
+        """
+        return self.num_hidden_layers if self.num_mla_layers is None else self.num_mla_layers
+
+    @property
+    def refusal(self) -> str | None:
+        """Why `MultiHeadLatentAttention` refuses this config, None where it does not.
+
+        >>> MLAConfig.from_preset("deepseek_v32").refusal
+        'index_topk=2048: sparse attention is not supported yet.'
+        """
+        if self.index_topk is not None:
+            return f"index_topk={self.index_topk}: sparse attention is not supported yet."
+        return None
+
+    @property
     def scale(self) -> float:
         """Softmax temperature: (H+P)^-0.5, times m^2 under YaRN: m = 0.1 mscale_all_dim ln f + 1.
 
@@ -353,7 +378,7 @@ class MLAConfig:
             return self.softmax_scale
         scale = self.qk_head_dim**-0.5
         scaling = self.rope_scaling
-        if scaling is None or scaling.rope_type not in _YARN or self.mla_use_nope:
+        if scaling is None or scaling.rope_type not in YARN or self.mla_use_nope:
             return scale
         return scale * yarn_mscale(scaling.factor, scaling.mscale_all_dim or 0.0) ** 2
 
@@ -396,9 +421,10 @@ class MLAConfig:
     def from_hf(
         cls, config: Mapping[str, Any] | str | os.PathLike, *, layer: int | None = None
     ) -> Self:
-        """Reads a Hugging Face config.json: a mapping, the file, or the folder that holds it.
+        """Reads a Hugging Face config.json: a mapping, the file, its folder, or a repo id.
 
-        Both styles are read: `rope_theta` with `rope_scaling` (the hub's files) and
+        Keys that it leaves out have the defaults of the family's config class. Both styles are
+        read: `rope_theta` with `rope_scaling` (the hub's files) and
         `rope_parameters` (transformers 5); so are Mistral's params.json and models that nest their
         language model. `mla_jax.families` says what each family's code does beyond its config.
         Keys that do not shape attention are left alone; one that asks for attention which this
@@ -455,3 +481,12 @@ def presets() -> tuple[str, ...]:
     True
     """
     return tuple(sorted(path.stem for path in (configs_dir() / "models").glob("*.toml")))
+
+
+def aliases(preset: str) -> tuple[str, ...]:
+    """Other names of a preset: of releases that share its shapes.
+
+    >>> aliases("deepseek_v3")
+    ('deepseek_r1', 'deepseek_v3_1')
+    """
+    return tuple(sorted(name for name, file in _PRESET_ALIASES.items() if file == preset))

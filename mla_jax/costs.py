@@ -181,8 +181,8 @@ def cache_bytes(
 ) -> int:
     """Bytes of a cache for B = `batch` rows of `length` tokens, numbers `width` bytes wide.
 
-    `layers` is num_hidden_layers where None. Give it where the layers do not hold one MLA each:
-    LongCat has two in each, Kimi-Linear one in every fourth.
+    `layers` is where None what `MLAConfig.mla_layers` counts: not every layer of a hybrid has this
+    cache, and a layer of LongCat has two. What a hybrid's other layers hold is not counted.
 
     Raises:
         ValueError: as `multiply_adds`, or a count that is not a positive whole number.
@@ -190,8 +190,10 @@ def cache_bytes(
     >>> v3 = MLAConfig.from_preset("deepseek_v3")
     >>> cache_bytes(v3, 1, 131072, "mha") / 2**30, round(cache_bytes(v3, 1, 131072) / 2**30, 1)
     (488.0, 8.6)
+    >>> cache_bytes(MLAConfig.from_preset("kimi_linear"), 1, 1) / 2**10  # 7 of its 27 layers
+    7.875
     """
-    layers = config.num_hidden_layers if layers is None else layers
+    layers = config.mla_layers if layers is None else layers
     _check_counts(batch=batch, length=length, width=width, layers=layers)
     return layers * batch * length * cache_numbers(config, kind) * width
 
@@ -495,6 +497,7 @@ def table(
     >>> row.kind, row.bound, row.cache_bytes_per_token, round(row.core_seconds * 1e6)
     ('absorbed', 'memory', 70272, 91)
     """
+    _check_counts(context=context, batch=batch, queries=queries)
     rows = []
     for kind in kinds:
         layer = decode_step(config, batch, queries, context, kind)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from mla_jax.config import _YARN, MLAConfig, yarn_mscale
+from mla_jax.config import YARN, MLAConfig, yarn_mscale
 
 
 def inverse_frequencies(config: MLAConfig, length: int | None = None) -> np.ndarray:
@@ -68,7 +68,7 @@ def attention_factor(config: MLAConfig) -> float:
         return 1.0
     if scaling.attention_factor is not None:
         return scaling.attention_factor
-    if scaling.rope_type in _YARN:
+    if scaling.rope_type in YARN:
         if scaling.mscale and scaling.mscale_all_dim:
             return yarn_mscale(scaling.factor, scaling.mscale) / yarn_mscale(
                 scaling.factor, scaling.mscale_all_dim
@@ -96,32 +96,54 @@ def angles(positions: Int[Array, "*shape"], inv_freq: np.ndarray) -> Float[Array
     return fraction.astype(jnp.float32) * np.float32(2 * math.pi / 2.0**32)
 
 
-def apply_rope(
-    x: Float[Array, "B T *N P"],
-    positions: Int[Array, "*B T"],
-    config: MLAConfig,
-    length: int | None = None,
+Rotation = tuple[Float[Array, "#B T half"], Float[Array, "#B T half"]]
+
+
+def spec(config: MLAConfig) -> tuple:
+    """What a rotation depends on besides positions: layers with equal specs share theirs."""
+    return (
+        config.mla_use_nope, config.qk_rope_head_dim, config.rope_theta, config.rope_scaling,
+        config.rope_inv_freq, config.max_position_embeddings,
+    )  # fmt: skip
+
+
+def rotation(
+    positions: Int[Array, "*B T"], config: MLAConfig, length: int | None = None
+) -> Rotation | None:
+    """Cosine and sine of every pair's angle at every position, float32 [B or 1, T, P/2].
+
+    None where nothing is rotated: `mla_use_nope`, or no rotary channels.
+
+    Args:
+        positions: int [T], the same for all rows, or [B T].
+        config: frequencies, and whether to rotate at all.
+        length: tokens that the context may hold, as in `inverse_frequencies`.
+    """
+    if config.mla_use_nope or config.qk_rope_head_dim == 0:
+        return None
+    theta = angles(positions, inverse_frequencies(config, length))
+    if theta.ndim == 2:
+        theta = theta[None]
+    factor = np.float32(attention_factor(config))
+    return jnp.cos(theta) * factor, jnp.sin(theta) * factor
+
+
+def rotate(
+    x: Float[Array, "B T *N P"], by: Rotation | None, config: MLAConfig
 ) -> Float[Array, "B T *N P"]:
     """Rotates the channels of queries [B T N P] or of the shared key [B T P].
 
     Args:
         x: channels in the order of the stored weights (`config.rope_interleave`).
-        positions: int [T], the same for all rows, or [B T].
-        config: frequencies, layout, and whether to rotate at all (`mla_use_nope`).
-        length: tokens that the context may hold, as in `inverse_frequencies`.
+        by: of `rotation`.
+        config: the layout of the channels.
 
     Returns:
         Rotated channels in x's dtype, computed in float32, ordered pair-firsts then pair-seconds.
     """
-    if config.mla_use_nope or config.qk_rope_head_dim == 0:
+    if by is None:
         return x
-    theta = angles(positions, inverse_frequencies(config, length))
-    if theta.ndim == 2:
-        theta = theta[None]
-    if x.ndim == 4:
-        theta = theta[:, :, None]
-    factor = np.float32(attention_factor(config))
-    cos, sin = jnp.cos(theta) * factor, jnp.sin(theta) * factor
+    cos, sin = by if x.ndim == 3 else (part[:, :, None] for part in by)
     x32 = x.astype(jnp.float32)
     if config.rope_interleave:
         first, second = x32[..., 0::2], x32[..., 1::2]
@@ -129,3 +151,13 @@ def apply_rope(
         first, second = jnp.split(x32, 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)
+
+
+def apply_rope(
+    x: Float[Array, "B T *N P"],
+    positions: Int[Array, "*B T"],
+    config: MLAConfig,
+    length: int | None = None,
+) -> Float[Array, "B T *N P"]:
+    """`rotate` by the `rotation` of these positions."""
+    return rotate(x, rotation(positions, config, length), config)

@@ -1,8 +1,8 @@
 """The device that a computation is compiled for, real or abstract: the only module that asks.
 
-Under `jax.set_mesh`, and inside `jax.shard_map`, jax knows an abstract device: its kind and number of
-cores, but not what it can do. What it can do then follows from a real device of that kind, or from
-the kind's name.
+Under `jax.set_mesh`, and inside `jax.shard_map`, jax knows an abstract device: its kind and number
+of cores, but not what it can do. What it can do then follows from a real device of that kind, or
+from the kind's name.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ _CAPABILITIES = (
     (r"\bGB?[23]00|\bB[123]00", 10.0),
     (r"\bG?H[128]00|\bGH200|\bH20\b", 9.0),
     (r"\bL4\b|\bL40|RTX (40|PRO 4|6000 Ada)", 8.9),
-    (r"\bA(10|16|2|30|40|6000)\b", 8.6),
+    (r"\bA(10G?|16|2|30|40|6000)\b", 8.6),
     (r"\bA(100|800)", 8.0),
     (r"\bT4\b", 7.5),
     (r"\bV100", 7.0),
@@ -65,8 +65,8 @@ class Target:
 def current() -> Target:
     """The target of what is being traced or run now.
 
-    That is the device of the mesh in use, if there is one, else `jax_default_device`, else the first
-    device of the default backend.
+    That is the device of the mesh in use, if there is one, else `jax_default_device`, else the
+    first device of the default backend.
 
     >>> current().platform in ("cpu", "gpu", "tpu")
     True

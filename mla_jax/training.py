@@ -7,7 +7,7 @@ import functools
 import math
 import pathlib
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import jax
 import jax.numpy as jnp
@@ -41,9 +41,9 @@ def loss_bits(model, tokens: Int[Array, "B T"]) -> Float[Array, ""]:
 
 
 @functools.partial(jax.jit, static_argnames="optimizer", donate_argnames=("params", "state"))
-def _train_step(graphdef, params, state, tokens, optimizer):
+def _train_step(graphdef, params, rest, state, tokens, optimizer):
     def loss(params):
-        return loss_bits(nnx.merge(graphdef, params), tokens)
+        return loss_bits(nnx.merge(graphdef, params, rest), tokens)
 
     value, gradients = jax.value_and_grad(loss)(params)
     updates, state = optimizer.update(gradients, state, params)
@@ -59,8 +59,11 @@ def train(
     length: int = 128,
     learning_rate: float = 6e-3,
     seed: int = 0,
-) -> Iterator[float]:
+    done: int = 0,
+) -> Generator[float]:
     """Trains `model` in place on windows of `text`; yields the loss in bits per byte of each step.
+
+    The model has the trained parameters once the iterator is exhausted, or closed before its end.
 
     Args:
         model: maps tokens [B T] to logits [B T W].
@@ -71,6 +74,8 @@ def train(
         length: T, predicted bytes of a window.
         learning_rate: at its peak.
         seed: of the windows.
+        done: steps that a training which was interrupted has behind it: windows and learning rate
+            go on where they were, the optimizer's moments begin anew.
     """
     if len(text) <= length + 1:
         raise ValueError(
@@ -80,18 +85,25 @@ def train(
         0.0, learning_rate, max(1, steps // 10), max(2, steps), learning_rate / 10
     )
     optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.05)
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(lambda step: schedule(step + done), b2=0.98, weight_decay=0.05),
     )
-    graphdef, params = nnx.split(model)
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)  # the rest does not train
     params = jax.tree.map(jnp.copy, params)  # donated below: the model's own stay valid
     state = optimizer.init(params)
     random = np.random.default_rng(seed)
     window = np.arange(length + 1)[None]
-    for _ in range(steps):
+    for step in range(steps):
         starts = random.integers(0, len(text) - length - 1, batch)
+        if step < done:
+            continue
         tokens = text[starts[:, None] + window].astype(np.int32)
-        params, state, value = _train_step(graphdef, params, state, tokens, optimizer)
-        yield float(value)
+        params, state, value = _train_step(graphdef, params, rest, state, tokens, optimizer)
+        try:
+            yield float(value)
+        except GeneratorExit:  # closed before the end
+            nnx.update(model, params)
+            raise
     nnx.update(model, params)
 
 

@@ -1,15 +1,17 @@
 import dataclasses
 import math
+import re
 import subprocess
 import sys
 import zipfile
 
 import numpy as np
 import pytest
+from flax import nnx
 
 import mla_jax
 from mla_jax import MLAConfig, RopeScaling, rope
-from mla_jax.config import configs_dir
+from mla_jax.config import aliases, configs_dir
 
 # Softmax temperatures of the released models' own code.
 SCALES = {
@@ -94,6 +96,8 @@ def test_every_preset_is_listed():
         ({"output_gate": "query", "q_lora_rank": None}, "output_gate='query'.*q_lora_rank"),
         ({"sliding_window": 0}, "sliding_window=0"),
         ({"index_topk": -1}, "index_topk=-1"),
+        ({"num_mla_layers": 0}, "num_mla_layers=0"),
+        ({"num_mla_layers": True}, "num_mla_layers=True"),
         ({"rope_inv_freq": (1.0, 0.5)}, "rope_inv_freq.*length qk_rope_head_dim / 2 = 32"),
         ({"qk_rope_head_dim": 0, "k_rope_norm": True}, "k_rope_norm"),
         ({"llama_4_scaling_beta": 0.1}, "llama_4_original_max_position_embeddings=None"),
@@ -152,6 +156,31 @@ def test_the_wheel_has_the_presets(tmp_path):
         text=True,
     )  # fmt: skip
     assert str(tmp_path) in found.stdout
+
+
+@pytest.mark.parametrize("name", mla_jax.presets())
+def test_the_layer_refuses_what_its_config_says(name):
+    config = MLAConfig.from_preset(name)
+    make = lambda: mla_jax.MultiHeadLatentAttention(config, rngs=nnx.Rngs(0))  # noqa: E731
+    if config.refusal is None:
+        nnx.eval_shape(make)
+    else:
+        with pytest.raises(ValueError, match=re.escape(config.refusal)):
+            nnx.eval_shape(make)
+
+
+def test_mla_layers_follow_the_layers_unless_they_are_counted():
+    plain = MLAConfig.from_preset("tiny")
+    assert plain.replace(num_hidden_layers=9).mla_layers == 9
+    assert plain.replace(num_hidden_layers=9, num_mla_layers=3).mla_layers == 3
+
+
+def test_aliases_are_of_presets():
+    found = {name: aliases(name) for name in mla_jax.presets()}
+    assert found["kimi_k2_0711"] == ("kimi_k2",)
+    for name, others in found.items():
+        for other in others:
+            assert MLAConfig.from_preset(other) == MLAConfig.from_preset(name)
 
 
 def test_configs_are_data():

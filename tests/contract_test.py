@@ -1,6 +1,7 @@
 """The contract: one parameter tree, two forms, any split into prefill and decode, one result."""
 
 import contextlib
+import dataclasses
 import functools
 from unittest import mock
 
@@ -13,8 +14,8 @@ from common import MICRO, PLAIN, relative
 from flax import nnx
 
 import mla_jax
-from mla_jax import MLAConfig, MultiHeadLatentAttention, costs
-from mla_jax.layers import attention as layer_module
+from mla_jax import MLAConfig, MultiHeadLatentAttention, costs, rope
+from mla_jax.cache import PAGE, Cache, Dense
 from mla_jax.ops import dispatch
 
 CONFIGS = {
@@ -51,11 +52,16 @@ def make(config=MICRO, **options):
     return layer, x
 
 
+def poisoned(cache):
+    """NaN in every slot, which are all unused."""
+    return cache.replace(
+        stores=jax.tree.map(lambda held: jnp.full_like(held, jnp.nan), cache.stores)
+    )
+
+
 def cached_outputs(layer, x, form, splits):
     """Every row split at its own point: the first tokens prefilled, the rest decoded singly."""
-    poison = lambda held: jnp.full_like(held, jnp.nan)  # noqa: E731
-    cache = layer.init_cache(x.shape[0], T)
-    cache = cache.replace(latent=poison(cache.latent), k_rope=poison(cache.k_rope))
+    cache = poisoned(layer.init_cache(x.shape[0], T))
     splits = np.asarray(splits, np.int32)
     y, cache = prefill(layer, x, cache, jnp.asarray(splits), form)
     outputs = np.zeros(x.shape, np.float32)
@@ -133,35 +139,53 @@ def test_accuracy_against_float64(form):
 
 
 # What a change could break, and the properties above would have to notice.
-def _shifted_slot(cache, latent, k_rope, lengths=None, *, real):
-    new = real(cache.replace(length=cache.length + 1), latent, k_rope, lengths)
-    return new.replace(length=jnp.minimum(new.length - 1, cache.max_length))
+def _shifted_slot(real, self, at, **new):
+    return real(self, jnp.where(at < self.slots, at + 1, at), **new)
 
 
-def _attend_with(change):
-    def broken(*args, real, **options):
-        return real(*args, **change(options))
+def _call_with(change):
+    def broken(real, queries, store, seen, call, *more, **named):
+        return real(queries, store, *change(seen, call), *more, **named)
 
     return broken
 
 
+def _seen_with(**changes):
+    return _call_with(
+        lambda seen, call: (
+            dataclasses.replace(seen, **{k: change(seen) for k, change in changes.items()}), call
+        )
+    )  # fmt: skip
+
+
+def _begun_with(**changes):
+    def broken(real, cls, *args, **named):
+        step = real(*args, **named)
+        return dataclasses.replace(step, **{k: change(step) for k, change in changes.items()})
+
+    return broken
+
+
+_STEP = mla_jax.Step
 PLANTED = {
-    "off_by_one_slot": (mla_jax.LatentCache, "append", _shifted_slot),
-    "missing_rope": (layer_module, "apply_rope", lambda x, positions, config, length, real: x),
+    "off_by_one_slot": (Dense, "write", _shifted_slot),
+    "missing_rope": (rope, "rotate", lambda real, x, by, config: x),
     "wrong_scale": (
-        dispatch, "latent_attention",
-        _attend_with(lambda o: o | {"scale": o["scale"] * 1.01}),
+        dispatch, "attend",
+        _call_with(lambda seen, call: (seen, dataclasses.replace(call, scale=call.scale * 1.01))),
     ),
-    "dropped_first_key": (
-        dispatch, "latent_attention",
-        _attend_with(lambda o: o | {"window": jnp.iinfo(jnp.int32).max}
-                     if o["lengths"] is None else o | {"window": 4}),
-    ),
+    "dropped_first_key": (dispatch, "attend", _seen_with(window=lambda seen: 4)),
     "future_token_visible": (
-        dispatch, "latent_attention",
-        _attend_with(lambda o: o | {"lengths": jnp.where(o["lengths"] > 0, o["lengths"] + 1, 0)}
-                     if o["lengths"] is not None else o),
+        dispatch, "attend", _seen_with(limits=lambda seen: jnp.where(seen.limits > 0, seen.limits +
+        1, 0))
     ),
+    "last_token_unseen": (dispatch, "attend", _seen_with(limits=lambda seen: seen.limits - 1)),
+    "positions_from_zero": (
+        _STEP, "begin", _begun_with(positions=lambda step: step.positions - step.start[:, None])
+    ),
+    "length_not_kept": (_STEP, "begin", _begun_with(length=lambda step: step.start + 1)),
+    "stale_rotation": (_STEP, "rotation", lambda real, self, config: rope.rotation(
+        jnp.zeros_like(self.positions), config, self.slots)),
 }  # fmt: skip
 
 
@@ -172,10 +196,12 @@ def test_planted_bugs_are_noticed(bug):
     with contextlib.ExitStack() as stack:
         if bug:
             owner, name, broken = PLANTED[bug]
-            wrapped = functools.partial(broken, real=getattr(owner, name))
+            wrapped = functools.partial(broken, getattr(owner, name))
             if isinstance(owner, type):  # a method: keep the binding of self
-                method = wrapped
-                wrapped = lambda self, *args: method(self, *args)  # noqa: E731
+                bound = wrapped
+                wrapped = lambda self, *args, **named: bound(self, *args, **named)  # noqa: E731
+                if name == "begin":
+                    wrapped = classmethod(wrapped)
             stack.enter_context(mock.patch.object(owner, name, wrapped))
         cache, outputs = layer.init_cache(2, 16), []
         for t in (slice(0, 3), slice(3, 6), slice(6, 7)):  # several tokens: causal inside
@@ -185,11 +211,90 @@ def test_planted_bugs_are_noticed(bug):
     assert (worst > 1e-3) if bug else (worst < 3e-6)
 
 
+# Pages: the same properties, with rows that end on a page's border, one before and one behind.
+LONG = 2 * PAGE + 2
+ENDS = (PAGE - 1, PAGE, PAGE + 1, 2 * PAGE, 0)
+
+
+def paged(layer, batch, rng, spare=0):
+    """A cache whose pages are NaN and come in random order."""
+    cache = layer.init_cache(batch, 3 * PAGE, pages=3 * batch + spare)
+    free = jnp.asarray(rng.permutation(cache.pages.count), jnp.int32)
+    return poisoned(cache.replace(pages=dataclasses.replace(cache.pages, free=free)))
+
+
+@functools.cache
+def long_pass(name):
+    layer, _ = make(CONFIGS[name])
+    x = jax.random.normal(jax.random.key(5), (len(ENDS), LONG, layer.config.hidden_size))
+    return layer, x, np.asarray(layer(x))
+
+
+@pytest.mark.parametrize("form", ["absorbed", "expanded", "auto"])
+@pytest.mark.parametrize("name", ["micro", "sinks_window"])
+def test_pages_are_one_full_pass(name, form, rng):
+    layer, x, full = long_pass(name)
+    cache, ends = paged(layer, len(ENDS), rng), np.array(ENDS)
+    y, cache = prefill(layer, x[:, : ends.max()], cache, jnp.asarray(ends, jnp.int32), form)
+    for b, end in enumerate(ends):
+        np.testing.assert_allclose(y[b, :end], full[b, :end], atol=5e-6)
+    for _ in range(2):  # over the border
+        at = ends[:, None] + np.arange(1)[None]
+        y, cache = prefill(layer, x[np.arange(len(ends))[:, None], at], cache, None, form)
+        np.testing.assert_allclose(y[:, 0], full[np.arange(len(ends)), ends], atol=5e-6)
+        ends = ends + 1
+    assert cache.length.tolist() == ends.tolist()
+    assert int(cache.pages.available) == 3 * len(ENDS) - int((-(-ends // PAGE)).sum())
+
+
+@pytest.mark.parametrize("length", [*ENDS, 2 * PAGE + 1])
+def test_a_forked_row_goes_on_by_itself(length, rng):
+    layer, x, full = long_pass("micro")
+    for cache in (paged(layer, 3, rng), poisoned(layer.init_cache(3, 3 * PAGE))):
+        held = jnp.array([LONG - 1, 5, 0])
+        _, cache = prefill(
+            layer, jnp.stack([x[0], x[1], x[2]])[:, : LONG - 1], cache, held, "absorbed"
+        )
+        cache = jax.jit(Cache.fork)(cache, 0, jnp.array([False, True, True]), length)
+        assert cache.length.tolist() == [LONG - 1, length, length]
+        # The source and both copies go on: the copies with a text of their own.
+        other = layer(jnp.concatenate([x[0, :length], x[3, :2]])[None])[0, length:]
+        new = jnp.stack([x[0, -1:], x[3, :1], x[3, :1]])
+        y, cache = prefill(layer, new, cache, None, "absorbed")
+        np.testing.assert_allclose(y[0, 0], full[0, -1], atol=5e-6)
+        np.testing.assert_allclose(y[1:, 0], jnp.stack([other[0]] * 2), atol=5e-6)
+        y, cache = prefill(layer, jnp.stack([x[0, :1], *[x[3, 1:2]] * 2]), cache, None, "absorbed")
+        np.testing.assert_allclose(y[1:, 0], jnp.stack([other[1]] * 2), atol=5e-6)
+
+
+@pytest.mark.parametrize("cut", [0, 1, PAGE - 1, PAGE, PAGE + 1])
+def test_a_row_cut_within_a_shared_page_leaves_the_others_theirs(cut, rng):
+    layer, x, full = long_pass("micro")
+    cache = paged(layer, 2, rng)
+    _, cache = prefill(layer, x[:2, : LONG - 1], cache, jnp.array([LONG - 1, 0]), "absorbed")
+    cache = cache.fork(0, jnp.array([False, True]))
+    cache = jax.jit(Cache.truncate)(cache, jnp.array([LONG, cut]))
+    new = jnp.stack([x[0, -1:], x[0, cut : cut + 1]])
+    y, cache = prefill(layer, new, cache, None, "absorbed")
+    np.testing.assert_allclose(y[:, 0], full[0, [LONG - 1, cut]], atol=5e-6)
+
+
+def test_a_padded_step_keeps_to_its_limits():
+    layer, x = make(CONFIGS["micro"])
+    full = layer(x)
+    _, cache = layer.prefill(x[:, :3], poisoned(layer.init_cache(2, 16)))
+    y, cache = layer.prefill(x[:, 3:6], cache, jnp.array([3, 1]), form="absorbed")
+    np.testing.assert_allclose(y[0], full[0, 3:6], atol=3e-6)
+    np.testing.assert_allclose(y[1, :1], full[1, 3:4], atol=3e-6)
+    np.testing.assert_array_equal(y[1, 1:], 0)
+    assert cache.length.tolist() == [6, 4]
+
+
 def compiled_step(config, batch, slots, dtype=jnp.float32, queries=1):
     layer = nnx.eval_shape(
         lambda: MultiHeadLatentAttention(config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))
     )
-    cache = jax.eval_shape(lambda: mla_jax.LatentCache.init(config, batch, slots, dtype))
+    cache = jax.eval_shape(lambda: layer.init_cache(batch, slots, dtype))
     x = jax.ShapeDtypeStruct((batch, queries, config.hidden_size), dtype)
     return mla_jax.decode_step.lower(layer, x, cache).compile()
 

@@ -89,6 +89,26 @@ class FiguresTest(parameterized.TestCase):
         assert round(costs.cache_bytes(V3, 1, 131072) / 2**30, 1) == 8.6
         assert costs.cache_bytes(V3, 3, 5, "expanded", width=4, layers=7) == 3 * 5 * 7 * 576 * 4
 
+    @parameterized.parameters(
+        ("kimi_linear", 7), ("kimi_k3", 24), ("ling_3_flash", 7), ("longcat_flash", 2 * 28),
+        ("longcat_flash_lite", 2 * 14), ("deepseek_v3", 61), ("tiny", 4),
+    )  # fmt: skip
+    def test_layers_with_mla_are_counted(self, preset, layers):
+        config = MLAConfig.from_preset(preset)
+        assert config.mla_layers == layers
+        numbers = config.kv_lora_rank + config.qk_rope_head_dim
+        assert costs.cache_bytes(config, 3, 5) == 3 * 5 * layers * numbers * 2
+        assert costs.cache_bytes(config, 3, 5, layers=1) == 3 * 5 * numbers * 2
+        row = costs.table(config, H200, context=64, kinds=("absorbed",))[0]
+        assert row.cache_bytes_per_token == layers * numbers * 2
+
+    def test_a_token_of_kimi_linear_and_of_longcat(self):
+        per_token = [
+            costs.cache_bytes(MLAConfig.from_preset(name), 1, 1) / 2**10
+            for name in ("kimi_linear", "longcat_flash")
+        ]
+        assert per_token == [7.875, 63.0]
+
     @parameterized.parameters("deepseek_v2_lite", "deepseek_v3", "kimi_k2_0711", "longcat_flash")
     def test_crossover_is_171_tokens(self, preset):
         config = MLAConfig.from_preset(preset)
@@ -328,6 +348,8 @@ class DevicesAndTableTest(parameterized.TestCase):
         (lambda: costs.cache_bytes(V3, 1, 1, layers=0), "layers=0"),
         (lambda: costs.cache_bytes(V3, 1, 1, width=-2), "width=-2"),
         (lambda: costs.decode_step(V3, 1, 0, 1), "queries=0"),
+        (lambda: costs.table(V3, H100, context=0), "context=0"),
+        (lambda: costs.table(V3, H100, context=9, batch=0), "batch=0"),
         (lambda: costs.decode_step(V3, 1, 1, True), "slots=True"),
         (lambda: costs.decode_step(V3, 1, 1, 1).part("cor"), "part='cor'.*Did you mean 'core'"),
         (lambda: costs.decode_step(V3, 1, 1, 1)["expand"], "stage='expand'.*pattern"),

@@ -14,17 +14,18 @@ DOCS = pathlib.Path(__file__).parents[1] / "docs"
 PUBLIC = {
     f"{module.__name__}.{name}": value
     for module in (mla_jax, checkpoint, models, generation, costs)
-    for name, value in vars(module).items()
-    if callable(value)
+    for name in dir(module)
+    if callable(value := getattr(module, name))
     and not name.startswith("_")
     and value.__module__.startswith("mla_jax")
     and (hasattr(module, "__path__") or value.__module__ == module.__name__)
 }
 
 
-def test_getting_started_prints_what_it_says(capsys):
-    runpy.run_path(str(DOCS / "examples" / "getting_started.py"))
-    assert capsys.readouterr().out == (DOCS / "examples" / "getting_started.txt").read_text()
+@pytest.mark.parametrize("name", ["getting_started", "own_model"])
+def test_an_example_prints_what_it_says(name, capsys):
+    runpy.run_path(str(DOCS / "examples" / f"{name}.py"))
+    assert capsys.readouterr().out == (DOCS / "examples" / f"{name}.txt").read_text()
 
 
 @pytest.mark.parametrize("name", PUBLIC)

@@ -1,250 +1,420 @@
-"""The latent cache: what MLA keeps of every token, R + P numbers shared by all heads.
+"""The cache of a whole model: how many tokens every row holds, once, and where layers keep them.
 
 A functional pytree: every method returns a new cache, and under `jax.jit` with donation the new one
 lives in the old one's memory. Rows are filled from slot 0 without gaps and have lengths of their
-own; slots past a row's length hold anything and are never read.
+own; slots past a row's length hold anything and are never read. A row's tokens lie either in slots
+of its own (`Dense`) or in pages of a common pool (`Paged`), which rows take as they grow and may
+share.
 
-Letters: B batch rows, S slots per row (capacity), T new tokens, R latent, P rotary channels.
+Letters: B batch rows, S slots per row (capacity), T new tokens, G pages of the pool.
 """
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import export
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
-from mla_jax.config import MLAConfig
-from mla_jax.ops.dispatch import default_device
+from mla_jax.cache.dense import LETTERS as LETTERS
+from mla_jax.cache.dense import Dense as Dense
+from mla_jax.cache.paged import PAGE as PAGE
+from mla_jax.cache.paged import Paged as Paged
+from mla_jax.cache.paged import Pages as Pages
+
+Store = Dense | Paged
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LatentCache:
-    """Latents and rotary keys of one layer, for B rows of up to S tokens.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Cache:
+    """Rows of up to S tokens, and what every layer keeps of them.
 
     Attributes:
-        latent: normalized (and, in LongCat, scaled) latents, [B S R].
-        k_rope: rotated rotary keys, [B S P].
-        length: int32 [B], tokens that each row holds.
-        overflowed: bool [B], rows that were given more tokens than they have slots since they were
-            last empty or cut back: the tokens beyond capacity were dropped, nothing was
-            overwritten. May be left out.
+        stores: of all mixers, in the order in which the model declares them.
+        length: int32 [B], tokens that each row holds, the same for all stores.
+        overflowed: bool [B], rows that were given more tokens than they had room for since they
+            were
+            last empty or cut back: the tokens beyond were dropped, nothing was overwritten.
+        pages: which pages of the pool rows have; None where every row has slots of its own.
+        fresh: rows with new tokens are known to hold none yet, so that what attends to cached
+            context
+            is not compiled: see `as_fresh`.
 
-    >>> config = MLAConfig.from_preset("tiny")
-    >>> cache = LatentCache.init(config, batch_size=2, max_length=8)
-    >>> cache = cache.append(jnp.ones((2, 3, 64)), jnp.ones((2, 3, 16)), lengths=jnp.array([3, 1]))
-    >>> cache.length
-    Array([3, 1], dtype=int32)
+    >>> import mla_jax
+    >>> from flax import nnx
+    >>> config = mla_jax.MLAConfig.from_preset("tiny")
+    >>> layer = mla_jax.MultiHeadLatentAttention(config, rngs=nnx.Rngs(0))
+    >>> cache = Cache.init([layer], batch_size=2, max_length=8)
+    >>> _, cache = layer.prefill(jnp.ones((2, 3, 128)), cache, jnp.array([3, 1]))
+    >>> cache.length, cache.stores[0].latent.shape
+    (Array([3, 1], dtype=int32), (2, 8, 64))
     """
 
-    latent: Float[Array, "B S R"]
-    k_rope: Float[Array, "B S P"]
+    stores: tuple[Dense, ...]
     length: Int[Array, "B"]
-    overflowed: Bool[Array, "B"] = None  # pyrefly: ignore
-
-    def __post_init__(self):
-        # Trees of this type also hold specs, shapes and None: only arrays get the default.
-        if self.overflowed is None and isinstance(self.length, jax.Array | np.ndarray):
-            object.__setattr__(self, "overflowed", jnp.zeros(self.length.shape, bool))
+    overflowed: Bool[Array, "B"]
+    pages: Pages | None = None
+    fresh: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @classmethod
     def init(
-        cls, config: MLAConfig, batch_size: int, max_length: int, dtype=jnp.float32
-    ) -> "LatentCache":
-        """An empty cache of `batch_size` rows with `max_length` slots each, in `dtype`.
+        cls,
+        mixers: Sequence[Any],
+        batch_size: int,
+        max_length: int,
+        dtype=None,
+        pages: int | None = None,
+    ) -> "Cache":
+        """An empty cache of `batch_size` rows with up to `max_length` tokens each.
+
+        Args:
+            mixers: what keeps something of every token, such as attention layers: their
+                `init_store(rows, slots, dtype)` makes a store each.
+            batch_size: B.
+            max_length: S; a multiple of 128 where there are pages.
+            dtype: of the stores; None lets every mixer choose.
+            pages: G, how many pages of 128 slots all rows share; None gives every row S slots.
 
         Raises:
-            ValueError: a size below 1, or a dtype that attention does not compute in.
+            ValueError: a size that is not a whole number of at least 1, or a dtype that attention
+                does not compute in.
         """
-        for name, value in (("batch_size", batch_size), ("max_length", max_length)):
-            if not isinstance(value, int | np.integer) or value < 1:
+        sizes = {"batch_size": batch_size, "max_length": max_length}
+        for name, value in (sizes if pages is None else sizes | {"pages": pages}).items():
+            whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+            # Under jax.export a size may be a symbol, which is no int.
+            if not (whole or jax.export.is_symbolic_dim(value)) or (whole and value < 1):
                 raise ValueError(f"{name}={value!r}: {name} must be a whole number of at least 1.")
-        dtype = jnp.dtype(dtype)
-        if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64):
-            raise ValueError(
-                f"dtype={dtype.name}: a cache holds bfloat16, float16, float32 or float64."
-            )
+        if dtype is not None:
+            dtype = jnp.dtype(dtype)
+            if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64):
+                raise ValueError(
+                    f"dtype={dtype.name}: a cache holds bfloat16, float16, float32 or float64."
+                )
+        rows, slots, held = batch_size, max_length, None
+        if pages is not None:
+            if max_length % PAGE:
+                raise ValueError(
+                    f"max_length={max_length}: with pages it must be a multiple of their {PAGE} "
+                    f"slots, such as {-(-max_length // PAGE) * PAGE}."
+                )
+            rows, slots = pages, PAGE
+            held = Pages.init(batch_size, max_length // PAGE, pages)
         return cls(
-            latent=jnp.zeros((batch_size, max_length, config.kv_lora_rank), dtype),
-            k_rope=jnp.zeros((batch_size, max_length, config.qk_rope_head_dim), dtype),
+            stores=tuple(mixer.init_store(rows, slots, dtype) for mixer in mixers),
             length=jnp.zeros((batch_size,), jnp.int32),
+            overflowed=jnp.zeros((batch_size,), bool),
+            pages=held,
         )
 
     @property
     def batch_size(self) -> int:
         """B, rows."""
-        return self.latent.shape[0]
+        return self.length.shape[0]
 
     @property
     def max_length(self) -> int:
-        """S, slots of a row."""
-        return self.latent.shape[1]
+        """S, the most tokens that a row can hold."""
+        if self.pages is not None:
+            return self.pages.table.shape[1] * PAGE
+        return self.stores[0].slots
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the latents and rotary keys."""
-        return self.latent.nbytes + self.k_rope.nbytes
+        """Bytes of all stores."""
+        return sum(store.nbytes for store in self.stores)
 
-    def replace(self, **changes) -> "LatentCache":
-        """A copy with some arrays replaced."""
+    @property
+    def latent(self) -> Array:
+        """Latents [B S R] (of pages: [G 128 R]) where there is one store."""
+        return self._only().latent
+
+    @property
+    def k_rope(self) -> Array:
+        """Rotary keys [B S P] (of pages: [G 128 P]) where there is one store."""
+        return self._only().k_rope
+
+    def _only(self) -> Dense:
+        if len(self.stores) != 1:
+            raise AttributeError(f"this cache has {len(self.stores)} stores: ask cache.stores[i].")
+        return self.stores[0]
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields replaced."""
         return dataclasses.replace(self, **changes)
 
-    def append(
-        self,
-        latent: Float[Array, "B T R"],
-        k_rope: Float[Array, "B T P"],
-        lengths: Int[Array, "B"] | None = None,
-    ) -> "LatentCache":
-        """Writes the first `lengths[b]` of T new tokens (all where None) behind each row's last.
+    def as_fresh(self) -> Self:
+        """The same cache, said to hold nothing in rows that are given tokens next.
 
-        Tokens that do not fit are dropped and the row's `overflowed` set; outside jit, where
-        lengths are known, that is an error instead.
+        Half of a prefill's program attends to cached context; where there is none it need not be
+        compiled. The cache that comes back from the model does not say so any more.
 
         Raises:
-            ValueError: shapes or dtypes that are not this cache's; `lengths` out of 0..T; or,
-                outside jit, a row that would overflow.
+            ValueError: outside jit, all rows hold tokens.
         """
-        batch, slots = self.batch_size, self.max_length
-        tokens = latent.shape[1] if latent.ndim == 3 else 0
-        for name, new, held in (("latent", latent, self.latent), ("k_rope", k_rope, self.k_rope)):
-            shape = (batch, tokens, held.shape[-1])
-            if new.shape != shape or not tokens:
-                raise ValueError(
-                    f"{name} has shape {new.shape}: this cache of {batch} rows takes "
-                    f"[{batch} T {held.shape[-1]}] with T >= 1."
-                )
-            if new.dtype != held.dtype:
-                raise ValueError(f"{name} is {new.dtype}, the cache holds {held.dtype}: cast one.")
-        lengths = self._row_counts(lengths, tokens)
-        end = self.length + lengths
-        self._check_capacity(end)
-        token = jnp.arange(tokens, dtype=jnp.int32)[None]
-        slot = self.length[:, None] + token
-        # Padding goes out of bounds too, each token to a slot of its own, and is dropped.
-        slot = jnp.where(token < lengths[:, None], slot, slots + token)
-        row = jnp.arange(batch, dtype=jnp.int32)[:, None]
+        if not isinstance(self.length, jax.core.Tracer) and np.asarray(self.length).all():
+            raise ValueError(f"rows hold {np.asarray(self.length).tolist()} tokens: none is empty.")
+        return dataclasses.replace(self, fresh=True)
 
-        def write(held, new):
-            if tokens <= 8 and held.shape[2] % 128 and default_device().platform == "tpu":
-                return _write_singly(held, new, slot)
-            held = held.at[row, slot].set(new, mode="drop", unique_indices=True)
-            # Fused into a matmul that reads the cache, the write would copy it.
-            return jax.lax.optimization_barrier(held)
+    def view(self, store: Dense) -> Store:
+        """What layers and attention see of a store: itself, or its pages as rows of S slots."""
+        return store if self.pages is None else Paged(store, self.pages.table)
 
-        return LatentCache(
-            latent=write(self.latent, latent),
-            k_rope=write(self.k_rope, k_rope),
-            length=jnp.minimum(end, slots),
-            overflowed=self.overflowed | (end > slots),
+    def end(self, stores: Sequence[Dense], step: Any) -> Self:
+        """The cache after a `layers.Step` that it began, with the stores that the layers gave back.
+
+        Raises:
+            ValueError: another number of stores than the cache has.
+        """
+        if len(stores) != len(self.stores):
+            raise ValueError(f"{len(stores)} stores were given: the cache has {len(self.stores)}.")
+        return self.replace(
+            stores=tuple(stores), length=step.length, overflowed=step.overflowed, pages=step.pages,
+            fresh=False,
+        )  # fmt: skip
+
+    def grow(self, ends: Int[Array, "B"]) -> Self:
+        """The cache with `ends` tokens in every row, or as many as there is room for.
+
+        Outside jit rows that have no room are an error; under jit `overflowed` says so.
+        """
+        if self.pages is None:
+            room = jnp.int32(self.max_length)
+            self._check_room(ends, room)
+            return self.replace(
+                length=jnp.minimum(ends, room), overflowed=self.overflowed | (ends > room)
+            )
+        wanted = -(-jnp.minimum(ends, self.max_length) // PAGE)
+        pages, held = self.pages.grow(wanted)
+        room = held * PAGE
+        self._check_room(ends, room, self.pages, wanted - self.pages.held())
+        return self.replace(
+            length=jnp.minimum(ends, room), overflowed=self.overflowed | (ends > room), pages=pages
         )
 
-    def truncate(self, lengths: Int[Array, "B"] | int) -> "LatentCache":
-        """Forgets the tokens past `lengths`, e.g. rejected drafts. Longer than a row: no change."""
+    def truncate(self, lengths: Int[Array, "B"] | int) -> Self:
+        """Forgets the tokens past `lengths`, e.g. rejected drafts. Longer than a row: no change.
+
+        Raises:
+            ValueError: outside jit, a length below 0; or no page is free for the copy of one that a
+                row would go on from and other rows hold too (under jit that row is cut to its whole
+                pages and `overflowed` is set).
+        """
         if not isinstance(lengths, jax.core.Tracer) and (np.asarray(lengths) < 0).any():
             raise ValueError(f"lengths={np.asarray(lengths)}: they must be at least 0.")
         lengths = jnp.broadcast_to(jnp.asarray(lengths, jnp.int32), (self.batch_size,))
+        length = jnp.minimum(self.length, jnp.maximum(lengths, 0))
         # A row cut below its capacity holds exactly the tokens it says, whatever was dropped.
+        overflowed = self.overflowed & (lengths >= self.length)
+        if self.pages is None:
+            return self.replace(length=length, overflowed=overflowed)
+        pages = self.pages.shrink(-(-length // PAGE))
+        pages, stores, failed = pages.own(length, self.stores)
+        self._check_pages(failed, self.pages)
+        length = jnp.where(failed, length // PAGE * PAGE, length)
         return self.replace(
-            length=jnp.minimum(self.length, lengths),
-            overflowed=self.overflowed & (lengths >= self.length),
-        )
+            stores=stores, length=length, overflowed=overflowed | failed,
+            pages=pages.shrink(-(-length // PAGE)),
+        )  # fmt: skip
 
-    def insert(self, row: "LatentCache", index: Int[Array, ""] | int) -> "LatentCache":
-        """Puts the one row of another cache, of at most as many slots, into row `index`.
+    def reset(self, rows: Bool[Array, "B"] | None = None) -> Self:
+        """Empties the rows where `rows` is True; all of them where it is None.
 
         Raises:
-            ValueError: not one row, more slots, other widths or dtype; or, outside jit, an index
-                that is not a row. Under jit such an index changes nothing.
+            ValueError: rows that are not bool [B].
+        """
+        rows = jnp.ones((self.batch_size,), bool) if rows is None else self._check_rows(rows)
+        length = jnp.where(rows, 0, self.length)
+        pages = self.pages if self.pages is None else self.pages.shrink(-(-length // PAGE))
+        return self.replace(length=length, overflowed=self.overflowed & ~rows, pages=pages)
+
+    def insert(self, row: "Cache", index: Int[Array, ""] | int) -> Self:
+        """Puts the one row of another cache, of at most as many slots, into row `index`.
+
+        Either cache may have pages.
+
+        Raises:
+            ValueError: not one row, more slots, other stores; or, outside jit, an index that is not
+                a row, or too few free pages (under jit such an index changes nothing, and a row
+                that lacks pages holds what fits and has `overflowed` set).
         """
         if row.batch_size != 1 or row.max_length > self.max_length:
             raise ValueError(
                 f"row has {row.batch_size} rows of {row.max_length} slots: insert takes one row of "
                 f"at most {self.max_length} slots."
             )
-        for name in ("latent", "k_rope"):
-            new, held = getattr(row, name), getattr(self, name)
-            if new.shape[2:] != held.shape[2:] or new.dtype != held.dtype:
-                raise ValueError(
-                    f"row.{name} is {new.dtype} of width {new.shape[2]}; this cache holds "
-                    f"{held.dtype} of width {held.shape[2]}."
-                )
+        self._check_alike(row)
         if not isinstance(index, jax.core.Tracer) and not 0 <= index < self.batch_size:
             raise ValueError(f"index={index}: this cache has rows 0 to {self.batch_size - 1}.")
         index = jnp.asarray(index, jnp.int32)
         index = jnp.where(index < 0, self.batch_size, index)  # negative would count from the end
-        slots = row.max_length
-        return LatentCache(
-            latent=self.latent.at[index, :slots].set(row.latent[0], mode="drop"),
-            k_rope=self.k_rope.at[index, :slots].set(row.k_rope[0], mode="drop"),
-            length=self.length.at[index].set(row.length[0], mode="drop"),
-            overflowed=self.overflowed.at[index].set(row.overflowed[0], mode="drop"),
+        chosen = jnp.arange(self.batch_size, dtype=jnp.int32) == index
+        cache = self.reset(chosen).grow(jnp.where(chosen, row.length[0], self.length))
+        cache = cache.replace(overflowed=cache.overflowed | (chosen & row.overflowed[0]))
+        slot = jnp.arange(row.max_length, dtype=jnp.int32)[None]
+        slot = jnp.where(slot < row.length[0], slot, self.max_length + slot)
+
+        def put(store, other):
+            new = row.view(other).block(0, row.max_length)
+            if cache.pages is None:
+                here = {
+                    name: held.at[index, : row.max_length].set(new[name][0], mode="drop")
+                    for name, held in store.arrays.items()
+                }
+                return dataclasses.replace(store, arrays=here)
+            table = cache.pages.table.at[index].get(mode="fill", fill_value=cache.pages.count)
+            return Paged(store, table[None]).write(slot, **new).pool
+
+        stores = tuple(map(put, self.stores, row.stores))
+        return cache.replace(stores=stores)
+
+    def fork(
+        self,
+        source: Int[Array, ""] | int,
+        rows: Bool[Array, "B"],
+        length: Int[Array, ""] | int | None = None,
+    ) -> Self:
+        """Gives the rows where `rows` is True the first tokens of row `source`, not their own.
+
+        With pages the rows share the whole ones; only the last, partly filled page is copied.
+
+        Args:
+            source: the row that is copied; it stays as it is.
+            rows: bool [B].
+            length: how many of its tokens; None is all.
+
+        Raises:
+            ValueError: rows that are not bool [B]; or, outside jit, a source that is not a row, a
+                length that it does not hold, or too few free pages for the copies (under jit a row
+                that lacks one is cut to its whole pages and has `overflowed` set).
+        """
+        rows = self._check_rows(rows)
+        if not isinstance(source, jax.core.Tracer) and not 0 <= source < self.batch_size:
+            raise ValueError(f"source={source}: this cache has rows 0 to {self.batch_size - 1}.")
+        source = jnp.asarray(source, jnp.int32)
+        held = self.length[source]
+        known = not any(isinstance(x, jax.core.Tracer) for x in (length, held))
+        if length is not None and known and not 0 <= length <= held:
+            raise ValueError(f"length={length}: row {source} holds {held} tokens.")
+        length = held if length is None else jnp.clip(jnp.asarray(length, jnp.int32), 0, held)
+        rows = rows & (jnp.arange(self.batch_size) != source)
+        ends = jnp.where(rows, length, self.length)
+        overflowed = jnp.where(rows, False, self.overflowed)
+        if self.pages is None:
+
+            def copy(held):
+                chosen = rows.reshape(-1, *[1] * (held.ndim - 1))
+                return jnp.where(chosen, held[source][None], held)
+
+            return self.replace(
+                stores=jax.tree.map(copy, self.stores), length=ends, overflowed=overflowed
+            )
+        pages = self.pages.shrink(jnp.where(rows, 0, self.pages.held()))
+        pages = pages.share(source, rows, -(-length // PAGE))
+        pages, stores, failed = pages.own(jnp.where(rows, length, 0), self.stores)
+        self._check_pages(failed, self.pages)
+        ends = jnp.where(failed, length // PAGE * PAGE, ends)
+        return self.replace(
+            stores=stores, length=ends, overflowed=overflowed | failed,
+            pages=pages.shrink(jnp.where(failed, length // PAGE, pages.held())),
+        )  # fmt: skip
+
+    def rows(self, start: Int[Array, ""] | int, count: int) -> Self:
+        """The rows start to start + count as a cache of their own; pages stay in the common pool.
+
+        Put them back with `with_rows` before another use of this cache.
+        """
+        cut = lambda array: jax.lax.dynamic_slice_in_dim(array, start, count)  # noqa: E731
+        stores, pages = self.stores, self.pages
+        if pages is None:
+            stores = jax.tree.map(cut, stores)
+        else:
+            pages = dataclasses.replace(pages, table=cut(pages.table))
+        return self.replace(
+            stores=stores, length=cut(self.length), overflowed=cut(self.overflowed), pages=pages
         )
 
-    def reset(self, rows: Bool[Array, "B"] | None = None) -> "LatentCache":
-        """Empties the rows where `rows` is True; all of them where it is None."""
-        if rows is None:
-            rows = jnp.ones((self.batch_size,), bool)
+    def with_rows(self, start: Int[Array, ""] | int, part: "Cache") -> Self:
+        """This cache with what became of `rows(start, count)`."""
+        put = lambda array, new: jax.lax.dynamic_update_slice_in_dim(array, new, start, 0)  # noqa: E731
+        stores, pages = part.stores, part.pages
+        if pages is None:
+            stores = jax.tree.map(put, self.stores, stores)
+        elif self.pages is not None:
+            pages = dataclasses.replace(pages, table=put(self.pages.table, pages.table))
+        return self.replace(
+            stores=stores, length=put(self.length, part.length), pages=pages,
+            overflowed=put(self.overflowed, part.overflowed), fresh=False,
+        )  # fmt: skip
+
+    def _check_rows(self, rows) -> Bool[Array, "B"]:
+        rows = rows if isinstance(rows, jax.Array) else np.asarray(rows)
         if rows.shape != (self.batch_size,) or rows.dtype != jnp.bool_:
             raise ValueError(
                 f"rows is {rows.dtype} of shape {rows.shape}: it must be bool [{self.batch_size}]."
             )
-        return self.replace(
-            length=jnp.where(rows, 0, self.length), overflowed=self.overflowed & ~rows
+        return jnp.asarray(rows)
+
+    def _check_alike(self, other: "Cache") -> None:
+        if len(self.stores) != len(other.stores):
+            raise ValueError(
+                f"row has {len(other.stores)} stores, this cache {len(self.stores)}: they must be "
+                "of the same model."
+            )
+        for here, there in zip(self.stores, other.stores, strict=True):
+            if here.arrays.keys() != there.arrays.keys():
+                raise ValueError(
+                    f"row holds {', '.join(there.arrays)}; this cache {', '.join(here.arrays)}."
+                )
+            for name, held in here.arrays.items():
+                new = there.arrays[name]
+                if new.shape[2:] != held.shape[2:] or new.dtype != held.dtype:
+                    raise ValueError(
+                        f"row.{name} is {new.dtype} of width {new.shape[-1]}; this cache holds "
+                        f"{held.dtype} of width {held.shape[-1]}."
+                    )
+
+    def _check_room(self, ends, room, pages: Pages | None = None, needed=0) -> None:
+        if any(isinstance(x, jax.core.Tracer) for x in (ends, room)):
+            return
+        over = np.flatnonzero(np.asarray(ends) > np.asarray(room))
+        if not over.size:
+            return
+        wanted = np.asarray(ends)[over].tolist()
+        if pages is not None and (np.asarray(ends)[over] <= self.max_length).all():
+            raise ValueError(
+                f"pages run out: rows {over.tolist()} would hold {wanted} tokens, which takes "
+                f"{int(np.asarray(needed).sum())} more pages, and {int(pages.available)} of "
+                f"{pages.count} are free: make the cache with more pages, or reset rows."
+            )
+        raise ValueError(
+            f"rows {over.tolist()} would hold {wanted} tokens, the cache has max_length="
+            f"{self.max_length} slots: make it longer or truncate rows."
         )
 
-    def _row_counts(self, lengths, tokens: int) -> Int[Array, "B"]:
-        if lengths is None:
-            return jnp.full((self.batch_size,), tokens, jnp.int32)
-        lengths = lengths if isinstance(lengths, jax.Array) else np.asarray(lengths)
-        if lengths.shape != (self.batch_size,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
+    def _check_pages(self, failed, pages: Pages) -> None:
+        if not isinstance(failed, jax.core.Tracer) and np.asarray(failed).any():
             raise ValueError(
-                f"lengths is {lengths.dtype} of shape {lengths.shape}: it must be an integer array "
-                f"[B] = ({self.batch_size},)."
-            )
-        if not isinstance(lengths, jax.core.Tracer):
-            known = np.asarray(lengths)  # jax would trace the comparison under jit
-            if (known < 0).any() or (known > tokens).any():
-                raise ValueError(
-                    f"lengths={known}: each must be between 0 and the {tokens} tokens given."
-                )
-        return jnp.clip(jnp.asarray(lengths, jnp.int32), 0, tokens)
-
-    def _check_capacity(self, end: Int[Array, "B"]) -> None:
-        if isinstance(end, jax.core.Tracer):
-            return
-        over = np.flatnonzero(np.asarray(end) > self.max_length)
-        if over.size:
-            raise ValueError(
-                f"rows {over.tolist()} would hold {np.asarray(end)[over].tolist()} tokens, the "
-                f"cache has max_length={self.max_length} slots: make it longer or truncate rows."
+                f"pages run out: rows {np.flatnonzero(np.asarray(failed)).tolist()} need a copy of "
+                f"a page that other rows hold too, and {int(pages.available)} of "
+                f"{pages.count} are free: make the cache with more pages, or reset rows."
             )
 
 
-def _write_singly(held, new, slot):
-    """held.at[row, slot].set(new, mode="drop"), one token after the other.
-
-    On TPU an array narrower than 128 is laid out slot-minor, and a scatter would copy all of it to
-    another layout and back; this writes in place.
-    """
-    batch, tokens, width = new.shape
-    last = held.shape[1] - 1
-
-    def step(i, held):
-        row, token = i // tokens, i % tokens
-        to = slot[row, token]
-        at = (row, jnp.minimum(to, last), jnp.int32(0))
-        fresh = jax.lax.dynamic_slice(new, (row, token, 0), (1, 1, width))
-        kept = jax.lax.dynamic_slice(held, at, (1, 1, width))
-        return jax.lax.dynamic_update_slice(held, jnp.where(to <= last, fresh, kept), at)
-
-    return jax.lax.fori_loop(0, batch * tokens, step, held)
-
-
+for _cls in (Dense, Paged, Pages):
+    export.register_pytree_node_serialization(
+        _cls,
+        serialized_name=f"mla_jax.{_cls.__name__}",
+        serialize_auxdata=lambda aux: b"",
+        deserialize_auxdata=lambda data: (),
+    )
 export.register_pytree_node_serialization(
-    LatentCache,
-    serialized_name="mla_jax.LatentCache",
-    serialize_auxdata=lambda aux: b"",
-    deserialize_auxdata=lambda data: (),
+    Cache,
+    serialized_name="mla_jax.Cache",
+    serialize_auxdata=lambda aux: bytes(map(bool, aux)),
+    deserialize_auxdata=lambda data: tuple(map(bool, data)),
 )

@@ -22,8 +22,6 @@ Letters: B prompts, T tokens of a step, S slots of the cache, W words, K drafted
 import dataclasses
 import functools
 import math
-import os
-import pathlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -34,67 +32,18 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Int
 
-from mla_jax.generation.steps import _check_sampling, sample
+from mla_jax.cache import Cache
+from mla_jax.generation.defaults import GenerationDefaults as GenerationDefaults
+from mla_jax.generation.sampling import check_sampling as check_sampling
+from mla_jax.generation.sampling import mark_seen as mark_seen
+from mla_jax.generation.sampling import sample as sample
+from mla_jax.generation.stream import StopStrings as StopStrings
+from mla_jax.generation.stream import TextStream as TextStream
+from mla_jax.generation.tokenizer import Tokenizer as Tokenizer
 
 _PREFILL_TOKENS = 16384  # of all rows together, in one chunk: bounds the experts' activations
 _SLOTS = 128  # a cache's length is a multiple of
 _NGRAM = 3  # tokens of the text's end that a prompt lookup looks for, then fewer
-
-
-class Tokenizer:
-    """A checkpoint's tokenizer.json, or bytes where there is none.
-
-    Args:
-        tokenizer: of the `tokenizers` library; None takes a text's UTF-8 bytes as its tokens.
-
-    >>> tokenizer = Tokenizer()
-    >>> tokenizer.encode(["MLA", "é"])
-    [[77, 76, 65], [195, 169]]
-    >>> tokenizer.decode([77, 76, 65])
-    'MLA'
-    """
-
-    def __init__(self, tokenizer: Any = None):
-        self._tokenizer = tokenizer
-
-    @classmethod
-    def from_checkpoint(cls, path: str | os.PathLike) -> "Tokenizer":
-        """Reads tokenizer.json from a folder; bytes where the folder has none.
-
-        Raises:
-            ImportError: there is one, and no `tokenizers` library to read it.
-            ValueError: it cannot be read.
-        """
-        file = pathlib.Path(path) / "tokenizer.json"
-        if not file.is_file():
-            return cls()
-        try:
-            import tokenizers
-        except ImportError as error:
-            raise ImportError(f"{file} needs the tokenizers library: install it.") from error
-        try:
-            return cls(tokenizers.Tokenizer.from_file(str(file)))
-        except Exception as error:  # the library raises bare Exceptions
-            raise ValueError(f"{file} cannot be read: {error}") from error
-
-    @property
-    def is_bytes(self) -> bool:
-        """Whether tokens are bytes."""
-        return self._tokenizer is None
-
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of every text, special tokens added as the tokenizer says."""
-        if self._tokenizer is None:
-            return [list(text.encode()) for text in texts]
-        return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        """The text of token ids; a byte above 255 becomes a replacement character."""
-        if self._tokenizer is None:
-            return b"".join(
-                bytes([token]) if 0 <= token < 256 else b"\xff" for token in map(int, tokens)
-            ).decode(errors="replace")
-        return self._tokenizer.decode([int(token) for token in tokens])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +144,7 @@ def generate(
     draft_cache = None
     if speculate and draft == "mtp":
         draft_cache = model.init_draft_cache(rows, slots)
-    cache_bytes = sum(layer.nbytes for layer in (*cache, draft_cache) if layer is not None)
+    cache_bytes = sum(held.nbytes for held in (cache, draft_cache) if held is not None)
     logits, state, cache, draft_cache = _prefill(model, prompts, cache, draft_cache, clock)
     first, key = clock.compile(_first, logits, key, **sampling)(logits, key)
     collector = _Collector(rows, max_new_tokens, stop_tokens, on_tokens)
@@ -273,10 +222,10 @@ def _prefill(model, prompts, cache, draft_cache, clock):
                 jnp.asarray(tokens[own, at : at + width]) for at in (begin, begin + 1)
             )
             arguments = (model, part, following, caches, inside, known, jnp.int32(start))
-            empty = begin == 0
-            if empty not in programs:
-                programs[empty] = clock.compile(_prefill_chunk, *arguments, empty=empty)
-            new, caches = programs[empty](*arguments)
+            fresh = begin == 0
+            if fresh not in programs:
+                programs[fresh] = clock.compile(_prefill_chunk, *arguments, fresh=fresh)
+            new, caches = programs[fresh](*arguments)
             if ends is None:
                 ends = jax.tree.map(lambda x: jnp.zeros((count, *x.shape[1:]), x.dtype), new)
                 keep = clock.compile(_keep, ends, new, inside, jnp.int32(start))
@@ -284,27 +233,26 @@ def _prefill(model, prompts, cache, draft_cache, clock):
     return *ends, *caches
 
 
-@functools.partial(jax.jit, static_argnames="empty", donate_argnames="caches")
-def _prefill_chunk(model, tokens, following, caches, lengths, known, start, *, empty):
+@functools.partial(jax.jit, static_argnames="fresh", donate_argnames="caches")
+def _prefill_chunk(model, tokens, following, caches, lengths, known, start, *, fresh):
     """Prefills the rows from `start` on: (logits, state) of their last tokens, and the caches."""
     rows, whole = len(tokens), caches
-    if some := rows < len(caches[0][0].length):
-        cut = lambda array: lax.dynamic_slice_in_dim(array, start, rows)  # noqa: E731
-        caches = jax.tree.map(cut, caches)
-    cache, draft_cache = caches
+    is_cache = lambda node: isinstance(node, Cache)  # noqa: E731
+    own = jax.tree.map(lambda cache: cache.rows(start, rows), caches, is_leaf=is_cache)
+    if fresh:
+        own = jax.tree.map(Cache.as_fresh, own, is_leaf=is_cache)
+    cache, draft_cache = own
     if draft_cache is None:
-        logits, cache = model.prefill_last(tokens, cache, lengths, empty=empty)
+        logits, cache = model.prefill_last(tokens, cache, lengths)
         state = None
     else:
-        hidden, cache = model.extend(tokens, cache, lengths, empty=empty)
-        _, draft_cache = model.draft(hidden, following, draft_cache, known, empty=empty)
+        hidden, cache = model.extend(tokens, cache, lengths)
+        _, draft_cache = model.draft(hidden, following, draft_cache, known)
         last = jnp.maximum(lengths - 1, 0)[:, None, None]
         state = jnp.take_along_axis(hidden, last, axis=1)
         logits, state = model.logits(state)[:, 0], state[:, 0]
-    caches = (cache, draft_cache)
-    if some:
-        put = lambda array, part: lax.dynamic_update_slice_in_dim(array, part, start, 0)  # noqa: E731
-        caches = jax.tree.map(put, whole, caches)
+    put = lambda all_rows, part: all_rows.with_rows(start, part)  # noqa: E731
+    caches = jax.tree.map(put, whole, (cache, draft_cache), is_leaf=is_cache)
     return (logits, state), caches
 
 
@@ -376,7 +324,7 @@ def _speculate_block(model, goal, carry, key, *, drafts, steps, **sampling):
         place = jnp.where(offsets < new[:, None], length[:, None] + offsets, text.shape[1])
         text = text.at[rows, place].set(drawn, mode="drop")
         length = length + new
-        cache = tuple(held.truncate(length - 1) for held in cache)
+        cache = cache.truncate(length - 1)
         counted = jnp.stack([jnp.where(active, drafts, 0).sum(), jnp.where(active, right, 0).sum()])
         return ((text, length, cache, ahead), counts + counted), None
 
@@ -512,7 +460,7 @@ def _check_flags(max_new_tokens, temperature, top_k, top_p, speculate, draft, bl
         raise ValueError(f"draft={draft!r}: it must be 'prompt' or 'mtp'.")
     if draft == "mtp" and not speculate:
         raise ValueError("draft='mtp' drafts nothing with speculate=0: say how many tokens.")
-    _check_sampling(None, jax.random.key(0), temperature, top_k, top_p)
+    check_sampling(None, jax.random.key(0), temperature, top_k, top_p)
 
 
 def _slots(config, prompts, max_new_tokens, max_length, speculate) -> int:

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Int, Key
 
-from mla_jax.cache import LatentCache
+from mla_jax.cache import Cache
+from mla_jax.generation.sampling import check_sampling, sample
 
 
 @functools.partial(jax.jit, donate_argnames=("cache",))
@@ -58,56 +59,6 @@ def decode_step(model, x, cache):
     return model.decode(x, cache)
 
 
-def sample(
-    logits: Float[Array, "B W"],
-    key: Key[Array, ""] | None,
-    *,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-) -> Int[Array, "B"]:
-    """Draws a token per row.
-
-    Args:
-        logits: [B W].
-        key: of jax.random; not needed where temperature is 0.
-        temperature: divides the logits; 0 takes the most likely token.
-        top_k: draw among the k most likely only.
-        top_p: draw among the fewest tokens whose probabilities reach top_p (nucleus sampling,
-            Holtzman et al. 2019, arXiv 1904.09751); after top_k where both are given.
-
-    Returns:
-        int32 [B].
-
-    Raises:
-        ValueError: an argument out of range, or no key where one is needed.
-
-    >>> logits = jnp.array([[0.0, 2.0, 1.0], [3.0, 0.0, 1.0]])
-    >>> sample(logits, None)
-    Array([1, 0], dtype=int32)
-    >>> sample(logits, jax.random.key(0), temperature=1.0, top_k=1)
-    Array([1, 0], dtype=int32)
-    >>> sample(logits, None, temperature=1.0)
-    Traceback (most recent call last):
-    ValueError: temperature=1.0 draws at random: give key=jax.random.key(0).
-    """
-    words = logits.shape[-1]
-    _check_sampling(words, key, temperature, top_k, top_p)
-    if temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits.astype(jnp.float32) / temperature
-    assert key is not None  # checked above
-    if top_k is None and top_p is None:
-        return jax.random.categorical(key, logits).astype(jnp.int32)
-    kept, tokens = lax.top_k(logits, words if top_k is None else min(top_k, words))
-    if top_p is not None:
-        probabilities = jax.nn.softmax(kept, axis=-1)
-        before = jnp.cumsum(probabilities, axis=-1) - probabilities
-        kept = jnp.where(before < top_p, kept, -jnp.inf)  # the first always stays: 0 < top_p
-    choice = jax.random.categorical(key, kept)[:, None]
-    return jnp.take_along_axis(tokens, choice, axis=-1)[:, 0].astype(jnp.int32)
-
-
 def decode_loop(
     model,
     tokens: Int[Array, "B"],
@@ -146,7 +97,7 @@ def decode_loop(
     >>> model = Decoder(config, rngs=nnx.Rngs(0))
     >>> cache = model.init_cache(batch_size=2, max_length=8)
     >>> tokens, lengths, cache = decode_loop(model, jnp.array([7, 8]), cache, steps=4)
-    >>> tokens.shape, lengths, cache[0].length
+    >>> tokens.shape, lengths, cache.length
     ((2, 4), Array([4, 4], dtype=int32), Array([4, 4], dtype=int32))
     """
     if not isinstance(steps, int) or steps < 1:
@@ -156,7 +107,7 @@ def decode_loop(
             f"tokens is {tokens.dtype} of shape {tokens.shape}: it must be integer [B], the newest "
             "token of each row."
         )
-    _check_sampling(None, key, temperature, top_k, top_p)
+    check_sampling(None, key, temperature, top_k, top_p)
     _check_room(cache, steps)
     return _loop(
         model, tokens, cache, key, steps=steps, temperature=float(temperature), top_k=top_k,
@@ -174,11 +125,8 @@ def _loop(model, tokens, cache, key, *, steps, temperature, top_k, top_p, stop_t
 
     def step(carry, step_key):
         token, active, cache = carry
-        # Without stop tokens every row is active, and `decode` lets kernels know the lengths.
-        if stop_tokens:
-            logits, cache = model.prefill(token[:, None], cache, active.astype(jnp.int32))
-        else:
-            logits, cache = model.decode(token[:, None], cache)
+        lengths = active.astype(jnp.int32) if stop_tokens else None
+        logits, cache = model.prefill(token[:, None], cache, lengths)
         drawn = sample(logits[:, 0], step_key, temperature=temperature, top_k=top_k, top_p=top_p)
         token = jnp.where(active, drawn, token)
         stopped = (token[:, None] == stops[None]).any(-1)
@@ -191,27 +139,12 @@ def _loop(model, tokens, cache, key, *, steps, temperature, top_k, top_p, stop_t
     return drawn.T, counted.sum(0, dtype=jnp.int32), cache
 
 
-def _check_sampling(words, key, temperature, top_k, top_p) -> None:
-    if not temperature >= 0:
-        raise ValueError(f"temperature={temperature}: it must be at least 0; 0 is greedy.")
-    if temperature > 0 and key is None:
-        raise ValueError(f"temperature={temperature} draws at random: give key=jax.random.key(0).")
-    if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
-        raise ValueError(f"top_k={top_k!r}: it must be a whole number of at least 1, or None.")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p}: it must be above 0 and at most 1, or None.")
-    if words == 0:
-        raise ValueError("logits have no words: their last axis must not be empty.")
-
-
-def _check_room(cache, steps: int) -> None:
-    is_cache = lambda node: isinstance(node, LatentCache)  # noqa: E731
-    for layer in jax.tree.leaves(cache, is_leaf=is_cache):
-        if not is_cache(layer) or isinstance(layer.length, jax.core.Tracer):
-            continue
-        held = np.asarray(layer.length)
-        if (held + steps > layer.max_length).any():
-            raise ValueError(
-                f"steps={steps} do not fit: rows hold {held.tolist()} of max_length="
-                f"{layer.max_length} tokens. Make the cache longer."
-            )
+def _check_room(cache: Cache, steps: int) -> None:
+    if isinstance(cache.length, jax.core.Tracer):
+        return
+    held = np.asarray(cache.length)
+    if (held + steps > cache.max_length).any():
+        raise ValueError(
+            f"steps={steps} do not fit: rows hold {held.tolist()} of max_length="
+            f"{cache.max_length} tokens. Make the cache longer."
+        )

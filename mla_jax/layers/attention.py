@@ -22,22 +22,21 @@ R kv_lora_rank, H qk_nope_head_dim, P qk_rope_head_dim, V v_head_dim.
 """
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from mla_jax.cache import LatentCache
+from mla_jax import ops, rope
+from mla_jax.cache import Cache, Dense, Paged
 from mla_jax.config import MLAConfig
 from mla_jax.costs import choose_form
-from mla_jax.ops import dense, dispatch, xla
-from mla_jax.rope import apply_rope
+from mla_jax.layers.step import Form, Step, check_form, check_positions
+from mla_jax.ops import dense, dispatch
 
-Form = Literal["auto", "absorbed", "expanded"]
 _BIASED = ("q_a_proj", "kv_a_proj", "o_proj")  # what attention_bias=True means
 
 
@@ -56,8 +55,10 @@ class MultiHeadLatentAttention(nnx.Module):
         param_dtype: of the parameters.
         precision: of the matmuls, as in jax.lax.dot.
         kernel_init: initializer of the kernels.
-        implementation: backend of the attention core, one of `ops.dispatch.IMPLEMENTATIONS`; None
-            chooses for the device and the shapes (`explain` tells what).
+        implementation: backend of the attention cores, one of `ops.dispatch.IMPLEMENTATIONS`: it
+            serves every op that the layer calls or raises; a dict from ops to backends names them
+            singly, as in {"latent_attention": "pallas_gpu"}; None chooses for the device and the
+            shapes (`explain` tells what).
         rngs: for the initializers; not kept.
 
     Raises:
@@ -84,21 +85,18 @@ class MultiHeadLatentAttention(nnx.Module):
         param_dtype=jnp.float32,
         precision=None,
         kernel_init: nnx.Initializer = nnx.initializers.lecun_normal(),  # noqa: B008
-        implementation: str | None = None,
+        implementation: dispatch.Implementation = None,
         rngs: nnx.Rngs,
     ):
         if not isinstance(config, MLAConfig):
             raise ValueError(f"config={config!r}: it must be an MLAConfig.")
-        if config.index_topk is not None:
-            raise ValueError(
-                f"index_topk={config.index_topk}: sparse attention is not supported yet."
-            )
-        dispatch.check_implementation(implementation)
+        if config.refusal is not None:
+            raise ValueError(config.refusal)
         self.config = config
         self.dtype = dtype
         self.param_dtype = param_dtype
         self.precision = precision
-        self.implementation = implementation
+        self.implementation = dispatch.frozen(implementation)
 
         bias = config.attention_bias
         biased = _BIASED if bias is True else bias or ()
@@ -172,41 +170,58 @@ class MultiHeadLatentAttention(nnx.Module):
             ValueError: x is not [B T D] of a float dtype, or another argument does not go with it.
         """
         batch, tokens = self._check_input(x)
-        _check_form(form)
+        check_form(form)
         if positions is None:
             positions = jnp.arange(tokens, dtype=jnp.int32)
         else:
-            positions = _check_positions(positions, batch, tokens)
-        if segment_ids is not None and segment_ids.shape != (batch, tokens):
-            raise ValueError(
-                f"segment_ids has shape {segment_ids.shape}: it must be [B T] = {(batch, tokens)}."
+            positions = check_positions(positions, batch, tokens)
+        if segment_ids is not None:
+            segment_ids = ops.checked_ids("segment_ids", segment_ids, (batch, tokens), "B T")
+        by = rope.rotation(positions, self.config, tokens)
+        q_nope, q_rope, gate = self._queries(x, positions, by)
+        latent, k_rope = self._latents(x, by)
+        options: dict[str, Any] = {
+            "lengths": None, "scale": self.config.scale, "window": self.config.sliding_window,
+            "mask": mask, "segment_ids": segment_ids, "precision": self.precision,
+            "implementation": self.implementation,
+        }  # fmt: skip
+        if form == "absorbed":
+            pattern = self._pattern(q_nope)
+            out_latent, lse = ops.latent_attention(pattern, q_rope, latent, k_rope, **options)
+            heads = self._heads(out_latent)
+        else:
+            keys_values = self._keys_values(latent)
+            heads, lse = ops.expanded_attention(
+                q_nope, q_rope, keys_values[0], k_rope, keys_values[1], **options
             )
-        q_nope, q_rope, gate = self._queries(x, positions, tokens)
-        latent, k_rope = self._latents(x, positions, tokens)
-        attend = self._absorbed if form == "absorbed" else self._expanded
-        heads, lse = attend(
-            q_nope, q_rope, latent, k_rope, lengths=None, mask=mask, segment_ids=segment_ids
-        )
         return self._output(heads, lse, gate)
 
-    def init_cache(self, batch_size: int, max_length: int, dtype=None) -> LatentCache:
-        """An empty cache of `batch_size` rows with `max_length` slots each.
+    def init_store(self, batch_size: int, slots: int, dtype=None) -> Dense:
+        """Slots of its own for every row: what a `Cache` keeps of this layer's tokens.
 
         `dtype` is by default that of the computation, or of the parameters where it is None.
         """
         dtype = dtype or self.dtype or self.param_dtype
-        return LatentCache.init(self.config, batch_size, max_length, dtype)
+        widths = {"latent": self.config.kv_lora_rank, "k_rope": self.config.qk_rope_head_dim}
+        return Dense(
+            {name: jnp.zeros((batch_size, slots, width), dtype) for name, width in widths.items()}
+        )
+
+    def init_cache(
+        self, batch_size: int, max_length: int, dtype=None, pages: int | None = None
+    ) -> Cache:
+        """An empty cache of this layer alone: see `Cache.init`."""
+        return Cache.init([self], batch_size, max_length, dtype, pages)
 
     def prefill(
         self,
         x: Float[Array, "B T D"],
-        cache: LatentCache,
+        cache: Cache,
         lengths: Int[Array, "B"] | None = None,
         *,
         positions: Int[Array, "T"] | Int[Array, "B T"] | None = None,
         form: Form = "auto",
-        empty: bool = False,
-    ) -> tuple[Float[Array, "B T D"], LatentCache]:
+    ) -> tuple[Float[Array, "B T D"], Cache]:
         """Appends `lengths[b]` tokens to row b, behind what the cache holds, and attends to all.
 
         A long prompt may come in chunks, and rows of different lengths share a batch.
@@ -219,57 +234,70 @@ class MultiHeadLatentAttention(nnx.Module):
                 a sliding window go by cache slot all the same.
             form: "auto" goes by cost (`costs.choose_form`): expanded for a prompt, absorbed for a
                 short continuation of a long cache.
-            empty: says that rows with tokens hold none yet: what attends to a cached context is
-                then not compiled, half of a prefill's program.
 
         Returns:
             outputs [B T D], zeros past a row's length, and the new cache.
 
         Raises:
             ValueError: arguments that do not go together, or, outside jit, a row that would
-                overflow (under jit its `overflowed` is set) or is not empty as said.
+                overflow (under jit its `overflowed` is set).
         """
-        if empty and not isinstance(cache.length, jax.core.Tracer):
-            held = np.asarray(cache.length)
-            given = np.ones_like(held) if lengths is None else np.asarray(lengths)
-            if held[given > 0].any():
-                raise ValueError(f"empty=True: rows hold {held.tolist()} tokens.")
-        return self._extend(x, cache, lengths, positions, form, empty=empty)
+        batch, tokens = self._check_input(x)
+        if len(cache.stores) != 1 or cache.batch_size != batch:
+            raise ValueError(
+                f"cache has {len(cache.stores)} stores of {cache.batch_size} rows: this layer and "
+                f"input take one of {batch} rows, of layer.init_cache({batch}, ...)."
+            )
+        step = Step.begin(cache, tokens, lengths, positions=positions, form=form)
+        y, store, _ = self.extend(x, cache.stores[0], step)
+        return y, cache.end([store], step)
 
     def decode(
         self,
         x: Float[Array, "B T D"],
-        cache: LatentCache,
+        cache: Cache,
         *,
         positions: Int[Array, "T"] | Int[Array, "B T"] | None = None,
         form: Form = "auto",
-        schedule: Any = None,
-    ) -> tuple[Float[Array, "B T D"], LatentCache]:
+    ) -> tuple[Float[Array, "B T D"], Cache]:
         """Appends T new tokens (1, or a few drafts) to every row; causal among themselves.
 
-        Args, returns and errors are those of `prefill` without `lengths`. `schedule` is
-        `decode_schedule(cache, T)`, worth making once where several layers share a step.
+        Args, returns and errors are those of `prefill` without `lengths`.
         """
-        return self._extend(x, cache, None, positions, form, schedule)
+        return self.prefill(x, cache, positions=positions, form=form)
 
-    def decode_schedule(self, cache: LatentCache, queries: int = 1) -> Any:
-        """How to cut a step's work among processors, the same for all layers of a model.
+    def extend(
+        self, x: Float[Array, "B T D"], store: Dense, step: Step, relay: Any = None
+    ) -> tuple[Float[Array, "B T D"], Dense, Any]:
+        """The layer on the new tokens of a step, which all layers of a model share.
 
         Args:
-            cache: before the step, of this layer or of any other whose rows are as long.
-            queries: T, tokens of the step.
+            x: activations [B T D].
+            store: this layer's, of the cache that the step began with.
+            step: of `Step.begin`.
+            relay: what earlier layers hand to later ones; this layer passes it on.
 
         Returns:
-            `schedule` for `decode` of every layer; None where the backend needs none.
+            outputs [B T D], zeros where a token does not count; the new store; and the relay.
+
+        Raises:
+            ValueError: a store of other widths or another dtype than the layer computes in.
         """
-        if choose_form(self.config, queries=queries, slots=cache.max_length) != "absorbed":
-            return None
-        lengths = jnp.minimum(cache.length + queries, cache.max_length)
-        return dispatch.decode_schedule(
-            self.config, lengths, slots=cache.max_length, queries=queries,
-            dtype=cache.latent.dtype,
-            implementation=dispatch.serving("latent_attention", self.implementation),
-        )  # fmt: skip
+        batch, _ = self._check_input(x)
+        view = step.view(store)
+        self._check_store(view, batch)
+        form = step.form
+        if form == "auto":
+            form = choose_form(self.config, queries=x.shape[1], slots=step.slots)
+        x, by = step.clear(x), step.rotation(self.config)
+        q_nope, q_rope, gate = self._queries(x, step.positions, by)
+        latent, k_rope = self._latents(x, by)
+        with jax.named_scope("cache_append"):
+            view = view.write(step.place, latent=latent, k_rope=k_rope)
+        attend = self._absorbed if form == "absorbed" else self._expanded
+        heads, lse = attend(q_nope, q_rope, latent, k_rope, view, step)
+        y = step.clear(self._output(heads, lse, gate))
+        return y, view.pool if isinstance(view, Paged) else view, relay
 
     @property
     def w_uk(self) -> Float[Array, "R N H"]:
@@ -281,52 +309,8 @@ class MultiHeadLatentAttention(nnx.Module):
         """W_UV, the part of kv_b_proj that makes values: applied after mixing when absorbed."""
         return self.kv_b_proj.kernel[...][..., self.config.qk_nope_head_dim :]
 
-    def _extend(self, x, cache, lengths, positions, form, schedule=None, empty=False):
-        batch, tokens = self._check_input(x)
-        self._check_cache(cache, batch)
-        _check_form(form)
-        if form == "auto":
-            form = choose_form(self.config, queries=tokens, slots=cache.max_length)
-        token = jnp.arange(tokens, dtype=jnp.int32)[None]
-        start = cache.length[:, None]
-        valid = None
-        if lengths is not None:
-            lengths = cache._row_counts(lengths, tokens)
-            valid = token < lengths[:, None]
-            x = jnp.where(valid[..., None], x, 0)  # padding may be NaN; 0 x NaN is NaN
-        slot = start + token
-        positions = slot if positions is None else _check_positions(positions, batch, tokens)
-        q_nope, q_rope, gate = self._queries(x, positions, cache.max_length)
-        latent, k_rope = self._latents(x, positions, cache.max_length)
-        if latent.dtype != cache.latent.dtype:
-            raise ValueError(
-                f"cache.latent is {cache.latent.dtype}, the layer computes in {latent.dtype} for "
-                f"this input: use init_cache(..., dtype=jnp.{latent.dtype}) or the layer's dtype "
-                "argument."
-            )
-        with jax.named_scope("cache_append"):
-            new = cache.append(latent, k_rope, lengths)
-        seen = slot + 1 if valid is None else jnp.where(valid, slot + 1, 0)
-        seen = jnp.minimum(seen, cache.max_length)
-        if form == "absorbed":
-            # A length per row, where there is one, tells kernels more than one per query.
-            lengths = new.length if valid is None else seen
-            heads, lse = self._absorbed(
-                q_nope, q_rope, new.latent, new.k_rope, lengths=lengths, mask=None,
-                segment_ids=None, schedule=schedule,
-            )  # fmt: skip
-        else:
-            heads, lse = self._expanded_cached(
-                q_nope, q_rope, latent, k_rope, new, None if empty else cache.length, seen
-            )
-        y = self._output(heads, lse, gate)
-        return (y if valid is None else jnp.where(valid[..., None], y, 0)), new
-
-    def _queries(self, x, positions, length):
-        """q_nope [B T N H], rotated q_rope [B T N P] and the gate's logits [B T N 1 or V] or None.
-
-        `length` says how long the context may become: see `rope.inverse_frequencies`.
-        """
+    def _queries(self, x, positions, by):
+        """q_nope [B T N H], rotated q_rope [B T N P], the gate's logits [B T N 1 or V] or None."""
         config, gate = self.config, None
         with jax.named_scope("queries"):
             if config.q_lora_rank is None:
@@ -344,7 +328,7 @@ class MultiHeadLatentAttention(nnx.Module):
                     query = query * math.sqrt(config.hidden_size / config.q_lora_rank)
             q_nope, q_rope = jnp.split(query, [config.qk_nope_head_dim], axis=-1)
         with jax.named_scope("rope"):
-            q_rope = apply_rope(q_rope, positions, config, length)
+            q_rope = rope.rotate(q_rope, by, config)
         if config.llama_4_scaling_beta is not None or config.query_scale_ssmax:
             scale = self._query_scale(positions).astype(query.dtype)
             q_nope, q_rope = q_nope * scale, q_rope * scale
@@ -369,7 +353,7 @@ class MultiHeadLatentAttention(nnx.Module):
             scale = scale * (slope * jnp.log1p(position.astype(jnp.float32)) + offset)
         return scale
 
-    def _latents(self, x, positions, length):
+    def _latents(self, x, by):
         """Normalized latent [B T R] and rotated k_rope [B T P], as the cache holds them."""
         config = self.config
         with jax.named_scope("latents"):
@@ -381,20 +365,31 @@ class MultiHeadLatentAttention(nnx.Module):
             if config.k_rope_norm:
                 k_rope = self.k_rope_norm(k_rope)
         with jax.named_scope("rope"):
-            k_rope = apply_rope(k_rope, positions, config, length)
+            k_rope = rope.rotate(k_rope, by, config)
         return checkpoint_name(latent, "latent"), checkpoint_name(k_rope, "k_rope")
 
-    def _absorbed(self, q_nope, q_rope, latent, k_rope, **options):
+    def _absorbed(self, q_nope, q_rope, latent, k_rope, view, step):
         """Heads [B T N V] and lse [B T N] by the absorbed form, never making keys or values."""
+        del latent, k_rope  # the view holds them
+        queries = (self._pattern(q_nope), q_rope)
+        options = {"scale": self.config.scale, "precision": self.precision}
+        seen = step.seen.replace(window=self.config.sliding_window)
+        call = ops.latent_call(queries, view, seen, **options)
+        seen = step.planned(seen, call, self.implementation)
+        out_latent, lse = ops.attend_latents(
+            queries, view, seen, implementation=self.implementation, **options
+        )
+        return self._heads(out_latent), lse
+
+    def _pattern(self, q_nope):
+        """What each head looks for among the latents, [B T N R]."""
         with jax.named_scope("w_uk"):
-            pattern = self._fold("BTNH,RNH->BTNR", q_nope, self.w_uk)
-        out_latent, lse = dispatch.latent_attention(
-            pattern, q_rope, latent, k_rope, scale=self.config.scale,
-            window=self.config.sliding_window, precision=self.precision,
-            implementation=dispatch.serving("latent_attention", self.implementation), **options,
-        )  # fmt: skip
+            return self._fold("BTNH,RNH->BTNR", q_nope, self.w_uk)
+
+    def _heads(self, out_latent):
+        """Heads [B T N V] from mixed latents [B T N R]."""
         with jax.named_scope("w_uv"):
-            return self._fold("BTNR,RNV->BTNV", out_latent, self.w_uv), lse
+            return self._fold("BTNR,RNV->BTNV", out_latent, self.w_uv)
 
     def _fold(self, letters, x, kernel):
         """An einsum with a slice of kv_b_proj that accumulates in float32 for any T."""
@@ -404,35 +399,31 @@ class MultiHeadLatentAttention(nnx.Module):
         )  # fmt: skip
         return y.astype(x.dtype)
 
-    def _expanded(self, q_nope, q_rope, latent, k_rope, **options):
-        """Heads [B T N V] and lse [B T N] by the expanded form, over the tokens given."""
-        k_nope, value = self._keys_values(latent)
-        return dispatch.expanded_attention(
-            q_nope, q_rope, k_nope, k_rope, value, scale=self.config.scale,
-            window=self.config.sliding_window, precision=self.precision,
-            implementation=dispatch.serving("expanded_attention", self.implementation), **options,
-        )  # fmt: skip
-
-    def _expanded_cached(self, q_nope, q_rope, latent, k_rope, cache, context, seen):
-        """Heads and lse by the expanded form over new tokens and the first `context` [B] cached.
-
-        `context` is None where nothing is cached.
+    def _expanded(self, q_nope, q_rope, latent, k_rope, view, step):
+        """Heads and lse by the expanded form, over new tokens and what the rows held before.
 
         Under a sliding window every token has its own first slot, so all of it goes through the
-        cache, which holds the new tokens too: a token sees the last of its `seen` [B T] slots.
+        cache, which holds the new tokens too.
         """
-        if self.config.sliding_window is not None:
-            fresh, context = None, seen
-        else:
-            fresh = self._expanded(
-                q_nope, q_rope, latent, k_rope, lengths=None, mask=None, segment_ids=None
-            )
-            if context is None:
-                return fresh
-        return xla.add_cached_context(
-            fresh, q_nope, q_rope, cache.latent, cache.k_rope, self.kv_b_proj.kernel[...],
-            lengths=context, scale=self.config.scale, window=self.config.sliding_window,
-            precision=self.precision,
+        window = self.config.sliding_window
+        options: dict[str, Any] = {
+            "scale": self.config.scale, "precision": self.precision,
+            "implementation": self.implementation,
+        }  # fmt: skip
+
+        def context(seen):
+            kernel = self.kv_b_proj.kernel[...]
+            return ops.context_attention((q_nope, q_rope), view, seen, kernel, **options)
+
+        if window is not None:
+            return context(step.seen.replace(window=window))
+        k_nope, value = self._keys_values(latent)
+        own = ops.expanded_attention(q_nope, q_rope, k_nope, k_rope, value, **options)
+        if step.fresh:
+            return own
+        return jax.lax.cond(
+            (step.start > 0).any(),
+            lambda: ops.merge_attention(own, context(step.before)), lambda: own,
         )  # fmt: skip
 
     def _keys_values(self, latent):
@@ -467,30 +458,13 @@ class MultiHeadLatentAttention(nnx.Module):
             )
         return x.shape[:2]
 
-    def _check_cache(self, cache, batch):
-        config = self.config
-        for name, held, width in (
-            ("latent", cache.latent, config.kv_lora_rank),
-            ("k_rope", cache.k_rope, config.qk_rope_head_dim),
-        ):
-            if held.shape != (batch, cache.max_length, width):
+    def _check_store(self, store, batch):
+        widths = {"latent": self.config.kv_lora_rank, "k_rope": self.config.qk_rope_head_dim}
+        for name, width in widths.items():
+            held = getattr(store, name, None)
+            if held is None or held.shape[-1] != width or store.batch_size != batch:
+                shape = None if held is None else (store.batch_size, store.slots, held.shape[-1])
                 raise ValueError(
-                    f"cache.{name} has shape {held.shape}: for this input and layer it must be "
+                    f"cache.{name} has shape {shape}: for this input and layer it must be "
                     f"({batch}, S, {width})."
                 )
-
-
-def _check_form(form: str) -> None:
-    if form not in ("auto", "absorbed", "expanded"):
-        raise ValueError(f"form={form!r}: it must be 'auto', 'absorbed' or 'expanded'.")
-
-
-def _check_positions(positions, batch: int, tokens: int):
-    if positions.shape not in ((tokens,), (batch, tokens)) or not jnp.issubdtype(
-        positions.dtype, jnp.integer
-    ):
-        raise ValueError(
-            f"positions is {positions.dtype} of shape {positions.shape}: it must be an integer "
-            f"array [T] = ({tokens},) or [B T] = ({batch}, {tokens})."
-        )
-    return positions

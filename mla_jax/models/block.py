@@ -3,19 +3,28 @@
 Letters: B batch, T tokens, D hidden size.
 """
 
+from typing import Any
+
 import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from mla_jax.cache import LatentCache
+from mla_jax.cache import Dense
 from mla_jax.layers.attention import MultiHeadLatentAttention
 from mla_jax.layers.experts import MixtureOfExperts
 from mla_jax.layers.mlp import GatedMLP
+from mla_jax.layers.step import Step
 from mla_jax.models.config import DecoderConfig
 
 
 class Block(nnx.Module):
-    """One layer: attention and MLP, each behind its norm."""
+    """x + attention(norm(x)), then x + mlp(norm(x)).
+
+    Args:
+        config: of the model.
+        layer: which of its layers this is; the first ones may have a dense MLP.
+        precision, implementation, types: as in `Decoder`.
+    """
 
     def __init__(self, config: DecoderConfig, layer: int, *, precision, implementation, **types):
         width = config.attention.hidden_size
@@ -28,22 +37,34 @@ class Block(nnx.Module):
         if config.is_sparse(layer):
             self.mlp = MixtureOfExperts(config, precision=precision, **types)
         else:
+            assert config.intermediate_size is not None  # the config fills it in
             self.mlp = GatedMLP(width, config.intermediate_size, precision=precision, **types)
 
-    def add(self, x, y):
+    @property
+    def mixers(self) -> tuple[MultiHeadLatentAttention, ...]:
+        """What of this layer keeps something of every token, in the order of their stores."""
+        return (self.attention,)
+
+    def __call__(self, x: Float[Array, "B T D"], **options: Any) -> Float[Array, "B T D"]:
+        """The layer without a cache; options as in the attention's `__call__`."""
+        return self._feed_forward(self._add(x, self.attention(self.attention_norm(x), **options)))
+
+    def extend(
+        self, x: Float[Array, "B T D"], stores: tuple[Dense, ...], step: Step, relay: Any = None
+    ) -> tuple[Float[Array, "B T D"], tuple[Dense, ...], Any]:
+        """The layer on the new tokens of a step: see `MultiHeadLatentAttention.extend`.
+
+        `stores` are those of its `mixers`.
+        """
+        (store,) = stores
+        y, store, relay = self.attention.extend(self.attention_norm(x), store, step, relay)
+        return self._feed_forward(self._add(x, y)), (store,), relay
+
+    def _add(self, x, y):
         """The sum, y scaled as MiniCPM3 does."""
         return x + (y if self.scale == 1 else y * self.scale)
 
-    def feed_forward(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def _feed_forward(self, x):
         """The MLP with its norm and residual."""
         with jax.named_scope("mlp"):
-            return self.add(x, self.mlp(self.mlp_norm(x)))
-
-    def extend(self, x, cache: LatentCache, lengths=None, schedule=None, empty=False):
-        """The layer on T new tokens of every row: `prefill` with lengths, `decode` without."""
-        hidden = self.attention_norm(x)
-        if lengths is None:
-            y, cache = self.attention.decode(hidden, cache, schedule=schedule)
-        else:
-            y, cache = self.attention.prefill(hidden, cache, lengths, empty=empty)
-        return self.feed_forward(self.add(x, y)), cache
+            return self._add(x, self.mlp(self.mlp_norm(x)))

@@ -15,15 +15,19 @@ moves.
 Letters: B batch, T tokens, D hidden size, W words.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from mla_jax.cache import LatentCache
+from mla_jax.cache import Cache
+from mla_jax.layers.step import Step
 from mla_jax.models.block import Block
 from mla_jax.models.config import DecoderConfig
 from mla_jax.models.predictor import MultiTokenPredictor
+from mla_jax.ops import dispatch
 
 
 class Decoder(nnx.Module):
@@ -37,7 +41,7 @@ class Decoder(nnx.Module):
 
     Raises:
         ValueError: mtp for a config without one such block; when called, tokens that are not
-            integers [B T], or a cache of another depth.
+            integers [B T], or a cache of another model.
 
     >>> import mla_jax, jax.numpy as jnp
     >>> from flax import nnx
@@ -55,7 +59,7 @@ class Decoder(nnx.Module):
         dtype=None,
         param_dtype=jnp.float32,
         precision=None,
-        implementation: str | None = None,
+        implementation: dispatch.Implementation = None,
         rngs: nnx.Rngs,
     ):
         if mtp and config.num_nextn_predict_layers != 1:
@@ -79,86 +83,99 @@ class Decoder(nnx.Module):
         self.head = None if tied else nnx.Linear(width, config.vocab_size, **head)
         self.predictor = MultiTokenPredictor(config, **cores) if mtp else None
 
-    def __call__(self, tokens: Int[Array, "B T"], **options) -> Float[Array, "B T W"]:
+    def __call__(self, tokens: Int[Array, "B T"], **options: Any) -> Float[Array, "B T W"]:
         """Logits [B T W] in float32, without a cache; options as in the layer's `__call__`."""
         x = self._embed(tokens)
         for block in self.blocks:
-            y = block.attention(block.attention_norm(x), **options)
-            x = block.feed_forward(block.add(x, y))
-        return self._logits(x)
+            x = block(x, **options)
+        return self.logits(self.norm(x))
 
-    def init_cache(self, batch_size: int, max_length: int, dtype=None) -> tuple[LatentCache, ...]:
-        """An empty cache per layer: see `MultiHeadLatentAttention.init_cache`."""
-        return tuple(
-            block.attention.init_cache(batch_size, max_length, dtype) for block in self.blocks
-        )
-
-    def prefill(
-        self,
-        tokens: Int[Array, "B T"],
-        cache: tuple[LatentCache, ...],
-        lengths: Int[Array, "B"] | None = None,
-    ) -> tuple[Float[Array, "B T W"], tuple[LatentCache, ...]]:
-        """Appends `lengths[b]` tokens to row b: see `MultiHeadLatentAttention.prefill`.
-
-        Returns:
-            logits [B T W], meaningless past a row's length, and the new caches.
-        """
-        x, cache = self._hidden(tokens, cache, lengths)
-        return self._logits(x), cache
-
-    def prefill_last(
-        self,
-        tokens: Int[Array, "B T"],
-        cache: tuple[LatentCache, ...],
-        lengths: Int[Array, "B"],
-        *,
-        empty: bool = False,
-    ) -> tuple[Float[Array, "B W"], tuple[LatentCache, ...]]:
-        """`prefill` with the logits of each row's last token only: a prompt's are often too many.
-
-        A row of length 0 gives logits that mean nothing. `empty` is the layer's.
-        """
-        x, cache = self._hidden(tokens, cache, lengths, empty)
-        last = jnp.maximum(lengths - 1, 0)[:, None, None]
-        return self._logits(jnp.take_along_axis(x, last, axis=1))[:, 0], cache
-
-    def decode(
-        self, tokens: Int[Array, "B T"], cache: tuple[LatentCache, ...]
-    ) -> tuple[Float[Array, "B T W"], tuple[LatentCache, ...]]:
-        """Appends T new tokens to every row: see `MultiHeadLatentAttention.decode`."""
-        x, cache = self._hidden(tokens, cache, None)
-        return self._logits(x), cache
+    def init_cache(
+        self, batch_size: int, max_length: int, dtype=None, pages: int | None = None
+    ) -> Cache:
+        """An empty cache of all layers: see `Cache.init`."""
+        mixers = [mixer for block in self.blocks for mixer in block.mixers]
+        return Cache.init(mixers, batch_size, max_length, dtype, pages)
 
     def extend(
         self,
         tokens: Int[Array, "B T"],
-        cache: tuple[LatentCache, ...],
+        cache: Cache,
         lengths: Int[Array, "B"] | None = None,
-        *,
-        empty: bool = False,
-    ) -> tuple[Float[Array, "B T D"], tuple[LatentCache, ...]]:
-        """`prefill`, or without lengths `decode`, up to the head: states after the final norm."""
-        x, cache = self._hidden(tokens, cache, lengths, empty)
-        return self.norm(x), cache
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """Appends `lengths[b]` of T tokens to row b, all of them where that is None.
+
+        Args:
+            tokens: int [B T], rows right-padded.
+            cache: of `init_cache`, B rows.
+            lengths: int [B], 0 to T.
+
+        Returns:
+            states [B T D] after the final norm, meaningless past a row's length, and the new cache.
+
+        Raises:
+            ValueError: arguments that do not go together, or, outside jit, a row that would
+                overflow (under jit its `overflowed` is set).
+        """
+        x = self._embed(tokens)
+        mixers = sum(len(block.mixers) for block in self.blocks)
+        if len(cache.stores) != mixers or cache.batch_size != len(tokens):
+            raise ValueError(
+                f"cache has {len(cache.stores)} stores of {cache.batch_size} rows: the model has "
+                f"{mixers}, the tokens {len(tokens)} rows: make it with model.init_cache()."
+            )
+        step, relay = Step.begin(cache, tokens.shape[1], lengths), None
+        held, stores = iter(cache.stores), []
+        for block in self.blocks:
+            own = tuple(next(held) for _ in block.mixers)
+            x, own, relay = block.extend(x, own, step, relay)
+            stores += own
+        return self.norm(x), cache.end(stores, step)
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T W"]:
         """Logits in float32 from the states that `extend` gives."""
         return self._words(hidden, self.head)
 
-    def init_draft_cache(self, batch_size: int, max_length: int, dtype=None) -> LatentCache:
+    def prefill(
+        self,
+        tokens: Int[Array, "B T"],
+        cache: Cache,
+        lengths: Int[Array, "B"] | None = None,
+    ) -> tuple[Float[Array, "B T W"], Cache]:
+        """`extend` with the logits of all tokens, [B T W]."""
+        hidden, cache = self.extend(tokens, cache, lengths)
+        return self.logits(hidden), cache
+
+    def prefill_last(
+        self, tokens: Int[Array, "B T"], cache: Cache, lengths: Int[Array, "B"]
+    ) -> tuple[Float[Array, "B W"], Cache]:
+        """`extend` with the logits of each row's last token only: a prompt's are often too many.
+
+        A row of length 0 gives logits that mean nothing.
+        """
+        hidden, cache = self.extend(tokens, cache, lengths)
+        last = jnp.maximum(lengths - 1, 0)[:, None, None]
+        return self.logits(jnp.take_along_axis(hidden, last, axis=1))[:, 0], cache
+
+    def decode(
+        self, tokens: Int[Array, "B T"], cache: Cache
+    ) -> tuple[Float[Array, "B T W"], Cache]:
+        """`prefill` with T tokens for every row."""
+        return self.prefill(tokens, cache)
+
+    def init_draft_cache(
+        self, batch_size: int, max_length: int, dtype=None, pages: int | None = None
+    ) -> Cache:
         """An empty cache of the predictor's block."""
-        return self._predictor().block.attention.init_cache(batch_size, max_length, dtype)
+        return Cache.init(self._predictor().block.mixers, batch_size, max_length, dtype, pages)
 
     def draft(
         self,
         hidden: Float[Array, "B T D"],
         tokens: Int[Array, "B T"],
-        cache: LatentCache,
+        cache: Cache,
         lengths: Int[Array, "B"] | None = None,
-        *,
-        empty: bool = False,
-    ) -> tuple[Float[Array, "B T D"], LatentCache]:
+    ) -> tuple[Float[Array, "B T D"], Cache]:
         """The predictor on T positions of every row: see `MultiTokenPredictor`.
 
         Args:
@@ -166,14 +183,13 @@ class Decoder(nnx.Module):
             tokens: the ones that come after these positions.
             cache: of the predictor.
             lengths: positions that count, in each row; None is T for all.
-            empty: as in the layer's `prefill`.
 
         Returns:
             states for `draft_logits`, and the new cache.
         """
         predictor = self._predictor()
         embedded = self._embed(tokens, predictor.embed)
-        return predictor.extend(hidden, embedded, cache, lengths, empty)
+        return predictor.extend(hidden, embedded, cache, lengths)
 
     def draft_logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T W"]:
         """Logits in float32 from the states that `draft` gives."""
@@ -188,20 +204,6 @@ class Decoder(nnx.Module):
             )
         return self.predictor
 
-    def _hidden(self, tokens, cache, lengths, empty=False):
-        if len(cache) != len(self.blocks):
-            raise ValueError(
-                f"cache has {len(cache)} layers, the model {len(self.blocks)}: make it with "
-                "model.init_cache()."
-            )
-        x, new, schedule = self._embed(tokens), [], None
-        if lengths is None:
-            schedule = self.blocks[0].attention.decode_schedule(cache[0], tokens.shape[1])
-        for block, held in zip(self.blocks, cache, strict=True):
-            x, held = block.extend(x, held, lengths, schedule, empty)
-            new.append(held)
-        return x, tuple(new)
-
     def _embed(self, tokens, embed: nnx.Embed | None = None):
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(
@@ -209,9 +211,6 @@ class Decoder(nnx.Module):
             )
         x = (embed or self.embed)(tokens)
         return x if self.config.embed_scale == 1 else x * self.config.embed_scale
-
-    def _logits(self, x):
-        return self.logits(self.norm(x))
 
     def _words(self, hidden, head: nnx.Linear | None):
         with jax.named_scope("head"):

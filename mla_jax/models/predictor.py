@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from mla_jax.cache import LatentCache
+from mla_jax.cache import Cache
+from mla_jax.layers.step import Step
 from mla_jax.models.block import Block
 from mla_jax.models.config import DecoderConfig
 from mla_jax.ops import dense
@@ -63,12 +64,12 @@ class MultiTokenPredictor(nnx.Module):
         self,
         hidden: Float[Array, "B T D"],
         embedded: Float[Array, "B T D"],
-        cache: LatentCache,
+        cache: Cache,
         lengths: Int[Array, "B"] | None = None,
-        empty: bool = False,
-    ) -> tuple[Float[Array, "B T D"], LatentCache]:
+    ) -> tuple[Float[Array, "B T D"], Cache]:
         """States of T positions, from those of the model and the embeddings of the tokens next."""
         with jax.named_scope("mtp"):
             joined = jnp.concatenate([self.enorm(embedded), self.hnorm(hidden)], axis=-1)
-            x, cache = self.block.extend(self.eh_proj(joined), cache, lengths, empty=empty)
-            return self.norm(x), cache
+            step = Step.begin(cache, joined.shape[1], lengths)
+            x, stores, _ = self.block.extend(self.eh_proj(joined), cache.stores, step)
+            return self.norm(x), cache.end(stores, step)

@@ -1,1 +1,346 @@
-"""The attention cores of MLA: one signature, several backends, chosen in `dispatch`."""
+"""The attention cores: they check their operands, choose a backend and call it.
+
+Letters: B batch, T query tokens, S cache slots, N heads, R kv_lora_rank, H qk_nope_head_dim,
+P qk_rope_head_dim, V v_head_dim.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from mla_jax.cache import Dense, Paged, Store
+from mla_jax.ops import dispatch
+from mla_jax.ops.dispatch import Attended, Call, Implementation
+from mla_jax.ops.merge import merge_attention as merge_attention
+from mla_jax.ops.seen import Seen
+
+_DTYPES = ("bfloat16", "float16", "float32", "float64")
+
+
+def latent_attention(
+    pattern: Float[Array, "B T N R"],
+    q_rope: Float[Array, "B T N P"],
+    latent: Float[Array, "B S R"],
+    k_rope: Float[Array, "B S P"],
+    *,
+    lengths: Int[Array, "B"] | Int[Array, "B T"] | None,
+    scale: float,
+    soft_cap: float | None = None,
+    window: int | None = None,
+    mask: Bool[Array, "#B #N #T #S"] | None = None,
+    segment_ids: Int[Array, "B S"] | None = None,
+    precision=None,
+    implementation: Implementation = None,
+) -> tuple[Float[Array, "B T N R"], Float[Array, "B T N"]]:
+    """Attention of per-head patterns over shared latents: the core of the absorbed form.
+
+    out_latent[b,t,n] = sum_s softmax_s(scale (pattern[b,t,n] . latent[b,s]
+    + q_rope[b,t,n] . k_rope[b,s])) latent[b,s] (DeepSeek-V2, arXiv 2405.04434, section 2.1.2).
+
+    Args:
+        pattern: queries with W_UK folded in, [B T N R].
+        q_rope: rotated rotary queries [B T N P]; P may be 0.
+        latent: cached latents [B S R].
+        k_rope: cached rotary keys, rotated, [B S P].
+        lengths: int [B]: valid slots of each row, the T query tokens being the last of them, so
+            that query t sees lengths - (T-1-t) slots; or int [B T]: slots each query sees. A limit
+            of 0 or less gives zeros and lse = -inf. None: all S slots are valid.
+        scale: softmax temperature, `MLAConfig.scale`. It does not follow from R + P.
+        soft_cap: scores become soft_cap tanh(scores / soft_cap).
+        window: a query sees only the last `window` slots up to its own.
+        mask: boolean, True = may attend, combined with the causal rule.
+        segment_ids: int [B S]; a query attends to slots of its own segment. The queries' ids are
+            the last T.
+        precision: of the matmuls, as in jax.lax.dot; kernels ignore it.
+        implementation: a backend's name, or None for the first that can serve.
+
+    Returns:
+        out_latent [B T N R] in the operands' dtype and lse [B T N] float32, the natural log of the
+        sum of exp(scores); two results over disjoint slots merge by it (`merge_attention`).
+
+    Raises:
+        ValueError: shapes or dtypes that do not go together, or lengths beyond S.
+        NotImplementedError: the named backend cannot serve this call; the message says why.
+
+    >>> pattern, q_rope = jnp.ones((2, 1, 4, 64)), jnp.ones((2, 1, 4, 16))
+    >>> latent, k_rope = jnp.ones((2, 8, 64)), jnp.ones((2, 8, 16))
+    >>> out, lse = latent_attention(
+    ...     pattern, q_rope, latent, k_rope, lengths=jnp.array([8, 3]), scale=48**-0.5)
+    >>> out.shape, lse.shape
+    ((2, 1, 4, 64), (2, 1, 4))
+    >>> latent_attention(pattern, q_rope, latent, k_rope, lengths=jnp.array([9, 3]), scale=48**-0.5)
+    Traceback (most recent call last):
+    ValueError: lengths=[9 3] go beyond the S = 8 slots.
+    """
+    batch, tokens, heads, rank = _shape("pattern", pattern, "B T N R")
+    slots = _shape("latent", latent, "B S R")[1]
+    rope = _shape("q_rope", q_rope, "B T N P")[-1]
+    _expect("q_rope", q_rope, (batch, tokens, heads, rope), "B T N P")
+    _expect("latent", latent, (batch, slots, rank), "B S R")
+    _expect("k_rope", k_rope, (batch, slots, rope), "B S P")
+    _common_dtype(pattern=pattern, q_rope=q_rope, latent=latent, k_rope=k_rope)
+    seen = _seen(lengths, batch, tokens, slots, heads, window, mask, segment_ids)
+    return attend_latents(
+        (pattern, q_rope),
+        Dense({"latent": latent, "k_rope": k_rope}),
+        seen,
+        scale=scale,
+        soft_cap=soft_cap,
+        precision=precision,
+        implementation=implementation,
+    )
+
+
+def expanded_attention(
+    q_nope: Float[Array, "B T N H"],
+    q_rope: Float[Array, "B T N P"],
+    k_nope: Float[Array, "B S N H"],
+    k_rope: Float[Array, "B S P"],
+    value: Float[Array, "B S N V"],
+    *,
+    lengths: Int[Array, "B"] | Int[Array, "B T"] | None = None,
+    scale: float,
+    soft_cap: float | None = None,
+    window: int | None = None,
+    mask: Bool[Array, "#B #N #T #S"] | None = None,
+    segment_ids: Int[Array, "B S"] | None = None,
+    precision=None,
+    implementation: Implementation = None,
+) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
+    """Attention with per-head keys and values, the rotary key shared: the expanded form's core.
+
+    Args:
+        q_nope, q_rope: queries without and with (rotated) position, [B T N H] and [B T N P].
+        k_nope: per-head keys [B S N H].
+        k_rope: the rotary key shared by all heads, rotated, [B S P].
+        value: [B S N V]; V need not be H + P.
+        lengths, scale, soft_cap, window, mask, segment_ids, precision, implementation: as in
+            `latent_attention`; with lengths None and T = S this is causal self-attention.
+
+    Returns:
+        out [B T N V] in the operands' dtype and lse [B T N] float32.
+
+    Raises:
+        ValueError, NotImplementedError: as `latent_attention`.
+
+    >>> q_nope, q_rope = jnp.ones((2, 5, 4, 32)), jnp.ones((2, 5, 4, 16))
+    >>> k_nope, k_rope = jnp.ones((2, 5, 4, 32)), jnp.ones((2, 5, 16))
+    >>> value = jnp.ones((2, 5, 4, 24))
+    >>> out, lse = expanded_attention(q_nope, q_rope, k_nope, k_rope, value, scale=48**-0.5)
+    >>> out.shape, lse.shape
+    ((2, 5, 4, 24), (2, 5, 4))
+    """
+    batch, tokens, heads, nope = _shape("q_nope", q_nope, "B T N H")
+    rope = _shape("q_rope", q_rope, "B T N P")[-1]
+    slots, value_dim = _shape("value", value, "B S N V")[1::2]
+    _expect("q_rope", q_rope, (batch, tokens, heads, rope), "B T N P")
+    _expect("k_nope", k_nope, (batch, slots, heads, nope), "B S N H")
+    _expect("k_rope", k_rope, (batch, slots, rope), "B S P")
+    _expect("value", value, (batch, slots, heads, value_dim), "B S N V")
+    dtype = _common_dtype(q_nope=q_nope, q_rope=q_rope, k_nope=k_nope, k_rope=k_rope, value=value)
+    seen = _seen(lengths, batch, tokens, slots, heads, window, mask, segment_ids)
+    call = Call(
+        "expanded_attention",
+        batch,
+        tokens,
+        slots,
+        heads,
+        (nope, rope),
+        value_dim,
+        dtype,
+        seen.options,
+        "dense",
+        float(scale),
+        _soft_cap(soft_cap),
+        precision,
+    )
+    store = Dense({"k_nope": k_nope, "k_rope": k_rope, "value": value})
+    return dispatch.attend((q_nope, q_rope), store, seen, call, implementation)
+
+
+def attend_latents(
+    queries: tuple[Float[Array, "B T N R"], Float[Array, "B T N P"]],
+    store: Store,
+    seen: Seen,
+    *,
+    scale: float,
+    soft_cap: float | None = None,
+    precision=None,
+    implementation: Implementation = None,
+) -> Attended:
+    """`latent_attention` over a store, dense or paged, by what a step's `Seen` says."""
+    call = latent_call(queries, store, seen, scale, soft_cap, precision)
+    return dispatch.attend(queries, store, seen, call, implementation)
+
+
+def latent_call(queries, store, seen, scale, soft_cap=None, precision=None) -> Call:
+    """What is static of such a call."""
+    pattern, q_rope = queries
+    batch, tokens, heads, rank = pattern.shape
+    return Call(
+        "latent_attention",
+        batch,
+        tokens,
+        store.slots,
+        heads,
+        (rank, q_rope.shape[3]),
+        rank,
+        jnp.dtype(pattern.dtype).name,
+        seen.options,
+        _kind(store),
+        float(scale),
+        _soft_cap(soft_cap),
+        precision,
+    )
+
+
+def context_attention(
+    queries: tuple[Float[Array, "B T N H"], Float[Array, "B T N P"]],
+    store: Store,
+    seen: Seen,
+    kv_b: Float[Array, "R N H+V"],
+    *,
+    scale: float,
+    precision=None,
+    implementation: Implementation = None,
+) -> Attended:
+    """Attention of a chunk of a long prompt to cached latents, in the expanded form.
+
+    Args:
+        queries: q_nope and q_rope, the rotary part rotated.
+        store: latents and rotary keys of the cache.
+        seen: what each query sees of it.
+        kv_b: the kernel that expands latents to keys and values.
+        scale: softmax temperature.
+        precision: of the matmuls.
+        implementation: a backend's name, or None for the first that can serve.
+
+    Returns:
+        out [B T N V] and lse [B T N]; merged with the chunk's own by `merge_attention`.
+    """
+    (batch, tokens, heads, nope), rope = queries[0].shape, queries[1].shape[-1]
+    call = Call(
+        "context_attention",
+        batch,
+        tokens,
+        store.slots,
+        heads,
+        (nope, rope),
+        kv_b.shape[-1] - nope,
+        jnp.dtype(queries[0].dtype).name,
+        seen.options,
+        _kind(store),
+        float(scale),
+        None,
+        precision,
+    )
+    return dispatch.attend(queries, store, seen, call, implementation, kv_b=kv_b)
+
+
+def _kind(store: Store) -> str:
+    return "paged" if isinstance(store, Paged) else "dense"
+
+
+def _soft_cap(soft_cap):
+    if soft_cap is None:
+        return None
+    if not soft_cap > 0:
+        raise ValueError(f"soft_cap={soft_cap}: it must be positive, or None.")
+    return float(soft_cap)
+
+
+def _shape(name: str, array: Array, letters: str) -> tuple[int, ...]:
+    if array.ndim != len(letters.split()):
+        raise ValueError(f"{name} has shape {array.shape}: it must be [{letters}].")
+    return array.shape
+
+
+def _expect(name: str, array: Array, shape: tuple[int, ...], letters: str) -> None:
+    if array.shape != shape:
+        raise ValueError(
+            f"{name} has shape {array.shape}: it must be [{letters}] = {shape} to go with the "
+            "other arguments."
+        )
+
+
+def _common_dtype(**arrays: Array) -> str:
+    names = {name: jnp.dtype(array.dtype).name for name, array in arrays.items()}
+    for name, dtype in names.items():
+        if dtype not in _DTYPES:
+            raise ValueError(f"{name} is {dtype}: attention takes {', '.join(_DTYPES)}.")
+    if len(set(names.values())) > 1:
+        given = ", ".join(f"{name} {dtype}" for name, dtype in names.items())
+        raise ValueError(f"mixed dtypes: {given}. Cast them to one, that of the cache.")
+    return next(iter(names.values()))
+
+
+def _seen(lengths, batch, tokens, slots, heads, window, mask, segment_ids) -> Seen:
+    """What each query sees, after a look at the arguments that say so."""
+    if (isinstance(tokens, int) and not tokens) or (isinstance(slots, int) and not slots):
+        raise ValueError(f"T = {tokens} query tokens, S = {slots} slots: both must be at least 1.")
+    if lengths is not None:
+        lengths = lengths if isinstance(lengths, jax.Array) else jnp.asarray(np.asarray(lengths))
+        if not jnp.issubdtype(lengths.dtype, jnp.integer):
+            raise ValueError(f"lengths is {lengths.dtype}: it must be an integer array.")
+        if lengths.shape not in ((batch,), (batch, tokens)):
+            raise ValueError(
+                f"lengths has shape {lengths.shape}: it must be [B] = ({batch},) or "
+                f"[B T] = ({batch}, {tokens})."
+            )
+        # numpy: under jit, jax would trace the comparison even of a constant
+        if not isinstance(lengths, jax.core.Tracer) and (np.asarray(lengths) > slots).any():
+            raise ValueError(f"lengths={np.asarray(lengths)} go beyond the S = {slots} slots.")
+    if window is not None and not window >= 1:
+        raise ValueError(f"window={window}: it must be at least 1, or None.")
+    if mask is not None:
+        mask = checked_mask(mask, (batch, heads, tokens, slots))
+    if segment_ids is not None:
+        segment_ids = checked_ids("segment_ids", segment_ids, (batch, slots), "B S")
+    return Seen.of(
+        lengths,
+        batch=batch,
+        queries=tokens,
+        slots=slots,
+        window=window,
+        mask=mask,
+        segment_ids=segment_ids,
+    )
+
+
+def checked_mask(mask, full: tuple[int, int, int, int]) -> Bool[Array, "#B #N #T #S"]:
+    """A mask as booleans; Flax's helpers make 0 and 1 of float32.
+
+    Raises:
+        ValueError: a dtype that is neither, values that are not 0 or 1, or a shape that does not
+            broadcast to `full`, [B N T S].
+    """
+    mask = mask if isinstance(mask, jax.Array) else np.asarray(mask)
+    if mask.ndim != 4 or any(m not in (1, f) for m, f in zip(mask.shape, full, strict=True)):
+        raise ValueError(f"mask has shape {mask.shape}: not broadcastable to {full}, [B N T S].")
+    if mask.dtype == jnp.bool_:
+        return jnp.asarray(mask)
+    if not isinstance(mask, jax.core.Tracer):
+        values = np.unique(np.asarray(mask, np.float64))
+        others = values[~np.isin(values, (0, 1))]
+        if others.size:
+            raise ValueError(
+                f"mask is {mask.dtype} with values such as {others[0]}: it must be boolean, True = "
+                "may attend, or 0 and 1."
+            )
+    return jnp.asarray(mask) != 0
+
+
+def checked_ids(name: str, ids, shape: tuple[int, ...], letters: str) -> Int[Array, "..."]:
+    """Integers of a shape, from an array or lists.
+
+    Raises:
+        ValueError: another shape, or numbers that are not whole.
+    """
+    ids = ids if isinstance(ids, jax.Array) else np.asarray(ids)
+    if ids.shape != shape or not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(
+            f"{name} is {ids.dtype} of shape {ids.shape}: it must be an integer array "
+            f"[{letters}] = {shape}."
+        )
+    return jnp.asarray(ids)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from mla_jax.ops import xla
+from mla_jax import ops, target
 
 try:
     from jax._src.cudnn import fused_attention_stablehlo  # not public
@@ -25,35 +25,32 @@ except ImportError:
 _fused: Any = fused_attention_stablehlo
 
 
-def why_not(spec, device) -> str | None:
-    """Why cuDNN cannot serve `spec` on `device`, or None."""
-    if device.platform != "gpu" or "NVIDIA" not in device.device_kind.upper():
-        return f"needs an NVIDIA GPU, this is {device.device_kind} ({device.platform})"
+def why_not(call, device: target.Target) -> str | None:
+    """Why cuDNN cannot serve `call` on `device`, or None."""
+    if device.platform != "gpu" or device.capability is None:
+        return f"needs an NVIDIA GPU, this is {device}"
     if _fused is None:
         return "this version of jax has moved its cuDNN attention"
-    if spec.dtype not in ("bfloat16", "float16"):
-        return f"takes bfloat16 and float16, not {spec.dtype}"
-    if spec.options:
-        return f"plain causal attention only, not with {', '.join(spec.options)}"
-    if spec.queries != spec.slots:
-        return f"self-attention only: {spec.queries} queries on {spec.slots} slots"
-    capability = float(getattr(device, "compute_capability", "0"))
-    widest = max(sum(spec.key_dims), spec.value_dim)
-    limit = 256 if capability >= 9 else 128 if capability >= 8 else 0
+    if call.dtype not in ("bfloat16", "float16"):
+        return f"takes bfloat16 and float16, not {call.dtype}"
+    if call.options or call.soft_cap is not None:
+        options = (*call.options, *(["soft_cap"] if call.soft_cap is not None else []))
+        return f"plain causal attention only, not with {', '.join(options)}"
+    if call.queries != call.slots:
+        return f"self-attention only: {call.queries} queries on {call.slots} slots"
+    widest = max(sum(call.key_dims), call.value_dim)
+    limit = 256 if device.capability >= 9 else 128 if device.capability >= 8 else 0
     if not limit:
-        return f"needs compute capability 8.0, this is {capability}"
-    if widest > limit or sum(spec.key_dims) % 8 or spec.value_dim % 8:
+        return f"needs compute capability 8.0, this is {device.capability}"
+    if widest > limit or sum(call.key_dims) % 8 or call.value_dim % 8:
         return f"head widths must be multiples of 8 up to {limit} on this GPU"
     return None
 
 
-def expanded_attention(
-    q_nope, q_rope, k_nope, k_rope, value, *, lengths, scale, soft_cap, window, mask, segment_ids,
-    precision,
-):  # fmt: skip
-    """The expanded form: see `dispatch.expanded_attention`."""
-    del lengths, soft_cap, window, mask, segment_ids, precision  # `why_not` keeps them unset
-    return _attention(q_nope, q_rope, k_nope, k_rope, value, scale)
+def expanded_attention(queries, store, seen, call):
+    """The expanded form: see `ops.expanded_attention`."""
+    del seen  # `why_not` keeps it plain
+    return _attention(*queries, store.k_nope, store.k_rope, store.value, call.scale)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -67,7 +64,8 @@ def _attention(q_nope, q_rope, k_nope, k_rope, value, scale):
     query = jnp.concatenate([q_nope, q_rope], axis=-1)
     shared = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], k_rope.shape[-1]))
     key = jnp.concatenate([k_nope, shared], axis=-1)
-    native = _fused.check_cudnn_version() >= 91000 and _fused.check_compute_capability("9.0")
+    # Of the device compiled for: the library's own check asks the first one of this process.
+    native = _fused.check_cudnn_version() >= 91000 and (target.current().capability or 0) >= 9
     width = value.shape[-1]
     if not native and query.shape[-1] != width:
         widest = max(query.shape[-1], width)
@@ -96,8 +94,7 @@ def _backward(scale, residuals: Any, cotangents: Any):
         outputs = (d_out, jnp.zeros(d_lse.shape, jnp.float32))
         return backward(outputs)
     # cuDNN's backward ignores the derivative of lse without a word; XLA's does not.
-    options = dict.fromkeys(("lengths", "soft_cap", "window", "mask", "segment_ids", "precision"))
-    core = functools.partial(xla.expanded_attention, scale=scale, **options)
+    core = functools.partial(ops.expanded_attention, scale=scale, implementation="xla")
     _, exact = jax.vjp(core, *arrays)
     return exact((d_out, d_lse))
 

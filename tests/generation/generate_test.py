@@ -1,4 +1,4 @@
-"""Generation: plain, in batches, speculative; tokenizers; what it refuses."""
+"""Generation: plain, in batches, speculative; what it refuses."""
 
 import functools
 
@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tokenizers
 from flax import nnx
 
 from mla_jax import generation
-from mla_jax.generation import Tokenizer, generate
+from mla_jax.generation import generate
 from mla_jax.models import Decoder, DecoderConfig
 
 
@@ -141,26 +140,3 @@ def test_the_decode_block_is_one_program_that_donates_the_cache():
 def test_refusals(prompts, options, message):
     with pytest.raises(ValueError, match=message):
         generate(model(), prompts, **options)
-
-
-def test_bytes_where_there_is_no_tokenizer(tmp_path):
-    tokenizer = Tokenizer.from_checkpoint(tmp_path)
-    assert tokenizer.is_bytes
-    assert tokenizer.encode(["aé", "b"]) == [[97, 195, 169], [98]]
-    assert tokenizer.decode([97, 195, 169, 300]) == "aé\ufffd"
-
-
-def test_a_tokenizer_of_a_checkpoint(tmp_path):
-    words = tokenizers.models.WordLevel({"<s>": 0, "hello": 1, "world": 2, "?": 3}, unk_token="?")
-    own = tokenizers.Tokenizer(words)
-    own.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    own.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 0)]
-    )
-    own.save(str(tmp_path / "tokenizer.json"))
-    tokenizer = Tokenizer.from_checkpoint(tmp_path)
-    assert tokenizer.encode(["hello world", "world"]) == [[0, 1, 2], [0, 2]]
-    assert tokenizer.decode([1, 2]) == "hello world"
-    (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(ValueError, match=r"tokenizer\.json cannot be read"):
-        Tokenizer.from_checkpoint(tmp_path)

@@ -164,7 +164,7 @@ def test_orbax(tmp_path):
         checkpointer.wait_until_finished()
         restored = checkpointer.restore(tmp_path / "cache", cache)
     np.testing.assert_array_equal(restored.latent, cache.latent)
-    assert isinstance(restored, mla_jax.LatentCache)
+    assert isinstance(restored, mla_jax.Cache)
 
 
 def test_segments_positions_and_padding():
@@ -218,9 +218,11 @@ BAD = [
     (lambda layer: layer(X, positions=jnp.arange(4)), r"positions is int32 of shape \(4,\)"),
     (lambda layer: layer(X, segment_ids=jnp.zeros(5, int)), "segment_ids has shape"),
     (lambda layer: layer(X, mask=jnp.ones((2, 5), bool)), "mask has shape"),
+    (lambda layer: layer(X, segment_ids=[[0.5] * 5] * 2), "segment_ids is float64"),
+    (lambda layer: layer(X, positions=[0, 1]), r"positions is int64 of shape \(2,\)"),
     (lambda layer: layer.decode(X, make(PLAIN.replace(kv_lora_rank=8)).init_cache(2, 8)),
      r"cache.latent has shape \(2, 8, 8\)"),
-    (lambda layer: layer.decode(X, layer.init_cache(3, 8)), "cache.latent has shape"),
+    (lambda layer: layer.decode(X, layer.init_cache(3, 8)), "cache has 1 stores of 3 rows"),
     (lambda layer: layer.decode(X, layer.init_cache(2, 8, jnp.bfloat16)), "latent is bfloat16"),
     (lambda layer: layer.prefill(X, layer.init_cache(2, 8), jnp.array([6, 1])), "each must"),
     (lambda layer: layer.prefill(X, layer.init_cache(2, 4)), "max_length=4"),

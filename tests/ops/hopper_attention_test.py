@@ -3,6 +3,7 @@
 `pytest -m accelerator tests/ops/hopper_attention_test.py` runs the native half on a GPU.
 """
 
+import dataclasses
 import functools
 import types
 
@@ -13,8 +14,10 @@ import pytest
 from common import relative
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from mla_jax.ops import dispatch
 from mla_jax.ops.hopper import attention
-from mla_jax.ops.hopper.attention import backward, plan, tiles
+from mla_jax.ops.hopper.attention import backend, backward, plan, tiles
+from mla_jax.ops.seen import Seen
 from mla_jax.target import Target, current
 
 SCALE = 192**-0.5
@@ -338,7 +341,7 @@ def test_packing_skips_blocks():
 def test_one_plan_for_many_layers_and_vmap(monkeypatch):
     monkeypatch.setattr(attention, "_H200_CORES", 2)
     arrays, cotangents = make(5, 2, 72, 72, 1, (16, 16, 16), "bfloat16")
-    made = attention.plan_of(arrays[0], arrays[1], arrays[4], plan.limits_of(2, 72, 72))
+    made = attention.plan_for(plan.limits_of(2, 72, 72), 72, (16, 16), 16)
     call = functools.partial(attention.expanded_attention, scale=SCALE, interpret=INTERPRET)
     want = exact(arrays, cotangents, visible(2, 72, 72), SCALE)
     planned = jax.block_until_ready(call(*arrays, plan=made))
@@ -346,6 +349,24 @@ def test_one_plan_for_many_layers_and_vmap(monkeypatch):
     each = jax.vmap(lambda *a: call(*(x[None] for x in a)))(*arrays)
     for one, two in zip(jax.block_until_ready(each), planned, strict=True):
         np.testing.assert_array_equal(one[:, 0], two)
+
+
+def test_as_a_backend(monkeypatch):
+    """`Seen` says what a query sees: ragged rows, padded on the right, of two segments."""
+    monkeypatch.setattr(attention, "_H200_CORES", 2)
+    target = Target("cpu", "cpu", interpret=INTERPRET)
+    monkeypatch.setattr(backend, "current", lambda: target)
+    arrays, _ = make(7, 2, 72, 80, 1, (16, 16, 16), "bfloat16")
+    ids = packed(np.random.default_rng(7), 2, 80, 2)
+    lengths = jnp.array([80, 75])
+    seen = Seen.of(lengths, batch=2, queries=72, slots=80, segment_ids=ids, window=40)
+    call = dispatch.Call("expanded_attention", 2, 72, 80, 1, (16, 16), 16, "bfloat16", scale=SCALE)
+    store = types.SimpleNamespace(k_nope=arrays[2], k_rope=arrays[3], value=arrays[4])
+    mask = np.asarray(seen.visible(jnp.arange(80)))[:, 0]
+    want = exact(arrays, (np.zeros((2, 72, 1, 16)), np.zeros((2, 72, 1))), mask, SCALE)
+    for planned in (seen, seen.replace(plan=backend.plan(seen, call))):
+        got = backend.expanded_attention(arrays[:2], store, planned, call)
+        check((*jax.block_until_ready(got), ()), want, "bfloat16")
 
 
 def test_shard_map():
@@ -365,13 +386,13 @@ def test_shard_map():
 
 
 H200 = Target("gpu", "NVIDIA H200", 9.0, 132)
-CALL = types.SimpleNamespace(
-    op="expanded_attention", batch=1, queries=4096, slots=4096, heads=128, key_dims=(128, 64),
-    value_dim=128, dtype="bfloat16", options=("lengths", "segment_ids", "window"),
+CALL = dispatch.Call(
+    "expanded_attention", 1, 4096, 4096, 128, (128, 64), 128, "bfloat16",
+    ("lengths", "segment_ids", "window"),
 )  # fmt: skip
 REFUSED = {
     "float32": ({"dtype": "float32"}, "bfloat16 and float16"),
-    "options": ({"options": ("mask", "soft_cap", "window")}, "not mask, soft_cap"),
+    "options": ({"options": ("mask", "window"), "soft_cap": 30.0}, "not mask, soft_cap"),
     "odd": ({"key_dims": (124, 64)}, "multiples of 8"),
     "wide": ({"key_dims": (256, 64)}, "up to 256 channels, not 320 and 128"),
     "wide_value": ({"value_dim": 512}, "up to 256 channels, not 192 and 512"),
@@ -383,8 +404,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_it_cannot_serve(name):
     change, reason = REFUSED[name]
-    call = types.SimpleNamespace(**{**vars(CALL), **change})
-    assert reason in attention.why_not(call, H200)
+    assert reason in attention.why_not(dataclasses.replace(CALL, **change), H200)
 
 
 def test_where_it_runs():

@@ -3,6 +3,7 @@
 `pytest -m accelerator tests/ops/hopper_test.py` runs the native half on a GPU.
 """
 
+import dataclasses
 import functools
 import types
 
@@ -10,15 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import MICRO, relative
+from common import relative
 from flax import nnx
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import mla_jax
+from mla_jax import target
+from mla_jax.cache import Dense
 from mla_jax.models.decoder import Decoder, DecoderConfig
-from mla_jax.ops import dispatch, hopper, xla
+from mla_jax.ops import dispatch, hopper
 from mla_jax.ops.hopper import kernel, make_schedule, merge
 from mla_jax.ops.hopper.schedule import ROW_COST
+from mla_jax.ops.seen import Seen
 
 SCALE = 192**-0.5
 INTERPRET = plgpu.InterpretGPUParams()
@@ -73,14 +77,17 @@ def check(got, want, dtype, tolerance=None):
     np.testing.assert_allclose(lse[~dead], want[1][~dead], atol=2e-5)
 
 
-def interpreted(arrays, lengths, sms, **options):
+def attend(arrays, lengths, sms, interpret=INTERPRET):
     tokens, heads = arrays[0].shape[1:3]
     schedule = make_schedule(
         lengths, rows=tokens * heads, slots=arrays[2].shape[1], num_sms=sms, slack=0
     )
-    options = {"lengths": lengths, "scale": SCALE, "schedule": schedule} | options
+    return hopper.decode(*arrays, schedule, scale=SCALE, interpret=interpret)
+
+
+def interpreted(arrays, lengths, sms):
     # The interpreter's callbacks run operations of their own: nothing else may be dispatched then.
-    return jax.block_until_ready(hopper.latent_attention(*arrays, **options, interpret=INTERPRET))
+    return jax.block_until_ready(attend(arrays, lengths, sms))
 
 
 CASES = [  # B, T, S, N, R, P, lengths, multiprocessors
@@ -165,9 +172,9 @@ def test_gradients_vmap_and_no_lengths(monkeypatch):
             jnp.sin(out.astype(jnp.float32)) * jnp.arange(out.size).reshape(out.shape)
         ).sum() + lse.sum()
 
-    options = {"lengths": None, "scale": SCALE}
-    ours = functools.partial(hopper.latent_attention, **options, interpret=INTERPRET)
-    theirs = functools.partial(xla.latent_attention, **options)
+    full = jnp.full(2, 64, jnp.int32)
+    ours = lambda *arrays: attend(arrays, full[: len(arrays[0])], 2)  # noqa: E731
+    theirs = functools.partial(mla_jax.latent_attention, lengths=None, scale=SCALE)
     grads = [
         jax.block_until_ready(jax.grad(functools.partial(loss, f), (0, 1, 2, 3))(*arrays))
         for f in (ours, theirs)
@@ -183,20 +190,54 @@ def test_shard_map(monkeypatch):
     """Types for several devices; the interpreter runs one device at a time."""
     monkeypatch.setattr(hopper, "_H200_SMS", 2)
     arrays, lengths = make(3, 2, 1, 72, 3, 128, 16, (70, 65), jnp.bfloat16)
-    attend = functools.partial(hopper.latent_attention, scale=SCALE)
     for devices, interpret in ((2, None), (1, INTERPRET)):
         mesh = jax.make_mesh((devices,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
         spec = jax.sharding.PartitionSpec("x")
         local = jax.shard_map(
-            lambda *a: attend(*a[:4], lengths=a[4], interpret=interpret),  # noqa: B023
+            lambda *a: attend(a[:4], a[4], 2, interpret),  # noqa: B023
             mesh=mesh, in_specs=spec, out_specs=spec,
         )  # fmt: skip
         assert jax.eval_shape(local, *arrays, lengths)[0].shape == (2, 1, 3, 128)
     check(jax.jit(local)(*arrays, lengths), loop(arrays, lengths), jnp.bfloat16)
 
 
-def test_other_backends_need_no_schedule():
-    assert mla_jax.decode_schedule(MICRO, jnp.array([3, 4]), slots=64) is None
+def spec(arrays):
+    (batch, tokens, heads, rank), (slots, rope) = arrays[0].shape, arrays[3].shape[1:]
+    return dispatch.Call(
+        "latent_attention", batch, tokens, slots, heads, (rank, rope), rank,
+        arrays[0].dtype.name, ("lengths",), scale=SCALE,
+    )  # fmt: skip
+
+
+def test_the_plan_is_of_the_rows_ends_and_other_backends_need_none(monkeypatch):
+    monkeypatch.setattr(hopper, "_H200_SMS", 2)
+    arrays, lengths = make(5, 2, 1, 136, 3, 128, 16, (65, 130), jnp.bfloat16)
+    seen = Seen.of(lengths, batch=2, queries=1, slots=136)
+    assert dispatch.plan(seen, spec(arrays), "xla").plan is None
+    with plgpu.force_gpu_interpret_mode():
+        planned = dispatch.plan(seen, spec(arrays))
+        assert planned.plan.lengths.tolist() == [65, 130]
+        store = Dense({"latent": arrays[2], "k_rope": arrays[3]})
+        got = dispatch.attend(tuple(arrays[:2]), store, planned, spec(arrays), "pallas_gpu")
+        check(jax.block_until_ready(got), loop(arrays, lengths), jnp.bfloat16)
+
+
+def test_rows_padded_on_the_right(monkeypatch):
+    """What counts goes to the kernel as the row's last tokens."""
+    monkeypatch.setattr(hopper, "_H200_SMS", 2)
+    counts, ends = np.array([1, 3, 0]), np.array([65, 130, 9])
+    arrays, _ = make(6, 3, 3, 136, 3, 128, 16, ends, jnp.bfloat16)
+    limits = np.where(
+        np.arange(3) < counts[:, None], (ends - counts)[:, None] + np.arange(3) + 1, 0
+    )
+    seen = Seen(*map(functools.partial(jnp.asarray, dtype=jnp.int32), (limits, ends, counts)))
+    store = Dense({"latent": arrays[2], "k_rope": arrays[3]})
+    with plgpu.force_gpu_interpret_mode():
+        got = dispatch.attend(tuple(arrays[:2]), store, seen, spec(arrays), "pallas_gpu")
+        got = jax.block_until_ready(got)
+    for t in range(3):
+        one = [arrays[0][:, t : t + 1], arrays[1][:, t : t + 1], *arrays[2:]]
+        check([x[:, t : t + 1] for x in got], loop(one, limits[:, t]), jnp.bfloat16)
 
 
 def test_tuning_tables(tmp_path, monkeypatch):
@@ -251,12 +292,14 @@ def test_the_schedule_covers_every_step_once(seed):
         assert of_row == list(range(s.row_parts[0, row], s.row_parts[1, row] + 1))
 
 
-HOPPER = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H200", compute_capability="9.0")
-SPEC = dispatch.Spec("latent_attention", 2, 1, 4096, 128, (512, 64), 512, "bfloat16", ("lengths",))
+HOPPER = target.Target("gpu", "NVIDIA H200", 9.0, 132)
+SPEC = dispatch.Call("latent_attention", 2, 1, 4096, 128, (512, 64), 512, "bfloat16", ("lengths",))
 REFUSED = {
     "float32": ({"dtype": "float32"}, "bfloat16 and float16"),
     "options": ({"options": ("lengths", "mask", "window")}, "not mask, window"),
     "per_query": ({"options": ("lengths per query",)}, "lengths per query"),
+    "soft_cap": ({"soft_cap": 2.0}, "no soft_cap"),
+    "paged": ({"store": "paged"}, "not paged ones"),
     "rank": ({"key_dims": (496, 64)}, "kv_lora_rank"),
     "rope": ({"key_dims": (512, 24)}, "qk_rope_head_dim"),
     "tokens": ({"queries": 9}, "1 to 8 query tokens"),
@@ -270,19 +313,18 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_it_cannot_serve(name):
     change, reason = REFUSED[name]
-    spec = types.SimpleNamespace(**{**vars(SPEC), **change})
-    assert reason in hopper.why_not(spec, HOPPER)
+    assert reason in hopper.why_not(dataclasses.replace(SPEC, **change), HOPPER)
 
 
 def test_where_it_runs():
     assert hopper.why_not(SPEC, HOPPER) is None
-    ampere = types.SimpleNamespace(**vars(HOPPER) | {"compute_capability": "8.0"})
+    ampere = dataclasses.replace(HOPPER, capability=8.0)
     assert "9.x (Hopper), this is 8.0" in hopper.why_not(SPEC, ampere)
-    assert "needs an NVIDIA GPU" in hopper.why_not(SPEC, jax.devices("cpu")[0])
+    assert "needs an NVIDIA GPU" in hopper.why_not(SPEC, target.of(jax.devices("cpu")[0]))
     schedule = make_schedule(jnp.array([3]), rows=1, slots=64, num_sms=2)
-    arrays, lengths = make(0, 2, 1, 64, 2, 128, 16, (64, 64), jnp.bfloat16)
+    arrays, _ = make(0, 2, 1, 64, 2, 128, 16, (64, 64), jnp.bfloat16)
     with pytest.raises(ValueError, match="schedule is for 1 rows"):
-        hopper.latent_attention(*arrays, lengths=lengths, scale=SCALE, schedule=schedule)
+        hopper.decode(*arrays, schedule, scale=SCALE)
 
 
 # ---- on a Hopper GPU
@@ -299,7 +341,7 @@ NATIVE += [(128, t, 512, 64, "bfloat16") for t in (1, 2, 8)] + [(16, 1, 512, 64,
 
 @pytest.fixture
 def card():
-    device = dispatch.default_device()
+    device = target.current()
     reason = hopper.why_not(SPEC, device)
     if reason is not None:
         pytest.skip(reason)
@@ -321,12 +363,11 @@ def test_native(case, card):
 
     @functools.partial(jax.jit, static_argnames="sms")
     def run(arrays, lengths, sms):
-        schedule = make_schedule(lengths, rows=tokens * heads, slots=slots, num_sms=sms, slack=0)
-        return hopper.latent_attention(*arrays, lengths=lengths, scale=SCALE, schedule=schedule)
+        return attend(arrays, lengths, sms, None)
 
-    got = run(arrays, lengths, card.core_count)
+    got = run(arrays, lengths, card.cores)
     check(got, want, dtype, tolerance=2e-3 if dtype == "bfloat16" else 3e-4)
-    again = run(arrays, lengths, card.core_count)
+    again = run(arrays, lengths, card.cores)
     for one, two in zip(got, again, strict=True):
         np.testing.assert_array_equal(np.asarray(one), np.asarray(two))
     if seed % 3 == 0:  # few parts: whole rows and long streams
@@ -379,9 +420,8 @@ def test_native_in_a_scan_and_donated(card):
 
     cache, apart = start(), []
     compiled = mla_jax.decode_step.lower(model, texts[:, :1], cache).compile()
-    size = sum(layer.latent.nbytes + layer.k_rope.nbytes for layer in cache)
-    assert compiled.memory_analysis().alias_size_in_bytes >= size
-    latent = "bf16[" + ",".join(map(str, cache[0].latent.shape)) + "]"
+    assert compiled.memory_analysis().alias_size_in_bytes >= cache.nbytes
+    latent = "bf16[" + ",".join(map(str, cache.stores[0].latent.shape)) + "]"
     copies = [line for line in compiled.as_text().splitlines()
               if " copy(" in line and latent in line.split("=")[1]]  # fmt: skip
     assert not copies, copies
@@ -401,7 +441,9 @@ def test_native_under_shard_map(card):
     mesh = jax.make_mesh((devices,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec("x")
     local = jax.shard_map(
-        lambda *a: hopper.latent_attention(*a[:4], lengths=a[4], scale=SCALE),
+        lambda *a: mla_jax.latent_attention(
+            *a[:4], lengths=a[4], scale=SCALE, implementation="pallas_gpu"
+        ),
         mesh=mesh, in_specs=spec, out_specs=spec,
     )  # fmt: skip
     check(jax.jit(local)(*arrays, lengths), loop(arrays, lengths), jnp.bfloat16, 2e-3)

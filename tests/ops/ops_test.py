@@ -1,15 +1,18 @@
 """Chain of trust: a float64 loop -> reference -> xla, for both cores; then their properties."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import loop_attention, relative
+from common import MICRO, loop_attention, relative
+from flax import nnx
 
 import mla_jax
-from mla_jax.ops import dispatch, reference, xla
+from mla_jax.ops import dispatch, xla
+from mla_jax.ops.seen import Seen
 
 B, T, S, N, R, P, H, V = 3, 3, 11, 2, 6, 4, 5, 7
 SCALE = 0.3
@@ -61,6 +64,14 @@ def jaxed(options):
     return {k: jnp.asarray(v) if isinstance(v, np.ndarray) else v for k, v in options.items()}
 
 
+def unjitted(monkeypatch, op, args, options):
+    """The op by XLA, past jit, whose cache does not see patched sizes."""
+    monkeypatch.setattr(xla, op, getattr(xla, op).__wrapped__)
+    return getattr(mla_jax, op)(
+        *map(jnp.asarray, args), scale=SCALE, implementation="xla", **jaxed(options)
+    )
+
+
 OPS = ["latent_attention", "expanded_attention"]
 
 
@@ -86,14 +97,11 @@ def test_xla_is_the_loop(op, name, blocks, rng, monkeypatch):
     if blocks:  # several blocks of queries and slots, the last of each partly over
         monkeypatch.setattr(xla, "_WHOLE_SCORES", 0)
         monkeypatch.setattr(xla, "_BLOCK_SCORES", B * N * 4 * 2)
-        monkeypatch.setattr(xla._blocks, "__kwdefaults__", xla._blocks.__kwdefaults__ | {"size": 4})
         monkeypatch.setattr(xla, "_BLOCK_SLOTS", 4)
     args, value = operands(op, rng)
     options, limits, allowed = case(name, rng)
     out, lse = expected(op, args, value, options, limits, allowed)
-    core = getattr(xla, op).__wrapped__  # past jit, whose cache does not see the patched sizes
-    full = dict.fromkeys(("soft_cap", "window", "mask", "segment_ids", "precision"))
-    got = core(*map(jnp.asarray, args), scale=SCALE, **full | jaxed(options))
+    got = unjitted(monkeypatch, op, args, options)
     np.testing.assert_allclose(got[0], out, atol=2e-6)
     np.testing.assert_allclose(got[1], lse, atol=2e-6)
 
@@ -180,10 +188,7 @@ def test_long_rows_take_another_softmax(rng, monkeypatch):
     monkeypatch.setattr(xla, "_FUSED_ROW", 4)
     options, limits, allowed = case("plain", rng)
     out, lse = expected("latent_attention", args, value, options, limits, allowed)
-    full = dict.fromkeys(("soft_cap", "window", "mask", "segment_ids", "precision"))
-    got = xla.latent_attention.__wrapped__(
-        *map(jnp.asarray, args), scale=SCALE, **full | jaxed(options)
-    )
+    got = unjitted(monkeypatch, "latent_attention", args, options)
     np.testing.assert_allclose(got[0], out, atol=2e-6)
     np.testing.assert_allclose(got[1], lse, atol=2e-6)
 
@@ -229,7 +234,7 @@ BAD = {
     "long": (lambda a: a.update(lengths=jnp.array([1, 12, 1])), "go beyond the S = 11"),
     "rows": (lambda a: a.update(lengths=jnp.array([1, 2])), r"lengths has shape \(2,\)"),
     "float": (lambda a: a.update(lengths=jnp.ones(3)), "lengths is float32"),
-    "mask": (lambda a: a.update(mask=jnp.ones((B, N, T, S))), "mask is float32"),
+    "mask": (lambda a: a.update(mask=jnp.full((B, N, T, S), 0.5)), "mask is float32 .*such as 0.5"),
     "mask_shape": (lambda a: a.update(mask=jnp.ones((B, N, T, 3), bool)), "not broadcastable"),
     "window": (lambda a: a.update(window=0), "window=0"),
     "soft_cap": (lambda a: a.update(soft_cap=-1.0), r"soft_cap=-1\.0"),
@@ -254,15 +259,78 @@ def test_a_named_backend_that_cannot_serve_says_why(rng):
         mla_jax.expanded_attention(*args, scale=SCALE, implementation="cudnn")
 
 
-def test_explain(capsys):
-    mla_jax.explain(mla_jax.MLAConfig.from_preset("deepseek_v3"), batch_size=2, length=8192)
+def test_explain_lists_the_ops_that_a_step_calls(capsys):
+    v3 = mla_jax.MLAConfig.from_preset("deepseek_v3")
+    mla_jax.explain(v3, batch_size=2, length=8192)
     text = capsys.readouterr().out
-    assert "xla: runs" in text
-    assert "cudnn: no: needs an NVIDIA GPU" in text
     assert "absorbed up to 167 tokens" in text
+    assert "latent_attention" in text
+    assert "xla: runs" in text
+    assert "expanded_attention" not in text
+    mla_jax.explain(v3, length=8192, queries=4096, implementation={"context_attention": "xla"})
+    text = capsys.readouterr().out
+    assert "latent_attention" not in text
+    assert "cudnn: no: needs an NVIDIA GPU" in text
+    assert text.endswith("before):\n  xla: runs\n")
+    mla_jax.explain(v3.replace(sliding_window=4), queries=4096, implementation="cudnn")
+    text = capsys.readouterr().out
+    assert "expanded_attention" not in text  # a window goes through the cache
+    assert "implementation='cudnn' raises an error" in text
 
 
 def test_limits_clip():
-    limits = reference.query_limits(jnp.array([1, 9]), 2, 3, 8)
-    assert limits.tolist() == [[0, 0, 1], [7, 8, 8]]
-    assert dispatch.serving("latent_attention", "cudnn") is None
+    seen = Seen.of(jnp.array([1, 9]), batch=2, queries=3, slots=8)
+    assert seen.limits.tolist() == [[0, 0, 1], [6, 7, 8]]
+
+
+def test_flax_s_masks_of_zeros_and_ones(rng):
+    args = [jnp.asarray(a) for a in operands("latent_attention", rng)[0]]
+    mask = nnx.make_attention_mask(jnp.ones((B, T)), jnp.ones((B, S))).at[:, :, :, ::3].set(0)
+    assert mask.dtype == jnp.float32
+    call = functools.partial(mla_jax.latent_attention, *args, lengths=None, scale=SCALE)
+    for got, want in zip(call(mask=mask), call(mask=mask > 0), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_queries_padded_on_the_right_are_the_row_s_last(op, rng):
+    """What counts is given to a kernel as the row's last tokens, and taken back to its place."""
+    args, _ = operands(op, rng)
+    counts, ends = jnp.array([3, 0, 2]), jnp.array([11, 5, 9])
+    token = jnp.arange(T)[None]
+    limits = jnp.where(token < counts[:, None], (ends - counts)[:, None] + token + 1, 0)
+    seen = Seen(limits=limits.astype(jnp.int32), ends=ends, counts=counts)
+    queries = [jnp.asarray(a) for a in args[:2]]
+    moved = [seen.last(query) for query in queries]
+    for query, back in zip(queries, moved, strict=True):
+        np.testing.assert_array_equal(seen.first(back), query)
+    attend = functools.partial(getattr(mla_jax, op), scale=SCALE)
+    rest = [jnp.asarray(a) for a in args[2:]]
+    want, want_lse = attend(*queries, *rest, lengths=seen.limits)
+    got, got_lse = attend(*moved, *rest, lengths=seen.row_ends)
+    some = np.asarray(limits > 0)
+    np.testing.assert_allclose(np.asarray(seen.first(got))[some], np.asarray(want)[some], atol=1e-6)
+    np.testing.assert_allclose(seen.first(got_lse)[some], want_lse[some], atol=1e-6)
+
+
+def test_an_implementation_serves_every_op_or_raises():
+    names = dispatch.normalized("cudnn")
+    assert set(names) == set(dispatch.OPS)
+    layer = mla_jax.MultiHeadLatentAttention(MICRO, implementation="cudnn", rngs=nnx.Rngs(0))
+    x = jnp.ones((1, 1, MICRO.hidden_size))
+    with pytest.raises(NotImplementedError, match="'cudnn' does not serve latent_attention: "):
+        layer.decode(x, layer.init_cache(1, 8))
+    singly = {"expanded_attention": "cudnn"}
+    layer = mla_jax.MultiHeadLatentAttention(MICRO, implementation=singly, rngs=nnx.Rngs(0))
+    layer.decode(x, layer.init_cache(1, 8))  # latent_attention is free to choose
+    with pytest.raises(NotImplementedError, match="'cudnn': needs an NVIDIA GPU"):
+        layer(x)
+    for wrong in ({"latent": "xla"}, {"latent_attention": "cuda"}, 3):
+        with pytest.raises(ValueError, match=r"implementation=.* is not known"):
+            dispatch.normalized(wrong)
+
+
+def test_a_plan_is_made_of_the_limits_that_it_serves():
+    seen = Seen.of(jnp.array([7]), batch=1, queries=1, slots=8)
+    planned = dataclasses.replace(seen, plan="a plan")
+    assert planned.replace(limits=seen.limits + 1).plan is None

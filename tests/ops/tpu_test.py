@@ -4,6 +4,7 @@ The interpreter finds races and reads out of bounds, and fills uninitialised mem
 """
 
 import contextlib
+import dataclasses
 import functools
 import importlib.util
 import itertools
@@ -24,8 +25,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 
 import mla_jax
-from mla_jax import MLAConfig, MultiHeadLatentAttention
-from mla_jax.ops import dispatch, reference, tpu
+from mla_jax import MLAConfig, MultiHeadLatentAttention, target
+from mla_jax.ops import dispatch, tpu
+from mla_jax.ops.seen import Seen
 from mla_jax.ops.tpu import Plan, kernel
 
 SCALE = 0.11
@@ -54,7 +56,8 @@ def ints(*values):
 
 def poison(args, lengths):
     """NaN in every slot that no query sees."""
-    limits = reference.query_limits(lengths, args[0].shape[0], args[0].shape[1], args[2].shape[1])
+    batch, tokens = args[0].shape[:2]
+    limits = Seen.of(lengths, batch=batch, queries=tokens, slots=args[2].shape[1]).limits
     unseen = (np.arange(args[2].shape[1])[None] >= np.asarray(limits).max(1)[:, None])[..., None]
     return [*args[:2], *(jnp.where(unseen, jnp.nan, array) for array in args[2:])]
 
@@ -67,9 +70,13 @@ def run(args, lengths, *, block=128, ring=4, cores=1, piece=128):
     return got
 
 
+def exact(args, lengths):
+    return mla_jax.latent_attention(*args, lengths=lengths, scale=SCALE, implementation="reference")
+
+
 def check(args, lengths, **plan):
     out, lse = run(args if lengths is None else poison(args, lengths), lengths, **plan)
-    want, want_lse = reference.latent_attention(*args, lengths=lengths, scale=SCALE)
+    want, want_lse = exact(args, lengths)
     assert out.dtype == args[0].dtype
     dtype = args[0].dtype.type
     if np.asarray(want, np.float32).any():
@@ -235,7 +242,7 @@ def test_planted_bugs_are_noticed(bug, piece, rng):
 @pytest.mark.parametrize("bug", ["missing_rope", "wrong_scale", "dropped_first_key"])
 def test_bugs_of_a_caller_are_noticed(bug, rng):
     args, lengths = draw(rng, 2, 1, 256, 4), ints(256, 130)
-    want, _ = reference.latent_attention(*args, lengths=lengths, scale=SCALE)
+    want, _ = exact(args, lengths)
     broken = list(args)
     if bug == "missing_rope":
         broken[1] = jnp.zeros_like(args[1])
@@ -246,15 +253,7 @@ def test_bugs_of_a_caller_are_noticed(bug, rng):
     assert relative(run(broken, lengths)[0], want) > 1e-3
 
 
-def serves(monkeypatch):
-    """Lets this CPU choose the kernel."""
-    tpu = mock.Mock(platform="tpu", device_kind="TPU v6 lite")
-    monkeypatch.setattr(api, "default_device", lambda: tpu)
-    monkeypatch.setattr(mla_jax.cache, "default_device", lambda: tpu)
-
-
-def test_gradient_is_the_reference_s(rng, monkeypatch):
-    serves(monkeypatch)
+def test_gradient_is_the_reference_s(rng):
     args, lengths = draw(rng, 2, 2, 128, 2), ints(128, 60)
 
     def loss(name, *arrays):
@@ -268,10 +267,9 @@ def test_gradient_is_the_reference_s(rng, monkeypatch):
         assert relative(got, want) < 2e-5
 
 
-def test_in_scan_and_shard_map(rng, monkeypatch):
-    serves(monkeypatch)
+def test_in_scan_and_shard_map(rng):
     args, lengths = draw(rng, 2, 1, 128, 4), ints(100, 128)
-    want = reference.latent_attention(*args, lengths=lengths, scale=SCALE)
+    want = exact(args, lengths)
     call = functools.partial(mla_jax.latent_attention, scale=SCALE, implementation="pallas_tpu")
 
     def step(carry, _):
@@ -291,12 +289,11 @@ def test_in_scan_and_shard_map(rng, monkeypatch):
     np.testing.assert_allclose(lse, want[1], atol=1e-5)
 
 
-def test_a_layer_decodes_with_it(monkeypatch):
+def test_a_layer_decodes_with_it():
     config = MLAConfig.from_preset("tiny").replace(kv_lora_rank=128)
     layer = MultiHeadLatentAttention(config, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(1), (2, 7, config.hidden_size))
     full = layer(x)
-    serves(monkeypatch)
     y, cache = layer.prefill(x[:, :4], layer.init_cache(2, 128), form="expanded")
     decode = jax.jit(lambda layer, x, cache: layer.decode(x, cache, form="absorbed"))
     more, cache = decode(layer, x[:, 4:], cache)
@@ -304,7 +301,7 @@ def test_a_layer_decodes_with_it(monkeypatch):
     assert cache.length.tolist() == [7, 7]
 
 
-SPEC = dispatch.Spec("latent_attention", 2, 1, 256, 16, (512, 64), 512, "bfloat16", ("lengths",))
+SPEC = dispatch.Call("latent_attention", 2, 1, 256, 16, (512, 64), 512, "bfloat16", ("lengths",))
 
 
 @pytest.mark.parametrize(
@@ -320,23 +317,23 @@ SPEC = dispatch.Spec("latent_attention", 2, 1, 256, 16, (512, 64), 512, "bfloat1
     ],
 )
 def test_why_not(change, reason):
-    tpu = mock.Mock(platform="tpu", device_kind="TPU v6 lite")
-    assert tpu.why_not(SPEC, tpu) is None
-    assert reason in tpu.why_not(dispatch.dataclasses.replace(SPEC, **change), tpu)
-    assert "needs a TPU" in tpu.why_not(SPEC, jax.devices()[0])
+    chip = target.Target("tpu", "TPU v6 lite")
+    assert tpu.why_not(SPEC, chip) is None
+    assert reason in tpu.why_not(dataclasses.replace(SPEC, **change), chip)
+    assert "needs a TPU" in tpu.why_not(SPEC, target.Target("cpu", "cpu"))
 
 
 @pytest.mark.parametrize("kind", ["TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x", "TPU v9"])
 def test_plans_fit(kind):
     for queries in (1, 16, 128, 1024):
         for size in (2, 4):
-            plan = tpu.plan(64, queries, 32768, size, kind)
+            plan = tpu.make_plan(64, queries, 32768, size, kind)
             assert plan.piece % 128 == 0
             assert plan.block % plan.piece == 0
             assert plan.vmem_bytes < 40 * 2**20  # of 64 MiB, or 128, that a core has
-    assert tpu.plan(1, 16, 256, 2, kind).block == 256
-    assert tpu.plan(4, 16, 256, 2, kind).block == 1024  # four rows
-    assert tpu.plan(7, 16, 384, 2, kind).piece in (128, 256)
+    assert tpu.make_plan(1, 16, 256, 2, kind).block == 256
+    assert tpu.make_plan(4, 16, 256, 2, kind).block == 1024  # four rows
+    assert tpu.make_plan(7, 16, 384, 2, kind).piece in (128, 256)
 
 
 LIBTPU = pathlib.Path(sys.prefix, "tpu-aot")  # where `./run test` puts it

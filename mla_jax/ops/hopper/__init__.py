@@ -18,86 +18,93 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
+from mla_jax import ops, target
 from mla_jax.config import configs_dir
-from mla_jax.ops import xla
 from mla_jax.ops.hopper.schedule import BLOCK, SLACK, STEP, TILE, Schedule, make_schedule
 
-try:
-    from mla_jax.ops.hopper import kernel
-except ImportError:  # a jax without Mosaic GPU
-    kernel = None
-_kernel: Any = kernel
-
 _RANKS, _ROPES = (128, 256, 384, 512), (0, 16, 32, 64)
-_H200_SMS = 132  # where no GPU is there to ask: compiling for one, and the interpreter
+_H200_SMS = 132  # where the number is not known: compiling for a GPU, and the interpreter
 
 
-def why_not(spec, device) -> str | None:
-    """Why the kernel cannot serve `spec` on `device`, or None."""
-    return not_hopper(device) or unsupported(spec)
+def why_not(call, device: target.Target) -> str | None:
+    """Why the kernel cannot serve `call` on `device`, or None."""
+    return not_hopper(device) or unsupported(call)
 
 
-def not_hopper(device) -> str | None:
+def not_hopper(device: target.Target) -> str | None:
     """Why no kernel of this folder runs on `device`, or None."""
-    if device.platform != "gpu" or "NVIDIA" not in device.device_kind.upper():
-        return f"needs an NVIDIA GPU, this is {device.device_kind} ({device.platform})"
-    capability = str(getattr(device, "compute_capability", "0"))
-    if not capability.startswith("9."):
-        return f"needs compute capability 9.x (Hopper), this is {capability}"
-    if _kernel is None:
+    if device.interprets == "gpu":
+        return None
+    if device.platform != "gpu" or device.capability is None:
+        return f"needs an NVIDIA GPU, this is {device}"
+    if int(device.capability) != 9:
+        return f"needs compute capability 9.x (Hopper), this is {device.capability}"
+    if _kernel() is None:
         return "this version of jax has no Mosaic GPU"
     return None
 
 
-def multiprocessors(device) -> int:
-    """How many of a device a kernel may take; an H200's where only the device's shape is known."""
-    known = getattr(device, "core_count", None) if device.platform == "gpu" else None
-    return known or _H200_SMS
+@functools.cache
+def _kernel() -> Any:
+    """The kernel's module; Pallas takes a third of a second to import, so only where it runs."""
+    try:
+        from mla_jax.ops.hopper import kernel
+    except ImportError:
+        return None
+    return kernel
 
 
-def unsupported(spec) -> str | None:
-    """Why the kernel cannot serve `spec` on any device, or None."""
-    (rank, rope), slots, batch = spec.key_dims, spec.slots, spec.batch
-    if spec.dtype not in ("bfloat16", "float16"):
-        return f"takes bfloat16 and float16, not {spec.dtype}"
-    options = [name for name in spec.options if name != "lengths"]
+def multiprocessors(device: target.Target) -> int:
+    """How many of a device a kernel may take; an H200's where that is not known."""
+    return device.cores if device.platform == "gpu" and device.cores else _H200_SMS
+
+
+def unsupported(call) -> str | None:
+    """Why the kernel cannot serve `call` on any device, or None."""
+    (rank, rope), slots, batch = call.key_dims, call.slots, call.batch
+    if not all(isinstance(size, int) for size in (batch, slots, call.queries)):
+        return "needs sizes that are known when it is compiled"
+    if call.store != "dense":
+        return f"reads caches whose rows have slots of their own, not {call.store} ones"
+    if call.soft_cap is not None:
+        return "takes no soft_cap"
+    if call.dtype not in ("bfloat16", "float16"):
+        return f"takes bfloat16 and float16, not {call.dtype}"
+    options = [name for name in call.options if name != "lengths"]
     if options:
         return f"takes lengths [B] only, not {', '.join(options)}"
     if rank not in _RANKS:
         return f"kv_lora_rank must be one of {_RANKS}, not {rank}"
     if rope not in _ROPES:
         return f"qk_rope_head_dim must be one of {_ROPES}, not {rope}"
-    if not 1 <= spec.queries <= 8:
-        return f"takes 1 to 8 query tokens, not {spec.queries}"
-    if not 1 <= spec.heads <= 128:
-        return f"takes 1 to 128 heads, not {spec.heads}"
+    if not 1 <= call.queries <= 8:
+        return f"takes 1 to 8 query tokens, not {call.queries}"
+    if not 1 <= call.heads <= 128:
+        return f"takes 1 to 128 heads, not {call.heads}"
     if slots % 8:
         return f"the cache must hold a multiple of 8 slots, not {slots}: choose its max_length so"
     if batch * slots < BLOCK:
         return f"the cache must hold at least {BLOCK} slots in all, not {batch} x {slots}"
-    rows = batch * spec.queries * spec.heads
+    rows = batch * call.queries * call.heads
     if batch * slots >= 2**31 - STEP or max(rows, 2 * batch * TILE) * rank >= 2**31:
         return f"{batch} rows of {slots} slots: indices would not fit 32 bits"
     return None
 
 
-def decode_schedule(
-    lengths: Int[Array, "B"], *, queries: int, heads: int, slots: int, slack: int | None = None
-) -> Schedule:
-    """The cut of the batch for `latent_attention(..., schedule=)`: once per step for all layers.
+def plan(seen, call, slack: int | None = None) -> Schedule:
+    """The cut of the batch: once a step for all layers.
 
     Args:
-        lengths: slots in use, the T new tokens included.
-        queries, heads, slots: T, N, S of the calls.
+        seen, call: as `latent_attention` takes them.
         slack: see `make_schedule`; None takes the device's from `configs/tuning`.
     """
-    rows, device = queries * heads, _device()
+    rows, device = call.queries * call.heads, target.current()
     if slack is None:
-        slack = tuned(device.device_kind, rows).get("slack", SLACK)
+        slack = tuned(device.kind, rows).get("slack", SLACK)
     sms = multiprocessors(device)
-    return make_schedule(lengths, rows=rows, slots=slots, num_sms=sms, slack=slack)
+    return make_schedule(seen.row_ends, rows=rows, slots=call.slots, num_sms=sms, slack=slack)
 
 
 @functools.cache
@@ -114,74 +121,96 @@ def tuned(device_kind: str, rows: int) -> dict[str, int]:
     return {}
 
 
-def latent_attention(
+def latent_attention(queries, store, seen, call):
+    """The absorbed form: see `ops.latent_attention`."""
+    device = target.current()
+    schedule = plan(seen, call) if seen.plan is None else seen.plan
+    pattern, q_rope = queries
+    out, lse = decode(
+        seen.last(pattern),
+        seen.last(q_rope),
+        store.latent,
+        store.k_rope,
+        schedule,
+        scale=call.scale,
+        interpret=device.interpret if device.interprets == "gpu" else None,
+    )
+    if seen.counts is None or call.queries == 1:
+        return out, lse
+    some = seen.limits[..., None] > 0  # queries that do not count have been given others' slots
+    out, lse = jnp.where(some[..., None], seen.first(out), 0), seen.first(lse)
+    return out, jnp.where(some, lse, -jnp.inf)
+
+
+def decode(
     pattern: Float[Array, "B T N R"],
     q_rope: Float[Array, "B T N P"],
     latent: Float[Array, "B S R"],
     k_rope: Float[Array, "B S P"],
+    schedule: Schedule,
     *,
-    lengths: Int[Array, "B"] | None,
     scale: float,
-    soft_cap=None,
-    window=None,
-    mask=None,
-    segment_ids=None,
-    precision=None,
-    schedule: Schedule | None = None,
     interpret: Any = None,
 ) -> tuple[Float[Array, "B T N R"], Float[Array, "B T N"]]:
-    """The absorbed form: see `dispatch.latent_attention`.
+    """The kernel on arrays; what rows hold is `schedule.lengths`.
 
-    `schedule` is `decode_schedule` of the same lengths and shapes; None makes it here. `interpret`
-    runs the kernel on a CPU: a schedule for few multiprocessors keeps that short.
+    `interpret` runs it on a CPU: a schedule for few multiprocessors keeps that short.
+
+    Raises:
+        ValueError: a schedule for other rows or tiles.
     """
-    del soft_cap, window, mask, segment_ids, precision  # `why_not` keeps the options unset
     batch, tokens, heads, _ = pattern.shape
-    slots = latent.shape[1]
-    if lengths is None:
-        lengths = jnp.full((batch,), slots, jnp.int32)
-    if schedule is not None:
-        tiles = -(-tokens * heads // TILE)
-        if schedule.lengths.shape != (batch,) or schedule.arrivals.shape != (batch * tiles,):
-            raise ValueError(
-                f"schedule is for {schedule.lengths.shape[0]} rows and "
-                f"{schedule.arrivals.size} tiles: this call has {batch} and {batch * tiles}."
-            )
-    arrays = (pattern, q_rope, latent, k_rope)
-    return _attention(scale, interpret, arrays, lengths, schedule)
+    tiles = -(-tokens * heads // TILE)
+    if schedule.lengths.shape != (batch,) or schedule.arrivals.shape != (batch * tiles,):
+        raise ValueError(
+            f"schedule is for {schedule.lengths.shape[0]} rows and "
+            f"{schedule.arrivals.size} tiles: this call has {batch} and {batch * tiles}."
+        )
+    return _attention(scale, interpret, (pattern, q_rope, latent, k_rope), schedule)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attention(scale, interpret, arrays, lengths, schedule):
+def _attention(scale, interpret, arrays, schedule):
     @jax.custom_batching.custom_vmap
-    def call(arrays, lengths, schedule):
-        return _call(scale, interpret, arrays, lengths, schedule)
+    def call(arrays, schedule):
+        return _call(scale, interpret, arrays, schedule)
 
     @call.def_vmap
-    def _(size, mapped, arrays, lengths, schedule):
+    def _(size, mapped, arrays, schedule):
         # More rows of one batch, with a schedule of their own.
-        del schedule
         spread = lambda x, is_mapped: (  # noqa: E731
             x if is_mapped else jnp.broadcast_to(x, (size, *x.shape))
         )
         join = lambda x, is_mapped: spread(x, is_mapped).reshape(-1, *x.shape[1 + is_mapped :])  # noqa: E731
         arrays = jax.tree.map(join, tuple(arrays), tuple(mapped[0]))
-        results = _attention(scale, interpret, arrays, join(lengths, mapped[1]), None)
+        lengths = join(schedule.lengths, mapped[1].lengths)
+        (_, tokens, heads, _), slots = arrays[0].shape, arrays[2].shape[1]
+        device = target.current()
+        again = make_schedule(
+            lengths,
+            rows=tokens * heads,
+            slots=slots,
+            num_sms=multiprocessors(device),
+            slack=tuned(device.kind, tokens * heads).get("slack", SLACK),
+        )
+        results = _attention(scale, interpret, arrays, again)
         return [x.reshape(size, -1, *x.shape[1:]) for x in results], [True, True]
 
-    return tuple(call(arrays, lengths, schedule))
+    return tuple(call(arrays, schedule))
 
 
-def _forward(scale, interpret, arrays, lengths, schedule):
-    return _attention(scale, interpret, arrays, lengths, schedule), (arrays, lengths)
+def _forward(scale, interpret, arrays, schedule):
+    return _attention(scale, interpret, arrays, schedule), (arrays, schedule.lengths)
 
 
 def _backward(scale, interpret, residuals, cotangents):
     del interpret
     arrays, lengths = residuals
-    attend = lambda *arrays: xla.latent_attention(*arrays, lengths=lengths, scale=scale)  # noqa: E731
+    attend = functools.partial(
+        ops.latent_attention, lengths=lengths, scale=scale, implementation="xla"
+    )
     _, backward = jax.vjp(attend, *arrays)
-    return tuple(backward(cotangents)), None, None
+    return tuple(backward(cotangents)), None
 
 
 _attention.defvjp(_forward, _backward)
@@ -189,13 +218,11 @@ _attention.defvjp(_forward, _backward)
 
 # Jitted here too, so that the layers of a model share one lowering, which takes seconds.
 @functools.partial(jax.jit, static_argnames=("scale", "interpret"))
-def _call(scale, interpret, arrays, lengths, schedule):
+def _call(scale, interpret, arrays, schedule):
     pattern, q_rope, latent, k_rope = arrays
     batch, tokens, heads, rank = pattern.shape
     slots, rope = k_rope.shape[1:]
     native = not interpret
-    if schedule is None:
-        schedule = decode_schedule(lengths, queries=tokens, heads=heads, slots=slots)
     # Copies want query rows in eights; the interpreter has no stores of part of a tile.
     unit = 8 if native else TILE
     rows = -(-tokens * heads // unit) * unit
@@ -210,17 +237,21 @@ def _call(scale, interpret, arrays, lengths, schedule):
     operands += [x.reshape(batch * slots, x.shape[-1]) for x in (latent, k_rope)]
     if not rope:
         operands = operands[::2]
-    shape = _kernel.Shape(
-        tokens=tokens, heads=heads, slots=slots, rank=rank, rope=rope, rows=rows,
-        tiles=-(-tokens * heads // TILE), parts=schedule.part.shape[0],
-        scale=float(scale), dtype=pattern.dtype, native=native,
-    )  # fmt: skip
-    out, lse = _kernel.decode(operands, schedule, shape, batch, interpret or None)
+    kernel = _kernel()
+    shape = kernel.Shape(
+        tokens=tokens,
+        heads=heads,
+        slots=slots,
+        rank=rank,
+        rope=rope,
+        rows=rows,
+        tiles=-(-tokens * heads // TILE),
+        parts=schedule.part.shape[0],
+        scale=float(scale),
+        dtype=pattern.dtype,
+        native=native,
+    )
+    out, lse = kernel.decode(operands, schedule, shape, batch, interpret or None)
     out = out.reshape(batch, rows, rank)[:, : tokens * heads]
     lse = lse.reshape(batch, rows)[:, : tokens * heads]
     return [out.reshape(pattern.shape), lse.reshape(pattern.shape[:-1])]
-
-
-def _device() -> Any:
-    device = jax.config.jax_default_device
-    return jax.devices(device)[0] if device is None or isinstance(device, str) else device

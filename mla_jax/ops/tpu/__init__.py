@@ -11,58 +11,61 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 
-from mla_jax.ops import xla
-from mla_jax.ops.reference import merge_attention
-from mla_jax.ops.tpu.kernel import launch
-from mla_jax.ops.tpu.planning import LANES, Plan, plan, vmem_limit
+from mla_jax import ops, target
+from mla_jax.ops.merge import merge_attention
+from mla_jax.ops.tpu.planning import LANES, Plan, make_plan, vmem_limit
 
 _MOST_QUERIES = 8  # T; more tokens than this are a prefill, which another form serves
 
 
-def why_not(spec, device) -> str | None:
-    """Why the kernel cannot serve `spec` on `device`, or None."""
-    if device.platform != "tpu":
-        return f"needs a TPU, this is {device.device_kind} ({device.platform})"
-    rank, rope = spec.key_dims
-    if spec.dtype not in ("bfloat16", "float32"):
-        return f"takes bfloat16 and float32, not {spec.dtype}"
-    if others := set(spec.options) - {"lengths", "lengths per query"}:
+def why_not(call, device: target.Target) -> str | None:
+    """Why the kernel cannot serve `call` on `device`, or None."""
+    if device.platform != "tpu" and device.interprets != "tpu":
+        return f"needs a TPU, this is {device}"
+    rank, rope = call.key_dims
+    if not all(isinstance(size, int) for size in (call.batch, call.slots, call.queries)):
+        return "needs sizes that are known when it is compiled"
+    if call.store != "dense":
+        return f"reads caches whose rows have slots of their own, not {call.store} ones"
+    if call.soft_cap is not None:
+        return "takes no soft_cap"
+    if call.dtype not in ("bfloat16", "float32"):
+        return f"takes bfloat16 and float32, not {call.dtype}"
+    if others := set(call.options) - {"lengths", "lengths per query"}:
         return f"no {', '.join(sorted(others))}"
-    if spec.queries > _MOST_QUERIES:
-        return f"decodes up to {_MOST_QUERIES} tokens at once, not {spec.queries}"
-    if spec.heads > 128:
-        return f"takes up to 128 heads on one chip, not {spec.heads}: shard them"
+    if call.queries > _MOST_QUERIES:
+        return f"decodes up to {_MOST_QUERIES} tokens at once, not {call.queries}"
+    if call.heads > 128:
+        return f"takes up to 128 heads on one chip, not {call.heads}: shard them"
     if rank % LANES or rank > 512:
         return f"kv_lora_rank must be a multiple of 128 up to 512, not {rank}"
     if rope % 16 or rope > LANES:
         return f"qk_rope_head_dim must be a multiple of 16 up to 128, not {rope}"
-    if spec.slots % LANES:
-        return f"the cache's slots must be a multiple of 128, not {spec.slots}"
-    size = jnp.dtype(spec.dtype).itemsize
-    shape = spec.batch, spec.queries * spec.heads, spec.slots
-    needed = plan(*shape, size, device.device_kind).vmem_bytes >> 20
-    limit = vmem_limit(device.device_kind)
-    if needed > limit:
-        return f"needs {needed} MiB of VMEM, {device.device_kind} is known to have {limit}"
+    if call.slots % LANES:
+        return f"the cache's slots must be a multiple of 128, not {call.slots}"
+    size = jnp.dtype(call.dtype).itemsize
+    shape = call.batch, call.queries * call.heads, call.slots
+    needed = make_plan(*shape, size, device.kind).vmem_bytes >> 20
+    limit = vmem_limit(device.kind)
+    if needed > limit and device.platform == "tpu":
+        return f"needs {needed} MiB of VMEM, {device.kind} is known to have {limit}"
     return None
 
 
-def latent_attention(
-    pattern, q_rope, latent, k_rope, *, lengths, scale, soft_cap=None, window=None, mask=None,
-    segment_ids=None, precision=None,
-):  # fmt: skip
-    """The absorbed form: see `dispatch.latent_attention`. Its backward is XLA's."""
-    del soft_cap, window, mask, segment_ids, precision  # `why_not` keeps them unset
-    return _attention(pattern, q_rope, latent, k_rope, lengths, scale)
+def latent_attention(queries, store, seen, call):
+    """The absorbed form: see `ops.latent_attention`. Its backward is XLA's."""
+    lengths = None if seen.full else seen.limits
+    if seen.ends is not None and seen.counts is None and not seen.full:
+        lengths = seen.ends  # a number a row
+    return _attention(*queries, store.latent, store.k_rope, lengths, call.scale)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _attention(pattern, q_rope, latent, k_rope, lengths, scale):
     batch, tokens, heads, _ = pattern.shape
     size = jnp.dtype(latent.dtype).itemsize
-    chosen = plan(batch, tokens * heads, latent.shape[1], size)
+    chosen = make_plan(batch, tokens * heads, latent.shape[1], size)
     return decode(pattern, q_rope, latent, k_rope, lengths, scale, chosen)
 
 
@@ -73,8 +76,9 @@ def _forward(pattern, q_rope, latent, k_rope, lengths, scale):
 
 def _backward(scale, residuals: Any, cotangents: Any):
     arrays, lengths = residuals
-    options = dict.fromkeys(("soft_cap", "window", "mask", "segment_ids", "precision"))
-    core = functools.partial(xla.latent_attention, lengths=lengths, scale=scale, **options)
+    core = functools.partial(
+        ops.latent_attention, lengths=lengths, scale=scale, implementation="xla"
+    )
     return *jax.vjp(core, *arrays)[1](cotangents), None
 
 
@@ -84,7 +88,9 @@ _attention.defvjp(_forward, _backward)
 # Jitted here too, so that the layers of a model share one lowering.
 @functools.partial(jax.jit, static_argnames=("scale", "plan"))
 def decode(pattern, q_rope, latent, k_rope, lengths, scale, plan: Plan):
-    """Runs the kernel by `plan`; arguments and results as `dispatch.latent_attention`."""
+    """Runs the kernel by `plan`; arguments and results as `ops.latent_attention`."""
+    from mla_jax.ops.tpu.kernel import launch  # Pallas takes long to import: only where it runs
+
     batch, tokens, heads, rank = pattern.shape
     out, lse, *parts = launch(pattern, q_rope, latent, k_rope, lengths, scale, plan)
     out, lse = out.reshape(batch, -1, rank), lse.reshape(batch, -1)
@@ -100,9 +106,9 @@ def _shared_row(lengths, slots, batch, plan):
     if lengths is None:
         lengths = jnp.full((batch,), slots, jnp.int32)
     longest = jnp.clip(lengths.reshape(batch, -1).max(1), 0, slots)
-    counts = jnp.maximum(pl.cdiv(longest, plan.piece), 1)
+    counts = jnp.maximum(-(-longest // plan.piece), 1)
     ends, pieces = jnp.cumsum(counts), plan.block // plan.piece
-    half = (pl.cdiv(ends[-1], pieces) + 1) // 2 * pieces
+    half = (-(-ends[-1] // pieces) + 1) // 2 * pieces
     shared = (ends > half) & (ends - counts < half)
     return jnp.where(shared.any(), jnp.argmax(shared), batch).astype(jnp.int32)
 

@@ -4,8 +4,7 @@ import dataclasses
 import functools
 import tomllib
 
-import jax
-
+from mla_jax import target
 from mla_jax.config import configs_dir
 
 LANES = 128
@@ -13,7 +12,7 @@ LANES = 128
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How the kernel is built: `plan` derives it from shapes, the tuning table and the chip.
+    """How the kernel is built: `make_plan` derives it from shapes, the tuning table and the chip.
 
     Attributes:
         block: C, slots of a block, a multiple of `piece`.
@@ -35,15 +34,15 @@ def _tuning() -> dict:
     return tomllib.loads((configs_dir() / "tuning" / "tpu.toml").read_text(encoding="utf-8"))
 
 
-def plan(batch: int, queries: int, slots: int, itemsize: int, kind: str | None = None) -> Plan:
+def make_plan(batch: int, queries: int, slots: int, itemsize: int, kind: str | None = None) -> Plan:
     """The plan for B rows of M queries and S slots on a device kind (None: that of the target).
 
     `configs/tuning/tpu.toml` has the sizes of a block and a piece for 16 and for 128 queries; with
     more, blocks shrink as M grows, so that a block's scores keep their size. A kind that is not
-    there gets the smallest of its values.
+    there gets the table's values for `other`.
     """
     if kind is None:
-        kind = target().device_kind
+        kind = target.current().kind
     table = _tuning()
     tuned = table.get(kind, table["other"])
     near = 16 if queries <= 32 else 128
@@ -69,9 +68,3 @@ def rows_held(batch: int, pieces: int, ring: int) -> int:
     """Of how many rows the queries have a place in VMEM: a power of two."""
     rows = min(batch, (ring - 1) * pieces + 1)
     return 1 << (rows - 1).bit_length()
-
-
-def target():
-    """The device being traced for: that of the abstract mesh, or the default one."""
-    abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    return jax.devices()[0] if abstract is None else abstract

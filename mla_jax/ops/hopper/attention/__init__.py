@@ -8,6 +8,7 @@ Letters: B batch, T query tokens, S slots, N heads, H, P and V key, rotary and v
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -17,28 +18,27 @@ from jaxtyping import Array, Float, Int
 from mla_jax.ops.hopper.attention.plan import Plan, limits_of, make_plan, padded
 from mla_jax.target import current
 
-try:
-    from mla_jax.ops.hopper.attention import backward, forward
-    from mla_jax.ops.hopper.attention.tiles import Shape
-    from mla_jax.ops.hopper.merge import LOG2E
-except ImportError:  # a jax without Mosaic GPU
-    backward = forward = Shape = LOG2E = None
-_backward: Any = backward
-_forward: Any = forward
-_Shape: Any = Shape
-
 _WIDEST = 256
 _CHANNELS = 32  # unit of the channels: a swizzled tile, and the stores of results
 _H200_CORES = 132  # where no GPU is there to ask: compiling for one, and the interpreter
-_OPTIONS = {"lengths", "lengths per query", "window", "segment_ids", "query_lengths", "full"}
+_OPTIONS = {"lengths", "lengths per query", "window", "segment_ids"}
+
+
+@functools.cache
+def _kernels() -> Any:
+    """The kernels' module; Pallas takes a third of a second to import, so only where it runs."""
+    try:
+        from mla_jax.ops.hopper.attention import backward
+    except ImportError:  # a jax without Mosaic GPU
+        return None
+    return backward
 
 
 def why_not(call, target) -> str | None:
     """Why the kernels cannot serve `call` on `target`, or None.
 
     Args:
-        call: has `dtype` (a name), `batch`, `queries`, `slots`, `heads`, `key_dims` (H, P),
-            `value_dim` and `options` (names of the optional arguments in use).
+        call: a `dispatch.Call`.
         target: a `mla_jax.target.Target`.
     """
     if target.interprets != "gpu":
@@ -46,11 +46,14 @@ def why_not(call, target) -> str | None:
             return f"needs an NVIDIA GPU, this is {target}"
         if target.capability is None or int(target.capability) != 9:
             return f"needs compute capability 9.x (Hopper), this is {target.capability}"
-    if _forward is None:
+    if _kernels() is None:
         return "this version of jax has no Mosaic GPU"
+    if not all(isinstance(size, int) for size in (call.batch, call.queries, call.slots)):
+        return "needs sizes that are known when it is compiled"
     if call.dtype not in ("bfloat16", "float16"):
         return f"takes bfloat16 and float16, not {call.dtype}"
     options = sorted(set(call.options) - _OPTIONS)
+    options += ["soft_cap"] if call.soft_cap is not None else []
     if options:
         return f"takes lengths, a window and segments, not {', '.join(options)}"
     key, value = sum(call.key_dims), call.value_dim
@@ -98,8 +101,8 @@ def expanded_attention(
         causal: the T queries are the last of the slots in use, and see those up to themselves.
         window: a query sees only the last `window` slots below its limit.
         segment_ids: of queries and slots, in any order; a query sees slots of its own segment.
-        plan: what `plan_of` made of the same shapes, limits, window and segments, for many layers;
-            None makes it here.
+        plan: what `plan_for` made of the same shapes, limits, window and segments, for many
+            layers; None makes it here.
         interpret: parameters of Pallas' interpreter, to run on a CPU.
 
     Returns:
@@ -115,7 +118,7 @@ def expanded_attention(
             causal=causal,
         )  # fmt: skip
         plan = make_plan(
-            limits, slots, _backward.sizes(shape), window=window, segment_ids=segment_ids
+            limits, slots, _kernels().sizes(shape), window=window, segment_ids=segment_ids
         )
     arrays = {"v": _pad(value)}
     pairs = [pair for pair in ((q_nope, k_nope), (q_rope, k_rope)) if pair[0].shape[-1]]
@@ -125,26 +128,31 @@ def expanded_attention(
     return out[:, :tokens, :, :width], lse[:, :tokens]
 
 
-def plan_of(
-    q_nope: Float[Array, "B T N H"],
-    q_rope: Float[Array, "B T N P"],
-    value: Float[Array, "B S N V"],
+def plan_for(
     limits: Int[Array, "b T"],
+    slots: int,
+    key_dims: tuple[int, int],
+    value_dim: int,
     *,
     window: int | None = None,
     segment_ids: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None = None,
 ) -> Plan:
-    """The plan of all calls with these shapes, limits (see `limits_of`), window and segments."""
-    shape = shape_of(q_nope, q_rope, value, 1.0, segment_ids is not None)
-    sizes = _backward.sizes(shape)
-    return make_plan(limits, value.shape[1], sizes, window=window, segment_ids=segment_ids)
+    """The plan of all calls with these limits, S, (H, P), V, window and segments.
+
+    Calls that take it take the same `segment_ids`, which say that ids are compared.
+    """
+    nope, rope, value = (
+        jax.ShapeDtypeStruct((1, 1, 1, w), jnp.bfloat16) for w in (*key_dims, value_dim)
+    )
+    sizes = _kernels().sizes(shape_of(nope, rope, value, 1.0, segment_ids is not None))
+    return make_plan(limits, slots, sizes, window=window, segment_ids=segment_ids)
 
 
 def shape_of(q_nope, q_rope, value, scale: float, segments: bool, interpret: Any = None):
     """What the kernels are compiled for."""
     batch, tokens, heads = q_nope.shape[:3]
     parts = tuple(_round(x.shape[-1], _CHANNELS) for x in (q_nope, q_rope) if x.shape[-1])
-    return _Shape(
+    return _kernels().Shape(
         batch=batch, tokens=_round(tokens, 8), slots=_round(value.shape[1], 8), heads=heads,
         parts=parts, shared=q_rope.shape[-1] > 0, value=_round(value.shape[-1], _CHANNELS),
         scale=float(scale), dtype=value.dtype, segments=segments,
@@ -209,7 +217,7 @@ def _batched(run, static, arguments):
 # Jitted, so that the layers of a model share one lowering, which takes seconds.
 @functools.partial(jax.jit, static_argnames=("shape", "interpret"))
 def _run_forward(arrays, plan, shape, interpret):
-    return _forward.forward(arrays, plan, shape, interpret or None)
+    return _kernels().forward(arrays, plan, shape, interpret or None)
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "interpret"))
@@ -218,11 +226,10 @@ def _run_backward(arrays, plan, out, lse, d_out, d_lse, shape, interpret):
     blind = lse == -jnp.inf
     delta = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(-1) - d_lse
     delta = jnp.pad(jnp.swapaxes(delta, 1, 2), [(0, 0), (0, 0), (0, lse.shape[2] - out.shape[1])])
-    operands = arrays | {
-        "do": d_out, "delta": jnp.where(blind, 0, delta), "lse": jnp.where(blind, 0, lse * LOG2E),
-    }  # fmt: skip
-    dq = _backward.query_gradient(operands, plan, shape, interpret)
-    dk, dv = _backward.key_gradient(operands, plan, shape, interpret)
+    lse2 = jnp.where(blind, 0, lse * math.log2(math.e))
+    operands = arrays | {"do": d_out, "delta": jnp.where(blind, 0, delta), "lse": lse2}
+    dq = _kernels().query_gradient(operands, plan, shape, interpret)
+    dk, dv = _kernels().key_gradient(operands, plan, shape, interpret)
     if shape.shared:
         dk[-1] = dk[-1].astype(jnp.float32).sum(2).astype(shape.dtype)
     gradients = {f"q{i}": x for i, x in enumerate(dq)} | {f"k{i}": x for i, x in enumerate(dk)}

@@ -21,6 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mla_jax.ops.hopper import mosaic
 from mla_jax.ops.hopper.attention.forward import block_slots
+from mla_jax.ops.hopper.attention.forward import forward as forward
 from mla_jax.ops.hopper.attention.plan import ROWS, TILE, Plan, Sizes
 from mla_jax.ops.hopper.attention.tiles import (
     COLUMN,

@@ -1,0 +1,39 @@
+import jax.numpy as jnp
+from flax import nnx
+
+import mla_jax
+
+
+# --8<-- [start:model]
+class Model(nnx.Module):
+    def __init__(self, config, layers, words, rngs):
+        self.embed = nnx.Embed(words, config.hidden_size, rngs=rngs)
+        self.layers = nnx.List(
+            mla_jax.MultiHeadLatentAttention(config, rngs=rngs) for _ in range(layers)
+        )
+
+    def init_cache(self, batch, slots, dtype=None, pages=None):
+        return mla_jax.Cache.init(self.layers, batch, slots, dtype, pages)
+
+    def extend(self, tokens, cache, lengths=None):
+        step = mla_jax.Step.begin(cache, tokens.shape[1], lengths)
+        x, stores = self.embed(tokens), []
+        for layer, store in zip(self.layers, cache.stores, strict=True):
+            y, store, _ = layer.extend(x, store, step)
+            x, stores = x + y, [*stores, store]
+        return x, cache.end(stores, step)
+
+    def logits(self, hidden):
+        return self.embed.attend(hidden)
+
+
+# --8<-- [end:model]
+
+config = mla_jax.MLAConfig.from_preset("tiny")
+model = Model(config, layers=3, words=50, rngs=nnx.Rngs(0))
+tokens = jnp.array([[3, 1, 4, 1, 5], [9, 2, 6, 0, 0]])
+whole, _ = model.extend(tokens, model.init_cache(2, 8))
+hidden, cache = model.extend(tokens[:, :3], model.init_cache(2, 128, pages=2))
+hidden, cache = model.extend(tokens[:, 3:], cache, lengths=jnp.array([2, 0]))
+print("rows hold:", cache.length)
+print("the same as in one pass:", bool(jnp.allclose(hidden[0], whole[0, 3:], atol=1e-5)))

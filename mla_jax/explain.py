@@ -1,0 +1,97 @@
+"""What a step would run: which form, by which backend every op of it, and why not by the others."""
+
+import jax
+import jax.numpy as jnp
+
+from mla_jax import costs, target
+from mla_jax.config import MLAConfig
+from mla_jax.ops import dispatch
+
+
+def explain(
+    config: MLAConfig,
+    *,
+    batch_size: int = 1,
+    length: int = 4096,
+    queries: int = 1,
+    dtype="bfloat16",
+    device: jax.Device | target.Target | None = None,
+    pages: bool = False,
+    implementation: dispatch.Implementation = None,
+) -> None:
+    """Prints which form and backends would run for these shapes, and why the others would not.
+
+    Args:
+        config: the layer.
+        batch_size: B, rows decoded together.
+        length: S, slots of the cache.
+        queries: T, new tokens of a step.
+        dtype: of the cache and the computation.
+        device: where, a device or a `Target`; None is what is compiled for now.
+        pages: whether rows share a pool of pages.
+        implementation: of the layer.
+
+    Raises:
+        ValueError: a number below 1, or a dtype that is not floating.
+
+    >>> v3, cpu = MLAConfig.from_preset("deepseek_v3"), jax.devices("cpu")[0]
+    >>> explain(v3, device=cpu)  # doctest: +ELLIPSIS
+    cpu (cpu), bfloat16
+    step of 1 token(s) per row on 1 x 4096 slots: absorbed (absorbed up to ...
+    latent_attention (new tokens to all cached ones):
+    ...
+    """
+    for key, value in (("batch_size", batch_size), ("length", length), ("queries", queries)):
+        if value < 1:
+            raise ValueError(f"{key}={value!r}: it must be at least 1.")
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"dtype={jnp.dtype(dtype).name!r}: it must be of floating numbers.")
+    device = target.current() if device is None else target.of(device)
+    named = dispatch.normalized(implementation)
+    form = costs.choose_form(config, queries=queries, slots=length)
+    crossover = costs.crossover_queries(config, slots=length)
+    print(f"{device}, {jnp.dtype(dtype).name}")
+    print(
+        f"step of {queries} token(s) per row on {batch_size} x {length} slots: {form} "
+        f"(absorbed up to {crossover:.0f} tokens, expanded above)"
+    )
+    store = "paged" if pages else "dense"
+    for op, what, call in _calls(config, form, batch_size, length, queries, dtype, store):
+        print(f"{op} ({what}):")
+        chosen = False
+        for backend, reason in dispatch.report(call, device):
+            if op in named and backend != named[op]:
+                continue
+            if reason is not None:
+                print(f"  {backend}: no: {reason}")
+            elif chosen:
+                print(f"  {backend}: could serve, comes later in the order of preference")
+            else:
+                print(f"  {backend}: runs")
+                chosen = True
+        if op in named and not chosen:
+            print(f"  implementation={named[op]!r} raises an error")
+
+
+def _calls(config, form, batch, slots, queries, dtype, store):
+    """The ops that a step of this form calls: name, purpose, and what is static of the call."""
+    heads, name = config.num_attention_heads, jnp.dtype(dtype).name
+    rope, window = config.qk_rope_head_dim, config.sliding_window
+
+    def call(op, of_slots, key_dim, value_dim, options, of_store):
+        options = tuple(sorted((*options, *(["window"] if window else []))))
+        return dispatch.Call(
+            op, batch, queries, of_slots, heads, (key_dim, rope), value_dim, name, options, of_store
+        )
+
+    rank = config.kv_lora_rank
+    widths = config.qk_nope_head_dim, config.v_head_dim
+    if form == "absorbed":
+        latent = call("latent_attention", slots, rank, rank, ("lengths",), store)
+        yield "latent_attention", "new tokens to all cached ones", latent
+        return
+    if window is None:
+        own = call("expanded_attention", queries, *widths, (), "dense")
+        yield "expanded_attention", "new tokens among themselves", own
+    context = call("context_attention", slots, *widths, ("lengths per query",), store)
+    yield "context_attention", "new tokens to what was cached before", context

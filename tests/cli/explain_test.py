@@ -1,0 +1,28 @@
+"""`explain`: what `mla_jax.explain` prints for a preset."""
+
+import pytest
+
+import mla_jax
+
+
+def test_it_prints_what_the_function_prints(run, capsys):
+    flags = {"length": 8192, "queries": 256, "batch": 2, "dtype": "float16"}
+    given = [word for name, value in flags.items() for word in (f"--{name}", value)]
+    out = run("explain", "deepseek_v3", *given).out
+    config = mla_jax.MLAConfig.from_preset("deepseek_v3")
+    mla_jax.explain(config, batch_size=2, length=8192, queries=256, dtype="float16")
+    assert out == capsys.readouterr().out
+    assert "expanded (absorbed up to 167 tokens" in out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("nothing",), "unknown preset 'nothing'"),
+        (("tiny", "--dtype", "bf17"), "dtype='bf17' is not a dtype: use e.g. bfloat16."),
+        (("tiny", "--dtype", "int8"), "dtype='int8': it must be of floating"),
+        (("tiny", "--batch", "0"), "batch_size=0: it must be at least 1"),
+    ],
+)
+def test_wrong_flags(fails, args, message):
+    assert message in fails("explain", *args)

@@ -1,0 +1,190 @@
+"""The command as a process: exit codes, pipes, terminals, signals, and what it keeps for later."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+
+import mla_jax
+
+RANDOM = ("generate", "--preset", "tiny", "--random-weights")
+ALL = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}  # also programs that are quick to make
+SHORT = (*RANDOM, "--max-new-tokens", "1", "--quiet")
+
+
+def test_version(process):
+    done = process("--version")
+    assert done.stdout.startswith(f"mla-jax {mla_jax.__version__} (jax ")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_flag_errors_are_one_line(process):
+    done = process("costs", "tiny", "--bach", 3)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "mla-jax: --bach is no flag. Did you mean --batch? (mla-jax costs --help lists what there "
+        "is)\n"
+    )
+
+
+def test_where_an_error_came_from_is_shown_on_demand(process):
+    done = process("costs", "tiny", "--batch", 0, env={"MLA_JAX_TRACEBACK": "1"})
+    assert done.returncode == 2
+    assert done.stderr.startswith("Traceback")
+    assert done.stderr.endswith("\nmla-jax: batch=0: batch must be a positive whole number.\n")
+
+
+@pytest.mark.parametrize("command", ["costs deepseek_v3", "presets", "--help"])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_leaves_is_no_error(environment, command, unbuffered):
+    ours, theirs = os.pipe()
+    os.close(ours)  # nobody reads from the start
+    done = subprocess.run(
+        [sys.executable, "-m", "mla_jax.cli", *command.split()],
+        env=environment | {"PYTHONUNBUFFERED": unbuffered}, stdout=theirs, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    os.close(theirs)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_head_gets_its_line(environment):
+    command = f"{sys.executable} -m mla_jax.cli costs deepseek_v3 | head -1"
+    done = subprocess.run(["sh", "-c", command], env=environment, capture_output=True, text=True)
+    assert done.stdout.startswith("deepseek_v3: 1 new token(s) in 1 row(s) of 32,768 on h200")
+    assert done.stderr == ""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no full device")
+def test_a_full_disk_is_an_error(environment):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "mla_jax.cli", "costs", "tiny"], env=environment, stdout=full,
+            stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr == "mla-jax: [Errno 28] No space left on device\n"
+
+
+def test_a_closed_standard_output_is_no_error(environment):
+    command = f"exec {sys.executable} -m mla_jax.cli costs tiny >&-"
+    done = subprocess.run(["sh", "-c", command], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_characters_that_an_encoding_lacks_are_replaced(process):
+    done = process(*SHORT, "--prompt", "\u00e9\u4f60", env={"PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("??")
+
+
+@pytest.mark.parametrize(
+    ("env", "folder"),
+    [
+        ({}, "mla_jax/compiled"),
+        ({"JAX_COMPILATION_CACHE_DIR": "own"}, "own"),
+        ({"JAX_ENABLE_COMPILATION_CACHE": "false"}, None),
+        ({"XDG_CACHE_HOME": "/dev/null"}, None),  # a folder that cannot be is no error
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_where_programs_are_kept(environment, tmp_path, env, folder):
+    program = """
+import jax
+from mla_jax.cli import compilation
+compilation.keep_compiled()
+jax.jit(lambda x: x + 1)(1)
+print(jax.config.jax_compilation_cache_dir)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True,
+        env=environment | ALL | {"XDG_CACHE_HOME": str(tmp_path)} | env,
+    )  # fmt: skip
+    assert done.stderr == ""
+    kept = {file.parent for file in tmp_path.rglob("*-cache")}
+    assert kept == (set() if folder is None else {tmp_path / folder})
+    if not env:
+        assert done.stdout == f"{tmp_path / folder}\n"
+
+
+def test_programs_are_kept_for_the_next_run(process, environment, tmp_path):
+    def files(folder):
+        return {file.name for file in folder.rglob("*-cache")}
+
+    process(*SHORT, "--prompt", "a", "--no-compilation-cache", env={"XDG_CACHE_HOME": tmp_path})
+    assert not files(tmp_path)
+    process(*SHORT, "--prompt", "a", env=ALL)
+    kept = files(pathlib.Path(environment["XDG_CACHE_HOME"]) / "mla_jax" / "compiled")
+    assert kept
+    again = process(*SHORT, "--prompt", "b", env=ALL)
+    assert (again.returncode, again.stderr) == (0, "")  # what was kept is read without a word
+    assert files(pathlib.Path(environment["XDG_CACHE_HOME"])) == kept
+
+
+@pytest.mark.parametrize("columns", [30, 80])
+def test_a_narrow_terminal_wraps(terminal, columns):
+    code, shown = terminal("costs", "longcat_flash", columns=columns).end()
+    assert code == 0
+    lines = shown.splitlines()
+    assert max(map(len, lines)) <= columns
+    for number in ("63.0 KiB", "2.0 GiB", "4.6 GFLOP", "32,768"):
+        assert number in shown
+    assert "\u2026" not in shown
+
+
+def test_a_spinner_turns_while_it_compiles_and_leaves(terminal):
+    started = terminal(*RANDOM, "--prompt", "hello", "--max-new-tokens", 1)
+    started.wait_for("compiling")
+    code, shown = started.end()
+    assert code == 0
+    assert re.search("[\u2800-\u28ff].*making weights", shown)
+    last = shown.rsplit("compiling\r\n", 1)[1]  # where the spinner was is the text now
+    assert re.match(r"\s*hello", last)
+    assert "time to first token" in last
+
+
+def test_interrupted_while_it_compiles(terminal):
+    started = terminal(
+        *RANDOM, "--prompt", "hello", "--max-new-tokens", 1, "--no-compilation-cache"
+    )
+    started.wait_for("compiling")
+    started.send(signal.SIGINT)
+    code, shown = started.end()
+    assert code == 130
+    assert shown.endswith("\rmla-jax: interrupted\r\n")
+    assert "Traceback" not in shown
+
+
+def test_interrupted_in_the_middle_of_a_text(terminal):
+    started = terminal(*RANDOM, "--prompt", "hello", "--max-new-tokens", 900, "--block", 1)
+    started.wait_for("hello")
+    started.send(signal.SIGINT)
+    code, shown = started.end()
+    assert code == 130
+    assert shown.endswith("\r\nmla-jax: interrupted\r\n")
+    assert "Traceback" not in shown
+
+
+@pytest.mark.slow
+def test_a_killed_demo_keeps_its_training(terminal, tmp_path):
+    folder = tmp_path / "model"
+    started = terminal("demo", "--steps", 500, "--batch", 1, "--save", folder, columns=30)
+    started.wait_for(r"training \d+ of\s+500\s+loss")
+    started.send(signal.SIGINT)
+    code, shown = started.end()
+    assert code == 130
+    noted = json.loads((folder / "training.json").read_text())
+    assert noted["steps"] == 500
+    assert 1 <= noted["done"] < 500
+    line = (
+        f"mla-jax: interrupted after {noted['done']} of 500 steps, which {folder} keeps: --load "
+        f"{folder} goes on."
+    )
+    assert shown.rstrip().endswith(line)
+    bars = shown.split("training ")[1:]
+    assert all(re.match(r"[\d,]+ of\s+500\s+loss\s+\d+\.\d\d\s+bits", bar) for bar in bars[1:-1])

@@ -1,0 +1,120 @@
+"""The device compiled for, real or abstract, and the backends that are chosen for it."""
+
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from common import relative
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AbstractMesh, PartitionSpec
+
+import mla_jax
+from mla_jax import target
+from mla_jax.ops import dispatch
+
+TPUS = ["TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x"]
+LATENT = dispatch.Call(
+    "latent_attention", 8, 1, 4096, 128, (512, 64), 512, "bfloat16", ("lengths",)
+)
+EXPANDED = dispatch.Call("expanded_attention", 8, 4096, 4096, 128, (128, 64), 128, "bfloat16")
+
+
+def mesh_of(kind, platform, axis="x"):
+    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=132, platform=platform)
+    auto = (jax.sharding.AxisType.Auto,)
+    return AbstractMesh((4,), (axis,), axis_types=auto, abstract_device=device)
+
+
+@pytest.mark.parametrize("where", ["mesh", "jit", "shard_map"])
+@pytest.mark.parametrize(
+    ("kind", "platform", "latent", "expanded"),
+    [("NVIDIA H200", "gpu", "pallas_gpu", "cudnn"), ("NVIDIA A100-SXM4-80GB", "gpu", "xla", "xla"),
+     *((kind, "tpu", "pallas_tpu", "xla") for kind in TPUS)],
+)  # fmt: skip
+def test_kernels_are_chosen_for_a_device_that_is_not_there(kind, platform, latent, expanded, where):
+    chosen = []
+
+    def look(x):
+        chosen.append((dispatch.choose(LATENT), dispatch.choose(EXPANDED), target.current().kind))
+        return x
+
+    mesh = mesh_of(kind, platform)
+    with jax.sharding.use_abstract_mesh(mesh):
+        if where == "mesh":
+            look(1)
+        elif where == "jit":
+            jax.jit(look).trace(jax.ShapeDtypeStruct((4,), jnp.float32))
+        else:
+            spec = PartitionSpec("x")
+            jax.jit(jax.shard_map(look, mesh=mesh, in_specs=spec, out_specs=spec)).trace(
+                jax.ShapeDtypeStruct((4,), jnp.float32)
+            )
+    assert chosen[-1] == (latent, expanded, kind)
+
+
+@pytest.mark.parametrize(("kind", "platform", "kernel"), [
+    ("NVIDIA H200", "gpu", "pallas_gpu"), *((kind, "tpu", "pallas_tpu") for kind in TPUS),
+])  # fmt: skip
+def test_explain_says_what_runs_there(kind, platform, kernel, capsys):
+    config = mla_jax.MLAConfig.from_preset("deepseek_v3")
+    with jax.sharding.use_abstract_mesh(mesh_of(kind, platform)):
+        mla_jax.explain(config, batch_size=8)
+    text = capsys.readouterr().out
+    assert text.startswith(f"{kind} ({platform}), bfloat16")
+    assert f"  {kernel}: runs\n" in text
+    assert "expanded_attention" not in text  # a decode step does not call it
+
+
+@pytest.mark.parametrize(("kind", "capability"), [
+    ("NVIDIA H200", 9.0), ("NVIDIA H100 80GB HBM3", 9.0), ("NVIDIA GH200 480GB", 9.0),
+    ("NVIDIA B200", 10.0), ("NVIDIA A100-SXM4-80GB", 8.0), ("NVIDIA L4", 8.9), ("Tesla T4", 7.5),
+    ("NVIDIA A10G", 8.6), ("AMD Instinct MI300X", None), ("NVIDIA X999", None),
+])  # fmt: skip
+def test_compute_capability_by_the_name_of_a_kind(kind, capability):
+    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=7, platform="gpu")
+    known = target.of(device)
+    assert (known.capability, known.cores) == (capability, 7)
+
+
+def test_a_real_device_says_itself_what_it_can_do():
+    card = types.SimpleNamespace(
+        platform="gpu", device_kind="NVIDIA X999", compute_capability="9.0", core_count=99
+    )
+    assert target.of(card) == target.Target("gpu", "NVIDIA X999", 9.0, 99)
+    card.compute_capability = "gfx942"
+    assert target.of(card).capability is None
+    assert target.of(jax.devices("cpu")[0]) == target.Target("cpu", "cpu")
+
+
+def test_the_default_device_counts():
+    with jax.default_device(jax.devices("cpu")[1]):
+        assert target.current().platform == "cpu"
+    with jax.default_device("cpu"):
+        assert target.current().platform == "cpu"
+
+
+MODES = {
+    "pallas_gpu": (plgpu.force_gpu_interpret_mode, jnp.bfloat16),
+    "pallas_tpu": (pltpu.force_tpu_interpret_mode, jnp.float32),
+}
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_a_kernel_runs_on_the_cpu_in_an_interpret_mode(name, rng):
+    mode, dtype = MODES[name]
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)  # noqa: E731
+    args = draw(1, 1, 4, 128), draw(1, 1, 4, 16), draw(1, 128, 128), draw(1, 128, 16)
+    attend = functools.partial(mla_jax.latent_attention, *args, lengths=jnp.array([77]), scale=0.1)
+    with pytest.raises(NotImplementedError, match=f"'{name}': needs a"):
+        attend(implementation=name)
+    want, want_lse = attend(implementation="reference")
+    with mode():
+        # A wave of as many thread blocks as an H200 has would take the interpreter minutes.
+        out, lse = jax.block_until_ready(attend(implementation=name))
+    pltpu.reset_tpu_interpret_mode_state()
+    assert relative(out, want) < 2 * float(jnp.finfo(dtype).eps) + 3e-6
+    np.testing.assert_allclose(lse, want_lse, atol=2e-5)
