@@ -111,9 +111,12 @@ def run(arrays, cotangents, scale, interpret=None, **options):
     call = functools.partial(
         attention.expanded_attention, scale=scale, interpret=interpret, **options
     )
-    results, pull = jax.vjp(call, *arrays)
-    # The interpreter's callbacks run operations of their own: nothing else may be dispatched then.
-    return *jax.block_until_ready(results), jax.block_until_ready(pull(cotangents))
+
+    # One program each, and one at a time: the interpreter's callbacks run operations of their own,
+    # and wait for ever where something else was dispatched between them.
+    results = jax.block_until_ready(jax.jit(call)(*arrays))
+    gradients = jax.jit(lambda arrays, cotangents: jax.vjp(call, *arrays)[1](cotangents))
+    return *results, jax.block_until_ready(gradients(arrays, cotangents))
 
 
 def check(got, want, dtype):
@@ -209,7 +212,10 @@ def forward_alone(seed, kind, batch, tokens, slots, heads, widths, dtype):
     options = options_of(kind, rng, batch, tokens, slots)
     arrays, cotangents = poison(arrays, cotangents, limited(batch, tokens, slots, options))
     want = exact(arrays, cotangents, visible(batch, tokens, slots, **options), SCALE)
-    got = attention.expanded_attention(*arrays, scale=SCALE, interpret=INTERPRET, **options)
+    call = functools.partial(
+        attention.expanded_attention, scale=SCALE, interpret=INTERPRET, **options
+    )
+    got = jax.jit(call)(*arrays)
     check((*jax.block_until_ready(got), ()), want, dtype)
 
 
@@ -344,9 +350,9 @@ def test_one_plan_for_many_layers_and_vmap(monkeypatch):
     made = attention.plan_for(plan.limits_of(2, 72, 72), 72, (16, 16), 16)
     call = functools.partial(attention.expanded_attention, scale=SCALE, interpret=INTERPRET)
     want = exact(arrays, cotangents, visible(2, 72, 72), SCALE)
-    planned = jax.block_until_ready(call(*arrays, plan=made))
+    planned = jax.block_until_ready(jax.jit(call)(*arrays, plan=made))
     check((*planned, ()), want, "bfloat16")
-    each = jax.vmap(lambda *a: call(*(x[None] for x in a)))(*arrays)
+    each = jax.jit(jax.vmap(lambda *a: call(*(x[None] for x in a))))(*arrays)
     for one, two in zip(jax.block_until_ready(each), planned, strict=True):
         np.testing.assert_array_equal(one[:, 0], two)
 
@@ -365,7 +371,9 @@ def test_as_a_backend(monkeypatch):
     mask = np.asarray(seen.visible(jnp.arange(80)))[:, 0]
     want = exact(arrays, (np.zeros((2, 72, 1, 16)), np.zeros((2, 72, 1))), mask, SCALE)
     for planned in (seen, seen.replace(plan=backend.plan(seen, call))):
-        got = backend.expanded_attention(arrays[:2], store, planned, call)
+        got = jax.jit(lambda x, p=planned: backend.expanded_attention(x, store, p, call))(
+            arrays[:2]
+        )
         check((*jax.block_until_ready(got), ()), want, "bfloat16")
 
 
