@@ -112,11 +112,14 @@ def run(arrays, cotangents, scale, interpret=None, **options):
         attention.expanded_attention, scale=scale, interpret=interpret, **options
     )
 
-    # One program each, and one at a time: the interpreter's callbacks run operations of their own,
-    # and wait for ever where something else was dispatched between them.
-    results = jax.block_until_ready(jax.jit(call)(*arrays))
-    gradients = jax.jit(lambda arrays, cotangents: jax.vjp(call, *arrays)[1](cotangents))
-    return *results, jax.block_until_ready(gradients(arrays, cotangents))
+    # One program: the interpreter's callbacks run operations of their own, and wait for ever where
+    # something else is dispatched while they do.
+    @jax.jit
+    def both(arrays, cotangents):
+        results, pull = jax.vjp(call, *arrays)
+        return *results, pull(cotangents)
+
+    return jax.block_until_ready(both(arrays, cotangents))
 
 
 def check(got, want, dtype):
