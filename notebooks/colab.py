@@ -68,20 +68,18 @@ def set_up_cell(wheel: pathlib.Path) -> str:
     return cell.replace(ADDRESS, wheel.as_uri())
 
 
-def python(version: str = "3.13") -> str:
-    """The path of a Python of that version."""
-    if sys.version_info[:2] == tuple(map(int, version.split("."))):
+def colab_python() -> str | None:
+    """The path of a Python of Colab's version, where there is one."""
+    if sys.version_info[:2] == (3, 13):
         return sys.executable
     pyenv = pathlib.Path(os.environ.get("PYENV_ROOT", pathlib.Path.home() / ".pyenv"))
-    found = sorted(map(str, pyenv.glob(f"versions/{version}*/bin/python")))
-    if path := found[-1] if found else shutil.which(f"python{version}"):
-        return path
-    raise SystemExit(f"Colab has Python {version}: none was found in PATH or in pyenv.")
+    found = sorted(map(str, pyenv.glob("versions/3.13*/bin/python")))
+    return found[-1] if found else shutil.which("python3.13")
 
 
-def environment(scratch: pathlib.Path) -> tuple[str, pathlib.Path]:
+def environment(scratch: pathlib.Path, python: str) -> tuple[str, pathlib.Path]:
     """The Python of a new virtual environment that has pip alone, and a wheel of this checkout."""
-    subprocess.run([python(), "-m", "venv", scratch / "venv"], check=True)
+    subprocess.run([python, "-m", "venv", scratch / "venv"], check=True)
     own = str(scratch / "venv" / "bin" / "python")
     build = [own, "-m", "pip", "wheel", "-q", "--no-deps", "--wheel-dir", scratch, ROOT]
     subprocess.run(build, check=True)
@@ -116,12 +114,12 @@ def dry(own: str, cell: str, runtime: str, scratch: pathlib.Path) -> dict[str, s
     return new
 
 
-def full(scratch: pathlib.Path, chosen: list[str]) -> None:
+def full(scratch: pathlib.Path, python: str, chosen: list[str]) -> None:
     """Installs Colab's versions, and executes the notebooks on them, the set-up cell first."""
     import jupytext
     import nbclient
 
-    own, wheel = environment(scratch)
+    own, wheel = environment(scratch, python)
     subprocess.run([own, "-m", "pip", "install", "-q", *RUNTIMES["cpu"]], check=True)
     kernel = scratch / "jupyter" / "kernels" / "colab"
     kernel.mkdir(parents=True)
@@ -157,9 +155,15 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         scratch = pathlib.Path(name)
+        python = colab_python()
         if not options.dry:
-            return full(scratch, options.notebooks)
-        own, wheel = environment(scratch)
+            if python is None:
+                parser.error("Colab has Python 3.13: none was found in PATH or in pyenv.")
+            return full(scratch, python, options.notebooks)
+        if python is None:
+            python = sys.executable
+            print(f"No Python 3.13 was found: pip resolves for {python}.", file=sys.stderr)
+        own, wheel = environment(scratch, python)
         for runtime in RUNTIMES:
             dry(own, set_up_cell(wheel), runtime, scratch)
 
