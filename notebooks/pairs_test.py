@@ -55,7 +55,7 @@ def shown(cell):
 
 
 def same(kept, got):
-    """Whether two texts say the same: whole numbers exactly, others to 10%, tiny ones at all."""
+    """Whether two texts say the same: whole numbers exactly, others to 10%, not roundings."""
     if OWN.search(kept) and OWN.search(got):
         return True
     if NUMBER.sub("#", kept) != NUMBER.sub("#", got):
