@@ -1,12 +1,13 @@
 """Compiles the Hopper decode kernel for an H200 with no GPU there; prints what the compiler made.
 
-Per shape: registers and spilled bytes a thread, shared memory, matrix instructions, and the
-compiler's warnings. Fails where something spills or a warning says that matrix products were
-serialised. Needs jax's CUDA plugin (no driver) and a CUDA toolkit with `ptxas`; says so and leaves
-where one is missing.
+For every shape, on a dense cache and on pages, it prints registers and spilled bytes a thread,
+shared memory, matrix instructions, and the compiler's warnings. It fails where something spills or
+where a warning says that matrix products were serialised. It needs jax's CUDA plugin (no driver)
+and a CUDA toolkit with `ptxas`; where one is missing, it says so and leaves.
 """
 
 import argparse
+import itertools
 import os
 import pathlib
 import re
@@ -27,7 +28,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 
-from mla_jax.cache import Dense  # noqa: E402
+from mla_jax.cache import PAGE, Dense, Paged  # noqa: E402
 from mla_jax.ops import dispatch, hopper  # noqa: E402
 from mla_jax.ops.seen import Seen  # noqa: E402
 
@@ -45,26 +46,29 @@ H200 = """gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32
   device_description_str: "NVIDIA H200" """
 
 
-def compile_shape(target, batch, heads, tokens, rank, rope, slots, dtype):
+def compile_shape(target, batch, heads, tokens, rank, rope, slots, dtype, paged):
     """Compiles one call; leaves its PTX in DUMP."""
     from jax._src.mesh import AbstractDevice  # where jax has it today
     from jax.sharding import AbstractMesh, SingleDeviceSharding
 
     where = SingleDeviceSharding(target)
     struct = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=where)  # noqa: E731
-    widths = ((batch, tokens, heads, rank), (batch, tokens, heads, rope), (batch, slots, rank),
-              (batch, slots, rope))  # fmt: skip
+    held = (batch * slots // PAGE, PAGE) if paged else (batch, slots)
+    widths = ((batch, tokens, heads, rank), (batch, tokens, heads, rope), (*held, rank),
+              (*held, rope))  # fmt: skip
     args = [struct(shape, dtype) for shape in widths] + [struct((batch,), jnp.int32)]
-    (batch, tokens, heads, rank), (slots, rope) = args[0].shape, args[3].shape[1:]
+    if paged:
+        args.append(struct((batch, slots // PAGE), jnp.int32))
     static = dispatch.Call(
         "latent_attention", batch, tokens, slots, heads, (rank, rope), rank, args[0].dtype.name,
-        ("lengths",), scale=192**-0.5,
+        ("lengths",), "paged" if paged else "dense", 192**-0.5,
     )  # fmt: skip
 
-    def call(*a):
-        seen = Seen.of(a[4], batch=batch, queries=tokens, slots=slots)
-        store = Dense({"latent": a[2], "k_rope": a[3]})
-        return hopper.latent_attention(a[:2], store, seen, static)
+    def call(pattern, q_rope, latent, k_rope, lengths, table=None):
+        seen = Seen.of(lengths, batch=batch, queries=tokens, slots=slots)
+        store = Dense({"latent": latent, "k_rope": k_rope})
+        store = Paged(store, table) if paged else store
+        return hopper.latent_attention((pattern, q_rope), store, seen, static)
 
     # Pallas asks which GPU it lowers for: an abstract one answers.
     device = AbstractDevice(device_kind=target.device_kind, num_cores=132, platform="gpu")
@@ -74,7 +78,7 @@ def compile_shape(target, batch, heads, tokens, rank, rope, slots, dtype):
 
 
 def quick_dumps():
-    """Debug dumps print every operation of a constraint in full: most of the compile time."""
+    """Shortens debug dumps: to print every operation of a constraint takes most of the time."""
     from jax.experimental.mosaic.gpu import layout_inference
 
     for kind in vars(layout_inference).values():
@@ -111,14 +115,16 @@ def main():
     except Exception as error:
         sys.exit(f"skipped: jax's CUDA plugin is not here ({error})")
     quick_dumps()
-    print(f"jax {jax.__version__}, {ptxas}\n\n| B, N, T, R, P | registers | spilled bytes | "
-          "shared memory | wgmma | warnings |\n|---|---|---|---|---|---|")  # fmt: skip
+    print(f"jax {jax.__version__}, {ptxas}\n\n| B, N, T, R, P | cache | registers | spilled bytes | "
+          "shared memory | wgmma | warnings |\n|---|---|---|---|---|---|---|")  # fmt: skip
     bad = False
-    for shape in SHAPES[:1] if options.quick else SHAPES:
+    shapes = SHAPES[:1] if options.quick else SHAPES
+    for shape, paged in itertools.product(shapes, (False, True)):
         shutil.rmtree(DUMP, ignore_errors=True)
         DUMP.mkdir()
         os.environ["MOSAIC_GPU_DUMP_RESOURCES"] = "1"
-        compile_shape(topology.devices[0], *shape, options.slots, jnp.dtype(options.dtype))
+        dtype = jnp.dtype(options.dtype)
+        compile_shape(topology.devices[0], *shape, options.slots, dtype, paged)
         found = sorted(DUMP.glob("*.ptx"))
         if not found:
             sys.exit(f"{shape}: no PTX was written")
@@ -127,7 +133,7 @@ def main():
         for ptx in found:
             registers, spilled, products, warnings = report(ptx, ptxas)
             bad |= spilled > 0 or not products or bool(SERIALISED & set(warnings))
-            cells = (", ".join(map(str, shape)), registers, spilled, ", ".join(shared), products,
+            cells = (", ".join(map(str, shape)), "pages" if paged else "dense", registers, spilled, ", ".join(shared), products,
                      ", ".join(warnings))  # fmt: skip
             print(f"| {' | '.join(map(str, cells))} |", flush=True)
     shutil.rmtree(DUMP, ignore_errors=True)

@@ -28,7 +28,7 @@ import mla_jax
 from mla_jax import MLAConfig, MultiHeadLatentAttention, target
 from mla_jax.ops import dispatch, tpu
 from mla_jax.ops.seen import Seen
-from mla_jax.ops.tpu import Plan, kernel
+from mla_jax.ops.tpu import Plan, compute, copies, kernel, walk
 
 SCALE = 0.11
 # bfloat16: rounded weights and a rounded result, each within half a unit of the last place.
@@ -171,46 +171,47 @@ def test_halves_merge(rng):
     np.testing.assert_allclose(merged[1], whole[1], atol=1e-5)
 
 
+Walk, Copies, Compute = walk.Walk, copies.Copies, compute.Compute
+
+
 @contextlib.contextmanager
-def opening(walk, broken):
+def opening(broken):
     """Breaks where maxima and sums begin anew, but not whose queries are copied and waited for."""
-    broken = functools.partialmethod(broken, real=walk.opens)
+    broken = functools.partialmethod(broken, real=Walk.opens)
 
     def within(method):
         def traced(*args, **options):
-            with mock.patch.object(walk, "opens", broken):
+            with mock.patch.object(Walk, "opens", broken):
                 return method(*args, **options)
 
         return traced
 
-    changed = {name: within(getattr(walk, name)) for name in ("score", "weigh")}
-    with mock.patch.multiple(walk, **changed):
+    changed = {name: within(getattr(Compute, name)) for name in ("score", "weigh")}
+    with mock.patch.multiple(Compute, **changed):
         yield
 
 
 PLANTED = {
-    "off_by_one_slot": lambda walk: mock.patch.object(
-        walk, "limits", lambda self, row, real=walk.limits: [n - 1 for n in real(self, row)]
+    "off_by_one_slot": lambda: mock.patch.object(
+        Walk, "limits", lambda self, row, real=Walk.limits: [n - 1 for n in real(self, row)]
     ),
-    "future_token_visible": lambda walk: mock.patch.object(
-        walk, "limits", lambda self, row, real=walk.limits: [real(self, row)[-1]] * 2
+    "future_token_visible": lambda: mock.patch.object(
+        Walk, "limits", lambda self, row, real=Walk.limits: [real(self, row)[-1]] * 2
     ),
-    "row_goes_on_from_the_last": lambda walk: opening(
-        walk, lambda self, step, number, at, real: real(self, step, number, at) & (at.row == 0)
+    "row_goes_on_from_the_last": lambda: opening(
+        lambda self, step, number, at, real: real(self, step, number, at) & (at.row == 0)
     ),
-    "only_the_last_piece": lambda walk: opening(
-        walk, lambda self, step, number, at, real: jnp.bool_(True)
+    "only_the_last_piece": lambda: opening(lambda self, step, number, at, real: jnp.bool_(True)),
+    "no_mask": lambda: mock.patch.object(Compute, "masked", lambda self, place, scores: scores),
+    "tiles_not_cleared": lambda: mock.patch.object(Copies, "clear_tiles", return_value=None),
+    "ends_not_cleared": lambda: mock.patch.object(Copies, "clear_ends", return_value=None),
+    "whole_too_often": lambda: mock.patch.object(
+        Walk, "whole",
+        lambda self, at, real=Walk.whole: real(self, at._replace(piece=at.piece - 1)),
     ),
-    "no_mask": lambda walk: mock.patch.object(walk, "masked", lambda self, place, scores: scores),
-    "tiles_not_cleared": lambda walk: mock.patch.object(walk, "clear_tiles", return_value=None),
-    "ends_not_cleared": lambda walk: mock.patch.object(walk, "clear_ends", return_value=None),
-    "whole_too_often": lambda walk: mock.patch.object(
-        walk, "whole",
-        lambda self, at, real=walk.whole: real(self, at._replace(piece=at.piece - 1)),
-    ),
-    "wait_forgotten": lambda walk: mock.patch.object(walk, "wait", return_value=None),
-    "stored_too_early": lambda walk: mock.patch.object(walk, "wait_stored", return_value=None),
-    "queries_overwritten": lambda walk: mock.patch.object(kernel, "rows_held", return_value=1),
+    "wait_forgotten": lambda: mock.patch.object(Copies, "wait", return_value=None),
+    "stored_too_early": lambda: mock.patch.object(kernel.Core, "wait_stored", return_value=None),
+    "queries_overwritten": lambda: mock.patch.object(kernel, "rows_held", return_value=1),
 }  # fmt: skip
 
 
@@ -235,7 +236,7 @@ def test_planted_bugs_are_noticed(bug, piece, rng):
         check(args, lengths, block=256, piece=piece)
         return
     noticed = (AssertionError, jax.errors.JaxRuntimeError)  # the latter of some races
-    with PLANTED[bug](kernel.Walk), pytest.raises(noticed, match=r"RACE|races_found|<|Not equal"):
+    with PLANTED[bug](), pytest.raises(noticed, match=r"RACE|races_found|<|Not equal"):
         check(args, lengths, block=256, piece=piece)
 
 
