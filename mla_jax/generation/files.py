@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from mla_jax.families import read_json
+from mla_jax.families import read_json, resolve
 from mla_jax.generation import chat
 from mla_jax.generation.vocabulary import SentencePiece, Tiktoken, Tokenizers, Vocabulary
 
@@ -46,26 +46,8 @@ def checkpoint_folder(path: str | os.PathLike) -> pathlib.Path:
     ...     checkpoint_folder(folder) == pathlib.Path(folder)
     True
     """
-    local = pathlib.Path(path)
-    if local.exists():
-        return local if local.is_dir() else local.parent
-    if str(path).count("/") == 1 and not str(path).startswith((".", "/", "~")):
-        try:
-            from huggingface_hub import snapshot_download  # pyrefly: ignore[missing-import]
-        except ImportError as error:
-            raise FileNotFoundError(
-                f"{path} is neither a file nor a folder; to fetch a repository of that name from "
-                "the Hugging Face hub, install huggingface_hub."
-            ) from error
-        patterns = ["*.json", "*.model", "*.jinja"]
-        try:
-            return pathlib.Path(snapshot_download(str(path), allow_patterns=patterns))
-        except (OSError, ValueError) as error:  # of many lines, such as the network's
-            first = str(error).strip().splitlines()[0]
-            raise FileNotFoundError(
-                f"{path} is neither a file nor a folder, nor could it be fetched: {first}"
-            ) from error
-    raise FileNotFoundError(f"{path} is neither a file nor a folder.")
+    found = resolve(path, weights=False)
+    return found if found.is_dir() else found.parent
 
 
 @dataclasses.dataclass(frozen=True)

@@ -349,9 +349,13 @@ def test_a_layer_behind_the_last_is_refused_by_attention_layers_too(v3):
     folder = put(config, tensors)
     assert checkpoint.Checkpoint(folder).layers() == [0, 1, 2]
     checkpoint.Checkpoint(folder).attention(0)
+    silent = {key: value for key, value in config.items() if key != "num_nextn_predict_layers"}
+    checkpoint.Checkpoint(put(silent, tensors)).attention(0)
     del tensors[f"{MTP}eh_proj.weight"]
-    with pytest.raises(ValueError, match=r"model\.layers\.3\..*num_hidden_layers=3, and a block"):
-        checkpoint.Checkpoint(put(config, tensors)).attention(0)
+    for drafts, other in ((None, silent), (0, config | {"num_nextn_predict_layers": 0})):
+        message = rf"model\.layers\.3\..*num_hidden_layers=3 and num_nextn_predict_layers={drafts}"
+        with pytest.raises(ValueError, match=message):
+            checkpoint.Checkpoint(put(other, tensors)).attention(0)
 
 
 @pytest.mark.parametrize("through", ["decoder", "attention"])
@@ -415,6 +419,32 @@ def test_logits_of_quantised_models_are_those_of_their_numbers(tmp_path):
         a = load(write(tmp_path / "a", config, tensors))
         b = load(write(tmp_path / "b", plain, exact))
         np.testing.assert_array_equal(logits(a, tokens), logits(b, tokens))
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1])
+@pytest.mark.parametrize(
+    "form", ["", " fp8", " int8", " int4"], ids=["plain", "fp8", "int8", "int4"]
+)
+def test_any_axis_of_any_weight_can_be_split(form, axis, tmp_path):
+    """Heads' channels, too, which are not next to each other in torch's rows."""
+    config, tensors, _ = base(f"deepseek_v3{form}")
+    folder = write(tmp_path, config, tensors)
+    mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
+    split = []
+
+    def place(path, shape):
+        at = axis % len(shape) if axis < len(shape) else 0
+        if shape[at] % 2:
+            return jax.NamedSharding(mesh, jax.P())
+        split.append(path)
+        return jax.NamedSharding(mesh, jax.P(*(["x" if i == at else None for i in range(at + 1)])))
+
+    whole, parts = load(folder, mtp=True), load(folder, mtp=True, sharding=place)
+    assert len(split) > 20
+    for (path, a), (_, b) in zip(
+        nnx.to_flat_state(nnx.state(whole)), nnx.to_flat_state(nnx.state(parts)), strict=True
+    ):
+        np.testing.assert_array_equal(np.asarray(a[...]), np.asarray(b[...]), err_msg=str(path))
 
 
 def test_a_vision_towers_tensors_may_stay(tmp_path):

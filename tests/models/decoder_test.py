@@ -182,8 +182,20 @@ def test_random_weights_have_the_models_shapes(dense):
     config = config.replace(attention=config.attention.replace(num_hidden_layers=3))
     made = random_decoder(config, mtp=True)
     model = nnx.eval_shape(lambda: Decoder(config, mtp=True, rngs=nnx.Rngs(0)))
-    flat = [nnx.to_flat_state(nnx.state(m, nnx.Param)) for m in (made, model)]
+    flat = [nnx.to_flat_state(nnx.state(m)) for m in (made, model)]  # the routers' biases too
     assert flat[0].paths == flat[1].paths
     for ours, theirs in zip(flat[0].leaves, flat[1].leaves, strict=True):
         assert ours.shape == theirs.shape
         assert isinstance(ours[...], jax.Array)
+
+
+def test_random_weights_are_like_the_constructors():
+    config = DecoderConfig.from_preset("tiny")
+    made = random_decoder(config, param_dtype=jnp.bfloat16)
+    model = Decoder(config, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    flat = [nnx.to_flat_state(nnx.state(m)) for m in (made, model)]
+    assert flat[0].paths == flat[1].paths
+    for ours, theirs in zip(flat[0].leaves, flat[1].leaves, strict=True):
+        assert (type(ours), ours.shape, ours.dtype) == (type(theirs), theirs.shape, theirs.dtype)
+        a, b = (float(jnp.std(leaf[...].astype(jnp.float32))) for leaf in (ours, theirs))
+        assert a == pytest.approx(b, rel=0.15)
