@@ -115,8 +115,8 @@ def main():
     except Exception as error:
         sys.exit(f"skipped: jax's CUDA plugin is not here ({error})")
     quick_dumps()
-    print(f"jax {jax.__version__}, {ptxas}\n\n| B, N, T, R, P | cache | registers | spilled bytes | "
-          "shared memory | wgmma | warnings |\n|---|---|---|---|---|---|---|")  # fmt: skip
+    print(f"jax {jax.__version__}, {ptxas}\n\n| B, N, T, R, P | cache | registers | "
+          "spilled bytes | shared memory | wgmma | warnings |\n|---|---|---|---|---|---|---|")  # fmt: skip
     bad = False
     shapes = SHAPES[:1] if options.quick else SHAPES
     for shape, paged in itertools.product(shapes, (False, True)):
@@ -133,8 +133,8 @@ def main():
         for ptx in found:
             registers, spilled, products, warnings = report(ptx, ptxas)
             bad |= spilled > 0 or not products or bool(SERIALISED & set(warnings))
-            cells = (", ".join(map(str, shape)), "pages" if paged else "dense", registers, spilled, ", ".join(shared), products,
-                     ", ".join(warnings))  # fmt: skip
+            cells = (", ".join(map(str, shape)), "pages" if paged else "dense", registers, spilled,
+                     ", ".join(shared), products, ", ".join(warnings))  # fmt: skip
             print(f"| {' | '.join(map(str, cells))} |", flush=True)
     shutil.rmtree(DUMP, ignore_errors=True)
     sys.exit("spills, or matrix products were serialised" if bad else 0)

@@ -21,8 +21,10 @@ from mla_jax.ops.hopper.schedule import BLOCK, TILE, Column
 def decode(operands, schedule, table, shape: Shape, batch: int, interpret: Any):
     """`kernel.decode` in the interpreter, with its parameters."""
     options = launch_options(shape) | {"interpret": interpret}
-    results = launch(InterpretedPart, operands, schedule, table, shape, batch, **options)
-    return _merged(*results, schedule, shape, options)
+    out, lse, part_out, part_lse = launch(
+        InterpretedPart, operands, schedule, table, shape, batch, **options
+    )
+    return _merged(out, lse, part_out, part_lse, schedule, shape, options)
 
 
 def _merged(out, lse, part_out, part_lse, schedule, shape, options):
