@@ -116,7 +116,8 @@ def main():
         sys.exit(f"skipped: jax's CUDA plugin is not here ({error})")
     quick_dumps()
     print(f"jax {jax.__version__}, {ptxas}\n\n| B, N, T, R, P | cache | registers | "
-          "spilled bytes | shared memory | wgmma | warnings |\n|---|---|---|---|---|---|---|")  # fmt: skip
+          "spilled bytes | shared memory | wgmma | warnings |\n"
+          f"|{'---|' * 7}")  # fmt: skip
     bad = False
     shapes = SHAPES[:1] if options.quick else SHAPES
     for shape, paged in itertools.product(shapes, (False, True)):

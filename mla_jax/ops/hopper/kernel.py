@@ -32,19 +32,18 @@ The left halves k[0] and k[2] are the values of warpgroup 0, the right ones thos
 the scores of block b, which warpgroup b makes, read both halves of b. The two wait for copies at
 memory barriers, and for each other at named barriers (4 and up: Mosaic GPU uses those below):
 
-    barrier    completes when                             and then
-    k_bar[i]   k[i] is filled                             warpgroup i // 2 makes scores from it
-    kr_bar[b]  kr[b] is filled                            warpgroup b makes scores from it
-    q_bar      both halves of q are filled                both make scores from them
-    max0       0 has put its maximum into stat            1 takes it into its own; 0's scores are
-                                                          done, so that q may be refilled
-    max1       1 has put the joint maximum into stat, k   0 refills k[0], kr[0], and rescales p0
-               has been read for its scores
-    p0         0 has put p0 into p                        1 multiplies it with k[1]
-    issued     1 has put p1 into p, and k[2], k[3] are    0 multiplies p1 with k[2]
-               cleared past the row's end
-    meet       both have put their sums into stat; again  both normalise; again: both may
-               when both have read them                   overwrite the sums
+    barrier    completes when                               and then
+    k_bar[i]   k[i] is filled                               warpgroup i // 2 makes scores from it
+    kr_bar[b]  kr[b] is filled                              warpgroup b makes scores from it
+    q_bar      both halves of q are filled                  both make scores from them
+    max0       0 has its scores and their maximum in stat,  1 makes the joint maximum, refills q
+               and has read p[1] of the step before         for a new row, and writes p[1]
+    max1       1 has the joint maximum in stat, and has     0 rescales p0 and writes p[0]
+               read p[0] of the step before
+    p0         0 has written p[0]                           1 multiplies it with k[1]
+    issued     1 has written p[1] and knows k[2] is filled  0 multiplies p[1] with k[2]
+    meet       both have their sums in stat; later, both    both normalise; later, both may
+               have read them                               overwrite the sums
 
 Letters: B batch, T query tokens, N heads, S cache slots, R latent width, P rope width, M pages of a
 row.
