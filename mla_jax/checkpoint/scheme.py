@@ -132,7 +132,8 @@ def _forms(config: Mapping[str, Any], where: str) -> tuple[Form, ...]:
         return _grains(dtypes, ("block",), block, exponents)
     if method == "blockwise_int8":
         raise ValueError(f"{where} lacks weight_block_size.")
-    return _grains(dtypes, ("tensor", "row"), None, exponents)
+    grains = ("tensor", "row") if method in ("fp8", "modelopt") else ("row",)
+    return _grains(dtypes, grains, None, exponents)
 
 
 def _compressed(config: Mapping[str, Any], where: str) -> tuple[Form, ...]:

@@ -288,7 +288,7 @@ class MultiHeadLatentAttention(nnx.Module):
         self._check_store(view, batch)
         form = step.form
         if form == "auto":
-            form = choose_form(self.config, queries=x.shape[1], slots=step.slots)
+            form = self._form(x.shape[1], step.slots)
         x, by = step.clear(x), step.rotation(self.config)
         q_nope, q_rope, gate = self._queries(x, step.positions, by)
         latent, k_rope = self._latents(x, by)
@@ -308,6 +308,12 @@ class MultiHeadLatentAttention(nnx.Module):
     def w_uv(self) -> Float[Array, "R N V"]:
         """W_UV, the part of kv_b_proj that makes values: applied after mixing when absorbed."""
         return self._kv_b()[..., self.config.qk_nope_head_dim :]
+
+    def _form(self, queries, slots):
+        """The form that is cheaper; under `jax.export` sizes may be symbols."""
+        if not isinstance(queries, int):
+            return "expanded"
+        return choose_form(self.config, queries, slots if isinstance(slots, int) else 2**30)
 
     def _kv_b(self):
         config = self.config

@@ -96,6 +96,12 @@ def context_attention(
         k_nope, value = jnp.split(expanded, [nope], axis=-1)
         return (k_nope, held["k_rope"]), value
 
+    (batch, tokens), slots = queries[0].shape[:2], store.slots
+    if not all(isinstance(size, int) for size in (batch, tokens, slots)):  # under jax.export
+        visible = seen.visible(jnp.arange(slots, dtype=jnp.int32))
+        alive = jnp.broadcast_to(visible.any(axis=(1, 2)), (batch, slots))
+        keys, value = load(0, slots, alive)
+        return _whole(queries, keys, value, visible, call)
     zero = _zero_of(queries, store, kv_b, seen)
     return _blocks(queries, load, seen, store.slots, kv_b.shape[-1] - nope, False, zero, call)
 
@@ -196,10 +202,12 @@ def _whole(queries, keys, value, seen, call):
     scores = _scores(queries, keys, shared, call)
     scores = scores + jnp.where(seen, 0.0, _MASKED)
     any_seen = seen.any(-1, keepdims=True)
-    if scores.shape[-1] <= _FUSED_ROW:
-        out = _mix(jax.nn.softmax(scores, axis=-1) * any_seen, value, shared, call)
+    some = any_seen.astype(scores.dtype)
+    slots = scores.shape[-1]
+    if isinstance(slots, int) and slots <= _FUSED_ROW:
+        out = _mix(jax.nn.softmax(scores, axis=-1) * some, value, shared, call)
     else:
-        weights = jnp.exp(scores - scores.max(-1, keepdims=True)) * any_seen
+        weights = jnp.exp(scores - scores.max(-1, keepdims=True)) * some
         total = weights.sum(-1, keepdims=True)
         out = _mix(weights, value, shared, call) / jnp.where(any_seen, total, 1)
     lse = jax.nn.logsumexp(jnp.where(seen, scores, _MASKED), axis=-1)

@@ -223,7 +223,7 @@ BAD = [
     (lambda layer: layer.decode(X, make(PLAIN.replace(kv_lora_rank=8)).init_cache(2, 8)),
      r"cache.latent has shape \(2, 8, 8\)"),
     (lambda layer: layer.decode(X, layer.init_cache(3, 8)), "cache has 1 stores of 3 rows"),
-    (lambda layer: layer.decode(X, layer.init_cache(2, 8, jnp.bfloat16)), "the cache holds bfloat16"),
+    (lambda layer: layer.decode(X, layer.init_cache(2, 8, jnp.bfloat16)), "holds bfloat16"),
     (lambda layer: layer.prefill(X, layer.init_cache(2, 8), jnp.array([6, 1])), "each must"),
     (lambda layer: layer.prefill(X, layer.init_cache(2, 4)), "max_length=4"),
     (lambda layer: make(implementation="triton"), "implementation='triton'"),

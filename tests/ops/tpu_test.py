@@ -391,13 +391,15 @@ def test_in_scan_and_shard_map(rng):
     np.testing.assert_allclose(lse, want[1], atol=1e-5)
 
 
-def test_a_layer_decodes_with_it():
+@pytest.mark.parametrize("pages", [None, 3], ids=["dense", "pages"])
+def test_a_layer_decodes_with_it(pages):
     config = MLAConfig.from_preset("tiny").replace(kv_lora_rank=128)
     layer = MultiHeadLatentAttention(config, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(1), (2, 7, config.hidden_size))
     full = layer(x)
-    y, cache = layer.prefill(x[:, :4], layer.init_cache(2, 128), form="expanded")
+    y, cache = layer.prefill(x[:, :4], layer.init_cache(2, 128, pages=pages), form="expanded")
     decode = jax.jit(lambda layer, x, cache: layer.decode(x, cache, form="absorbed"))
+    assert "pallas_tpu" in decode.lower(layer, x[:, 4:], cache).as_text(debug_info=True)
     more, cache = decode(layer, x[:, 4:], cache)
     np.testing.assert_allclose(jnp.concatenate([y, more], 1), full, atol=1e-5)
     assert cache.length.tolist() == [7, 7]
