@@ -1,9 +1,10 @@
 """Compiles the Hopper kernels for an H200 with no GPU there; prints what the compiler made.
 
-Per shape: registers and spilled bytes a thread, shared memory, matrix instructions, and the
-compiler's warnings. Fails where more spills than is known to cost nothing, or where a warning says
-that matrix products were serialised. Needs jax's CUDA plugin (no driver) and a CUDA toolkit with
-`ptxas`; says so and leaves where one is missing.
+For every shape, of the decode kernel on a dense cache and on pages, it prints registers and spilled
+bytes a thread, shared memory, matrix instructions, and the compiler's warnings. It fails where more
+spills than is known to cost nothing, or where a warning says that matrix products were serialised.
+It needs jax's CUDA plugin (no driver) and a CUDA toolkit with `ptxas`; where one is missing, it
+says so and leaves.
 """
 
 import argparse
@@ -28,7 +29,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 
-from mla_jax.cache import Dense  # noqa: E402
+from mla_jax.cache import PAGE, Dense, Paged  # noqa: E402
 from mla_jax.ops import dispatch, hopper  # noqa: E402
 from mla_jax.ops.hopper import attention  # noqa: E402
 from mla_jax.ops.seen import Seen  # noqa: E402
@@ -51,21 +52,26 @@ H200 = """gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32
   device_description_str: "NVIDIA H200" """
 
 
-def compile_shape(target, batch, heads, tokens, rank, rope, slots, dtype):
+def compile_shape(target, batch, heads, tokens, rank, rope, slots, dtype, paged=False):
     """Compiles one call of the decode kernel; leaves its PTX in DUMP."""
-    shapes = ((batch, tokens, heads, rank), (batch, tokens, heads, rope), (batch, slots, rank),
-              (batch, slots, rope))  # fmt: skip
+    held = (batch * slots // PAGE, PAGE) if paged else (batch, slots)
+    shapes = ((batch, tokens, heads, rank), (batch, tokens, heads, rope), (*held, rank),
+              (*held, rope))  # fmt: skip
     static = dispatch.Call(
         "latent_attention", batch, tokens, slots, heads, (rank, rope), rank, dtype.name,
-        ("lengths",), scale=192**-0.5,
+        ("lengths",), "paged" if paged else "dense", 192**-0.5,
     )  # fmt: skip
 
-    def call(*a):
-        seen = Seen.of(a[4], batch=batch, queries=tokens, slots=slots)
-        store = Dense({"latent": a[2], "k_rope": a[3]})
-        return hopper.latent_attention(a[:2], store, seen, static)
+    def call(pattern, q_rope, latent, k_rope, lengths, table=None):
+        seen = Seen.of(lengths, batch=batch, queries=tokens, slots=slots)
+        store = Dense({"latent": latent, "k_rope": k_rope})
+        store = Paged(store, table) if paged else store
+        return hopper.latent_attention((pattern, q_rope), store, seen, static)
 
-    lower(target, call, [*((shape, dtype) for shape in shapes), ((batch,), jnp.int32)])
+    arguments = [*((shape, dtype) for shape in shapes), ((batch,), jnp.int32)]
+    if paged:
+        arguments.append(((batch, slots // PAGE), jnp.int32))
+    lower(target, call, arguments)
 
 
 def lower(target, call, arguments):
@@ -138,13 +144,15 @@ def main():
     quick_dumps()
     print(f"jax {jax.__version__}, {ptxas}\n\n| kernel | shape | registers | spilled bytes | "
           "shared memory | wgmma | warnings |\n|---|---|---|---|---|---|---|")  # fmt: skip
-    decode = lambda *shape: compile_shape(  # noqa: E731
-        topology.devices[0], *shape, options.slots, jnp.dtype(options.dtype)
+    decode = lambda *shape, paged=False: compile_shape(  # noqa: E731
+        topology.devices[0], *shape, options.slots, jnp.dtype(options.dtype), paged
     )
     expanded = lambda *widths: compile_attention(  # noqa: E731
         topology.devices[0], *widths, jnp.dtype(options.dtype)
     )
-    calls = [(decode, shape) for shape in (SHAPES[:1] if options.quick else SHAPES)]
+    on_pages = functools.partial(decode, paged=True)
+    shapes = SHAPES[:1] if options.quick else SHAPES
+    calls = [(call, shape) for shape in shapes for call in (decode, on_pages)]
     calls += [(expanded, widths) for widths in (() if options.quick else ATTENTION)]
     bad = False
     for compile_call, shape in calls:
@@ -163,6 +171,7 @@ def main():
             registers, spilled, products, warnings = report(ptx, ptxas)
             bad |= spilled > SPILLS.get(name, 0) or not products
             bad |= bool(SERIALISED & set(warnings))
+            name += " on pages" * (compile_call is on_pages)
             cells = (name, ", ".join(map(str, shape)), registers, spilled, ", ".join(shared),
                      products, ", ".join(warnings))  # fmt: skip
             print(f"| {' | '.join(map(str, cells))} |", flush=True)
