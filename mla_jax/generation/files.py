@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import importlib
 import os
 import pathlib
 from collections.abc import Mapping
@@ -131,12 +132,7 @@ def read_vocabulary(folder: pathlib.Path, settings: Settings) -> Vocabulary | No
 
 
 def _read_tokenizers(file: pathlib.Path, settings: Settings) -> Vocabulary:
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise ImportError(
-            f'{file} needs the tokenizers library: pip install "mla-jax[generate]".'
-        ) from error
+    tokenizers = _library("tokenizers", file, "generate")
     try:
         library = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exceptions
@@ -155,13 +151,17 @@ def _read_tokenizers(file: pathlib.Path, settings: Settings) -> Vocabulary:
     return Tokenizers(library, settings.special)
 
 
-def _read_tiktoken(file: pathlib.Path, settings: Settings) -> Vocabulary:
+def _library(name: str, file: pathlib.Path, extra: str) -> Any:
     try:
-        import tiktoken
+        return importlib.import_module(name)
     except ImportError as error:
         raise ImportError(
-            f'{file} needs the tiktoken library: pip install "mla-jax[tiktoken]".'
+            f'{file} needs the {name} library: pip install "mla-jax[{extra}]".'
         ) from error
+
+
+def _read_tiktoken(file: pathlib.Path, settings: Settings) -> Vocabulary:
+    tiktoken = _library("tiktoken", file, "tiktoken")
     # tiktoken's own loader would keep a copy by the file's path, and use it when the file changed.
     try:
         lines = [line.split() for line in file.read_bytes().splitlines() if line]
@@ -182,12 +182,7 @@ def _read_tiktoken(file: pathlib.Path, settings: Settings) -> Vocabulary:
 
 
 def _read_sentencepiece(file: pathlib.Path, settings: Settings) -> Vocabulary:
-    try:
-        import sentencepiece
-    except ImportError as error:
-        raise ImportError(
-            f'{file} needs the sentencepiece library: pip install "mla-jax[sentencepiece]".'
-        ) from error
+    sentencepiece = _library("sentencepiece", file, "sentencepiece")
     try:
         library = sentencepiece.SentencePieceProcessor(model_file=str(file))
     except (OSError, RuntimeError) as error:

@@ -23,7 +23,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from mla_jax import target
-from mla_jax.cache import Dense, Store
+from mla_jax.cache import Store
 from mla_jax.ops.seen import Seen, visible
 
 _WHOLE_SCORES = (
@@ -44,6 +44,13 @@ def why_not(call, target) -> str | None:
     return None
 
 
+# Names of a store's arrays that are the keys of the queries' two parts, and the values.
+_ARRAYS = {
+    "latent_attention": ("latent", "k_rope", "latent"),
+    "expanded_attention": ("k_nope", "k_rope", "value"),
+}
+
+
 # Jitted here too, so that eager calls do not compile their loops anew each time.
 @functools.partial(jax.jit, static_argnames="call")
 def latent_attention(
@@ -52,21 +59,11 @@ def latent_attention(
     seen: Seen,
     call,
 ) -> tuple[Float[Array, "B T N R"], Float[Array, "B T N"]]:
-    """The absorbed form: see `ops.latent_attention`."""
-    pick = lambda held: ((held["latent"], held["k_rope"]), held["latent"])  # noqa: E731
-    return _attend(queries, store, pick, seen, call)
+    """The absorbed form: see `ops.latent_attention`. The expanded form differs in its store."""
+    return _attend(queries, store, seen, call)
 
 
-@functools.partial(jax.jit, static_argnames="call")
-def expanded_attention(
-    queries: tuple[Float[Array, "B T N H"], Float[Array, "B T N P"]],
-    store: Dense,
-    seen: Seen,
-    call,
-) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
-    """The expanded form: see `ops.expanded_attention`."""
-    pick = lambda held: ((held["k_nope"], held["k_rope"]), held["value"])  # noqa: E731
-    return _attend(queries, store, pick, seen, call)
+expanded_attention = latent_attention
 
 
 @functools.partial(jax.jit, static_argnames="call")
@@ -106,12 +103,13 @@ def context_attention(
     return _blocks(queries, load, seen, store.slots, kv_b.shape[-1] - nope, False, zero, call)
 
 
-def _attend(queries, store, pick, seen, call):
+def _attend(queries, store, seen, call):
     """Attention with scores summed over pairs of a query and a key.
 
-    `pick` takes the arrays of a block of slots to their keys and value: [B S K], shared by all
-    heads, or [B S N K], per head.
+    Keys and values are [B S K], shared by all heads, or [B S N K], per head.
     """
+    nope, rope, of_value = _ARRAYS[call.op]
+    pick = lambda held: ((held[nope], held[rope]), held[of_value])  # noqa: E731
     batch, tokens, heads = queries[0].shape[:3]
     slots, shared = store.slots, call.op == "latent_attention"
 
