@@ -388,7 +388,8 @@ class Part:
             return None
         over = step + 1 >= row_end()
         row = jnp.where(over, jnp.minimum(row + 1, end_row), row)
-        return self.page(row, jnp.where(over, 0, slot + STEP)) + 0
+        slot = jnp.where(over, 0, slot + STEP)
+        return self.table[row, lax.div(slot, jnp.int32(STEP))] + 0
 
     def source(self, row, slot, length, page):
         return source_slot(row, slot, length, self.shape.slots, self.k_hbm.shape[0], page)
@@ -518,9 +519,8 @@ class Part:
 
     def store(self, ref, value, row, column, count):
         if value.ndim == 2:
-            mosaic.store_rows(ref, value, row, column, count)
-        else:
-            mosaic.store_row_values(ref, value, row, count)
+            return mosaic.store_rows(ref, value, row, column, count)
+        return mosaic.store_row_values(ref, value, row, count)
 
     # -- between the two warpgroups: one does arrive(flag), the other wait(flag); and between parts
     def arrive(self, flag):
