@@ -122,8 +122,8 @@ def generate(
         tokenizer: of the model; needed for texts and stop strings, and gives `Result.texts`.
         cache: one that holds something already, such as another call's `Result.cache`, with a row
             for every prompt; donated. The prompts are what follows: each begins with its row's
-            last token, which that cache does not hold. Of a drafter it holds nothing, so draft="mtp"
-            begins anew with the prompts. None is an empty one.
+            last token, which that cache does not hold. Of a drafter it holds nothing, so
+            draft="mtp" begins anew with the prompts. None is an empty one.
         on_tokens: called with a row's index and its next tokens as they come.
         on_text: called with a row's index and its next text as it comes; needs a tokenizer.
         **options: of `Request` and `Sampling`, in place of the request's.
@@ -478,10 +478,10 @@ class _Clock:
         """Calls a function; the seconds in which it traced and compiled are counted apart."""
         compiled = 0.0
 
-        def hear(event: str, seconds: float, **_: Any) -> None:
+        def hear(event: str, duration_secs: float, **_: Any) -> None:
             nonlocal compiled
             if event in _COMPILING:
-                compiled += seconds
+                compiled += duration_secs
 
         started = time.perf_counter()
         jax.monitoring.register_event_duration_secs_listener(hear)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import numbers
 from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
@@ -48,7 +47,7 @@ class Request:
 
     max_new_tokens: int = 128
     max_length: int | None = None
-    sampling: Sampling = Sampling()
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
     seed: int = 0
     stop_tokens: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
@@ -124,7 +123,7 @@ def stop_ids(tokens: Any) -> tuple[int, ...]:
     ((5,), (5, 7))
     """
     tokens = plain(tokens)
-    if isinstance(tokens, numbers.Integral):
+    if isinstance(tokens, int | float):
         tokens = (tokens,)
     if isinstance(tokens, str | bytes) or not isinstance(tokens, Iterable):
         raise ValueError(f"stop_tokens={tokens!r:.80}: it must be a token or several.")
@@ -222,8 +221,8 @@ def cache_length(need: int, limit: int | None = None) -> int:
 
 def _whole(name: str, value: Any, least: int, most: int | None = None) -> int:
     value = plain(value)
-    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    whole = isinstance(value, int) and not isinstance(value, bool)
     if not whole or value < least or (most is not None and value > most):
         to = f"of at least {least}" if most is None else f"from {least} to {most}"
         raise ValueError(f"{name}={value!r:.80}: it must be a whole number {to}.")
-    return int(value)
+    return value

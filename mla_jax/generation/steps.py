@@ -113,7 +113,9 @@ def decode_loop(
     """
     if not isinstance(steps, int | np.integer) or isinstance(steps, bool) or steps < 1:
         raise ValueError(f"steps={steps!r}: it must be a whole number of at least 1.")
-    tokens = tokens if isinstance(tokens, jax.Array) else np.asarray(tokens)
+    steps = int(steps)
+    if not isinstance(tokens, jax.Array):
+        tokens = jnp.asarray(np.asarray(tokens))
     if tokens.ndim != 1 or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(
             f"tokens is {tokens.dtype} of shape {tokens.shape}: it must be integer [B], the newest "
@@ -123,9 +125,9 @@ def decode_loop(
         raise ValueError(f"tokens={np.asarray(tokens)}: a token is at least 0.")
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     check_sampling(None, key, **options)
-    _check_room(cache, int(steps))
+    _check_room(cache, steps)
     drawn, lengths, cache, bad = _loop(
-        model, jnp.asarray(tokens), cache, key, steps=int(steps), sampling=Sampling(**options),
+        model, tokens, cache, key, steps=steps, sampling=Sampling(**options),
         stop_tokens=stop_ids(stop_tokens),
     )  # fmt: skip
     if not isinstance(bad, jax.core.Tracer):
@@ -154,9 +156,10 @@ def check_finite(bad: np.ndarray) -> None:
     """
     rows = np.flatnonzero(bad >= 0)
     if rows.size:
+        row = rows[0]
         raise FloatingPointError(
-            f"row {rows[0]}, step {bad[rows[0]]}: the logits are not finite. float16 ends at 65504, "
-            "bfloat16 and float32 reach 3e38; weights may hold NaN, or a token may be no word."
+            f"row {row}, step {bad[row]}: the logits are not finite. float16 ends at 65504, where "
+            "bfloat16 and float32 reach 3e38; or weights hold NaN, or a token is no word."
         )
 
 

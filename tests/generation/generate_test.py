@@ -79,8 +79,8 @@ def test_speculation_saves_steps_where_text_repeats():
     jax.tree_util.register_static(Parrot)
     prompt = [0, 1, 2, 3, 4, 5, 6, 0, 1]
     expected = [(2 + i) % 7 for i in range(30)]
-    for drafts, least in ((0, 29), (4, 6)):
-        result = generate(Parrot(), [prompt], max_new_tokens=30, speculate=drafts, block=1)
+    for count, least in ((0, 29), (4, 6)):
+        result = generate(Parrot(), [prompt], max_new_tokens=30, speculate=count, block=1)
         assert result.tokens == [expected]
         assert result.steps == least
     assert result.accepted == 1

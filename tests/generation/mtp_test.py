@@ -174,9 +174,7 @@ def test_a_planted_bug_is_noticed(bug, monkeypatch):
         "guesses stay": guesses_stay, "no shift": no_shift, "wrong state": wrong_state,
         "prompt unseen": prompt_unseen,
     }[bug]  # fmt: skip
-    monkeypatch.setattr(
-        MultiToken, "prefill" if broken is prompt_unseen else "propose", broken
-    )
+    monkeypatch.setattr(MultiToken, "prefill" if broken is prompt_unseen else "propose", broken)
     jax.clear_caches()  # of programs that were traced without it
     with pytest.raises(AssertionError):
         run_rounds(3)
