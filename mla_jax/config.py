@@ -17,8 +17,8 @@ import tomllib
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
-_YARN = ("yarn", "deepseek_yarn")  # two names of the same formula
-_ROPE_TYPES = (*_YARN, "longrope", "linear")
+YARN = ("yarn", "deepseek_yarn")  # two names of the same formula
+_ROPE_TYPES = (*YARN, "longrope", "linear")
 _PROJECTIONS = ("q_a_proj", "q_proj", "q_b_proj", "kv_a_proj", "o_proj")
 _POSITIVE_INTEGERS = (
     "hidden_size", "num_attention_heads", "kv_lora_rank", "v_head_dim", "num_hidden_layers",
@@ -378,7 +378,7 @@ class MLAConfig:
             return self.softmax_scale
         scale = self.qk_head_dim**-0.5
         scaling = self.rope_scaling
-        if scaling is None or scaling.rope_type not in _YARN or self.mla_use_nope:
+        if scaling is None or scaling.rope_type not in YARN or self.mla_use_nope:
             return scale
         return scale * yarn_mscale(scaling.factor, scaling.mscale_all_dim or 0.0) ** 2
 
@@ -421,9 +421,10 @@ class MLAConfig:
     def from_hf(
         cls, config: Mapping[str, Any] | str | os.PathLike, *, layer: int | None = None
     ) -> Self:
-        """Reads a Hugging Face config.json: a mapping, the file, or the folder that holds it.
+        """Reads a Hugging Face config.json: a mapping, the file, its folder, or a repo id.
 
-        Both styles are read: `rope_theta` with `rope_scaling` (the hub's files) and
+        Keys that it leaves out have the defaults of the family's config class. Both styles are
+        read: `rope_theta` with `rope_scaling` (the hub's files) and
         `rope_parameters` (transformers 5); so are Mistral's params.json and models that nest their
         language model. `mla_jax.families` says what each family's code does beyond its config.
         Keys that do not shape attention are left alone; one that asks for attention which this

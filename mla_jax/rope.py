@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from mla_jax.config import _YARN, MLAConfig, yarn_mscale
+from mla_jax.config import YARN, MLAConfig, yarn_mscale
 
 
 def inverse_frequencies(config: MLAConfig, length: int | None = None) -> np.ndarray:
@@ -68,7 +68,7 @@ def attention_factor(config: MLAConfig) -> float:
         return 1.0
     if scaling.attention_factor is not None:
         return scaling.attention_factor
-    if scaling.rope_type in _YARN:
+    if scaling.rope_type in YARN:
         if scaling.mscale and scaling.mscale_all_dim:
             return yarn_mscale(scaling.factor, scaling.mscale) / yarn_mscale(
                 scaling.factor, scaling.mscale_all_dim

@@ -41,9 +41,9 @@ def loss_bits(model, tokens: Int[Array, "B T"]) -> Float[Array, ""]:
 
 
 @functools.partial(jax.jit, static_argnames="optimizer", donate_argnames=("params", "state"))
-def _train_step(graphdef, params, state, tokens, optimizer):
+def _train_step(graphdef, params, rest, state, tokens, optimizer):
     def loss(params):
-        return loss_bits(nnx.merge(graphdef, params), tokens)
+        return loss_bits(nnx.merge(graphdef, params, rest), tokens)
 
     value, gradients = jax.value_and_grad(loss)(params)
     updates, state = optimizer.update(gradients, state, params)
@@ -88,7 +88,7 @@ def train(
         optax.clip_by_global_norm(1.0),
         optax.adamw(lambda step: schedule(step + done), b2=0.98, weight_decay=0.05),
     )
-    graphdef, params = nnx.split(model)
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)  # the rest does not train
     params = jax.tree.map(jnp.copy, params)  # donated below: the model's own stay valid
     state = optimizer.init(params)
     random = np.random.default_rng(seed)
@@ -98,7 +98,7 @@ def train(
         if step < done:
             continue
         tokens = text[starts[:, None] + window].astype(np.int32)
-        params, state, value = _train_step(graphdef, params, state, tokens, optimizer)
+        params, state, value = _train_step(graphdef, params, rest, state, tokens, optimizer)
         try:
             yield float(value)
         except GeneratorExit:  # closed before the end

@@ -12,7 +12,7 @@ class NumpyDecoder:
 
     def __init__(self, model):
         self.config = model.config
-        self.weights = jax.tree.map(np.float64, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+        self.weights = jax.tree.map(np.float64, nnx.to_pure_dict(nnx.state(model)))
 
     def logits(self, tokens):
         return self.head(self.hidden(tokens), self.weights)

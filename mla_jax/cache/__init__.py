@@ -184,14 +184,14 @@ class Cache:
         """
         if self.pages is None:
             room = jnp.int32(self.max_length)
-            self._check_room(ends, room, None)
+            self._check_room(ends, room)
             return self.replace(
                 length=jnp.minimum(ends, room), overflowed=self.overflowed | (ends > room)
             )
         wanted = -(-jnp.minimum(ends, self.max_length) // PAGE)
         pages, held = self.pages.grow(wanted)
         room = held * PAGE
-        self._check_room(ends, room, wanted - self.pages.held())
+        self._check_room(ends, room, self.pages, wanted - self.pages.held())
         return self.replace(
             length=jnp.minimum(ends, room), overflowed=self.overflowed | (ends > room), pages=pages
         )
@@ -214,7 +214,7 @@ class Cache:
             return self.replace(length=length, overflowed=overflowed)
         pages = self.pages.shrink(-(-length // PAGE))
         pages, stores, failed = pages.own(length, self.stores)
-        self._check_pages(failed)
+        self._check_pages(failed, self.pages)
         length = jnp.where(failed, length // PAGE * PAGE, length)
         return self.replace(
             stores=stores, length=length, overflowed=overflowed | failed,
@@ -316,7 +316,7 @@ class Cache:
         pages = self.pages.shrink(jnp.where(rows, 0, self.pages.held()))
         pages = pages.share(source, rows, -(-length // PAGE))
         pages, stores, failed = pages.own(jnp.where(rows, length, 0), self.stores)
-        self._check_pages(failed)
+        self._check_pages(failed, self.pages)
         ends = jnp.where(failed, length // PAGE * PAGE, ends)
         return self.replace(
             stores=stores, length=ends, overflowed=overflowed | failed,
@@ -344,7 +344,7 @@ class Cache:
         stores, pages = part.stores, part.pages
         if pages is None:
             stores = jax.tree.map(put, self.stores, stores)
-        else:
+        elif self.pages is not None:
             pages = dataclasses.replace(pages, table=put(self.pages.table, pages.table))
         return self.replace(
             stores=stores, length=put(self.length, part.length), pages=pages,
@@ -378,30 +378,30 @@ class Cache:
                         f"{held.dtype} of width {held.shape[-1]}."
                     )
 
-    def _check_room(self, ends, room, needed) -> None:
+    def _check_room(self, ends, room, pages: Pages | None = None, needed=0) -> None:
         if any(isinstance(x, jax.core.Tracer) for x in (ends, room)):
             return
         over = np.flatnonzero(np.asarray(ends) > np.asarray(room))
         if not over.size:
             return
         wanted = np.asarray(ends)[over].tolist()
-        if needed is not None and (np.asarray(ends)[over] <= self.max_length).all():
+        if pages is not None and (np.asarray(ends)[over] <= self.max_length).all():
             raise ValueError(
                 f"pages run out: rows {over.tolist()} would hold {wanted} tokens, which takes "
-                f"{int(np.asarray(needed).sum())} more pages, and {int(self.pages.available)} of "
-                f"{self.pages.count} are free: make the cache with more pages, or reset rows."
+                f"{int(np.asarray(needed).sum())} more pages, and {int(pages.available)} of "
+                f"{pages.count} are free: make the cache with more pages, or reset rows."
             )
         raise ValueError(
             f"rows {over.tolist()} would hold {wanted} tokens, the cache has max_length="
             f"{self.max_length} slots: make it longer or truncate rows."
         )
 
-    def _check_pages(self, failed) -> None:
+    def _check_pages(self, failed, pages: Pages) -> None:
         if not isinstance(failed, jax.core.Tracer) and np.asarray(failed).any():
             raise ValueError(
                 f"pages run out: rows {np.flatnonzero(np.asarray(failed)).tolist()} need a copy of "
-                f"a page that other rows hold too, and {int(self.pages.available)} of "
-                f"{self.pages.count} are free: make the cache with more pages, or reset rows."
+                f"a page that other rows hold too, and {int(pages.available)} of "
+                f"{pages.count} are free: make the cache with more pages, or reset rows."
             )
 
 

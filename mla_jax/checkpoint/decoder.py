@@ -1,37 +1,37 @@
-"""A whole decoder from a Hugging Face checkpoint: every tensor used, none left over.
+"""A whole decoder from and to a Hugging Face folder: every tensor used, or refused by its name.
 
-Layer by layer, each parameter placed as soon as it is read; the experts of a layer, which the
-checkpoint holds one by one, become one array. The block for multi-token prediction follows the
-layers under the next number, and is read where it is asked for.
-
-Letters: D hidden size, F intermediate size, E experts.
+Layer by layer, each parameter placed as soon as it is read. The block for multi-token prediction
+follows the layers under the next number, and is read where it is asked for.
 """
 
-import concurrent.futures
 import os
+import re
+import warnings
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mla_jax.checkpoint import names as naming
-from mla_jax.checkpoint.attention import (
-    THREADS,
-    Shardings,
-    copy,
-    empty,
-    load_attention,
-    place,
-    sharding_of,
+from mla_jax import families
+from mla_jax.checkpoint import saving
+from mla_jax.checkpoint.attention import read
+from mla_jax.checkpoint.files import Checkpoint
+from mla_jax.checkpoint.gate import refuse_unused
+from mla_jax.checkpoint.host import Shardings, sharding_of
+from mla_jax.checkpoint.stored import Stored
+from mla_jax.checkpoint.tensors import (
+    Entry,
+    decoder_table,
+    grouped,
+    head_entry,
+    predictor_copies,
+    predictor_table,
 )
-from mla_jax.checkpoint.files import AttentionTensors, Checkpoint, is_scale
-from mla_jax.layers.experts import MixtureOfExperts
-from mla_jax.layers.mlp import GatedMLP
-from mla_jax.models.block import Block
 from mla_jax.models.config import DecoderConfig
 from mla_jax.models.decoder import Decoder
-from mla_jax.models.predictor import MultiTokenPredictor
+
+_COMPARED = 2**24  # bytes at once
 
 
 def load_decoder(
@@ -46,8 +46,13 @@ def load_decoder(
 ) -> Decoder:
     """Reads a model of DeepSeek's shape: its config.json and its safetensors.
 
+    Quantised weights are multiplied by their scales as they are read: fp8 and int8 per tensor, row
+    or block, and compressed-tensors' packed integers. Every tensor of the language model is used,
+    or refused. Left alone are: the family's vision tower, rotary buffers, scales of quantised
+    activations, and blocks for drafting that nobody asked for.
+
     Args:
-        path: a folder, or a repo id where `huggingface_hub` is installed.
+        path: a folder, or a repo id (see `resolve`).
         mtp: read the block for multi-token prediction too, the model's `predictor`. Its copies of
             the embedding and the head are not kept where they equal the model's, as usual.
         dtype: of the computation.
@@ -57,8 +62,13 @@ def load_decoder(
 
     Raises:
         ValueError: a config that is not of this shape; tensors missing, left over, or of another
-            shape; mtp where there is no such block. The message names key and file.
+            shape; a scheme of quantisation that is not read; mtp where there is no such block. The
+            message names key and file.
         FileNotFoundError: no such folder or file.
+
+    Warns:
+        UserWarning: a config that ties head and embedding beside a head that differs from it: the
+            head is used.
 
     >>> import jax.numpy as jnp, mla_jax
     >>> model = load_decoder("DeepSeek-V2-Lite")  # doctest: +SKIP
@@ -67,17 +77,70 @@ def load_decoder(
     """
     with Checkpoint(path) as files:
         config = decoder_config(files)
+        files.check_beside()
+        loader = _Loader(files, config, sharding)
         try:
             model = nnx.eval_shape(
                 lambda: Decoder(
-                    config, mtp=mtp, dtype=dtype, param_dtype=param_dtype or dtype,
+                    loader.config, mtp=mtp, dtype=dtype, param_dtype=param_dtype or dtype,
                     precision=precision, implementation=implementation, rngs=nnx.Rngs(0),
                 )
             )  # fmt: skip
         except ValueError as error:
             raise ValueError(f"{files.path}: {error}") from error
-        _Loader(files, model, sharding).load()
+        loader.load(model)
     return model
+
+
+def save_decoder(
+    model: Decoder, folder: str | os.PathLike, *, max_shard_bytes: float = 5e9
+) -> None:
+    """Writes a model as a Hugging Face folder: config.json, safetensors and their index.
+
+    `load_decoder` reads it back bit for bit, and so does the family's own code: tensors have its
+    names and order, each in its parameter's dtype. A folder may be saved over, also while a model
+    is read from it: until one rename at the end it is the old model, and then the new one.
+
+    Args:
+        model: the model; with its block for multi-token prediction where it has one.
+        folder: made where it is not there. Files that are no model's, such as a tokenizer's, stay.
+        max_shard_bytes: a new file starts before one would grow beyond this.
+
+    Raises:
+        ValueError: a config that its family's config.json cannot say; the message names the field.
+        OSError: the disk is full, or the like. The folder is then what it was.
+
+    >>> import tempfile, jax.numpy as jnp
+    >>> from flax import nnx
+    >>> from mla_jax.models import Decoder, DecoderConfig
+    >>> model = Decoder(DecoderConfig.from_preset("tiny"), rngs=nnx.Rngs(0))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_decoder(model, folder)
+    ...     same = load_decoder(folder, dtype=jnp.float32)
+    >>> bool((same.embed.embedding[...] == model.embed.embedding[...]).all())
+    True
+    """
+    config = model.config.replace(tie_word_embeddings=model.head is None)
+    if model.predictor is None:
+        config = config.replace(num_nextn_predict_layers=0)
+    hf = families.config_json(config, str(np.dtype(model.embed.embedding.dtype)))
+    back = DecoderConfig.from_hf(hf)
+    for name in ("attention", *(field for field in vars(config) if field != "model_type")):
+        if getattr(back, name) != getattr(config, name):
+            raise ValueError(
+                f"config.json of model_type={hf['model_type']!r} cannot say "
+                f"{name}={getattr(config, name)!r}."
+            )
+    family = families.FAMILIES[hf["model_type"]]
+    entries = decoder_table(model, family)
+    head = head_entry(model, family.tensor_name("lm_head") + ".weight")
+    entries += [] if head is None else [head]
+    if model.predictor is not None:
+        entries += predictor_table(model, family) + predictor_copies(model, family)
+    tensors = [
+        saving.Tensor(entry.name, entry.dtype, entry.stored_shape, entry.value) for entry in entries
+    ]
+    saving.write(folder, tensors, shard_bytes=max_shard_bytes, config=hf)
 
 
 def decoder_config(files: Checkpoint) -> DecoderConfig:
@@ -96,172 +159,131 @@ def decoder_config(files: Checkpoint) -> DecoderConfig:
 
 
 class _Loader:
-    def __init__(self, files: Checkpoint, model: Decoder, sharding: Shardings | None):
-        self.files, self.model, self.sharding = files, model, sharding
-        layers = files.layers()
-        count = model.config.attention.num_hidden_layers
-        if layers != list(range(count)):
-            raise ValueError(
-                f"{files.path} has latent attention in layers {layers}; its config says {count}."
-            )
-        self.attention_prefix = naming.attention_prefixes(files)[0, 0]
-        self.root = self.attention_prefix[: self.attention_prefix.rindex("layers.0.")]
-        self.embed = f"{self.root}embed_tokens.weight"
-        # beside the root: "lm_head.weight", in a VLM "language_model.lm_head.weight", or above
-        beside = f"{self.root.removesuffix('model.')}lm_head.weight"
-        self.head = beside if beside in files else "lm_head.weight"
+    """One checkpoint on its way into one model."""
+
+    def __init__(self, files: Checkpoint, config: DecoderConfig, sharding: Shardings | None):
+        self.files, self.sharding = files, sharding
+        self.family, self.whole = families.of_checkpoint(files.config, str(files.path))
         self.used: set[str] = set()
+        self._ahead: set[str] = set()  # layers that are being read ahead
+        self.root = files.root(self.family.tensor_name("layers"))
+        head = self.family.tensor_name("lm_head") + ".weight"
+        # beside the root: "lm_head.weight", in a VLM "language_model.lm_head.weight", or above
+        beside = f"{self.root.removesuffix('model.')}{head}"
+        self.head = beside if self._has(beside) else head
+        self.embed = f"{self.root}{self.family.tensor_name('embed_tokens')}.weight"
+        self.config = config
+        if config.tie_word_embeddings and self._has(self.head):
+            self._untie()
 
-    def load(self) -> None:
+    def load(self, model: Decoder) -> None:
         """Fills the model."""
-        root, model = self.root, self.model
-        self._prefetch(self.embed, f"{root}layers.0.")
-        self._fill("embed.embedding", model.embed.embedding, self.embed)
-        for index, block in enumerate(model.blocks):
-            tensors = self.files.attention(index)
-            if index + 1 == len(model.blocks):
-                self._prefetch(f"{root}layers.{index}.", f"{root}norm.", self.head)
-            self._block(f"blocks.{index}.", block, f"{root}layers.{index}.", tensors)
-        self._fill("norm.scale", model.norm.scale, f"{root}norm.weight")
-        if model.head is not None:
-            self._fill("head.kernel", model.head.kernel, self.head, transposed=True)
+        table = decoder_table(model, self.family, self.root)
+        head = head_entry(model, self.head)
+        for group in grouped(table if head is None else [*table, head]):
+            self._fill(group)
         if model.predictor is not None:
-            self._predictor(model.predictor)
-        self._check_all_used()
+            self._predictor(model)
+        refuse_unused(
+            self.files, self.used, family=self.family, whole=self.whole, root=self.root,
+            config=self.config, drafts=model.predictor is not None,
+        )  # fmt: skip
 
-    def _prefetch(self, *prefixes: str) -> None:
-        self.files.prefetch(name for name in self.files if name.startswith(prefixes))
+    def _has(self, name: str) -> bool:
+        return name in self.files or f"{name.removesuffix('weight')}weight_packed" in self.files
 
-    def _block(self, path: str, block: Block, prefix: str, tensors: AttentionTensors) -> None:
-        own = self._attention_sharding(path)
-        load_attention(block.attention, tensors, sharding=own)
-        self.used |= {tensors.full_name(name) for name in tensors}
-        for norm, theirs in (("attention_norm", "input_layernorm"),
-                             ("mlp_norm", "post_attention_layernorm")):  # fmt: skip
-            scale = getattr(block, norm).scale
-            self._fill(f"{path}{norm}.scale", scale, f"{prefix}{theirs}.weight")
-        if isinstance(block.mlp, MixtureOfExperts):
-            self._mixture(f"{path}mlp.", block.mlp, f"{prefix}mlp.")
-        else:
-            self._mlp(f"{path}mlp.", block.mlp, f"{prefix}mlp.")
+    def _untie(self) -> None:
+        """Uses a head that a tied model's checkpoint has, where it is not the embedding."""
+        if not self._differs(self.head, self.embed):
+            return
+        warnings.warn(
+            f"{self.files.where(self.head)} is not the embedding, though tie_word_embeddings is "
+            "true: the head is used, untied.",
+            stacklevel=4,
+        )
+        self.config = self.config.replace(tie_word_embeddings=False)
 
-    def _predictor(self, predictor: MultiTokenPredictor) -> None:
-        config = self.model.config
-        prefix = f"{self.root}layers.{config.attention.num_hidden_layers}."
+    def _predictor(self, model: Decoder) -> None:
+        predictor = model.predictor
+        assert predictor is not None
+        number = self.config.attention.num_hidden_layers
+        prefix = f"{self.root}{self.family.tensor_name('layers')}.{number}."
         if not any(name.startswith(prefix) for name in self.files):
             raise ValueError(
                 f"{self.files.path} has nothing under {prefix}, where its config "
-                f"(num_nextn_predict_layers={config.num_nextn_predict_layers}) puts the block for "
-                "multi-token prediction; without mtp, draft by prompt lookup."
+                f"(num_nextn_predict_layers={self.config.num_nextn_predict_layers}) puts the block "
+                "for multi-token prediction; without mtp, draft by prompt lookup."
             )
-        for ours, theirs in (("enorm", "enorm"), ("hnorm", "hnorm"), ("norm", "shared_head.norm")):
-            scale = getattr(predictor, ours).scale
-            self._fill(f"predictor.{ours}.scale", scale, f"{prefix}{theirs}.weight")
-        kernel = predictor.eh_proj.kernel
-        self._fill("predictor.eh_proj.kernel", kernel, f"{prefix}eh_proj.weight", True)
-        inside = self.attention_prefix.removeprefix(f"{self.root}layers.0.")
-        tensors = AttentionTensors(self.files, prefix + inside)
-        self._block("predictor.block.", predictor.block, prefix, tensors)
-        embed = f"{prefix}embed_tokens.weight"
-        if self._differs(embed, self.embed):
-            sizes = config.vocab_size, config.attention.hidden_size
-            predictor.embed = nnx.eval_shape(lambda: nnx.Embed(*sizes, **self._types()))
-            self._fill("predictor.embed.embedding", predictor.embed.embedding, embed)
-        head = f"{prefix}shared_head.head.weight"
-        if self._differs(head, self.embed if self.model.head is None else self.head):
-            sizes = config.attention.hidden_size, config.vocab_size
-            bare = {"use_bias": False, "precision": predictor.eh_proj.precision}
-            predictor.head = nnx.eval_shape(lambda: nnx.Linear(*sizes, **bare, **self._types()))
-            self._fill("predictor.head.kernel", predictor.head.kernel, head, True)
-
-    def _types(self) -> dict[str, Any]:
-        embed = self.model.embed
-        return {"dtype": embed.dtype, "param_dtype": embed.param_dtype, "rngs": nnx.Rngs(0)}
+        for group in grouped(predictor_table(model, self.family, self.root)):
+            self._fill(group)
+        embed = model.embed
+        types: dict[str, Any] = {"dtype": embed.dtype, "param_dtype": embed.param_dtype}
+        words, width = self.config.vocab_size, self.config.attention.hidden_size
+        words_of, head = predictor_copies(model, self.family, self.root)
+        if self._has(words_of.name) and self._differs(words_of.name, self.embed):
+            predictor.embed = nnx.eval_shape(
+                lambda: nnx.Embed(words, width, rngs=nnx.Rngs(0), **types)
+            )
+        shared = self.embed if model.head is None else self.head
+        if self._has(head.name) and self._differs(head.name, shared):
+            types |= {"use_bias": False, "precision": predictor.eh_proj.precision}
+            predictor.head = nnx.eval_shape(
+                lambda: nnx.Linear(width, words, rngs=nnx.Rngs(0), **types)
+            )
+        own = {"predictor.embed": predictor.embed, "predictor.head": predictor.head}
+        for entry in predictor_copies(model, self.family, self.root):
+            if own[entry.path.rpartition(".")[0]] is not None:
+                self._fill([entry])
 
     def _differs(self, name: str, shared: str) -> bool:
-        """Whether a tensor is there and is not a copy of another, which is used."""
-        if name not in self.files:
-            return False
-        copy, own = self._read(name, self.files.shape(shared)), self.files.tensor(shared)
-        step = max(1, 2**24 // max(1, own[:1].nbytes))
-        for start in range(0, len(own), step):
+        """Whether a tensor is not a copy of another, which is used."""
+        copy, own = self._stored(name), self._stored(shared)
+        if copy.shape != own.shape:
+            raise ValueError(
+                f"{self.files.where(name)} has shape {copy.shape}: {shared} has {own.shape}."
+            )
+        self.used |= {*copy.names}
+        step = max(1, _COMPARED // max(1, 4 * copy.shape[-1]))
+        for start in range(0, copy.shape[0], step):
             rows = slice(start, start + step)
-            same = copy[rows].tobytes() == own[rows].tobytes()
+            same = np.array_equal(
+                copy.read(rows, np.float32), own.read(rows, np.float32), equal_nan=True
+            )
             self.files.release()
             if not same:
                 return True
         return False
 
-    def _mixture(self, path: str, mlp: MixtureOfExperts, prefix: str) -> None:
-        self._fill(f"{path}router.kernel", mlp.router.kernel, f"{prefix}gate.weight", True)
-        if hasattr(mlp.router, "bias"):
-            bias = f"{prefix}gate.e_score_correction_bias"
-            self._fill(f"{path}router.bias", mlp.router.bias, bias)
-        for kernel in ("gate_proj", "up_proj", "down_proj"):
-            parameter = getattr(mlp, kernel)
-            experts, *shape = parameter.shape
-            dtype = np.dtype(parameter.dtype)
-            stacked = empty(parameter.shape, dtype)
+    def _stored(self, name: str) -> Stored:
+        if not self._has(name):
+            raise ValueError(f"{self.files.path} lacks {name}, which its config asks for.")
+        return self.files.stored(name)
 
-            def fill(expert, kernel=kernel, stacked=stacked, shape=tuple(shape[::-1])):
-                name = f"{prefix}experts.{expert}.{kernel}.weight"
-                copy(self._read(name, shape).T, stacked[expert])
+    def _fill(self, entries: list[Entry]) -> None:
+        """One parameter."""
+        entry = entries[0]
+        self._prefetch(entry)
+        goal = sharding_of(self.sharding, entry.path, entry.parameter.shape)
 
-            with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-                list(pool.map(fill, range(experts)))
-            self.files.release()
-            self._place(path + kernel, parameter, stacked, take=True)
-        if mlp.shared is not None:
-            self._mlp(f"{path}shared.", mlp.shared, f"{prefix}shared_experts.")
+        def get(name):
+            found = self._stored(name)
+            self.used.update(found.names)
+            return found
 
-    def _mlp(self, path: str, mlp: GatedMLP, prefix: str) -> None:
-        for kernel in ("gate_proj", "up_proj", "down_proj"):
-            parameter = getattr(mlp, kernel).kernel
-            self._fill(f"{path}{kernel}.kernel", parameter, f"{prefix}{kernel}.weight", True)
-
-    def _fill(self, path: str, parameter: Any, name: str, transposed: bool = False) -> None:
-        shape = parameter.shape[::-1] if transposed else parameter.shape
-        tensor = self._read(name, shape)
-        self._place(path, parameter, tensor.T if transposed else tensor)
+        entry.parameter.set_value(read(entries, get, self.files.where, goal))
         self.files.release()
 
-    def _place(self, path: str, parameter: Any, host: np.ndarray, take: bool = False) -> None:
-        goal = sharding_of(self.sharding, path, parameter.shape)
-        parameter.set_value(place(host, parameter.dtype, goal, take=take))
-
-    def _read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        if name not in self.files:
-            raise ValueError(f"{self.files.path} lacks {name}, which its config asks for.")
-        tensor = self.files.tensor(name)
-        if tensor.shape != shape:
-            raise ValueError(
-                f"{name} in {self.files.file_of(name)} has shape {tensor.shape}: the config asks "
-                f"for {shape}."
-            )
-        self.used.add(name)
-        return tensor
-
-    def _attention_sharding(self, path: str) -> Shardings | None:
-        if self.sharding is None:
-            return None
-        full = f"{path}attention."
-        return lambda own, shape: sharding_of(self.sharding, full + own, shape)
-
-    def _check_all_used(self) -> None:
-        """Blocks for drafting that are not loaded and a tied head's copy may stay; nothing else."""
-        count = self.model.config.attention.num_hidden_layers + (self.model.predictor is not None)
-        left = []
-        for name in self.files:
-            if name in self.used or not name.startswith(self.root):
-                continue
-            rest = name.removeprefix(self.root)
-            layer = rest.split(".")[1] if rest.startswith("layers.") else ""
-            if (layer.isdigit() and int(layer) >= count) or rest.startswith("mtp."):
-                continue
-            if not naming.IGNORED.search(name) and not is_scale(name, self.files):
-                left.append(name)
-        if left:
-            raise ValueError(
-                f"{self.files.path} has {len(left)} tensors that this decoder does not use, such "
-                f"as {left[0]} in {self.files.file_of(left[0])}."
-            )
+    def _prefetch(self, entry: Entry) -> None:
+        """Reads the rest of this layer and the next one ahead."""
+        match = re.match(
+            rf"(.*?{re.escape(self.family.tensor_name('layers'))}\.)(\d+)\.", entry.name
+        )
+        if match is None:
+            self.files.prefetch(name for name in self.files if name in (entry.name, self.embed))
+            return
+        if match[0] in self._ahead:
+            return
+        self._ahead.add(match[0])
+        for layer in (int(match[2]), int(match[2]) + 1):
+            prefix = f"{match[1]}{layer}."
+            self.files.prefetch(name for name in self.files if name.startswith(prefix))

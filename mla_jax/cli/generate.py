@@ -205,7 +205,7 @@ def _source(options: Generate) -> tuple[DecoderConfig, generation.Tokenizer, pat
     """The model's config, its tokenizer, and where its weights are, if they are anywhere."""
     if options.checkpoint is None:
         assert options.preset is not None
-        return DecoderConfig.from_preset(options.preset), generation.Tokenizer(), None
+        return DecoderConfig.from_preset(options.preset), generation.Tokenizer.bytes(), None
     return read_source(options.checkpoint)
 
 

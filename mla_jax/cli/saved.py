@@ -20,7 +20,7 @@ def save(model: Decoder, folder: str | os.PathLike) -> None:
     """Writes a model to `folder`: its parameters by orbax, its config as JSON."""
     folder = pathlib.Path(folder).absolute()
     with ocp.StandardCheckpointer() as checkpointer:
-        parameters = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+        parameters = nnx.to_pure_dict(nnx.state(model))
         checkpointer.save(folder / "parameters", parameters, force=True)
     _write_json(folder / "config.json", dataclasses.asdict(model.config))
 
@@ -37,7 +37,7 @@ def load(folder: str | os.PathLike, implementation: Implementation = None) -> De
     fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config = DecoderConfig(**fields | {"attention": MLAConfig(**fields["attention"])})
     model = Decoder(config, implementation=implementation, rngs=nnx.Rngs(0))
-    state = nnx.state(model, nnx.Param)
+    state = nnx.state(model)
     with ocp.StandardCheckpointer() as checkpointer:
         restored = checkpointer.restore(folder / "parameters", nnx.to_pure_dict(state))
     nnx.replace_by_pure_dict(state, restored)

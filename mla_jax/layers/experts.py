@@ -1,104 +1,99 @@
-"""Gated MLPs, and mixtures of them behind a router (DeepSeekMoE, arXiv 2401.06066).
+"""A mixture of experts: a router, the experts that it chooses, and one that every token sees.
 
-The experts of one layer are one array, never a loop in Python.
+DeepSeekMoE (arXiv 2401.06066). The experts of one layer are one array, never a loop in Python.
+The load is balanced without a loss by DeepSeek-V3's bias on the choice (arXiv 2412.19437, section
+2.1.2): the bias is a variable of its own kind, which no optimizer of `nnx.Param` moves, and
+`balance_bias` is its update.
 
-Letters: D hidden size, F intermediate size, M tokens of all rows, E experts, K experts per token,
-G groups of experts.
+Letters: B batch, T tokens of a row, M tokens of all rows, D hidden size, F inner size, E experts,
+K experts per token.
 """
 
-import functools
-from typing import NamedTuple
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from mla_jax import target
 from mla_jax.layers.mlp import GatedMLP
-from mla_jax.ops import hopper
-from mla_jax.ops.experts import grouped
-
-_DENSE_TOKENS = 256  # up to here reading every expert once beats sorting
-_BLOCK = 256  # tokens of one expert in a matmul
-_FEW_PAIRS = 1024  # whose ranks are compared, not sorted
+from mla_jax.ops.experts import routed_experts
 
 
-class _Tiles(NamedTuple):
-    """Pairs of token and expert in tiles of rows, each tile of one expert; unused rows at its end.
+class _Attention(Protocol):
+    @property
+    def hidden_size(self) -> int: ...
 
-    Attributes:
-        token: of every row; an unused row has any.
-        owner: the expert of every tile.
-        used: how many tiles have a row that counts; they come first.
-        place: each pair's row.
+
+class ExpertsConfig(Protocol):
+    """What a mixture of experts asks of its config; `mla_jax.models.DecoderConfig` has it all."""
+
+    @property
+    def attention(self) -> _Attention: ...
+    @property
+    def moe_intermediate_size(self) -> int | None: ...
+    @property
+    def n_routed_experts(self) -> int | None: ...
+    @property
+    def num_experts_per_tok(self) -> int: ...
+    @property
+    def n_shared_experts(self) -> int: ...
+    @property
+    def scoring_func(self) -> str: ...
+    @property
+    def norm_topk_prob(self) -> bool: ...
+    @property
+    def routed_scaling_factor(self) -> float: ...
+    @property
+    def n_group(self) -> int: ...
+    @property
+    def topk_group(self) -> int: ...
+
+
+class SelectionBias(nnx.Variable):
+    """The router's bias on the choice of experts [E]: state that the load moves, not a parameter.
+
+    An optimizer made with `wrt=nnx.Param` leaves it alone, weight decay included; it is saved and
+    loaded with the rest of the model's state.
+
+    >>> bias = SelectionBias(jnp.zeros(4))
+    >>> bias.set_value(balance_bias(bias[...], jnp.array([3, 1, 2, 2])))
+    >>> bias[...].tolist() == jnp.array([-1e-3, 1e-3, 0.0, 0.0]).tolist()
+    True
     """
-
-    token: Int[Array, "J*rows"]
-    owner: Int[Array, "J"]
-    used: Int[Array, "1"]
-    place: Int[Array, "M K"]
-
-
-def _tiles(experts: Int[Array, "M K"], groups: int, rows: int) -> _Tiles:
-    flat = experts.reshape(-1).astype(jnp.int32)
-    expert = np.arange(groups, dtype=np.int32)
-    sizes = (flat[None] == expert[:, None]).sum(1, dtype=jnp.int32)
-    needed = lax.div(sizes + (rows - 1), jnp.int32(rows))
-    before = expert[None] < expert[:, None]  # sums, not scans: these are a kernel each on a GPU
-    starts = jnp.where(before, needed[None], 0).sum(1, dtype=jnp.int32)
-    if flat.size <= _FEW_PAIRS:
-        pair = np.arange(flat.size, dtype=np.int32)
-        earlier = (flat[None] == flat[:, None]) & (pair[None] < pair[:, None])
-        rank = earlier.sum(1, dtype=jnp.int32)
-    else:
-        order = jnp.argsort(flat, stable=True)
-        first = jnp.where(before, sizes[None], 0).sum(1, dtype=jnp.int32)
-        position = (
-            jnp.zeros_like(flat)
-            .at[order]
-            .set(jnp.arange(flat.size, dtype=jnp.int32), unique_indices=True)
-        )
-        rank = position - first[flat]
-    place = starts[flat] * rows + rank
-    # Each used expert has at most one tile that is not full.
-    count = min(groups, flat.size) + flat.size // rows
-    token = jnp.zeros((count * rows,), jnp.int32)
-    token = token.at[place].set(
-        jnp.arange(flat.size, dtype=jnp.int32) // experts.shape[1], unique_indices=True
-    )
-    tile = np.arange(count, dtype=np.int32)
-    owner = ((starts + needed)[None] <= tile[:, None]).sum(1, dtype=jnp.int32)
-    return _Tiles(
-        token=token, owner=jnp.minimum(owner, groups - 1), used=needed.sum(keepdims=True),
-        place=place.reshape(experts.shape),
-    )  # fmt: skip
 
 
 class Router(nnx.Module):
     """Which experts a token goes to, and their weights: float32 throughout.
 
-    `bias` [E] (sigmoid scoring) shifts the choice but not the weights (DeepSeek-V3,
-    arXiv 2412.19437, section 2.1.2).
+    `bias` [E] (sigmoid scoring only) shifts the choice but not the weights (DeepSeek-V3,
+    arXiv 2412.19437, equation 16).
+
+    Args:
+        config: number of experts, groups and the way of scoring.
+        rngs: for the kernel [D E].
     """
 
-    def __init__(self, config, *, rngs: nnx.Rngs):
+    def __init__(self, config: ExpertsConfig, *, rngs: nnx.Rngs):
         self.config = config
         shape = (config.attention.hidden_size, config.n_routed_experts)
         self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), shape, jnp.float32))
         if config.scoring_func == "sigmoid":
-            self.bias = nnx.Param(jnp.zeros((config.n_routed_experts,), jnp.float32))
+            self.bias = SelectionBias(jnp.zeros(shape[1:], jnp.float32))
+
+    def scores(self, x: Float[Array, "*B D"]) -> Float[Array, "*B E"]:
+        """Each token's affinity to every expert, without the bias, in float32."""
+        logits = jnp.dot(x.astype(jnp.float32), self.kernel[...], precision="highest")
+        sigmoid = self.config.scoring_func == "sigmoid"
+        return jax.nn.sigmoid(logits) if sigmoid else jax.nn.softmax(logits, axis=-1)
 
     def __call__(self, x: Float[Array, "M D"]) -> tuple[Int[Array, "M K"], Float[Array, "M K"]]:
+        """The chosen experts of every token, best first, and their weights."""
         config = self.config
-        logits = jnp.dot(x.astype(jnp.float32), self.kernel[...], precision="highest")
+        scores = choice = self.scores(x)
         if config.scoring_func == "sigmoid":
-            scores = jax.nn.sigmoid(logits)
             choice = scores + self.bias[...][None]
-        else:
-            scores = choice = jax.nn.softmax(logits, axis=-1)
         if config.n_group > 1:
             groups = choice.reshape(len(x), config.n_group, -1)
             best = 2 if config.scoring_func == "sigmoid" else 1
@@ -115,137 +110,171 @@ class Router(nnx.Module):
 
 
 class MixtureOfExperts(nnx.Module):
-    """A router's choice of experts, and a shared one: kernels [E D F], [E D F] and [E F D]."""
+    """A router's choice of experts, and a shared one: kernels [E D F], [E D F] and [E F D].
 
-    def __init__(self, config, *, precision, dtype, param_dtype, rngs):
+    Args:
+        config: widths, number of experts, and the router's.
+        precision: of the matmuls, as in jax.lax.dot.
+        dtype: of the computation; None follows the input and the parameters.
+        param_dtype: of the kernels; the router's is float32.
+        implementation: of the routed experts, as in `mla_jax.ops.experts.routed_experts`.
+        rngs: for the parameters.
+
+    Raises:
+        ValueError: a config without experts; when called, an unknown implementation.
+        NotImplementedError: when called, an implementation that cannot serve this call.
+
+    >>> from mla_jax.models import DecoderConfig
+    >>> layer = MixtureOfExperts(DecoderConfig.from_preset("deepseek_v2_lite").replace(
+    ...     moe_intermediate_size=8, n_routed_experts=4, num_experts_per_tok=2), rngs=nnx.Rngs(0))
+    >>> layer(jnp.ones((1, 3, 2048))).shape
+    (1, 3, 2048)
+    """
+
+    def __init__(
+        self,
+        config: ExpertsConfig,
+        *,
+        precision=None,
+        dtype=None,
+        param_dtype=jnp.float32,
+        implementation: str | None = None,
+        rngs: nnx.Rngs,
+    ):
         width, inner = config.attention.hidden_size, config.moe_intermediate_size
-        assert inner is not None
-        assert config.n_routed_experts is not None
+        count = config.n_routed_experts
+        if inner is None or count is None:
+            raise ValueError(
+                f"moe_intermediate_size={inner!r}, n_routed_experts={count!r}: a mixture of "
+                "experts needs both."
+            )
         self.config, self.precision, self.dtype = config, precision, dtype
+        self.implementation = implementation
         self.router = Router(config, rngs=rngs)
         initial = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", 1, 2, (0,))
 
         def kernel(*shape):
             return nnx.Param(initial(rngs.params(), shape, param_dtype))
 
-        self.gate_proj = kernel(config.n_routed_experts, width, inner)
-        self.up_proj = kernel(config.n_routed_experts, width, inner)
-        self.down_proj = kernel(config.n_routed_experts, inner, width)
+        self.gate_proj = kernel(count, width, inner)
+        self.up_proj = kernel(count, width, inner)
+        self.down_proj = kernel(count, inner, width)
         shared = inner * config.n_shared_experts
         types = {"precision": precision, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.shared = GatedMLP(width, shared, **types) if shared else None
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Every token through its experts and the shared one."""
         flat = x.reshape(-1, x.shape[-1])
         with jax.named_scope("router"):
             experts, weights = self.router(flat)
         with jax.named_scope("experts"):
-            mixed = self._experts(flat, experts, weights).reshape(x.shape)
+            mixed = self.routed(flat, experts, weights).reshape(x.shape)
         if self.shared is None:
             return mixed
         with jax.named_scope("shared_expert"):
             return mixed + self.shared(x)
 
-    def _experts(self, x, experts, weights):
-        """Every token through its experts, by whichever way moves the fewest weights for M tokens.
-
-        On Hopper GPUs a kernel reads the chosen experts only, for any M. `lax.ragged_dot` is made
-        for this and used on TPUs. Elsewhere jax may turn it into a product with E masked copies of
-        its input, [E MK D], as it does on CPUs, and on GPUs but for two experimental flags of XLA.
-        """
+    def routed(
+        self, x: Float[Array, "M D"], experts: Int[Array, "M K"], weights: Float[Array, "M K"]
+    ) -> Float[Array, "M D"]:
+        """The routed experts alone, for a choice that is given."""
         dtype = self.dtype or jnp.promote_types(x.dtype, self.gate_proj.dtype)
-        x, pairs = x.astype(dtype), experts.size
-        if grouped.why_not(self.gate_proj.shape, dtype, target.current()) is None:
-            mixed = self._grouped(x, experts, weights)
-        elif 2 * pairs <= self.gate_proj.shape[0]:
-            mixed = self._by_pair(x, experts, weights)
-        elif len(x) <= _DENSE_TOKENS:
-            mixed = self._all_experts(x, experts, weights)
-        else:
-            mixed = self._sorted(x, experts, weights)
-        return mixed.astype(dtype)
+        return routed_experts(
+            x.astype(dtype), experts, weights, self.gate_proj[...], self.up_proj[...],
+            self.down_proj[...], precision=self.precision, implementation=self.implementation,
+        )  # fmt: skip
 
-    def _gated(self, letters, back, x, kernels):
-        """Gated MLPs as two einsums: `letters` takes x to [... F], `back` returns it."""
-        gate, up, down = (kernel.astype(x.dtype) for kernel in kernels)
-        wide = jnp.promote_types(x.dtype, jnp.float32)
-        einsum = functools.partial(
-            jnp.einsum, precision=self.precision, preferred_element_type=wide
+
+def expert_load(
+    experts: Int[Array, "*B K"], count: int, *, valid: Bool[Array, "*B"] | None = None
+) -> Int[Array, "E"]:
+    """How many tokens each of `count` experts was given.
+
+    Args:
+        experts: the router's choice.
+        count: E.
+        valid: tokens that count, where some are padding.
+
+    >>> expert_load(jnp.array([[0, 2], [2, 1]]), 4).tolist()
+    [1, 1, 2, 0]
+    >>> expert_load(jnp.array([[0, 2], [2, 1]]), 4, valid=jnp.array([True, False])).tolist()
+    [1, 0, 1, 0]
+    """
+    counted = jnp.ones(experts.shape[:-1], bool) if valid is None else valid
+    each = jnp.broadcast_to(counted[..., None], experts.shape).reshape(-1)
+    return jnp.zeros((count,), jnp.int32).at[experts.reshape(-1)].add(each.astype(jnp.int32))
+
+
+def balance_bias(
+    bias: Float[Array, "E"], load: Float[Array, "E"] | Int[Array, "E"], *, rate: float = 1e-3
+) -> Float[Array, "E"]:
+    """The selection bias after a training step: lower for overloaded experts, higher for others.
+
+    DeepSeek-V3 (arXiv 2412.19437, section 2.1.2): after every step the bias of an expert that had
+    more than the mean load falls by `rate` (there gamma, 0.001 and 0 in the last 500 G tokens), and
+    that of one that had less rises by as much.
+
+    Args:
+        bias: of the router, `router.bias[...]`.
+        load: tokens of every expert in the whole batch of the step (`expert_load`, summed over
+            devices and accumulated micro-batches).
+        rate: gamma.
+
+    Raises:
+        ValueError: a load of another shape, or a negative rate.
+
+    >>> balance_bias(jnp.zeros(3), jnp.array([9, 0, 3]), rate=0.5).tolist()
+    [-0.5, 0.5, 0.5]
+    """
+    if bias.shape != load.shape or bias.ndim != 1:
+        raise ValueError(
+            f"load has shape {load.shape}: it must be [E] = {bias.shape}, as the bias."
         )
-        hidden = jax.nn.silu(einsum(letters, x, gate)) * einsum(letters, x, up)
-        return einsum(back, hidden.astype(x.dtype), down)
+    if rate < 0:
+        raise ValueError(f"rate={rate}: it must not be negative.")
+    load = load.astype(bias.dtype)
+    return bias + rate * jnp.sign(load.mean() - load)
 
-    def _kernels(self):
-        return self.gate_proj[...], self.up_proj[...], self.down_proj[...]
 
-    def _by_pair(self, x, experts, weights):
-        """Few pairs of token and expert: the kernels of just those, gathered."""
-        chosen = [kernel[experts] for kernel in self._kernels()]
-        own = self._gated("MD,MKDF->MKF", "MKF,MKFD->MKD", x, chosen)
-        return (own * weights[..., None]).sum(1)
+def sequence_balance_loss(
+    scores: Float[Array, "B T E"],
+    experts: Int[Array, "B T K"],
+    *,
+    valid: Bool[Array, "B T"] | None = None,
+) -> Float[Array, ""]:
+    """DeepSeek-V3's balance loss within each sequence, without its factor alpha (0.0001 there).
 
-    def _all_experts(self, x, experts, weights):
-        """Some tokens, which need most experts: all experts for all tokens, kernels read once."""
-        own = self._gated("MD,EDF->EMF", "EMF,EFD->EMD", x, self._kernels())
-        rows = jnp.arange(len(x))[:, None]
-        share = jnp.zeros((len(x), len(own)), weights.dtype).at[rows, experts].add(weights)
-        return jnp.einsum("EMD,ME->MD", own, share, precision=self.precision)
+    sum_e f_e P_e, where f_e = E / (K T) (tokens of the sequence whose best K have e) and P_e is the
+    mean of the scores divided by their sum over experts (arXiv 2412.19437, equations 17 to 20); the
+    mean over sequences. It is 1 where the load is even, and differentiates through the scores.
 
-    def _sorted(self, x, experts, weights):
-        """Many tokens: sorted by expert, then ragged matmuls, or matmuls of one expert's block."""
-        count, groups = self.config.num_experts_per_tok, self.gate_proj.shape[0]
-        if target.current().platform == "tpu":
-            flat = experts.reshape(-1)
-            order = jnp.argsort(flat, stable=True)
-            sizes = jnp.bincount(flat, length=groups).astype(jnp.int32)
-            outputs = self._ragged(x[order // count], sizes)
-            own = outputs[jnp.argsort(order)]  # back in the tokens' order
-            return (own.reshape(len(x), count, -1) * weights[..., None]).sum(1)
-        tiles = _tiles(experts, groups, _BLOCK)
-        outputs = self._by_block(x[tiles.token], self._kernels(), tiles.owner)
-        return (outputs[tiles.place] * weights[..., None]).sum(1)
+    Args:
+        scores: `router.scores(x)`.
+        experts: the choice that counts. The paper counts the best K scores without the bias,
+            `jax.lax.top_k(scores, K)[1]`; the router's own choice is what the experts really get.
+        valid: tokens that count, where some are padding; a sequence of none adds nothing.
 
-    def _by_block(self, x, kernels, owner):
-        """Gated MLPs of tiles of rows, each of one expert: [J*M D] to [J*M D]."""
+    Raises:
+        ValueError: shapes that do not go together.
 
-        def one(block):
-            tokens, expert = block
-            return self._gated("MD,DF->MF", "MF,FD->MD", tokens, [k[expert] for k in kernels])
-
-        blocks = x.reshape(len(owner), -1, x.shape[-1])
-        outputs = lax.map(one, (blocks, owner), batch_size=min(16, len(owner)))
-        return outputs.reshape(len(x), -1)
-
-    def _grouped(self, x, experts, weights, sms=None, interpret=None):
-        """Any number of tokens on a Hopper GPU: tiles of one expert each, through a kernel."""
-        groups, device = self.gate_proj.shape[0], target.current()
-        rows = grouped.MANY if experts.size >= groups * grouped.MANY // 2 else grouped.FEW
-        tiles = _tiles(experts, groups, rows)
-        product = functools.partial(
-            grouped.grouped_matmul, owner=tiles.owner, used=tiles.used, rows=rows,
-            sms=sms or hopper.multiprocessors(device), interpret=interpret,
-        )  # fmt: skip
-
-        @jax.custom_jvp
-        def outputs(x, kernels):
-            gate, up, down = (kernel.astype(x.dtype) for kernel in kernels)
-            wide = jnp.promote_types(x.dtype, jnp.float32)
-            hidden = jax.nn.silu(product(x, gate).astype(wide)) * product(x, up)
-            return product(hidden.astype(x.dtype), down)
-
-        @outputs.defjvp
-        def _(primals, tangents):
-            blocks = lambda x, kernels: self._by_block(x, kernels, tiles.owner).astype(x.dtype)  # noqa: E731
-            return jax.jvp(blocks, primals, tangents)
-
-        own = outputs(x[tiles.token], self._kernels())[tiles.place]
-        return (own * weights[..., None]).sum(1)
-
-    def _ragged(self, x, sizes):
-        ragged = functools.partial(
-            lax.ragged_dot, group_sizes=sizes, precision=self.precision,
-            preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
-        )  # fmt: skip
-        gate, up, down = (kernel.astype(x.dtype) for kernel in self._kernels())
-        hidden = jax.nn.silu(ragged(x, gate)) * ragged(x, up)
-        return ragged(hidden.astype(x.dtype), down)
+    >>> scores = jnp.full((2, 4, 4), 0.5)
+    >>> float(sequence_balance_loss(scores, jnp.array([[[0], [1], [2], [3]]] * 2)))
+    1.0
+    """
+    if scores.ndim != 3 or experts.ndim != 3 or scores.shape[:2] != experts.shape[:2]:
+        raise ValueError(
+            f"scores has shape {scores.shape} and experts {experts.shape}: they must be [B T E] "
+            "and [B T K]."
+        )
+    if valid is None:
+        valid = jnp.ones(scores.shape[:2], bool)
+    tokens = jnp.maximum(valid.sum(1), 1)[:, None]
+    chosen = jax.nn.one_hot(experts, scores.shape[-1], dtype=scores.dtype).sum(2)
+    share = scores / scores.sum(-1, keepdims=True)
+    counts, affinity = (
+        jnp.where(valid[..., None], array, 0).sum(1) / tokens for array in (chosen, share)
+    )
+    losses = (counts * affinity).sum(-1) * (scores.shape[-1] / experts.shape[-1])
+    present = valid.any(1)
+    return jnp.where(present, losses, 0).sum() / jnp.maximum(present.sum(), 1)

@@ -37,6 +37,7 @@ class Block(nnx.Module):
         if config.is_sparse(layer):
             self.mlp = MixtureOfExperts(config, precision=precision, **types)
         else:
+            assert config.intermediate_size is not None  # the config fills it in
             self.mlp = GatedMLP(width, config.intermediate_size, precision=precision, **types)
 
     @property

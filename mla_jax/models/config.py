@@ -10,11 +10,6 @@ from typing import Any, Literal, Self
 from mla_jax import families
 from mla_jax.config import MLAConfig, configs_dir
 
-_FAMILIES = (
-    "deepseek_v2", "deepseek_v3", "kimi_k2", "kimi_k25", "kimi_vl", "glm4_moe_lite", "youtu",
-    "youtu_llm", "axk1", "AXK1", "sarvam_mla", "minicpm3",
-)  # fmt: skip
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
@@ -41,6 +36,8 @@ class DecoderConfig:
             adds, and on logits.
         num_nextn_predict_layers: blocks for multi-token prediction behind the layers.
         eos_token_ids: tokens that end a text.
+        model_type: the family, as config.json names it; it is what a saved model is called, and
+            not compared. None is DeepSeek's.
 
     Raises:
         ValueError: a value that cannot be; the message names the key.
@@ -72,6 +69,7 @@ class DecoderConfig:
     logit_scale: float = 1.0
     num_nextn_predict_layers: int = 0
     eos_token_ids: tuple[int, ...] = ()
+    model_type: str | None = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self):
         if self.intermediate_size is None:
@@ -145,73 +143,11 @@ class DecoderConfig:
         """
         hf, where = families.read_config(config)
         attention = MLAConfig.from_hf(hf)
-        hf = families.language_model(hf)
-        family = hf.get("model_type")
-        if str(family).startswith("longcat"):
-            raise ValueError(
-                f"{where}: model_type={family!r}: two attentions a layer beside a shortcut through "
-                "its experts, some of which return their input, is not supported; its attention "
-                "layers load into MultiHeadLatentAttention."
-            )
-        if family is not None and family not in _FAMILIES:
-            raise ValueError(
-                f"{where}: model_type={family!r}: this decoder has the shape of "
-                f"{', '.join(_FAMILIES)}; other families' attention layers load into "
-                "MultiHeadLatentAttention."
-            )
-        for key, allowed in (("hidden_act", ("silu",)), ("mlp_bias", (False,)),
-                             ("moe_layer_freq", (1,))):  # fmt: skip
-            if hf.get(key) not in (None, *allowed):
-                raise ValueError(f"{where}: {key}={hf[key]!r}: supported is {allowed[0]!r}.")
-        names = {field.name for field in dataclasses.fields(cls)} - {"attention"}
-        fields = {key: hf[key] for key in names if hf.get(key) is not None}
-        for theirs, ours in (("num_experts", "n_routed_experts"),
-                             ("num_shared_experts", "n_shared_experts")):  # fmt: skip
-            if hf.get(theirs) is not None:
-                fields.setdefault(ours, hf[theirs])
-        if "scoring_func" not in fields:
-            sigmoid = family not in ("deepseek_v2", None) or hf.get("topk_method") == "noaux_tc"
-            fields["scoring_func"] = "sigmoid" if sigmoid else "softmax"
-        if fields["scoring_func"] == "sigmoid":
-            fields.setdefault("norm_topk_prob", True)
-        experts = fields.get("n_routed_experts")
-        if family == "sarvam_mla" and isinstance(experts, int):  # its code's groups are of 8
-            fields.setdefault("n_group", max(1, experts // 8))
-            fields.setdefault("topk_group", min(2, max(1, experts // 8)))
-        if hf.get("topk_method") == "greedy":
-            fields |= {"n_group": 1, "topk_group": 1}
-        kinds = hf.get("mlp_layer_types")
-        if isinstance(kinds, list):
-            dense = kinds.index("sparse") if "sparse" in kinds else len(kinds)
-            if kinds != ["dense"] * dense + ["sparse"] * (len(kinds) - dense):
-                raise ValueError(
-                    f"{where}: mlp_layer_types={kinds!r}: dense layers must come first."
-                )
-            fields["first_k_dense_replace"] = dense
-        if family == "minicpm3":
-            scales: dict[str, Any] = {"scale_emb": 12, "scale_depth": None, "dim_model_base": None}
-            scales |= {key: hf[key] for key in scales if hf.get(key) is not None}
-            for key, value in scales.items():
-                if value is not None:
-                    _positive(f"{where}: {key}", value)
-            embed, depth, base = scales.values()
-            fields["embed_scale"] = float(embed)
-            if depth is not None:
-                fields["residual_scale"] = depth / math.sqrt(attention.num_hidden_layers)
-            if base is not None:
-                fields["logit_scale"] = base / attention.hidden_size
-            fields.setdefault("tie_word_embeddings", True)
-        stop = hf.get("eos_token_id")
-        fields["eos_token_ids"] = (
-            tuple(stop) if isinstance(stop, list) else () if stop is None else (stop,)
-        )
-        missing = [key for key in ("vocab_size", "intermediate_size") if key not in fields]
-        if missing:
-            raise ValueError(f"{where} lacks {', '.join(missing)}.")
         try:
-            return cls(attention=attention, **fields)
+            return cls(attention=attention, **families.decoder_fields(hf, attention, where))
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{where}: {error}") from error
+            message = str(error)
+            raise ValueError(message if where in message else f"{where}: {message}") from error
 
 
 def _positive(key: str, value: Any) -> None:

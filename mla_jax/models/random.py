@@ -55,11 +55,11 @@ def random_decoder(
     def outside(key: Key[Array, ""]):
         made = Decoder(shallow, mtp=mtp, rngs=nnx.Rngs(key), **types)
         made.blocks = nnx.List()
-        return nnx.state(made, nnx.Param)
+        return nnx.state(made)
 
     @functools.partial(jax.jit, static_argnames="layer")
     def inside(key: Key[Array, ""], *, layer: int):
-        return nnx.state(Block(config, layer, rngs=nnx.Rngs(key), **types), nnx.Param)
+        return nnx.state(Block(config, layer, rngs=nnx.Rngs(key), **types))
 
     nnx.update(model, outside(keys[-1]))
     alike = {config.is_sparse(layer): layer for layer in range(len(model.blocks))}

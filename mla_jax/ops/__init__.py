@@ -82,9 +82,14 @@ def latent_attention(
     _common_dtype(pattern=pattern, q_rope=q_rope, latent=latent, k_rope=k_rope)
     seen = _seen(lengths, batch, tokens, slots, heads, window, mask, segment_ids)
     return attend_latents(
-        (pattern, q_rope), Dense({"latent": latent, "k_rope": k_rope}), seen, scale=scale,
-        soft_cap=soft_cap, precision=precision, implementation=implementation,
-    )  # fmt: skip
+        (pattern, q_rope),
+        Dense({"latent": latent, "k_rope": k_rope}),
+        seen,
+        scale=scale,
+        soft_cap=soft_cap,
+        precision=precision,
+        implementation=implementation,
+    )
 
 
 def expanded_attention(
@@ -136,9 +141,20 @@ def expanded_attention(
     dtype = _common_dtype(q_nope=q_nope, q_rope=q_rope, k_nope=k_nope, k_rope=k_rope, value=value)
     seen = _seen(lengths, batch, tokens, slots, heads, window, mask, segment_ids)
     call = Call(
-        "expanded_attention", batch, tokens, slots, heads, (nope, rope), value_dim, dtype,
-        seen.options, "dense", float(scale), _soft_cap(soft_cap), precision,
-    )  # fmt: skip
+        "expanded_attention",
+        batch,
+        tokens,
+        slots,
+        heads,
+        (nope, rope),
+        value_dim,
+        dtype,
+        seen.options,
+        "dense",
+        float(scale),
+        _soft_cap(soft_cap),
+        precision,
+    )
     store = Dense({"k_nope": k_nope, "k_rope": k_rope, "value": value})
     return dispatch.attend((q_nope, q_rope), store, seen, call, implementation)
 
@@ -161,11 +177,22 @@ def attend_latents(
 def latent_call(queries, store, seen, scale, soft_cap=None, precision=None) -> Call:
     """What is static of such a call."""
     pattern, q_rope = queries
+    batch, tokens, heads, rank = pattern.shape
     return Call(
-        "latent_attention", *pattern.shape[:2], store.slots, pattern.shape[2],
-        (pattern.shape[3], q_rope.shape[3]), pattern.shape[3], jnp.dtype(pattern.dtype).name,
-        seen.options, _kind(store), float(scale), _soft_cap(soft_cap), precision,
-    )  # fmt: skip
+        "latent_attention",
+        batch,
+        tokens,
+        store.slots,
+        heads,
+        (rank, q_rope.shape[3]),
+        rank,
+        jnp.dtype(pattern.dtype).name,
+        seen.options,
+        _kind(store),
+        float(scale),
+        _soft_cap(soft_cap),
+        precision,
+    )
 
 
 def context_attention(
@@ -194,10 +221,20 @@ def context_attention(
     """
     (batch, tokens, heads, nope), rope = queries[0].shape, queries[1].shape[-1]
     call = Call(
-        "context_attention", batch, tokens, store.slots, heads, (nope, rope),
-        kv_b.shape[-1] - nope, jnp.dtype(queries[0].dtype).name, seen.options, _kind(store),
-        float(scale), None, precision,
-    )  # fmt: skip
+        "context_attention",
+        batch,
+        tokens,
+        store.slots,
+        heads,
+        (nope, rope),
+        kv_b.shape[-1] - nope,
+        jnp.dtype(queries[0].dtype).name,
+        seen.options,
+        _kind(store),
+        float(scale),
+        None,
+        precision,
+    )
     return dispatch.attend(queries, store, seen, call, implementation, kv_b=kv_b)
 
 
@@ -243,7 +280,7 @@ def _seen(lengths, batch, tokens, slots, heads, window, mask, segment_ids) -> Se
     if (isinstance(tokens, int) and not tokens) or (isinstance(slots, int) and not slots):
         raise ValueError(f"T = {tokens} query tokens, S = {slots} slots: both must be at least 1.")
     if lengths is not None:
-        lengths = lengths if isinstance(lengths, jax.Array) else np.asarray(lengths)
+        lengths = lengths if isinstance(lengths, jax.Array) else jnp.asarray(np.asarray(lengths))
         if not jnp.issubdtype(lengths.dtype, jnp.integer):
             raise ValueError(f"lengths is {lengths.dtype}: it must be an integer array.")
         if lengths.shape not in ((batch,), (batch, tokens)):
@@ -261,9 +298,14 @@ def _seen(lengths, batch, tokens, slots, heads, window, mask, segment_ids) -> Se
     if segment_ids is not None:
         segment_ids = checked_ids("segment_ids", segment_ids, (batch, slots), "B S")
     return Seen.of(
-        lengths, batch=batch, queries=tokens, slots=slots, window=window, mask=mask,
+        lengths,
+        batch=batch,
+        queries=tokens,
+        slots=slots,
+        window=window,
+        mask=mask,
         segment_ids=segment_ids,
-    )  # fmt: skip
+    )
 
 
 def checked_mask(mask, full: tuple[int, int, int, int]) -> Bool[Array, "#B #N #T #S"]:

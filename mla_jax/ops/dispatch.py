@@ -91,20 +91,19 @@ def normalized(implementation: Implementation) -> dict[str, str]:
     """
     if implementation is None:
         return {}
-    named = implementation
-    if isinstance(named, str):
-        named = dict.fromkeys(OPS, named)
-    if isinstance(named, tuple):
-        named = dict(named)
-    if not isinstance(named, Mapping):
-        named = {"": implementation}
+    if isinstance(implementation, str):
+        named = dict.fromkeys(OPS, implementation)
+    elif isinstance(implementation, Mapping | tuple):
+        named = dict(implementation)
+    else:
+        named = {"": str(implementation)}
     for op, name in named.items():
         if op not in OPS or name not in IMPLEMENTATIONS:
             raise ValueError(
                 f"implementation={implementation!r} is not known: it must be None (choose), one of "
                 f"{', '.join(IMPLEMENTATIONS)}, or a dict from {', '.join(OPS)} to one of these."
             )
-    return dict(named)
+    return named
 
 
 def frozen(implementation: Implementation) -> str | tuple[tuple[str, str], ...] | None:

@@ -88,9 +88,11 @@ def context_attention(
     def load(start, size, alive):
         held = _clean(store.block(start, size), alive)
         expanded = jnp.einsum(
-            "BSR,RNK->BSNK", held["latent"], kv_b.astype(held["latent"].dtype),
+            "BSR,RNK->BSNK",
+            held["latent"],
+            kv_b.astype(held["latent"].dtype),
             precision=call.precision,
-        )  # fmt: skip
+        )
         k_nope, value = jnp.split(expanded, [nope], axis=-1)
         return (k_nope, held["k_rope"]), value
 
@@ -123,7 +125,8 @@ def _attend(queries, store, pick, seen, call):
         if clean:
             alive = jnp.broadcast_to(visible.any(axis=(1, 2)), (batch, slots))
             held = _clean(held, alive)
-        return _whole(queries, *pick(held), visible, call)
+        keys, value = pick(held)
+        return _whole(queries, keys, value, visible, call)
 
     checked = target.current().platform == "gpu" and call.store == "dense" and known
     if not (seen.full or checked) and known:
@@ -177,9 +180,12 @@ def _mix(weights, value, shared, call):
     """Weights x value in float32: [B T N V] if shared, else [B N T V]."""
     letters = "BTNS,BSV->BTNV" if shared else "BNTS,BSNV->BNTV"
     return jnp.einsum(
-        letters, weights.astype(value.dtype), value, precision=call.precision,
+        letters,
+        weights.astype(value.dtype),
+        value,
+        precision=call.precision,
         preferred_element_type=jnp.float32,
-    )  # fmt: skip
+    )
 
 
 def _whole(queries, keys, value, seen, call):

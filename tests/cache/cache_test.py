@@ -108,9 +108,7 @@ def test_a_full_row_drops_what_does_not_fit_and_says_so(kind):
 
 def test_rows_that_find_no_page_drop_what_does_not_fit_and_say_so():
     cache = append(make("paged", pages=3), [PAGE, 1, 0])
-    with pytest.raises(
-        ValueError, match=r"rows \[2\] would hold \[2\] .* 2 more pages"
-    ):
+    with pytest.raises(ValueError, match=r"rows \[2\] would hold \[2\] .* 2 more pages"):
         append(cache, [1, 0, 2])
     after = jax.jit(lambda cache: append(cache, np.array([1, 0, 2]), first=5000.0))(cache)
     assert after.length.tolist() == [PAGE + 1, 1, 0]

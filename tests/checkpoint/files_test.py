@@ -16,8 +16,9 @@ from flax import nnx
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from mla_jax import MLAConfig, MultiHeadLatentAttention, checkpoint
+from mla_jax import MLAConfig, MultiHeadLatentAttention, checkpoint, families
 from mla_jax.checkpoint import names as naming
+from mla_jax.checkpoint import tensors as tables
 
 BF16, E4M3, E8M0 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e8m0fnu
 CONFIG = MICRO.replace(num_hidden_layers=2)
@@ -340,9 +341,9 @@ def test_damaged_files_give_clear_errors(tmp_path_factory, data):
 
 
 def test_canonical_names():
-    for style, table in naming.STYLES.items():
+    for style, table in families.styles().items():
         for ours, theirs in table.items():
-            kind = "" if ours in naming.VECTORS.values() else ".weight"
+            kind = "" if ours in tables.VECTORS.values() else ".weight"
             assert naming.canonical(theirs + kind) == ours + kind
             assert naming.rename(ours + kind, style) == theirs + kind
     with pytest.raises(ValueError, match="names='hugging'"):
@@ -354,11 +355,11 @@ import sys
 import jax, numpy
 from flax import nnx
 from mla_jax import MLAConfig, MultiHeadLatentAttention, checkpoint
-from mla_jax.checkpoint import attention
+from mla_jax.checkpoint import host
 config = MLAConfig.from_preset("deepseek_v2_lite").replace(num_hidden_layers=1)
 make = lambda: MultiHeadLatentAttention(config, param_dtype="bfloat16", rngs=nnx.Rngs(0))
 layers = [nnx.eval_shape(make) for _ in range(int(sys.argv[2]))]
-attention.place(numpy.zeros((2, 2)), "bfloat16")
+host.place(numpy.zeros((2, 2)), "bfloat16")
 peak = lambda: int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1])
 before = peak()
 with checkpoint.Checkpoint(sys.argv[1]) as files:

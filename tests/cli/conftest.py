@@ -32,7 +32,7 @@ def _no_compilation_cache(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _ctrl_c():
-    """A shell's background job ignores Ctrl-C, and so would these tests there."""
+    """A shell's background job ignores Ctrl-C, and so would these tests and their processes."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -121,7 +121,6 @@ class Terminal:
         self._process = subprocess.Popen(
             [*MODULE, *map(str, args)], stdin=theirs, stdout=theirs, stderr=theirs,
             env=environment | {"TERM": "xterm"}, start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
         os.close(theirs)
 

@@ -132,6 +132,12 @@ def test_what_is_drawn_is_what_transformers_leaves(
     np.testing.assert_allclose(found, expected, atol=TOLERANCE)
 
 
+def test_the_penalty_is_computed_in_float32():
+    logits = jnp.array([[1.296875, 1.0]], jnp.bfloat16)  # 1.3 as a bfloat16 is the first of them
+    seen = jnp.array([[True, False]])
+    assert sample(logits, None, repetition_penalty=1.3, seen=seen).tolist() == [1]
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     rows=st.lists(st.lists(st.integers(-100, 12), max_size=5), min_size=1, max_size=3),

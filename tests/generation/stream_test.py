@@ -149,6 +149,19 @@ def test_broken_bytes_after_whole_ones_lose_nothing():
     tokens += own.encode(["A"], special_tokens=False)[0][-1:]
     stream = own.stream()
     assert [stream.push([token]) for token in tokens] == ["", "", "你", "\ufffd", "A"]
+    # half a character is shown before what follows it
+    assert own.decode([tokens[0], tokens[-1], tokens[0]]) == "\ufffdA\ufffd"
+    stream = own.stream()
+    assert (stream.push(tokens[:2]), stream.push(tokens[-1:])) == ("", "\ufffdA")
+
+
+def test_a_token_without_text_after_half_a_character():
+    library = tiny.more_than_byte_level()
+    library.add_tokens(["įðŁ"])  # the last byte of U+F10D, and two bytes of an emoji
+    own = Tokenizer(library)
+    tokens = [own.token("ï"), own.token("Ħ"), own.token("įðŁ"), 9999]
+    stream = own.stream()
+    assert stream.push(tokens) + stream.finish() == "\uf10d\ufffd\ufffd"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -235,6 +248,11 @@ def test_bad_stop_strings(strings, kind, message):
 def test_one_string_is_one_stop_string():
     stop = StopStrings("###")
     assert (stop.push("a##"), stop.push("b###c"), stop.found) == ("a", "##b", "###")
+
+
+def test_what_a_stop_string_held_back_is_shown_at_the_end():
+    stream = Tokenizer.bytes().stream(stop_strings=["###"])
+    assert (stream.push(list(b"a##")), stream.finish(), stream.stopped) == ("a", "##", None)
 
 
 @pytest.mark.parametrize("block", [1, 2, 100])

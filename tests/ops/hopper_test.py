@@ -322,7 +322,7 @@ def test_where_it_runs():
     assert "9.x (Hopper), this is 8.0" in hopper.why_not(SPEC, ampere)
     assert "needs an NVIDIA GPU" in hopper.why_not(SPEC, target.of(jax.devices("cpu")[0]))
     schedule = make_schedule(jnp.array([3]), rows=1, slots=64, num_sms=2)
-    arrays, lengths = make(0, 2, 1, 64, 2, 128, 16, (64, 64), jnp.bfloat16)
+    arrays, _ = make(0, 2, 1, 64, 2, 128, 16, (64, 64), jnp.bfloat16)
     with pytest.raises(ValueError, match="schedule is for 1 rows"):
         hopper.decode(*arrays, schedule, scale=SCALE)
 

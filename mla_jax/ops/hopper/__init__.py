@@ -125,10 +125,16 @@ def latent_attention(queries, store, seen, call):
     """The absorbed form: see `ops.latent_attention`."""
     device = target.current()
     schedule = plan(seen, call) if seen.plan is None else seen.plan
+    pattern, q_rope = queries
     out, lse = decode(
-        *map(seen.last, queries), store.latent, store.k_rope, schedule, scale=call.scale,
+        seen.last(pattern),
+        seen.last(q_rope),
+        store.latent,
+        store.k_rope,
+        schedule,
+        scale=call.scale,
         interpret=device.interpret if device.interprets == "gpu" else None,
-    )  # fmt: skip
+    )
     if seen.counts is None or call.queries == 1:
         return out, lse
     some = seen.limits[..., None] > 0  # queries that do not count have been given others' slots
@@ -181,9 +187,12 @@ def _attention(scale, interpret, arrays, schedule):
         (_, tokens, heads, _), slots = arrays[0].shape, arrays[2].shape[1]
         device = target.current()
         again = make_schedule(
-            lengths, rows=tokens * heads, slots=slots, num_sms=multiprocessors(device),
+            lengths,
+            rows=tokens * heads,
+            slots=slots,
+            num_sms=multiprocessors(device),
             slack=tuned(device.kind, tokens * heads).get("slack", SLACK),
-        )  # fmt: skip
+        )
         results = _attention(scale, interpret, arrays, again)
         return [x.reshape(size, -1, *x.shape[1:]) for x in results], [True, True]
 
@@ -230,10 +239,18 @@ def _call(scale, interpret, arrays, schedule):
         operands = operands[::2]
     kernel = _kernel()
     shape = kernel.Shape(
-        tokens=tokens, heads=heads, slots=slots, rank=rank, rope=rope, rows=rows,
-        tiles=-(-tokens * heads // TILE), parts=schedule.part.shape[0],
-        scale=float(scale), dtype=pattern.dtype, native=native,
-    )  # fmt: skip
+        tokens=tokens,
+        heads=heads,
+        slots=slots,
+        rank=rank,
+        rope=rope,
+        rows=rows,
+        tiles=-(-tokens * heads // TILE),
+        parts=schedule.part.shape[0],
+        scale=float(scale),
+        dtype=pattern.dtype,
+        native=native,
+    )
     out, lse = kernel.decode(operands, schedule, shape, batch, interpret or None)
     out = out.reshape(batch, rows, rank)[:, : tokens * heads]
     lse = lse.reshape(batch, rows)[:, : tokens * heads]

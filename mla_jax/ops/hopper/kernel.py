@@ -69,8 +69,10 @@ def decode(operands, schedule, shape: Shape, batch: int, interpret=None):
         "q_bar": plgpu.Barrier(num_arrivals=2),
     }
     if shape.rope:
-        smem |= {"kr": _tiled((2, BLOCK, shape.rope), dtype),
-                 "kr_bar": plgpu.Barrier(num_barriers=2)}  # fmt: skip
+        smem |= {
+            "kr": _tiled((2, BLOCK, shape.rope), dtype),
+            "kr_bar": plgpu.Barrier(num_barriers=2),
+        }
     if not shape.native:
         smem |= {
             "o_acc": plgpu.SMEM((2, TILE, half), f32),
@@ -86,18 +88,26 @@ def decode(operands, schedule, shape: Shape, batch: int, interpret=None):
     outputs = [(batch * shape.rows, width), (batch * shape.rows,), (pieces, width), (pieces,)]
     dtypes = (dtype, f32, f32, f32)
     common = {
-        "grid": (shape.parts, shape.tiles), "grid_names": ("part", "tile"), "num_threads": 2,
-        "thread_name": "wg", "interpret": interpret, "compiler_params": plgpu.CompilerParams(
-            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
-    }  # fmt: skip
+        "grid": (shape.parts, shape.tiles),
+        "grid_names": ("part", "tile"),
+        "num_threads": 2,
+        "thread_name": "wg",
+        "interpret": interpret,
+        "compiler_params": plgpu.CompilerParams(
+            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
+        ),
+    }
 
     def body(*refs, **scratch):
         _Part(refs, scratch, shape).run()
 
     out, lse, part_out, part_lse = plgpu.kernel(
-        body, out_type=[like(operands[0], s, d) for s, d in zip(outputs, dtypes, strict=True)],
-        scratch_types=smem, kernel_name="mla_decode", **common,
-    )(*operands, *schedule)  # fmt: skip
+        body,
+        out_type=[like(operands[0], s, d) for s, d in zip(outputs, dtypes, strict=True)],
+        scratch_types=smem,
+        kernel_name="mla_decode",
+        **common,
+    )(*operands, *schedule)
     if not shape.native:
         out, lse = merge_interpreted(out, lse, part_out, part_lse, schedule, shape, common)
     return out, lse
@@ -334,16 +344,18 @@ class _Part:
         columns = pl.ds(h * self.half, self.half)
         buffer = 2 * block + h
         plgpu.copy_gmem_to_smem(
-            self.k_hbm.at[pl.ds(source, BLOCK), columns], self.k.at[buffer],
+            self.k_hbm.at[pl.ds(source, BLOCK), columns],
+            self.k.at[buffer],
             self.smem["k_bar"].at[buffer],
-        )  # fmt: skip
+        )
 
     def fetch_rope(self, block, source):
         if self.shape.rope:
             plgpu.copy_gmem_to_smem(
-                self.kr_hbm.at[pl.ds(source, BLOCK)], self.smem["kr"].at[block],
+                self.kr_hbm.at[pl.ds(source, BLOCK)],
+                self.smem["kr"].at[block],
                 self.smem["kr_bar"].at[block],
-            )  # fmt: skip
+            )
 
     def fetch_q(self, row):
         rows = pl.ds(row * self.shape.rows + self.tile * TILE, TILE)

@@ -74,12 +74,14 @@ def _merge_share(row, part, tile, wg, refs, shape):
                 at = [piece(o, tile, o > first, shape) for o in owner]
                 values = [
                     plgpu.load(part_out.at[a + r, columns], layout=layout)
-                    for a in at for r, columns in mine
-                ]  # fmt: skip
+                    for a in at
+                    for r, columns in mine
+                ]
                 weights = [
                     jnp.where(i < count, part_lse[a + r], -jnp.inf)
-                    for i, a in zip(index, at, strict=True) for r, _ in mine
-                ]  # fmt: skip
+                    for i, a in zip(index, at, strict=True)
+                    for r, _ in mine
+                ]
                 loaded = list(zip(weights, values, strict=True))
                 new = []
                 for j, (value, weight, m) in enumerate(carry):
@@ -129,8 +131,11 @@ def merge_interpreted(out, lse, part_out, part_lse, schedule, shape, common):
 
     results = [like(x, x.shape, x.dtype) for x in (out, lse)]
     merged = plgpu.kernel(body, out_type=results, **common)(
-        part_out, part_lse, schedule.row_parts, schedule.part,
-    )  # fmt: skip
+        part_out,
+        part_lse,
+        schedule.row_parts,
+        schedule.part,
+    )
     first, last = schedule.row_parts
     split = jnp.repeat(first < last, shape.rows, total_repeat_length=out.shape[0])
     return jnp.where(split[:, None], merged[0], out), jnp.where(split, merged[1], lse)

@@ -115,8 +115,11 @@ def store_rows(ref, value, row, column, count) -> None:
                 mgpu.utils.inline_ptx(
                     "{ .reg .pred p; setp.ne.b32 p, $0, 0; "
                     "@p st.global.v4.b32 [$1], {$2, $3, $4, $5}; }",
-                    live, to, *words, has_side_effects=True,
-                )  # fmt: skip
+                    live,
+                    to,
+                    *words,
+                    has_side_effects=True,
+                )
 
     store(ref, value, row, column, count)
 
@@ -193,8 +196,10 @@ def meet_global(ref, index, count, waiting) -> None:
                 "again: ld.acquire.gpu.global.u32 v, [$0]; setp.ge.u32 p, v, $1; @p bra done; "
                 "mov.u64 t, %globaltimer; sub.u64 t, t, t0; "
                 f"setp.gt.u64 p, t, {_SPIN_LIMIT}; @p trap; bra again; done: }}",
-                counter, count, has_side_effects=True,
-            )  # fmt: skip
+                counter,
+                count,
+                has_side_effects=True,
+            )
             last = arith.subi(arith.addi(count, waiting), mgpu.utils.c(1, i32))  # then it wraps
             mgpu.utils.inline_ptx(
                 "red.inc.relaxed.gpu.global.u32 [$0], $1;", counter, last, has_side_effects=True

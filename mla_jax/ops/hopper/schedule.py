@@ -94,9 +94,14 @@ def make_schedule(
     step = row_step[row] + jnp.clip(done, 0, steps[row])
     begin, end, here, there = step[:-1], step[1:], row[:-1], begun[1:] - 1
     part = [
-        begin, end, here, starts[here], lengths[here], there,
+        begin,
+        end,
+        here,
+        starts[here],
+        lengths[here],
+        there,
         (starts[there] < begin) | (ends[there] > end),
-    ]  # fmt: skip
+    ]
     # Zeros that no compiler can fold: as a literal they would be filled anew before every call.
     zero = jnp.where(lengths < 0, 1, 0)
     return Schedule(

@@ -123,9 +123,14 @@ def launch(pattern, q_rope, latent, k_rope, lengths, scale, plan: Plan, known=No
         scratch["part"] = vmem((rows, rank), jnp.float32)
         scratch["part_lse"] = vmem((groups, LANES), jnp.float32)
     sizes = _Sizes(
-        tokens, heads, slots, lengths is not None and lengths.ndim == 2, scale * math.log2(math.e),
-        plan, known,
-    )  # fmt: skip
+        tokens,
+        heads,
+        slots,
+        lengths is not None and lengths.ndim == 2,
+        scale * math.log2(math.e),
+        plan,
+        known,
+    )
 
     def kernel(*refs):
         names = [*arrays, *results]
@@ -143,17 +148,20 @@ def launch(pattern, q_rope, latent, k_rope, lengths, scale, plan: Plan, known=No
         out_shape=list(results.values()),
         scratch_shapes=[scratch],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",), vmem_limit_bytes=plan.vmem_bytes,
+            dimension_semantics=("parallel",),
+            vmem_limit_bytes=plan.vmem_bytes,
             # The interpreter covers both: one is a check at the kernel's end that libtpu's
             # profiler does not know on tpu7x, the other takes 100 cycles per block.
-            disable_semaphore_checks=True, disable_bounds_checks=True,
+            disable_semaphore_checks=True,
+            disable_bounds_checks=True,
         ),
         cost_estimate=pl.CostEstimate(
-            flops=2 * work * (2 * rank + rope), transcendentals=work,
+            flops=2 * work * (2 * rank + rope),
+            transcendentals=work,
             bytes_accessed=batch * (slots * (rank + rope) + rows * (2 * rank + rope)) * size,
         ),
         name="mla_decode",
-    )(*operands)  # fmt: skip
+    )(*operands)
 
 
 class _Place(NamedTuple):
@@ -184,9 +192,10 @@ class Walk:
         self.core = pl.program_id(0) if self.plan.cores > 1 else 0
         exact = hbm["latent"].dtype == jnp.float32
         self.dot = functools.partial(
-            lax.dot_general, preferred_element_type=jnp.float32,
+            lax.dot_general,
+            preferred_element_type=jnp.float32,
             precision=lax.Precision.HIGHEST if exact else None,
-        )  # fmt: skip
+        )
 
     # Which blocks.
 
@@ -493,8 +502,9 @@ class Walk:
         token = lax.broadcasted_iota(jnp.int32, scores.shape, 0) // self.sizes.heads
         limit = functools.reduce(
             lambda rest, t: jnp.where(token >= t, limits[t], rest),
-            range(1, self.sizes.tokens), limits[0],
-        )  # fmt: skip
+            range(1, self.sizes.tokens),
+            limits[0],
+        )
         where = lax.broadcasted_iota(jnp.int32, scores.shape, 1)
         return jnp.where(where < limit, scores, _MASKED)
 

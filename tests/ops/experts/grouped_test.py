@@ -1,65 +1,266 @@
-"""The grouped matmul of experts on Hopper, interpreted, and the layer on top of it."""
+"""The Hopper kernels of the experts, interpreted on the CPU, against float64; and planted bugs.
+
+Tolerances count roundings to bfloat16. One is off by at most 2^-8, evenly spread, so by
+2^-8 / 3^0.5 in the mean square; n that are independent add up to (n / 3)^0.5 2^-8. A factor that
+passes through silu and its slope counts four times, as these change by up to twice its relative
+error.
+"""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from common import relative
-from flax import nnx
+from experts_oracle import gradients, loop, problem
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from mla_jax.layers.experts import MixtureOfExperts
-from mla_jax.models import Decoder, DecoderConfig, random_decoder
-from mla_jax.ops.hopper import grouped
+from mla_jax.ops.experts import grouped, hopper, routed_experts
+from mla_jax.ops.experts.tiles import make_tiles
 
-INTERPRET = plgpu.InterpretGPUParams()
+INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
+# Of hidden, of the experts' outputs, of y; of a, b, t or of da, db, of dx in rows and in tokens.
+ROUNDINGS = {"y": 3, "x": 4 + 1 + 1 + 1 + 1, "weights": 4 + 1, "gate": 4 + 1 + 1 + 1,
+             "up": 4 + 1 + 1 + 1, "down": 4 + 1 + 1 + 1}  # fmt: skip
+
+
+def tolerance(roundings):
+    return (roundings / 3) ** 0.5 * 2.0**-8
+
+
+@pytest.fixture(autouse=True)
+def traced_anew():
+    """Neither finds a program traced before nor leaves a broken one behind."""
+    kernels = (grouped.gate_up, REAL["product"], grouped.gradient)
+    for kernel in kernels:
+        kernel.clear_cache()
+    yield
+    for kernel in kernels:
+        kernel.clear_cache()
+
+
+def normal(rng, *shape):
+    return jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
+
+
+def layout(sizes, rows, spare=0):
+    """Tiles of experts with these numbers of tokens, and unused ones behind."""
+    experts = np.repeat(np.arange(len(sizes)), sizes)[:, None]
+    tiles = make_tiles(jnp.asarray(experts, jnp.int32), len(sizes), rows)
+    spare_tokens = jnp.full((spare * rows,), len(experts), jnp.int32)
+    return tiles._replace(
+        token=jnp.concatenate([tiles.token, spare_tokens]),
+        owner=jnp.concatenate([tiles.owner, jnp.zeros((spare,), jnp.int32)]),
+    )
+
+
+def each_tile(tiles, rows):
+    """(rows of a tile in use, its expert)."""
+    for j in range(int(tiles.used[0])):
+        yield slice(j * rows, (j + 1) * rows), int(tiles.owner[j])
+
+
+def check_product(rows, transposed, rng):
+    """Two pairs summed; an odd number of blocks of columns; an expert without tokens."""
+    tiles = layout((3, 0, rows + 1), rows, spare=1)
+    x = [normal(rng, len(tiles.token), 128) for _ in range(2)]
+    shape = (3, 384, 128) if transposed else (3, 128, 384)
+    kernels = [normal(rng, *shape) for _ in range(2)]
+    plan = grouped.Plan(rows, 2, INTERPRET)
+    y = grouped.product(x, kernels, tiles, plan=plan, transposed=transposed)
+    y = np.asarray(jax.block_until_ready(y), np.float64)
+    letters = "rk,nk->rn" if transposed else "rk,kn->rn"
+    for own, expert in each_tile(tiles, rows):
+        pairs = [
+            (np.asarray(a[own], np.float64), np.asarray(kernel[expert], np.float64))
+            for a, kernel in zip(x, kernels, strict=True)
+        ]
+        assert relative(y[own], sum(np.einsum(letters, *pair) for pair in pairs)) < tolerance(1)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("rows", [grouped.FEW, grouped.MANY])
+def test_tiles_times_their_experts(rows, transposed, rng):
+    check_product(rows, transposed, rng)
+
+
+def check_gate_up(rows, rng):
+    """Hidden from float32 products, which are rounded only where they are saved."""
+    tiles = layout((3, 0, rows + 1), rows)
+    x = normal(rng, len(tiles.token), 128)
+    gate, up = (normal(rng, 3, 128, 256) * 0.125 for _ in range(2))
+    plan = grouped.Plan(rows, 2, INTERPRET)
+    made = grouped.gate_up(x, gate, up, tiles, plan=plan, save=True)
+    made = [np.asarray(array, np.float64) for array in jax.block_until_ready(made)]
+    for own, expert in each_tile(tiles, rows):
+        a, b = (np.asarray(x[own], np.float64) @ np.asarray(k[expert], np.float64)
+                for k in (gate, up))  # fmt: skip
+        for found, right in zip(made, (a / (1 + np.exp(-a)) * b, a, b), strict=True):
+            assert relative(found[own], right) < tolerance(1)
 
 
 @pytest.mark.parametrize("rows", [grouped.FEW, grouped.MANY])
-def test_tiles_times_their_experts(rows, rng):
-    x = jnp.asarray(rng.standard_normal((3 * rows, 128)), jnp.bfloat16)
-    kernels = jnp.asarray(rng.standard_normal((4, 128, 256)), jnp.bfloat16)
-    owner, used = jnp.array([2, 0, 3], jnp.int32), jnp.array([2], jnp.int32)
-    y = grouped.grouped_matmul(x, kernels, owner, used, rows=rows, sms=2, interpret=INTERPRET)
-    tiles = np.asarray(x, np.float64).reshape(3, rows, -1)
-    expected = [tiles[j] @ np.asarray(kernels[owner[j]], np.float64) for j in range(2)]
-    assert relative(y[: 2 * rows], np.concatenate(expected)) < 2.5e-3  # bfloat16's rounding
+def test_gated_products(rows, rng):
+    check_gate_up(rows, rng)
 
 
-@pytest.mark.parametrize("tokens", [1, 70, 400])
-def test_experts_through_it(tokens):
-    config = DecoderConfig.from_preset("tiny").replace(
-        moe_intermediate_size=128, n_routed_experts=8, num_experts_per_tok=3
+@pytest.mark.parametrize(
+    ("rows", "widths", "count", "dtype"),
+    [
+        (grouped.FEW, (128, 384), 1, "bfloat16"),
+        (grouped.MANY, (256, 128), 2, "float16"),
+        (grouped.MANY, (128, 384), 1, "float32"),
+    ],
+)
+def test_gradients_of_kernels(rows, widths, count, dtype, rng):
+    """An expert without tokens, one with more than a tile; NaN in tiles that nobody uses."""
+    tiles = layout((3, 0, rows + 65), rows, spare=1)
+    plan = grouped.Plan(rows, 2, INTERPRET)
+    dead = (jnp.arange(len(tiles.token)) // rows >= tiles.used[0])[:, None]
+    x, *y = (
+        jnp.where(dead, jnp.nan, normal(rng, len(tiles.token), width))
+        for width in (widths[0], *[widths[1]] * count)
     )
-    types = {"precision": None, "dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
-    mlp = MixtureOfExperts(config, **types, rngs=nnx.Rngs(0))
-    x = jax.random.normal(jax.random.key(1), (tokens, 128), jnp.bfloat16)
-    experts, weights = mlp.router(x)
-    ours = lambda x: mlp._grouped(x, experts, weights, sms=2, interpret=INTERPRET)  # noqa: E731
-    plain = lambda x: mlp._by_pair(x, experts, weights)  # noqa: E731
-    # The interpreter's callbacks run operations of their own: nothing else may be dispatched then.
-    assert relative(jax.block_until_ready(ours(x)), plain(x)) < 1e-2
-    total = lambda f: jax.grad(lambda x: f(x).astype(jnp.float32).sum())(x)  # noqa: E731
-    assert relative(jax.block_until_ready(total(ours)), total(plain)) < 2e-2
+    made = grouped.gradient(x, y, tiles, plan=plan, dtype=jnp.dtype(dtype))
+    made = jax.block_until_ready(made)
+    # Float32 sums over 2 rows tiles err by less than their number of roundings, of 2^-24.
+    unit = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2 * rows * 2.0**-24}[dtype]
+    for found, own in zip(made, y, strict=True):
+        expected = np.zeros((3, *widths))
+        for at, expert in each_tile(tiles, rows):
+            expected[expert] += np.asarray(x[at], np.float64).T @ np.asarray(own[at], np.float64)
+        assert found.dtype == dtype
+        assert not np.asarray(found[1], np.float32).any()  # the expert without tokens
+        assert relative(found, expected) < unit
 
 
-def test_why_not():
-    class Hopper:
-        platform, device_kind, compute_capability = "gpu", "NVIDIA H200", "9.0"
-
-    assert grouped.why_not((64, 2048, 1408), jnp.bfloat16, Hopper) is None
-    assert "bfloat16" in grouped.why_not((64, 2048, 1408), jnp.float32, Hopper)
-    assert "multiples of 128" in grouped.why_not((64, 2048, 1400), jnp.bfloat16, Hopper)
-    assert "NVIDIA GPU" in grouped.why_not((64, 2048, 1408), jnp.bfloat16, jax.devices("cpu")[0])
+def run(arrays, experts, dy, rows, monkeypatch):
+    """The output and all gradients through the public op, interpreted."""
+    monkeypatch.setattr(hopper, "tile_rows", lambda call: rows)
+    with plgpu.force_gpu_interpret_mode():
+        y, pull = jax.vjp(lambda x, *rest: routed_experts(x, experts, *rest), *arrays)
+        return jax.block_until_ready((y, *pull(dy)))
 
 
-def test_random_weights_are_like_the_constructors():
-    config = DecoderConfig.from_preset("tiny")
-    made = random_decoder(config, param_dtype=jnp.bfloat16)
-    model = Decoder(config, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-    flat = [nnx.to_flat_state(nnx.state(m, nnx.Param)) for m in (made, model)]
-    assert flat[0].paths == flat[1].paths
-    for ours, theirs in zip(flat[0].leaves, flat[1].leaves, strict=True):
-        assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
-        a, b = (float(jnp.std(leaf[...].astype(jnp.float32))) for leaf in (ours, theirs))
-        assert a == pytest.approx(b, rel=0.15)
+def check(found, arrays, experts, dy):
+    expected = (loop(experts, *arrays), *gradients(experts, dy, *arrays))
+    for (name, roundings), own, right in zip(ROUNDINGS.items(), found, expected, strict=True):
+        assert relative(own, right) < tolerance(roundings), name
+        if name in ("gate", "up", "down"):
+            unused = np.setdiff1d(np.arange(len(right)), experts)
+            assert not np.asarray(own[unused], np.float32).any(), name
+
+
+@pytest.mark.parametrize(
+    ("tokens", "routing", "rows", "kernels"),
+    [
+        (1, "spread", grouped.FEW, "bfloat16"),
+        (70, "few", grouped.FEW, "float32"),
+        (150, "one", grouped.MANY, "bfloat16"),
+        (37, "spread", grouped.MANY, "float32"),
+    ],
+)
+def test_the_public_op_and_its_gradients(tokens, routing, rows, kernels, monkeypatch):
+    """Chosen in the interpreter without being named; kernels of two dtypes; filled tiles or not."""
+    arrays, experts = problem(
+        tokens, count=5, chosen=1 if routing == "one" else 2, widths=(128, 256), routing=routing,
+        dtype=jnp.bfloat16,
+    )  # fmt: skip
+    x, weights, *own = arrays
+    arrays = (x, weights, *(kernel.astype(kernels) for kernel in own))
+    dy = normal(np.random.default_rng(1), *x.shape)
+    found = run(arrays, experts, dy, rows, monkeypatch)
+    check(found, arrays, experts, dy)
+    assert [a.dtype for a in found] == [jnp.bfloat16, *(a.dtype for a in arrays)]
+
+
+def test_two_runs_agree_bit_for_bit(monkeypatch):
+    arrays, experts = problem(90, count=3, chosen=2, widths=(128, 128), dtype=jnp.bfloat16)
+    one, two = (run(arrays, experts, arrays[0], grouped.MANY, monkeypatch) for _ in range(2))
+    for a, b in zip(one, two, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_what_the_interpreter_cannot_hide(monkeypatch):
+    """Named in the interpreter it still refuses what the kernel does not take."""
+    arrays, experts = problem(4, count=4, chosen=2, widths=(128, 128))
+    with (
+        plgpu.force_gpu_interpret_mode(),
+        pytest.raises(NotImplementedError, match="takes bfloat16 and float16, not float32"),
+    ):
+        routed_experts(arrays[0], experts, *arrays[1:], implementation="pallas_gpu")
+
+
+def changed(**changes):
+    """`make_tiles` whose result is changed so."""
+
+    def made(*arguments):
+        tiles = make_tiles(*arguments)
+        return tiles._replace(**{name: f(getattr(tiles, name)) for name, f in changes.items()})
+
+    return made
+
+
+REAL = {"column": grouped._column, "copy": grouped._Ring.copy, "product": grouped.product}
+PRODUCT = {
+    "second_block_is_the_first": (
+        grouped, "_column",
+        lambda n, b, blocks, total, apart: REAL["column"](n, 0, blocks, total, apart),
+    ),
+    "operand_of_another_stage": (
+        grouped._Ring, "copy",
+        lambda self, source, operand, slot: REAL["copy"](
+            self, source, operand, slot ^ int(operand == 0)
+        ),
+    ),
+}  # fmt: skip
+OP = {
+    "tiles_of_a_neighbour": changed(owner=lambda owner: (owner + 1) % 3),
+    "last_tile_left_out": changed(used=lambda used: used - 1),
+    "gradient_of_one_tile_less": changed(needed=lambda needed: jnp.maximum(needed - 1, 0)),
+    "gradient_of_a_neighbours_tile": changed(needed=lambda needed: needed + 1),
+}
+
+
+@pytest.mark.parametrize("bug", PRODUCT)
+def test_bugs_planted_in_the_kernels_are_noticed(bug, monkeypatch, rng):
+    monkeypatch.setattr(*PRODUCT[bug])
+    with pytest.raises(AssertionError):
+        check_product(grouped.MANY, False, rng)
+
+
+def test_a_room_written_while_it_is_copied_is_noticed(monkeypatch, rng):
+    monkeypatch.setattr(grouped.plgpu, "wait_smem_to_gmem", lambda *arguments, **options: None)
+    try:
+        with pytest.raises(jax.errors.JaxRuntimeError, match="RACE DETECTED"):
+            check_product(grouped.MANY, False, rng)
+    finally:
+        interpret_pallas_call.reset_gpu_interpret_mode_state()
+
+
+def test_gate_and_up_that_change_places_are_noticed(monkeypatch, rng):
+    def copy(self, source, operand, slot):
+        REAL["copy"](self, source, (0, 2, 1)[operand], slot)
+
+    monkeypatch.setattr(grouped._Ring, "copy", copy)
+    with pytest.raises(AssertionError):
+        check_gate_up(grouped.FEW, rng)
+
+
+@pytest.mark.parametrize("bug", OP)
+def test_bugs_planted_in_the_tiles_are_noticed(bug, monkeypatch):
+    arrays, experts = problem(20, count=3, chosen=2, widths=(128, 128), dtype=jnp.bfloat16)
+    dy = normal(np.random.default_rng(1), *arrays[0].shape)
+    monkeypatch.setattr(hopper, "make_tiles", OP[bug])
+    with pytest.raises(AssertionError):
+        check(run(arrays, experts, dy, grouped.FEW, monkeypatch), arrays, experts, dy)
+
+
+def test_a_kernel_that_is_not_transposed_is_noticed(monkeypatch):
+    arrays, experts = problem(20, count=3, chosen=2, widths=(128, 128), dtype=jnp.bfloat16)
+    dy = normal(np.random.default_rng(1), *arrays[0].shape)
+    monkeypatch.setattr(
+        grouped, "product", lambda *a, transposed=False, **options: REAL["product"](*a, **options)
+    )
+    with pytest.raises(AssertionError, match=r"weights|x"):
+        check(run(arrays, experts, dy, grouped.FEW, monkeypatch), arrays, experts, dy)

@@ -1,0 +1,19 @@
+"""Tencent's Hy4: learned sinks, gates on channels, rotation of half against half."""
+
+from mla_jax.families.family import Family
+
+_FOUR = {  # HYV4Config of transformers
+    "vocab_size": 120832, "hidden_size": 2816, "num_hidden_layers": 34, "num_attention_heads": 32,
+    "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 192, "qk_rope_head_dim": 64,
+    "v_head_dim": 256, "max_position_embeddings": 262144, "rms_norm_eps": 1e-5, "index_topk": 2048,
+    "rope_interleave": False, "attention_sinks": True, "output_gate": "elementwise",
+}  # fmt: skip
+FAMILIES = (
+    Family(
+        model_types=("hy_v4",), defaults=_FOUR,
+        styles={
+            "hy_v4": {"g_proj": "linear_gate", "sinks": "learnable_sink_param"},
+            "transformers_hy_v4": {"g_proj": "gate_proj"},
+        },
+    ),
+)  # fmt: skip

@@ -1,0 +1,134 @@
+"""Gated MLPs of many experts, each token through its own few: one signature, several backends.
+
+A backend is a module of this folder with `why_not(call, target) -> str | None` and
+`run(x, experts, weights, gate, up, down, *, precision, call, target)`; adding one is that file and
+one line in `BACKENDS`, which is in order of preference.
+
+Letters: M tokens, K experts per token, E experts, D hidden size, F inner size.
+"""
+
+import types
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from mla_jax import target as targets
+from mla_jax.ops.experts import hopper, ragged, xla
+from mla_jax.ops.experts.call import Call as Call
+
+BACKENDS: dict[str, types.ModuleType] = {"pallas_gpu": hopper, "ragged": ragged, "xla": xla}
+IMPLEMENTATIONS = tuple(BACKENDS)
+
+
+def routed_experts(
+    x: Float[Array, "M D"],
+    experts: Int[Array, "M K"],
+    weights: Float[Array, "M K"],
+    gate: Float[Array, "E D F"],
+    up: Float[Array, "E D F"],
+    down: Float[Array, "E F D"],
+    *,
+    precision=None,
+    implementation: str | None = None,
+) -> Float[Array, "M D"]:
+    """The weighted sum of each token's experts, where an expert is down(silu(gate x) * up x).
+
+    y[m] = sum_k weights[m,k] silu(x[m] gate[e]) * (x[m] up[e]) down[e] with e = experts[m,k]
+    (DeepSeekMoE, arXiv 2401.06066, equation 3, with the gated MLP of arXiv 2002.05202).
+
+    Args:
+        x: tokens [M D]; their dtype is the computation's.
+        experts: each token's experts [M K], below E.
+        weights: of these experts [M K].
+        gate, up: kernels [E D F] of any floating dtype; they are cast to x's.
+        down: kernels [E F D].
+        precision: of the matmuls, as in jax.lax.dot; kernels ignore it.
+        implementation: a backend's name ("pallas_gpu", "ragged", "xla"), or None for the first that
+            can serve.
+
+    Returns:
+        [M D] in x's dtype; products are accumulated in float32. It differentiates in reverse, with
+        respect to x, the weights and the kernels; a kernel's gradient has the kernel's dtype.
+
+    Raises:
+        ValueError: shapes or dtypes that do not go together, or a backend that is not known.
+        NotImplementedError: the named backend cannot serve this call; the message says why.
+
+    >>> x, experts = jnp.ones((5, 16)), jnp.array([[0, 2]] * 5)
+    >>> gate = up = jnp.full((3, 16, 8), 0.1)
+    >>> y = routed_experts(x, experts, jnp.full((5, 2), 0.5), gate, up, jnp.ones((3, 8, 16)))
+    >>> y.shape, round(float(y[0, 0]), 3)
+    ((5, 16), 17.04)
+    >>> routed_experts(x, experts, jnp.ones((5, 3)), gate, up, jnp.ones((3, 8, 16)))
+    Traceback (most recent call last):
+    ValueError: weights has shape (5, 3): it must be [M K] = (5, 2), as experts.
+    """
+    call = _checked(x, experts, weights, gate, up, down)
+    target = targets.current()
+    backend = _choose(call, target, implementation)
+    with jax.named_scope(f"routed_experts.{backend}"):
+        return BACKENDS[backend].run(
+            x, experts, weights, gate, up, down, precision=precision, call=call, target=target
+        )
+
+
+def report(call: Call, target: targets.Target) -> list[tuple[str, str | None]]:
+    """Every backend in order of preference, with the reason why it cannot serve, or None.
+
+    >>> from mla_jax.target import Target
+    >>> call = Call(tokens=8, pairs=48, experts=64, widths=(2048, 1408), dtype="float32")
+    >>> for name, reason in report(call, Target("gpu", "NVIDIA H200", 9.0)): print(name, reason)
+    pallas_gpu takes bfloat16 and float16, not float32
+    ragged needs a TPU, this is NVIDIA H200 (gpu)
+    xla None
+    """
+    return [(name, backend.why_not(call, target)) for name, backend in BACKENDS.items()]
+
+
+def _choose(call: Call, target: targets.Target, name: str | None) -> str:
+    if name is not None and name not in BACKENDS:
+        raise ValueError(
+            f"implementation={name!r} is not known for experts: it must be None (choose) or one of "
+            f"{', '.join(BACKENDS)}."
+        )
+    if name is None:
+        return next(name for name, reason in report(call, target) if reason is None)
+    reason = BACKENDS[name].why_not(call, target)
+    if reason is not None:
+        raise NotImplementedError(f"implementation={name!r} cannot serve these experts: {reason}.")
+    return name
+
+
+def _checked(x, experts, weights, gate, up, down) -> Call:
+    """The call that these arrays make, or a ValueError that names the argument at fault."""
+    for name, array, letters in (
+        ("x", x, "M D"),
+        ("experts", experts, "M K"),
+        ("gate", gate, "E D F"),
+    ):
+        if array.ndim != len(letters.split()):
+            raise ValueError(f"{name} has shape {array.shape}: it must be [{letters}].")
+    (tokens, width), (count, _, inner) = x.shape, gate.shape
+    if experts.shape[0] != tokens:
+        raise ValueError(f"experts has shape {experts.shape}: it must be [M K] with M = {tokens}.")
+    if not jnp.issubdtype(experts.dtype, jnp.integer):
+        raise ValueError(f"experts is {experts.dtype}: it must be an integer array.")
+    if weights.shape != experts.shape:
+        raise ValueError(
+            f"weights has shape {weights.shape}: it must be [M K] = {experts.shape}, as experts."
+        )
+    for name, kernel, shape, letters in (
+        ("gate", gate, (count, width, inner), "E D F"),
+        ("up", up, (count, width, inner), "E D F"),
+        ("down", down, (count, inner, width), "E F D"),
+    ):
+        if kernel.shape != shape:
+            raise ValueError(
+                f"{name} has shape {kernel.shape}: it must be [{letters}] = {shape} to go with x "
+                f"{x.shape} and gate {gate.shape}."
+            )
+    for name, array in (("x", x), ("weights", weights), ("gate", gate), ("up", up), ("down", down)):
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"{name} is {array.dtype}: it must be floating.")
+    return Call(tokens, experts.size, count, (width, inner), jnp.dtype(x.dtype).name)
