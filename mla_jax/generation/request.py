@@ -159,7 +159,7 @@ def token_rows(prompts: Any, words: int | None, tokenizer: Tokenizer | None) -> 
         if tokenizer is None:
             raise ValueError("prompts are texts: give the tokenizer, as tokenizer=...")
         rows = tokenizer.encode([str(row) for row in rows])
-    elif len(rows) and all(np.ndim(row) == 0 and not isinstance(row, str) for row in rows):
+    elif len(rows) and all(isinstance(plain(row), int | float) for row in rows):
         rows = [rows]
     if not len(rows):
         raise ValueError("prompts: there must be at least one.")
