@@ -1,48 +1,34 @@
-"""Where the demo's models are: the only place that knows how a folder holds one."""
+"""Where the demo's models are: checkpoints as others, with a note about their training."""
 
-import dataclasses
 import json
 import os
 import pathlib
 from typing import Any
 
-import orbax.checkpoint as ocp
-from flax import nnx
+import jax.numpy as jnp
 
-from mla_jax.config import MLAConfig
-from mla_jax.models import Decoder, DecoderConfig
+from mla_jax import checkpoint
+from mla_jax.models import Decoder
 from mla_jax.ops.dispatch import Implementation
 
 _TRAINING = "training.json"
 
 
 def save(model: Decoder, folder: str | os.PathLike) -> None:
-    """Writes a model to `folder`: its parameters by orbax, its config as JSON."""
-    folder = pathlib.Path(folder).absolute()
-    with ocp.StandardCheckpointer() as checkpointer:
-        parameters = nnx.to_pure_dict(nnx.state(model))
-        checkpointer.save(folder / "parameters", parameters, force=True)
-    _write_json(folder / "config.json", dataclasses.asdict(model.config))
+    """Writes a model to `folder` as a checkpoint that `mla-jax generate` reads too."""
+    checkpoint.save_decoder(model, folder)
 
 
 def load(folder: str | os.PathLike, implementation: Implementation = None) -> Decoder:
-    """Reads a model that `save` wrote.
+    """Reads a model in float32, such as `save` wrote.
 
     Raises:
         FileNotFoundError: no model in `folder`.
     """
-    folder = pathlib.Path(folder).absolute()
+    folder = pathlib.Path(folder)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} holds no model that `mla-jax demo --save` wrote.")
-    fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config = DecoderConfig(**fields | {"attention": MLAConfig(**fields["attention"])})
-    model = Decoder(config, implementation=implementation, rngs=nnx.Rngs(0))
-    state = nnx.state(model)
-    with ocp.StandardCheckpointer() as checkpointer:
-        restored = checkpointer.restore(folder / "parameters", nnx.to_pure_dict(state))
-    nnx.replace_by_pure_dict(state, restored)
-    nnx.update(model, state)
-    return model
+    return checkpoint.load_decoder(folder, dtype=jnp.float32, implementation=implementation)
 
 
 def save_training(folder: str | os.PathLike, *, done: int, steps: int) -> None:

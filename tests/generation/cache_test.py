@@ -143,13 +143,13 @@ def test_numbers_that_are_not_finite_name_row_and_step():
     with pytest.raises(FloatingPointError, match=f"row {first}, step {steps[first]}: "):
         generate(plain, TURNS[0], max_new_tokens=8, block=16)
     assert step == steps[row]
-    logits, cache = plain.prefill(jnp.array([TURNS[0][0]]), plain.init_cache(1, 16))
+    _, cache = plain.prefill(jnp.array([TURNS[0][0]]), plain.init_cache(1, 16))
     with pytest.raises(FloatingPointError, match="row 0, step 0"):
         decode_loop(plain, jnp.array([token]), cache, steps=3)
 
 
 def test_float16_beyond_its_range_is_an_error():
-    with pytest.raises(FloatingPointError, match="row 0, step 0: .* float16 ends at 65504"):
+    with pytest.raises(FloatingPointError, match=r"row 0, step 0: .* float16 ends at 65504"):
         generate(too_large(), TURNS[0], max_new_tokens=3)
 
 

@@ -15,7 +15,7 @@ BYTES = Tokenizer.bytes()
 @pytest.mark.parametrize(
     "prompts",
     [
-        np.array([[3, 1], [4, 1]]), jnp.array([[3, 1], [4, 1]]), 
+        np.array([[3, 1], [4, 1]]), jnp.array([[3, 1], [4, 1]]),
         np.array([[3, 1], [4, 1]], np.uint8),
         [[3, 1], [4, 1]], ((3, 1), (4, 1)), [np.array([3, 1]), jnp.array([4, 1])],
         [np.array([3, 1], np.int64), [np.int8(4), np.int32(1)]], ["\x03\x01", "\x04\x01"],
