@@ -241,8 +241,8 @@ def measure(model, batch, options, copy, result):
     jax.block_until_ready(token)
     each = (time.perf_counter() - started) / steps
     result |= {"python_step_s": each, "python_call_s": called / steps}
-    say(f"batch {batch}: a loop in Python takes {each * 1e3:.3f} ms a step, "
-        f"{each / result['step_s']:.2f} of the program's; a call {called / steps * 1e3:.3f} ms")  # fmt: skip
+    say(f"batch {batch}: a loop in Python takes {each * 1e3:.3f} ms a step, a call of it "
+        f"{called / steps * 1e3:.3f}; {each / result['step_s']:.2f} of the program's")  # fmt: skip
 
 
 def main():

@@ -7,6 +7,7 @@ from mla_jax import generation
 from mla_jax.cli.generate import check_writing, load, read_source, request
 from mla_jax.cli.options import Chat, judging_flags
 from mla_jax.cli.terminal import Terminal
+from mla_jax.generation.request import cache_length
 
 
 def chat(options: Chat) -> None:
@@ -78,6 +79,8 @@ class Conversation:
         tokenizer: with a chat template.
         request: of every turn.
         messages: that are there already, such as a system prompt.
+        room: tokens that the cache has slots for at least, where the model has the positions; it is
+            made anew, for twice the conversation, when it is full.
     """
 
     def __init__(
@@ -86,9 +89,11 @@ class Conversation:
         tokenizer: generation.Tokenizer,
         request: generation.Request,
         messages: list[dict[str, Any]],
+        room: int = 2048,
     ):
         self.messages = list(messages)
         self._model, self._tokenizer, self._request = generation.bind(model), tokenizer, request
+        self._limit, self._room = generation.positions(model), room
         self._tokens: list[int] = []
         self._cache: generation.Cache | None = None
 
@@ -105,11 +110,17 @@ class Conversation:
         need = len(prompt) + self._request.max_new_tokens + self._request.speculate
         if cache is not None and need <= cache.max_length:
             cache, (rest,) = generation.resume(cache, [self._tokens], [prompt])
+            asked = self._request
         else:
             cache = None  # a longer one is filled anew
+            wanted = max(self._room, 2 * need)
+            slots = cache_length(max(need, min(wanted, self._limit or wanted)), self._limit)
+            asked = generation.Request.of(
+                self._request, max_length=self._request.max_length or slots
+            )
         self._cache, self._tokens = None, []  # donated
         result = generation.generate(
-            self._model, [rest], self._request, tokenizer=self._tokenizer, cache=cache,
+            self._model, [rest], asked, tokenizer=self._tokenizer, cache=cache,
             on_text=on_text,
         )  # fmt: skip
         assert result.cache is not None

@@ -79,7 +79,7 @@ def test_a_conversation_that_outgrows_the_cache_is_prefilled_anew(saved):
     model = Decoder(config, precision="highest", rngs=nnx.Rngs(0))
     tokenizer = generation.Tokenizer.from_checkpoint(saved)
     request, contents = generation.Request(max_new_tokens=5), ("a" * 100, "b" * 100, "c" * 100)
-    talk, turns = Conversation(model, tokenizer, request, []), []
+    talk, turns = Conversation(model, tokenizer, request, [], room=1), []
     for content in contents:
         _, prefilled = talk.say(content, None)
         turns.append((prefilled, talk.held))
