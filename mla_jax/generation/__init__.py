@@ -30,19 +30,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from mla_jax.cache import PAGE, Cache
-from mla_jax.generation import loop
+from mla_jax.generation import drafts, loop, steps
 from mla_jax.generation import prefill as _prefill
+from mla_jax.generation import request as _request
 from mla_jax.generation.bound import Bound as Bound
 from mla_jax.generation.bound import bind as bind
 from mla_jax.generation.defaults import GenerationDefaults as GenerationDefaults
-from mla_jax.generation.drafts import MultiToken, PromptLookup
 from mla_jax.generation.request import Request as Request
-from mla_jax.generation.request import cache_length, token_rows
 from mla_jax.generation.sampling import Sampling as Sampling
 from mla_jax.generation.sampling import check_sampling as check_sampling
 from mla_jax.generation.sampling import mark_seen as mark_seen
 from mla_jax.generation.sampling import sample as sample
-from mla_jax.generation.steps import check_finite
 from mla_jax.generation.stream import StopStrings as StopStrings
 from mla_jax.generation.stream import TextStream as TextStream
 from mla_jax.generation.tokenizer import Tokenizer as Tokenizer
@@ -163,11 +161,11 @@ def generate(
     clock = _Clock()
     shape = clock.call(_output_shape, bound)
     words = shape[0].shape[-1]
-    prompts = token_rows(prompts, words, tokenizer)
+    prompts = _request.token_rows(prompts, words, tokenizer)
     rows = len(prompts) * request.samples
     held = _held(cache, rows)
     slots = check_fits(model, prompts, request, cache)
-    kind = MultiToken if request.draft == "mtp" else PromptLookup
+    kind = drafts.MultiToken if request.draft == "mtp" else drafts.PromptLookup
     drafter = kind(request.speculate)
     if cache is None:
         paged = {} if request.pages is None else {"pages": request.pages}
@@ -195,12 +193,12 @@ def generate(
     del cache, state
     texts = [text[row, : least[row]] for row in range(rows)]
     collector = _Collector(texts, request, tokenizer, on_tokens, on_text)
-    steps, before, first_seconds = 0, least, None
+    passes, before, first_seconds = 0, least, None
     while True:
         new, length, active, bad = jax.device_get(
             (new, writing.length, writing.active, writing.bad)
         )
-        check_finite(bad)
+        steps.check_finite(bad)
         first_seconds = clock.lap() if first_seconds is None else first_seconds
         collector.add([new[row, : length[row] - before[row]] for row in range(rows)])
         before, ended = length, collector.ended
@@ -211,7 +209,7 @@ def generate(
         writing, new, done = clock.call(
             loop.run_block, bound, writing, stops, least, steps=request.block, **static
         )
-        steps += int(done)
+        passes += int(done)
     texts = collector.finish()
     written = np.array([len(tokens) for tokens in collector.tokens], np.int32)
     cache = writing.cache
@@ -226,7 +224,7 @@ def generate(
         ]
     return Result(
         tokens=collector.tokens, first_token_seconds=first_seconds, decode_seconds=clock.lap(),
-        compile_seconds=clock.compiling, new_tokens=int(written.sum()), steps=steps,
+        compile_seconds=clock.compiling, new_tokens=int(written.sum()), steps=passes,
         cache_bytes=cache_bytes, accepted=right / max(drafted, 1) if request.speculate else None,
         cache=cache, logprobs=logprobs, texts=texts,
     )  # fmt: skip
@@ -254,13 +252,13 @@ def score(model: Any, tokens: Any, *, tokenizer: Tokenizer | None = None) -> lis
     [2, 1]
     """
     bound = Bound.of(model)
-    rows = token_rows(tokens, _output_shape(bound)[0].shape[-1], tokenizer)
+    rows = _request.token_rows(tokens, _output_shape(bound)[0].shape[-1], tokenizer)
     longest, limit = max(map(len, rows)), positions(bound.model)
     if limit is not None and longest > limit:
         raise ValueError(f"tokens: a row has {longest}, and the model {limit} positions.")
-    cache = bound.model.init_cache(len(rows), cache_length(longest, limit))
+    cache = bound.model.init_cache(len(rows), _request.cache_length(longest, limit))
     found, bad = _prefill.score_rows(bound, rows, cache)
-    check_finite(bad)
+    steps.check_finite(bad)
     return [found[number, 1 : len(row)].tolist() for number, row in enumerate(rows)]
 
 
@@ -334,7 +332,7 @@ def check_fits(
     if cache is not None:
         slots = cache.max_length
     else:
-        slots = request.max_length or cache_length(need, limit)
+        slots = request.max_length or _request.cache_length(need, limit)
     if slots < need or (limit is not None and longest > limit):
         row = int(ends.argmax())
         before = f"{held[row]} held tokens, " if held[row] else ""

@@ -26,7 +26,9 @@ def model():
     return Decoder(CONFIG, mtp=True, precision="highest", rngs=nnx.Rngs(0))
 
 
-@pytest.mark.parametrize(("drafts", "pages"), zip(DRAFTS, (None, 5, None), strict=True), ids=str)
+@pytest.mark.parametrize(
+    ("drafts", "pages"), [(DRAFTS[0], None), (DRAFTS[1], 5), (DRAFTS[2], None)], ids=str
+)
 def test_a_conversation_goes_on_as_if_its_whole_text_were_the_prompt(drafts, pages):
     texts, cache = [[], []], None
     stop = generate(model(), TURNS[0], max_new_tokens=3).tokens[0][1]  # ends a row within a block
@@ -100,7 +102,8 @@ def test_another_length_compiles_nothing(caplog):
             result = generate(model(), prompts, max_new_tokens=9, **options)
         return result, sum("Compiling" in message for message in caplog.messages)
 
-    for options in DRAFTS:
+    jax.clear_caches()
+    for options in DRAFTS[:2]:
         assert programs((11, 40), **options)[1] > 0
         for lengths in ((37, 5), (90, 2), (128, 1)):
             result, count = programs(lengths, **options)
