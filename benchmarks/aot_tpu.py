@@ -220,11 +220,15 @@ def step(generation, preset, heads, *, implementation=None, batch=64, slots=8192
 
 
 def short(options):
-    """A few shapes per generation, with the linter and dynamic lengths; for CI."""
+    """A few shapes per generation, with the linter and dynamic lengths; for CI.
+
+    Each is compiled on a dense cache and on pages, which come in through a table.
+    """
     import jax
     import jax.numpy as jnp
 
     from mla_jax.ops.tpu import kernel as kernel_module
+    from mla_jax.ops.tpu.planning import LANES
 
     for generation in options.generations:
         sizes = []
@@ -234,6 +238,16 @@ def short(options):
             args = [*args, jax.ShapeDtypeStruct((batch, tokens), jnp.int32)]
             text = compiled(fn, args, generation, lint=True).as_text()
             assert not cache_copies(text, batch, 4096)
+            sizes.append(vmem(text))
+            count = 4096 // LANES
+            pool = [
+                jax.ShapeDtypeStruct((batch * count, LANES, x.shape[2]), x.dtype) for x in args[2:4]
+            ]
+            table = jax.ShapeDtypeStruct((batch, count), jnp.int32)
+            on_pages = lambda p, q, c, k, n, t: fn(p, q, c, k, n, table=t)  # noqa: B023, E731
+            args = [*args[:2], *pool, args[4], table]
+            text = compiled(on_pages, args, generation, lint=True).as_text()
+            assert not cache_copies(text, batch * count, LANES)
             sizes.append(vmem(text))
         step(generation, "deepseek_v2_lite", 16, batch=64)
         print(f"{generation}: compiles, {max(sizes)} MiB of VMEM, no copy of the cache")

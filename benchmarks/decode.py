@@ -1,17 +1,21 @@
 """Times the latent-attention core on the default device; prints a Markdown table.
 
-Device time: many calls inside one jitted loop of static length, less an empty call, median of five,
-so that dispatch does not count; small shapes rotate among copies of the cache, so that the L2 cache
-does not count either. Loops of shapes and ceilings last equally long, as a chip at its power limit
-lowers its clock within milliseconds. Floor: the longer of 2 B S N T (2R+P) operations at the rate
-of an 8192^3 matmul and the bytes of cache, queries and outputs at the rate of a copy, both measured
-in the same run. Every result is compared with float64 on a few rows and heads.
+Device time is that of many calls inside one jitted loop of static length, less an empty call, the
+median of five, so that dispatch does not count; small shapes rotate among copies of the cache, so
+that the L2 cache does not count either. Loops of shapes and ceilings last equally long, as a chip
+at its power limit lowers its clock within milliseconds. The floor is the longer of 2 B S N T (2R+P)
+operations at the rate of an 8192^3 matmul and the bytes of cache, queries and outputs at the rate
+of a copy, both measured in the same run. Every result is compared with float64 on a few rows and
+heads.
 
 `--implementation` may be several backends of `latent_attention`, and peers: `expanded`, the same
 attention with per-head keys and values through cuDNN, where they fit, and `flash_mla`, DeepSeek's
 CUDA kernel, where its package and torch are installed (leave them memory:
 XLA_PYTHON_CLIENT_MEM_FRACTION=0.6). The cut of the batch that a kernel may
 want is made once per step for all layers, so it is timed apart ("cut").
+
+`--pages` compares each implementation with itself on a paged cache: the same rows on pages in
+random order, in rounds that alternate between the two, and whether both results are the same.
 """
 
 import argparse
@@ -28,7 +32,7 @@ import numpy as np
 from jax import lax
 
 from mla_jax import ops
-from mla_jax.cache import Dense
+from mla_jax.cache import PAGE, Dense, Paged
 from mla_jax.config import configs_dir
 from mla_jax.ops import dispatch
 from mla_jax.ops.seen import Seen
@@ -57,11 +61,11 @@ def timer(step, guess, last):
         result = jax.block_until_ready(f(state))
         return time.perf_counter() - started, result
 
-    def measured(state):
+    def measured(state, rounds=5):
         run(empty, state)
         results = [run(loop, state)[1] for _ in range(2)]
-        taken = statistics.median(run(loop, state)[0] - run(empty, state)[0] for _ in range(5))
-        return taken / calls, results
+        taken = (run(loop, state)[0] - run(empty, state)[0] for _ in range(rounds))
+        return statistics.median(taken) / calls, results
 
     return measured
 
@@ -188,6 +192,101 @@ def measure(implementation, shape, lengths, dtype, guess, last):
     return {"seconds": taken / calls, "cut": cut, "repeatable": same, **compared}
 
 
+def paginated(cache, lengths, key):
+    """Rows [B S ...] as a pool of pages in random order [B S / 128, 128 ...], and their table.
+
+    Slots past a row's length hold what they did; the table names no page past the row's last.
+    """
+    batch, slots = cache[0].shape[:2]
+    count = batch * slots // PAGE
+    order = jax.random.permutation(key, count).astype(jnp.int32)
+    place = jnp.argsort(order)  # of each page of the pool, which page of the rows it is
+    pools = tuple(x.reshape(count, PAGE, x.shape[2])[place] for x in cache)
+    table = order.reshape(batch, slots // PAGE)
+    held = jnp.arange(slots // PAGE)[None] * PAGE < jnp.asarray(lengths)[:, None]
+    return pools, jnp.where(held, table, count)
+
+
+def compare_pages(implementation, shape, lengths, dtype, guess, last, rounds=6):
+    """Seconds of a call on a dense and on a paged cache, in alternating rounds, and their ratio.
+
+    The ratio is the median of those of the rounds, each of which lasts as long as a clock needs to
+    settle.
+    """
+    batch, slots, heads, tokens = shape
+    draw = lambda i, *shape: jax.random.normal(jax.random.key(i), shape, dtype)  # noqa: E731
+    queries = (draw(0, batch, tokens, heads, R), draw(1, batch, tokens, heads, P))
+    copies = copies_of(batch * slots * (R + P) * dtype.itemsize)
+    dense, paged = [], []
+    for i in range(copies):
+        cache = (draw(2 + i, batch, slots, R), draw(90 + i, batch, slots, P))
+        dense.append(Dense(dict(zip(("latent", "k_rope"), cache, strict=True))))
+        pools, table = paginated(cache, lengths, jax.random.key(200 + i))
+        pool = Dense(dict(zip(("latent", "k_rope"), pools, strict=True)))
+        paged.append(Paged(pool, table))
+    seen = Seen.of(jnp.asarray(lengths, jnp.int32), batch=batch, queries=tokens, slots=slots)
+    call = ops.latent_call(queries, dense[0], seen, SCALE)
+    seen = jax.jit(lambda seen: dispatch.plan(seen, call, implementation))(seen)
+    calls = copies * -(-CALLS // copies)
+
+    def step(state):
+        queries, stores, seen, results = state
+        results = []
+        for store in stores * (calls // copies):
+            results.append(
+                ops.attend_latents(queries, store, seen, scale=SCALE, implementation=implementation)
+            )
+            queries, results = lax.optimization_barrier((queries, results))
+        return queries, stores, seen, results
+
+    one = jax.eval_shape(lambda: ops.attend_latents(
+        queries, dense[0], seen, scale=SCALE, implementation=implementation))  # fmt: skip
+    zeros = [tuple(jnp.zeros(x.shape, x.dtype) for x in one) for _ in range(calls)]
+    measured = timer(step, guess * calls, last)
+    taken, results = {"dense": [], "pages": []}, {}
+    for _ in range(rounds):
+        for name, stores in (("dense", dense), ("pages", paged)):
+            seconds, again = measured((queries, stores, seen, zeros), rounds=1)
+            taken[name].append(seconds / calls)
+            results[name] = again[-1][-1]
+    pairs = zip(*(jax.tree.leaves(results[name]) for name in taken), strict=True)
+    return {
+        "dense": statistics.median(taken["dense"]),
+        "pages": statistics.median(taken["pages"]),
+        "ratio": statistics.median(
+            pages / dense for dense, pages in zip(*taken.values(), strict=True)
+        ),
+        "same": all(bool((x == y).all()) for x, y in pairs),
+    }
+
+
+def print_pages(options, dtype, copy, matmul):
+    """The table of `--pages`; returns its rows."""
+    print("| B, S, N, T | implementation | dense us | pages us | ratio | same result |\n"
+          "|---|---|---|---|---|---|")  # fmt: skip
+    rows = []
+    for name, shape, lengths in cases(options.most_bytes, dtype.itemsize):
+        if options.only and options.only not in name:
+            continue
+        floor = floor_of(shape, lengths, dtype, copy, matmul)[0]
+        for implementation in options.implementation:
+            row = compare_pages(implementation, shape, lengths, dtype, floor, options.last)
+            rows.append({"name": name, "implementation": implementation, **row})
+            print(f"| {name} | {implementation} | {row['dense'] * 1e6:.1f} | "
+                  f"{row['pages'] * 1e6:.1f} | {row['ratio']:.3f} | {row['same']} |",
+                  flush=True)  # fmt: skip
+    return rows
+
+
+def floor_of(shape, lengths, dtype, copy, matmul):
+    """The least seconds that a call can take, its operations and the bytes that it moves."""
+    batch, _, heads, tokens = shape
+    used = int(lengths.sum())
+    flops = 2 * used * heads * tokens * (2 * R + P)
+    moved = dtype.itemsize * (used * (R + P) + batch * tokens * heads * (2 * R + P))
+    return max(flops / matmul, moved / copy), flops, moved
+
+
 def measure_expanded(shape, lengths, dtype, guess, last):
     """The same attention on per-head keys and values, already expanded, through cuDNN."""
     batch, slots, heads, tokens = shape
@@ -305,6 +404,7 @@ def main():
     parser.add_argument("--last", type=float, default=0.06, help="seconds of a timed loop")
     parser.add_argument("--most-bytes", type=float, default=8e9, help="skip larger caches")
     parser.add_argument("--only", help="shapes whose name contains this")
+    parser.add_argument("--pages", action="store_true", help="compare paged with dense caches")
     parser.add_argument("--json", type=pathlib.Path, help="write the rows here too")
     parser.add_argument("--plot", type=pathlib.Path, help="draw the fractions here (matplotlib)")
     options = parser.parse_args()
@@ -313,6 +413,20 @@ def main():
     kind = jax.devices()[0].device_kind
     print(f"{kind}, jax {jax.__version__}, {dtype.name}; measured {copy / 1e12:.2f} TB/s copy, "
           f"{matmul / 1e12:.0f} TFLOP/s matmul\n")  # fmt: skip
+    result = {"device": kind, "jax": jax.__version__, "dtype": dtype.name, "copy": copy,
+              "matmul": matmul}  # fmt: skip
+    if options.pages:
+        result["pages"] = print_pages(options, dtype, copy, matmul)
+    else:
+        result["rows"] = print_implementations(options, dtype, copy, matmul)
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=2))
+    if options.plot and not options.pages:
+        draw_plot(result, options.plot)
+
+
+def print_implementations(options, dtype, copy, matmul):
+    """The table of implementations; returns its rows."""
     titles = ("B, S, N, T", "implementation", "us", "TFLOP/s", "TB/s", "of floor", "of xla's time",
               "cut us", "error", "lse error", "repeatable")  # fmt: skip
     print(f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
@@ -320,11 +434,8 @@ def main():
     for name, shape, lengths in cases(options.most_bytes, dtype.itemsize):
         if options.only and options.only not in name:
             continue
-        batch, slots, heads, tokens = shape
-        used = int(lengths.sum())
-        flops = 2 * used * heads * tokens * (2 * R + P)
-        moved = dtype.itemsize * (used * (R + P) + batch * tokens * heads * (2 * R + P))
-        floor = max(flops / matmul, moved / copy)
+        batch, slots, heads, _ = shape
+        floor, flops, moved = floor_of(shape, lengths, dtype, copy, matmul)
         times = {}
         for implementation in options.implementation:
             if implementation in PEERS:
@@ -349,12 +460,7 @@ def main():
                   f"{show(row['cut'] and row['cut'] * 1e6, '.1f')} | {show(row['error'], '.1e')} | "
                   f"{show(row['lse_error'], '.0e')} | {show(row['repeatable'], '')} |",
                   flush=True)  # fmt: skip
-    result = {"device": kind, "jax": jax.__version__, "dtype": dtype.name, "copy": copy,
-              "matmul": matmul, "rows": rows}  # fmt: skip
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=2))
-    if options.plot:
-        draw_plot(result, options.plot)
+    return rows
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Finds what the Hopper decode kernel should do on this device; prints a table for configs/tuning.
 
-What there is to tune is `slack`: by how many steps of 128 slots the longest part of a batch may
-exceed the balanced cut where that keeps rows whole, since writing and merging the parts of a row
-costs time too. For batches with one row per part and fewer, both cuts are timed; slack is the
-largest excess tried before whole rows are slower.
+It tunes `slack`, the number of steps of 128 slots by which the longest part of a batch may exceed
+the balanced cut where that keeps rows whole, since it takes time too to write and merge the parts
+of a row. For batches of at most one row per part it times both cuts; slack is the largest excess
+that was tried before whole rows were slower.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from mla_jax import target
 from mla_jax.ops import hopper
 from mla_jax.ops.hopper.schedule import ROW_COST, STEP
 
-ROWS = {64: (64, 1), 1024: (128, 1)}  # class of query rows: what stands for it, N and T
+ROWS = {64: (64, 1), 1024: (128, 1)}  # up to so many query rows: the N and T that are timed
 EXCESSES = (2, 4, 6, 8, 10, 12, 16)
 
 

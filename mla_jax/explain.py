@@ -5,11 +5,12 @@ import jax.numpy as jnp
 
 from mla_jax import costs, target
 from mla_jax.config import MLAConfig
-from mla_jax.ops import dispatch
+from mla_jax.models import DecoderConfig
+from mla_jax.ops import dispatch, experts
 
 
 def explain(
-    config: MLAConfig,
+    config: MLAConfig | DecoderConfig,
     *,
     batch_size: int = 1,
     length: int = 4096,
@@ -22,7 +23,7 @@ def explain(
     """Prints which form and backends would run for these shapes, and why the others would not.
 
     Args:
-        config: the layer.
+        config: the layer, or a whole model, whose experts are listed too.
         batch_size: B, rows decoded together.
         length: S, slots of the cache.
         queries: T, new tokens of a step.
@@ -48,6 +49,8 @@ def explain(
         raise ValueError(f"dtype={jnp.dtype(dtype).name!r}: it must be of floating numbers.")
     device = target.current() if device is None else target.of(device)
     named = dispatch.normalized(implementation)
+    model = config if isinstance(config, DecoderConfig) else None
+    config = config.attention if isinstance(config, DecoderConfig) else config
     form = costs.choose_form(config, queries=queries, slots=length)
     crossover = costs.crossover_queries(config, slots=length)
     print(f"{device}, {jnp.dtype(dtype).name}")
@@ -58,19 +61,30 @@ def explain(
     store = "paged" if pages else "dense"
     for op, what, call in _calls(config, form, batch_size, length, queries, dtype, store):
         print(f"{op} ({what}):")
-        chosen = False
-        for backend, reason in dispatch.report(call, device):
-            if op in named and backend != named[op]:
-                continue
-            if reason is not None:
-                print(f"  {backend}: no: {reason}")
-            elif chosen:
-                print(f"  {backend}: could serve, comes later in the order of preference")
-            else:
-                print(f"  {backend}: runs")
-                chosen = True
-        if op in named and not chosen:
-            print(f"  implementation={named[op]!r} raises an error")
+        _print_backends(dispatch.report(call, device), named.get(op))
+    if model is not None and model.n_routed_experts is not None:
+        tokens, chosen = batch_size * queries, model.num_experts_per_tok
+        widths = config.hidden_size, model.moe_intermediate_size or 0
+        name = jnp.dtype(dtype).name
+        call = experts.Call(tokens, tokens * chosen, model.n_routed_experts, widths, name)
+        print(f"routed_experts ({chosen} of {model.n_routed_experts} for each token):")
+        _print_backends(experts.report(call, device), named.get("routed_experts"))
+
+
+def _print_backends(report, named):
+    chosen = False
+    for backend, reason in report:
+        if named is not None and backend != named:
+            continue
+        if reason is not None:
+            print(f"  {backend}: no: {reason}")
+        elif chosen:
+            print(f"  {backend}: could serve, comes later in the order of preference")
+        else:
+            print(f"  {backend}: runs")
+            chosen = True
+    if named is not None and not chosen:
+        print(f"  implementation={named!r} raises an error")
 
 
 def _calls(config, form, batch, slots, queries, dtype, store):

@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -6,13 +7,22 @@ import mla_jax
 config = mla_jax.MLAConfig.from_preset("tiny")
 layer = mla_jax.MultiHeadLatentAttention(config, rngs=nnx.Rngs(0))
 
-x = jnp.ones((2, 5, config.hidden_size))
+x = jax.random.normal(jax.random.key(1), (2, 5, config.hidden_size))
 y = layer(x)  # causal; training and scoring
 print("output:", y.shape)
 
+lengths = jnp.array([5, 3])  # tokens of each row; the rest of it is padding
 cache = layer.init_cache(batch_size=2, max_length=64)
-y, cache = layer.prefill(x, cache, lengths=jnp.array([5, 3]))  # prompts, right-padded
+y, cache = layer.prefill(x, cache, lengths)  # prompts, right-padded
+y = jnp.take_along_axis(y, lengths[:, None, None] - 1, axis=1)  # each row's last token: [2 1 128]
 for _ in range(10):
-    y, cache = mla_jax.decode_step(layer, y[:, -1:], cache)  # one new token per row
+    y, cache = mla_jax.decode_step(layer, y, cache)  # one new token per row
 print("rows hold:", cache.length)
 print("cache:", cache.nbytes, "bytes for", 2 * cache.max_length, "slots")
+
+# A row gives what it gives alone: neither the other row nor the padding is seen.
+z, alone = layer.prefill(x[1:, :3], layer.init_cache(batch_size=1, max_length=64))
+z = z[:, -1:]
+for _ in range(10):
+    z, alone = mla_jax.decode_step(layer, z, alone)
+print("the shorter row is as it is alone:", bool(jnp.allclose(y[1], z[0], atol=1e-4)))

@@ -183,7 +183,7 @@ class Cache:
         Outside jit rows that have no room are an error; under jit `overflowed` says so.
         """
         if self.pages is None:
-            room = jnp.int32(self.max_length)
+            room = self.max_length
             self._check_room(ends, room)
             return self.replace(
                 length=jnp.minimum(ends, room), overflowed=self.overflowed | (ends > room)

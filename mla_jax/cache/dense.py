@@ -71,8 +71,8 @@ class Dense:
         row = jnp.arange(at.shape[0], dtype=at.dtype)[:, None]
 
         def put(held, fresh):
-            few = at.shape[1] <= _SINGLY and held.shape[-1] % 128
-            if few and held.ndim == 3 and target.current().platform == "tpu":
+            narrow = held.ndim == 3 and held.shape[-1] % 128
+            if narrow and target.current().platform == "tpu" and _is_few(at.shape):
                 return _write_singly(held, fresh, at)
             held = held.at[row, at].set(fresh, mode="drop", unique_indices=True)
             # Fused into a matmul that reads the cache, the write would copy it.
@@ -110,6 +110,10 @@ class Dense:
                     f"{name} is {fresh.dtype}, the cache holds {held.dtype}: make the cache with "
                     f"init_cache(..., dtype=jnp.{fresh.dtype}), or give the layer that dtype."
                 )
+
+
+def _is_few(shape):
+    return all(isinstance(size, int) for size in shape) and shape[1] <= _SINGLY
 
 
 def _write_singly(held, new, slot):

@@ -30,6 +30,7 @@ from mla_jax.checkpoint.tensors import (
 )
 from mla_jax.models.config import DecoderConfig
 from mla_jax.models.decoder import Decoder
+from mla_jax.ops import dispatch
 
 _COMPARED = 2**24  # bytes at once
 
@@ -41,7 +42,7 @@ def load_decoder(
     dtype=jnp.bfloat16,
     param_dtype=None,
     precision=None,
-    implementation: str | None = None,
+    implementation: dispatch.Implementation = None,
     sharding: Shardings | None = None,
 ) -> Decoder:
     """Reads a model of DeepSeek's shape: its config.json and its safetensors.

@@ -213,17 +213,22 @@ class Checkpoint:
                     raise ValueError(f"{name} in {file}: the index does not know this file.")
 
     def _check_behind(self) -> None:
-        """Refuses a layer behind the last: a block for drafting has eh_proj."""
+        """Refuses layers behind the last and the blocks for drafting that the config announces.
+
+        Where it announces none such a block has eh_proj, if more than its attention is here.
+        """
         count = _layer_count(self.config)
+        drafts = language_model(self.config).get("num_nextn_predict_layers")
         for (layer, _), prefix in self._prefixes().items():
-            if count is None or layer < count:
+            if count is None or layer < count + (drafts if isinstance(drafts, int) else 0):
                 continue
             inside = [name for name in self if name.startswith(f"{self.root()}layers.{layer}.")]
             others = [name for name in inside if not name.startswith(prefix)]
-            if others and not any(name.endswith(".eh_proj.weight") for name in inside):
+            known = drafts is None and any(name.endswith(".eh_proj.weight") for name in inside)
+            if others and not known:
                 raise ValueError(
-                    f"{self.where(others[0])}: its config says num_hidden_layers={count}, and a "
-                    "block for drafting has eh_proj."
+                    f"{self.where(others[0])}: its config says num_hidden_layers={count} and "
+                    f"num_nextn_predict_layers={drafts}, and a block for drafting has eh_proj."
                 )
 
     def _prefixes(self, layers: str = "layers") -> dict[tuple[int, int], str]:

@@ -23,7 +23,7 @@ _SILENT = (
     "quant_method", "activation_scheme", "modules_to_not_convert", "ignored_layers", "scale_fmt",
     "fmt", "weight_block_size", "activation_scale_ub", "dequantize", "exclude_modules", "producer",
     "kv_cache_scheme", "kv_cache_quant_algo", "quant_algo", "ignore",
-    "is_checkpoint_fp8_serialized",
+    "is_checkpoint_fp8_serialized", "config_groups",
 )  # fmt: skip
 _READ = (
     "fp8, fbgemm_fp8, w8a8_fp8, w8a8_int8, blockwise_int8, modelopt's FP8 and compressed-tensors' "
@@ -132,7 +132,8 @@ def _forms(config: Mapping[str, Any], where: str) -> tuple[Form, ...]:
         return _grains(dtypes, ("block",), block, exponents)
     if method == "blockwise_int8":
         raise ValueError(f"{where} lacks weight_block_size.")
-    return _grains(dtypes, ("tensor", "row"), None, exponents)
+    grains = ("tensor", "row") if method in ("fp8", "modelopt") else ("row",)
+    return _grains(dtypes, grains, None, exponents)
 
 
 def _compressed(config: Mapping[str, Any], where: str) -> tuple[Form, ...]:

@@ -60,6 +60,15 @@ class Stored:
         shape: of the numbers.
         scale: of every block [M/rows K/columns], as stored; None where the values are the numbers.
         form: kind and blocks; None where the values are the numbers.
+
+    >>> import tempfile
+    >>> from mla_jax import checkpoint
+    >>> values, scale = np.array([[2, -3]], np.int8), np.array([[0.5]], np.float32)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     checkpoint.save_tensors(folder, {"up.weight": values, "up.weight_scale": scale})
+    ...     held = checkpoint.Checkpoint(folder).stored("up.weight")
+    >>> held.values, held.read()
+    (array([[ 2, -3]], dtype=int8), array([[ 1. , -1.5]], dtype=float32))
     """
 
     names: tuple[str, ...]

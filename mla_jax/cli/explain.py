@@ -4,12 +4,15 @@ import jax.numpy as jnp
 
 import mla_jax
 from mla_jax.cli.options import Explain, judging_flags
+from mla_jax.models import DecoderConfig, decoder_presets
 
 
 def explain(options: Explain) -> None:
     """Prints which form and backend would run, and why the others would not."""
     with judging_flags():
         config = mla_jax.MLAConfig.from_preset(options.preset)
+        if options.preset in decoder_presets():
+            config = DecoderConfig.from_preset(options.preset)
         try:
             jnp.dtype(options.dtype)
         except TypeError as error:

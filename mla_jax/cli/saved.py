@@ -1,4 +1,4 @@
-"""Where the demo's models are: checkpoints as others, with a note about their training."""
+"""Where the demo's models are: Hugging Face folders, with a note of how far the training is."""
 
 import json
 import os
@@ -15,18 +15,17 @@ _TRAINING = "training.json"
 
 
 def save(model: Decoder, folder: str | os.PathLike) -> None:
-    """Writes a model to `folder` as a checkpoint that `mla-jax generate` reads too."""
+    """Writes a model to `folder`: see `checkpoint.save_decoder`."""
     checkpoint.save_decoder(model, folder)
 
 
 def load(folder: str | os.PathLike, implementation: Implementation = None) -> Decoder:
-    """Reads a model in float32, such as `save` wrote.
+    """Reads a model that `save` wrote, in float32, as it was trained.
 
     Raises:
         FileNotFoundError: no model in `folder`.
     """
-    folder = pathlib.Path(folder)
-    if not (folder / "config.json").is_file():
+    if not (pathlib.Path(folder) / "config.json").is_file():
         raise FileNotFoundError(f"{folder} holds no model that `mla-jax demo --save` wrote.")
     return checkpoint.load_decoder(folder, dtype=jnp.float32, implementation=implementation)
 

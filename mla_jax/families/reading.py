@@ -30,7 +30,7 @@ _RENAMED = {
 _ROPE_ASIDE = ("rope_theta", "partial_rotary_factor", "max_position_embeddings",
                "llama_4_scaling_beta")  # fmt: skip
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_TEXT = ("*.json", "tiktoken.model", "tokenizer.model", "chat_template.jinja")
+_SMALL = ("*.json", "*.model", "*.jinja")  # configs, vocabularies, chat templates
 
 
 def resolve(path_or_repo_id: str | os.PathLike, *, weights: bool = True) -> pathlib.Path:
@@ -60,7 +60,7 @@ def resolve(path_or_repo_id: str | os.PathLike, *, weights: bool = True) -> path
             f"{name} is neither a file nor a folder; to fetch a repository of that name from the "
             "Hugging Face hub, install huggingface_hub."
         ) from error
-    patterns = [*_TEXT, "*.safetensors"] if weights else [*_TEXT]
+    patterns = [*_SMALL, "*.safetensors"] if weights else [*_SMALL]
     try:
         return pathlib.Path(snapshot_download(name, allow_patterns=patterns))
     except (OSError, ValueError) as error:  # of many lines, such as the network's

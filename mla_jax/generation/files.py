@@ -2,12 +2,13 @@
 
 import base64
 import dataclasses
+import importlib
 import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from mla_jax.families import read_json
+from mla_jax.families import read_json, resolve
 from mla_jax.generation import chat
 from mla_jax.generation.vocabulary import SentencePiece, Tiktoken, Tokenizers, Vocabulary
 
@@ -46,26 +47,8 @@ def checkpoint_folder(path: str | os.PathLike) -> pathlib.Path:
     ...     checkpoint_folder(folder) == pathlib.Path(folder)
     True
     """
-    local = pathlib.Path(path)
-    if local.exists():
-        return local if local.is_dir() else local.parent
-    if str(path).count("/") == 1 and not str(path).startswith((".", "/", "~")):
-        try:
-            from huggingface_hub import snapshot_download  # pyrefly: ignore[missing-import]
-        except ImportError as error:
-            raise FileNotFoundError(
-                f"{path} is neither a file nor a folder; to fetch a repository of that name from "
-                "the Hugging Face hub, install huggingface_hub."
-            ) from error
-        patterns = ["*.json", "*.model", "*.jinja"]
-        try:
-            return pathlib.Path(snapshot_download(str(path), allow_patterns=patterns))
-        except (OSError, ValueError) as error:  # of many lines, such as the network's
-            first = str(error).strip().splitlines()[0]
-            raise FileNotFoundError(
-                f"{path} is neither a file nor a folder, nor could it be fetched: {first}"
-            ) from error
-    raise FileNotFoundError(f"{path} is neither a file nor a folder.")
+    found = resolve(path, weights=False)
+    return found if found.is_dir() else found.parent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,12 +132,7 @@ def read_vocabulary(folder: pathlib.Path, settings: Settings) -> Vocabulary | No
 
 
 def _read_tokenizers(file: pathlib.Path, settings: Settings) -> Vocabulary:
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise ImportError(
-            f'{file} needs the tokenizers library: pip install "mla-jax[generate]".'
-        ) from error
+    tokenizers = _library("tokenizers", file, "generate")
     try:
         library = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exceptions
@@ -173,13 +151,17 @@ def _read_tokenizers(file: pathlib.Path, settings: Settings) -> Vocabulary:
     return Tokenizers(library, settings.special)
 
 
-def _read_tiktoken(file: pathlib.Path, settings: Settings) -> Vocabulary:
+def _library(name: str, file: pathlib.Path, extra: str) -> Any:
     try:
-        import tiktoken
+        return importlib.import_module(name)
     except ImportError as error:
         raise ImportError(
-            f'{file} needs the tiktoken library: pip install "mla-jax[tiktoken]".'
+            f'{file} needs the {name} library: pip install "mla-jax[{extra}]".'
         ) from error
+
+
+def _read_tiktoken(file: pathlib.Path, settings: Settings) -> Vocabulary:
+    tiktoken = _library("tiktoken", file, "tiktoken")
     # tiktoken's own loader would keep a copy by the file's path, and use it when the file changed.
     try:
         lines = [line.split() for line in file.read_bytes().splitlines() if line]
@@ -200,12 +182,7 @@ def _read_tiktoken(file: pathlib.Path, settings: Settings) -> Vocabulary:
 
 
 def _read_sentencepiece(file: pathlib.Path, settings: Settings) -> Vocabulary:
-    try:
-        import sentencepiece
-    except ImportError as error:
-        raise ImportError(
-            f'{file} needs the sentencepiece library: pip install "mla-jax[sentencepiece]".'
-        ) from error
+    sentencepiece = _library("sentencepiece", file, "sentencepiece")
     try:
         library = sentencepiece.SentencePieceProcessor(model_file=str(file))
     except (OSError, RuntimeError) as error:

@@ -34,8 +34,9 @@ from mla_jax import ops, rope
 from mla_jax.cache import Cache, Dense, Paged
 from mla_jax.config import MLAConfig
 from mla_jax.costs import choose_form
+from mla_jax.layers.projection import Projection, apart, kernel_of, together
 from mla_jax.layers.step import Form, Step, check_form, check_positions
-from mla_jax.ops import dense, dispatch
+from mla_jax.ops import dispatch
 
 _BIASED = ("q_a_proj", "kv_a_proj", "o_proj")  # what attention_bias=True means
 
@@ -102,10 +103,9 @@ class MultiHeadLatentAttention(nnx.Module):
         biased = _BIASED if bias is True else bias or ()
 
         def linear(name, inputs, outputs):
-            return nnx.LinearGeneral(
-                inputs, outputs, axis=tuple(range(-len(inputs), 0)), use_bias=name in biased,
-                dtype=dtype, param_dtype=param_dtype, kernel_init=kernel_init, precision=precision,
-                dot_general=dense.dot_general, rngs=rngs,
+            return Projection(
+                inputs, outputs, use_bias=name in biased, dtype=dtype, param_dtype=param_dtype,
+                kernel_init=kernel_init, precision=precision, rngs=rngs,
             )  # fmt: skip
 
         def norm(width):
@@ -288,7 +288,7 @@ class MultiHeadLatentAttention(nnx.Module):
         self._check_store(view, batch)
         form = step.form
         if form == "auto":
-            form = choose_form(self.config, queries=x.shape[1], slots=step.slots)
+            form = self._form(x.shape[1], step.slots)
         x, by = step.clear(x), step.rotation(self.config)
         q_nope, q_rope, gate = self._queries(x, step.positions, by)
         latent, k_rope = self._latents(x, by)
@@ -302,28 +302,40 @@ class MultiHeadLatentAttention(nnx.Module):
     @property
     def w_uk(self) -> Float[Array, "R N H"]:
         """W_UK, the part of kv_b_proj that makes keys: folded into the query when absorbed."""
-        return self.kv_b_proj.kernel[...][..., : self.config.qk_nope_head_dim]
+        return self._kv_b()[..., : self.config.qk_nope_head_dim]
 
     @property
     def w_uv(self) -> Float[Array, "R N V"]:
         """W_UV, the part of kv_b_proj that makes values: applied after mixing when absorbed."""
-        return self.kv_b_proj.kernel[...][..., self.config.qk_nope_head_dim :]
+        return self._kv_b()[..., self.config.qk_nope_head_dim :]
+
+    def _form(self, queries, slots):
+        """The form that is cheaper; under `jax.export` sizes may be symbols."""
+        if not isinstance(queries, int):
+            return "expanded"
+        return choose_form(self.config, queries, slots if isinstance(slots, int) else 2**30)
+
+    def _kv_b(self):
+        config = self.config
+        heads = (config.num_attention_heads, config.qk_nope_head_dim + config.v_head_dim)
+        return kernel_of(self.kv_b_proj, config.kv_lora_rank, heads)
 
     def _queries(self, x, positions, by):
         """q_nope [B T N H], rotated q_rope [B T N P], the gate's logits [B T N 1 or V] or None."""
         config, gate = self.config, None
         with jax.named_scope("queries"):
             if config.q_lora_rank is None:
-                query = self.q_proj(x)
+                query = apart(self.q_proj(x), config.num_attention_heads)
             else:
                 raw = self.q_a_proj(x)
                 q_latent = self.q_a_norm(raw) if config.latent_norm else raw
                 q_latent = checkpoint_name(q_latent, "q_latent")
                 if config.output_gate == "query":
                     query = self.q_b_proj(jnp.concatenate([q_latent, raw], axis=-1))
+                    query = apart(query, config.num_attention_heads)
                     query, gate = jnp.split(query, [config.qk_head_dim], axis=-1)
                 else:
-                    query = self.q_b_proj(q_latent)
+                    query = apart(self.q_b_proj(q_latent), config.num_attention_heads)
                 if config.mla_scale_q_lora:
                     query = query * math.sqrt(config.hidden_size / config.q_lora_rank)
             q_nope, q_rope = jnp.split(query, [config.qk_nope_head_dim], axis=-1)
@@ -334,7 +346,7 @@ class MultiHeadLatentAttention(nnx.Module):
             q_nope, q_rope = q_nope * scale, q_rope * scale
         if config.output_gate in ("head", "elementwise"):
             with jax.named_scope("g_proj"):
-                gate = self.g_proj(x)
+                gate = apart(self.g_proj(x), config.num_attention_heads)
         return q_nope, q_rope, gate
 
     def _query_scale(self, positions):
@@ -412,8 +424,7 @@ class MultiHeadLatentAttention(nnx.Module):
         }  # fmt: skip
 
         def context(seen):
-            kernel = self.kv_b_proj.kernel[...]
-            return ops.context_attention((q_nope, q_rope), view, seen, kernel, **options)
+            return ops.context_attention((q_nope, q_rope), view, seen, self._kv_b(), **options)
 
         if window is not None:
             return context(step.seen.replace(window=window))
@@ -429,7 +440,8 @@ class MultiHeadLatentAttention(nnx.Module):
     def _keys_values(self, latent):
         """Per-head k_nope [B T N H] and value [B T N V] from latents."""
         with jax.named_scope("kv_b_proj"):
-            return jnp.split(self.kv_b_proj(latent), [self.config.qk_nope_head_dim], axis=-1)
+            both = apart(self.kv_b_proj(latent), self.config.num_attention_heads)
+            return jnp.split(both, [self.config.qk_nope_head_dim], axis=-1)
 
     def _output(self, heads, lse, gate):
         """Y [B T D] from heads [B T N V], their lse [B T N] and the gate's logits."""
@@ -443,7 +455,7 @@ class MultiHeadLatentAttention(nnx.Module):
             with jax.named_scope("gate"):
                 heads = heads * jax.nn.sigmoid(gate.astype(lse.dtype))
         with jax.named_scope("o_proj"):
-            return self.o_proj(checkpoint_name(heads.astype(dtype), "heads"))
+            return self.o_proj(together(checkpoint_name(heads.astype(dtype), "heads")))
 
     def _check_input(self, x):
         width = self.config.hidden_size

@@ -95,7 +95,7 @@ class Router(nnx.Module):
         if config.scoring_func == "sigmoid":
             choice = scores + self.bias[...][None]
         if config.n_group > 1:
-            groups = choice.reshape(len(x), config.n_group, -1)
+            groups = choice.reshape(x.shape[0], config.n_group, -1)
             best = 2 if config.scoring_func == "sigmoid" else 1
             worth = lax.top_k(groups, min(best, groups.shape[-1]))[0].sum(-1)
             kept = lax.top_k(worth, config.topk_group)[1]

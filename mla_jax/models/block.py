@@ -15,6 +15,7 @@ from mla_jax.layers.experts import MixtureOfExperts
 from mla_jax.layers.mlp import GatedMLP
 from mla_jax.layers.step import Step
 from mla_jax.models.config import DecoderConfig
+from mla_jax.ops import dispatch
 
 
 class Block(nnx.Module):
@@ -35,7 +36,8 @@ class Block(nnx.Module):
         )
         self.mlp_norm = nnx.RMSNorm(width, epsilon=config.rms_norm_eps, **types)
         if config.is_sparse(layer):
-            self.mlp = MixtureOfExperts(config, precision=precision, **types)
+            named = dispatch.normalized(implementation).get("routed_experts")
+            self.mlp = MixtureOfExperts(config, precision=precision, implementation=named, **types)
         else:
             assert config.intermediate_size is not None  # the config fills it in
             self.mlp = GatedMLP(width, config.intermediate_size, precision=precision, **types)

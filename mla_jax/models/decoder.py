@@ -119,10 +119,10 @@ class Decoder(nnx.Module):
         """
         x = self._embed(tokens)
         mixers = sum(len(block.mixers) for block in self.blocks)
-        if len(cache.stores) != mixers or cache.batch_size != len(tokens):
+        if len(cache.stores) != mixers or cache.batch_size != tokens.shape[0]:
             raise ValueError(
                 f"cache has {len(cache.stores)} stores of {cache.batch_size} rows: the model has "
-                f"{mixers}, the tokens {len(tokens)} rows: make it with model.init_cache()."
+                f"{mixers}, the tokens {tokens.shape[0]} rows: make it with model.init_cache()."
             )
         step, relay = Step.begin(cache, tokens.shape[1], lengths), None
         held, stores = iter(cache.stores), []

@@ -10,6 +10,7 @@ from jaxtyping import Array, Key
 from mla_jax.models.block import Block
 from mla_jax.models.config import DecoderConfig
 from mla_jax.models.decoder import Decoder
+from mla_jax.ops import dispatch
 
 
 def random_decoder(
@@ -20,7 +21,7 @@ def random_decoder(
     dtype=None,
     param_dtype=jnp.float32,
     precision=None,
-    implementation: str | None = None,
+    implementation: dispatch.Implementation = None,
 ) -> Decoder:
     """What `Decoder(..., rngs=nnx.Rngs(seed))` is, other numbers, in a few programs.
 

@@ -34,12 +34,17 @@ _BACKENDS: dict[str, dict[str, str]] = {
     "expanded_attention": {
         "cudnn": "mla_jax.ops.cudnn",
         "xla": "mla_jax.ops.xla",
+        # Where it is named only: its last revision has not run on a GPU yet.
+        "pallas_gpu": "mla_jax.ops.hopper.attention.backend",
         "reference": "mla_jax.ops.reference",
     },
     "context_attention": {"xla": "mla_jax.ops.xla", "reference": "mla_jax.ops.reference"},
 }
 OPS = tuple(_BACKENDS)
 IMPLEMENTATIONS = tuple(dict.fromkeys(name for names in _BACKENDS.values() for name in names))
+# What a dict may name: also the experts of a whole model, which `ops.experts` dispatches.
+_NAMES = {op: tuple(names) for op, names in _BACKENDS.items()}
+_NAMES["routed_experts"] = ("pallas_gpu", "ragged", "xla")
 
 # A backend's name for all ops, or one for each op that is named (pairs where it must be hashable).
 Implementation = str | Mapping[str, str] | tuple[tuple[str, str], ...] | None
@@ -78,7 +83,7 @@ class Call:
 
 
 def normalized(implementation: Implementation) -> dict[str, str]:
-    """The backend of each op that `implementation` names; of all ops where it is one name.
+    """The backend of each op that `implementation` names; one name is of all attention cores.
 
     Raises:
         ValueError: a backend or an op that does not exist.
@@ -97,11 +102,12 @@ def normalized(implementation: Implementation) -> dict[str, str]:
         named = dict(implementation)
     else:
         named = {"": str(implementation)}
+    known = (*IMPLEMENTATIONS, *_NAMES["routed_experts"])
     for op, name in named.items():
-        if op not in OPS or name not in IMPLEMENTATIONS:
+        if op not in _NAMES or name not in known:
             raise ValueError(
                 f"implementation={implementation!r} is not known: it must be None (choose), one of "
-                f"{', '.join(IMPLEMENTATIONS)}, or a dict from {', '.join(OPS)} to one of these."
+                f"{', '.join(IMPLEMENTATIONS)}, or a dict from {', '.join(_NAMES)} to a backend."
             )
     return named
 

@@ -23,7 +23,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from mla_jax import target
-from mla_jax.cache import Dense, Store
+from mla_jax.cache import Store
 from mla_jax.ops.seen import Seen, visible
 
 _WHOLE_SCORES = (
@@ -44,6 +44,13 @@ def why_not(call, target) -> str | None:
     return None
 
 
+# Names of a store's arrays that are the keys of the queries' two parts, and the values.
+_ARRAYS = {
+    "latent_attention": ("latent", "k_rope", "latent"),
+    "expanded_attention": ("k_nope", "k_rope", "value"),
+}
+
+
 # Jitted here too, so that eager calls do not compile their loops anew each time.
 @functools.partial(jax.jit, static_argnames="call")
 def latent_attention(
@@ -52,21 +59,11 @@ def latent_attention(
     seen: Seen,
     call,
 ) -> tuple[Float[Array, "B T N R"], Float[Array, "B T N"]]:
-    """The absorbed form: see `ops.latent_attention`."""
-    pick = lambda held: ((held["latent"], held["k_rope"]), held["latent"])  # noqa: E731
-    return _attend(queries, store, pick, seen, call)
+    """The absorbed form: see `ops.latent_attention`. The expanded form differs in its store."""
+    return _attend(queries, store, seen, call)
 
 
-@functools.partial(jax.jit, static_argnames="call")
-def expanded_attention(
-    queries: tuple[Float[Array, "B T N H"], Float[Array, "B T N P"]],
-    store: Dense,
-    seen: Seen,
-    call,
-) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
-    """The expanded form: see `ops.expanded_attention`."""
-    pick = lambda held: ((held["k_nope"], held["k_rope"]), held["value"])  # noqa: E731
-    return _attend(queries, store, pick, seen, call)
+expanded_attention = latent_attention
 
 
 @functools.partial(jax.jit, static_argnames="call")
@@ -96,16 +93,23 @@ def context_attention(
         k_nope, value = jnp.split(expanded, [nope], axis=-1)
         return (k_nope, held["k_rope"]), value
 
+    (batch, tokens), slots = queries[0].shape[:2], store.slots
+    if not all(isinstance(size, int) for size in (batch, tokens, slots)):  # under jax.export
+        visible = seen.visible(jnp.arange(slots, dtype=jnp.int32))
+        alive = jnp.broadcast_to(visible.any(axis=(1, 2)), (batch, slots))
+        keys, value = load(0, slots, alive)
+        return _whole(queries, keys, value, visible, call)
     zero = _zero_of(queries, store, kv_b, seen)
     return _blocks(queries, load, seen, store.slots, kv_b.shape[-1] - nope, False, zero, call)
 
 
-def _attend(queries, store, pick, seen, call):
+def _attend(queries, store, seen, call):
     """Attention with scores summed over pairs of a query and a key.
 
-    `pick` takes the arrays of a block of slots to their keys and value: [B S K], shared by all
-    heads, or [B S N K], per head.
+    Keys and values are [B S K], shared by all heads, or [B S N K], per head.
     """
+    nope, rope, of_value = _ARRAYS[call.op]
+    pick = lambda held: ((held[nope], held[rope]), held[of_value])  # noqa: E731
     batch, tokens, heads = queries[0].shape[:3]
     slots, shared = store.slots, call.op == "latent_attention"
 
@@ -196,10 +200,12 @@ def _whole(queries, keys, value, seen, call):
     scores = _scores(queries, keys, shared, call)
     scores = scores + jnp.where(seen, 0.0, _MASKED)
     any_seen = seen.any(-1, keepdims=True)
-    if scores.shape[-1] <= _FUSED_ROW:
-        out = _mix(jax.nn.softmax(scores, axis=-1) * any_seen, value, shared, call)
+    some = any_seen.astype(scores.dtype)
+    slots = scores.shape[-1]
+    if isinstance(slots, int) and slots <= _FUSED_ROW:
+        out = _mix(jax.nn.softmax(scores, axis=-1) * some, value, shared, call)
     else:
-        weights = jnp.exp(scores - scores.max(-1, keepdims=True)) * any_seen
+        weights = jnp.exp(scores - scores.max(-1, keepdims=True)) * some
         total = weights.sum(-1, keepdims=True)
         out = _mix(weights, value, shared, call) / jnp.where(any_seen, total, 1)
     lse = jax.nn.logsumexp(jnp.where(seen, scores, _MASKED), axis=-1)

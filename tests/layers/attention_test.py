@@ -216,14 +216,14 @@ BAD = [
     (lambda layer: layer(X.astype(jnp.int32)), "x is int32"),
     (lambda layer: layer(X, form="folded"), "form='folded'"),
     (lambda layer: layer(X, positions=jnp.arange(4)), r"positions is int32 of shape \(4,\)"),
-    (lambda layer: layer(X, segment_ids=jnp.zeros(5, int)), "segment_ids has shape"),
+    (lambda layer: layer(X, segment_ids=jnp.zeros(5, int)), "segment_ids is int"),
     (lambda layer: layer(X, mask=jnp.ones((2, 5), bool)), "mask has shape"),
     (lambda layer: layer(X, segment_ids=[[0.5] * 5] * 2), "segment_ids is float64"),
     (lambda layer: layer(X, positions=[0, 1]), r"positions is int64 of shape \(2,\)"),
     (lambda layer: layer.decode(X, make(PLAIN.replace(kv_lora_rank=8)).init_cache(2, 8)),
      r"cache.latent has shape \(2, 8, 8\)"),
     (lambda layer: layer.decode(X, layer.init_cache(3, 8)), "cache has 1 stores of 3 rows"),
-    (lambda layer: layer.decode(X, layer.init_cache(2, 8, jnp.bfloat16)), "latent is bfloat16"),
+    (lambda layer: layer.decode(X, layer.init_cache(2, 8, jnp.bfloat16)), "holds bfloat16"),
     (lambda layer: layer.prefill(X, layer.init_cache(2, 8), jnp.array([6, 1])), "each must"),
     (lambda layer: layer.prefill(X, layer.init_cache(2, 4)), "max_length=4"),
     (lambda layer: make(implementation="triton"), "implementation='triton'"),
@@ -237,3 +237,44 @@ def test_bad_input(case):
     call, message = BAD[case]
     with pytest.raises(ValueError, match=message):
         call(make())
+
+
+WRAPPED = {"q_a_proj": 12, "q_b_proj": 33, "kv_a_proj": 20, "kv_b_proj": 51, "o_proj": 24}
+
+
+class _Doubled(nnx.Module):
+    """An adapter that Flax does not know."""
+
+    def __init__(self, base):
+        self.base = base
+
+    def __call__(self, x):
+        return 2 * self.base(x)
+
+
+@pytest.mark.parametrize("name", [*WRAPPED, "all", "kv_b_proj by another adapter"])
+def test_wrapped_projections_are_their_merged_weights(name):
+    """Absorbed, expanded and with weights merged in float64: one result, cached or not."""
+    layer, merged = make(), make()
+    inputs = {"q_a_proj": 24, "q_b_proj": 12, "kv_a_proj": 24, "kv_b_proj": 16, "o_proj": 30}
+    for index, each in enumerate(WRAPPED if name == "all" else [name.split()[0]]):
+        base, kernel = getattr(layer, each), getattr(merged, each).kernel
+        if "adapter" in name:
+            setattr(layer, each, _Doubled(base))
+            kernel[...] = 2 * kernel[...]
+            continue
+        wrapped = nnx.LoRA(inputs[each], 3, WRAPPED[each], base_module=base, rngs=nnx.Rngs(index))
+        noise = jax.random.normal(jax.random.key(index), (3, WRAPPED[each]))
+        wrapped.lora_b[...] = 0.2 * noise
+        setattr(layer, each, wrapped)
+        update = np.asarray(wrapped.lora_a[...], np.float64) @ np.asarray(noise, np.float64) * 0.2
+        kernel[...] = jnp.asarray(
+            np.asarray(kernel[...], np.float64) + update.reshape(kernel.shape), jnp.float32
+        )
+    full = merged(X)
+    assert relative(full, make()(X)) > 1e-2
+    for form in ("absorbed", "expanded"):
+        assert relative(layer(X, form=form), full) < 3e-6
+        first, cache = layer.prefill(X[:, :3], layer.init_cache(2, 8), form=form)
+        rest, _ = layer.decode(X[:, 3:], cache, form=form)
+        assert relative(jnp.concatenate([first, rest], 1), full) < 3e-6

@@ -17,11 +17,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import mla_jax
 from mla_jax import target
-from mla_jax.cache import Dense
+from mla_jax.cache import PAGE, Dense, Paged
 from mla_jax.models.decoder import Decoder, DecoderConfig
 from mla_jax.ops import dispatch, hopper
 from mla_jax.ops.hopper import kernel, make_schedule, merge
-from mla_jax.ops.hopper.schedule import ROW_COST
+from mla_jax.ops.hopper.schedule import ROW_COST, Column
 from mla_jax.ops.seen import Seen
 
 SCALE = 192**-0.5
@@ -77,17 +77,16 @@ def check(got, want, dtype, tolerance=None):
     np.testing.assert_allclose(lse[~dead], want[1][~dead], atol=2e-5)
 
 
-def attend(arrays, lengths, sms, interpret=INTERPRET):
+def attend(arrays, lengths, sms, interpret=INTERPRET, table=None):
     tokens, heads = arrays[0].shape[1:3]
-    schedule = make_schedule(
-        lengths, rows=tokens * heads, slots=arrays[2].shape[1], num_sms=sms, slack=0
-    )
-    return hopper.decode(*arrays, schedule, scale=SCALE, interpret=interpret)
+    slots = arrays[2].shape[1] if table is None else table.shape[1] * PAGE
+    schedule = make_schedule(lengths, rows=tokens * heads, slots=slots, num_sms=sms, slack=0)
+    return hopper.decode(*arrays, schedule, table=table, scale=SCALE, interpret=interpret)
 
 
-def interpreted(arrays, lengths, sms):
+def interpreted(arrays, lengths, sms, table=None):
     # The interpreter's callbacks run operations of their own: nothing else may be dispatched then.
-    return jax.block_until_ready(attend(arrays, lengths, sms))
+    return jax.block_until_ready(attend(arrays, lengths, sms, table=table))
 
 
 CASES = [  # B, T, S, N, R, P, lengths, multiprocessors
@@ -120,18 +119,18 @@ def _mask_without_causality(self, s, slot, length):
     return REAL["mask"](tokenless, s, slot, length)
 
 
-REAL = {"mask": kernel._Part.mask, "source_slot": kernel.source_slot, "piece": merge.piece}
+REAL = {"mask": kernel.Part.mask, "source_slot": kernel.source_slot, "piece": merge.piece}
 PLANTED = {
-    "future_token_visible": (kernel._Part, "mask", _mask_without_causality),
+    "future_token_visible": (kernel.Part, "mask", _mask_without_causality),
     "off_by_one_slot": (
-        kernel._Part, "mask",
+        kernel.Part, "mask",
         lambda self, s, slot, length: REAL["mask"](self, s, slot, length - 1),
     ),
-    "dead_values_left": (kernel._Part, "kill_dead_values", lambda self, ref, live: None),
+    "dead_values_left": (kernel.Part, "kill_dead_values", lambda self, ref, live: None),
     "dropped_first_block": (
         kernel, "source_slot",
-        lambda row, slot, length, slots, total: jnp.where(
-            slot == 0, total, REAL["source_slot"](row, slot, length, slots, total)),
+        lambda row, slot, *rest: jnp.where(
+            slot == 0, rest[2], REAL["source_slot"](row, slot, *rest)),
     ),
     "wrong_scale": (kernel, "LOG2E", kernel.LOG2E * 1.05),
     "pieces_mixed_up": (
@@ -160,6 +159,178 @@ def test_planted_bugs_are_noticed(bug, monkeypatch):
     monkeypatch.setattr(*PLANTED[bug])
     with pytest.raises(AssertionError):
         check(interpreted(arrays, lengths, 4), want, jnp.bfloat16)
+
+
+# ---- pages
+
+
+def paginate(arrays, lengths, seed=0, spare=2, shared=()):
+    """The rows of dense arrays on pages in random order: (arrays with a pool, table).
+
+    Pages that no row has hold NaN and infinity, as the slots past a row's length do; the table says
+    G wherever a row has no page. `shared` names pairs of rows of which the second has the full
+    pages of the first up to where their caches differ.
+    """
+    rng = np.random.default_rng(seed)
+    pattern, q_rope, *held = (np.asarray(a) for a in arrays)
+    (batch, slots), per_row = held[0].shape[:2], -(-held[0].shape[1] // PAGE)
+    needed = -(-np.asarray(lengths) // PAGE)
+    count = int(needed.sum()) + spare
+    free = list(rng.permutation(count))
+    table = np.full((batch, per_row), count, np.int32)
+    bad = np.where(np.arange(PAGE) % 3 == 0, np.inf, np.nan)[None, :, None]
+    pools = [np.broadcast_to(bad, (count, PAGE, x.shape[2])).astype(x.dtype) for x in held]
+    for row in range(batch):
+        for page in range(needed[row]):
+            slot, end = page * PAGE, min((page + 1) * PAGE, slots)
+            full = (page + 1) * PAGE <= lengths[row]
+            givers = [a for a, b in shared if b == row and full]
+            givers = [a for a in givers if (held[0][a, slot:end] == held[0][row, slot:end]).all()]
+            table[row, page] = table[givers[0], page] if givers else free.pop()
+            for pool, x in zip(pools, held, strict=True):
+                pool[table[row, page], : end - slot] = x[row, slot:end]
+    arrays = [pattern, q_rope, *pools]
+    return [jnp.asarray(a) for a in arrays], jnp.asarray(table)
+
+
+def fork(arrays, source, row, slots):
+    """The cache's first `slots` slots of a row copied to those of another."""
+    copy = lambda x: x.at[row, :slots].set(x[source, :slots])  # noqa: E731
+    return [*arrays[:2], *map(copy, arrays[2:])]
+
+
+PAGED = [  # as CASES, with lengths around the border of a page
+    (5, 1, 384, 3, 128, 16, (127, 128, 129, 0, 257), 3),
+    (2, 2, 256, 20, 128, 32, (256, 255), 5),
+    (2, 1, 384, 16, 256, 0, (383, 1), 2),
+    (1, 3, 640, 40, 128, 64, (513,), 6),  # several parts share a row, and begin within it
+]
+
+
+@pytest.mark.parametrize("case", PAGED, ids=lambda c: "B{}-T{}-S{}-N{}-R{}-P{}-{}-sms{}".format(*c))
+def test_pages_interpreted_are_the_loop(case):
+    *shape, lengths, sms = case
+    arrays, lengths = make(8, *shape, lengths, jnp.bfloat16)
+    pages, table = paginate(arrays, lengths)
+    check(interpreted(pages, lengths, sms, table), loop(arrays, lengths), jnp.bfloat16)
+
+
+def forked():
+    """Three rows, of which the last two share two full pages; (dense, pages, table, lengths)."""
+    arrays, lengths = make(9, 3, 2, 384, 3, 128, 16, (70, 290, 257), jnp.bfloat16)
+    arrays = fork(arrays, 1, 2, 256)
+    pages, table = paginate(arrays, lengths, shared=[(1, 2)])
+    assert (table[1, :2] == table[2, :2]).all()
+    assert table[1, 2] != table[2, 2]
+    assert table[0].tolist()[1:] == [pages[2].shape[0]] * 2  # holes past a row's end
+    return arrays, pages, table, lengths
+
+
+def _wrong_page(change):
+    def page(self, row, slot):
+        return change(self.table, row, slot // PAGE)
+
+    return page
+
+
+PLANTED_PAGES = {
+    "page_of_the_wrong_row": (
+        kernel.Part, "page", _wrong_page(lambda table, row, page: table[(row + 1) % 3, page])),
+    "off_by_one_page": (
+        kernel.Part, "page", _wrong_page(lambda table, row, page: table[row, (page + 1) % 3])),
+    "page_before": (
+        kernel.Part, "page",
+        _wrong_page(lambda table, row, page: table[row, jnp.maximum(page - 1, 0)])),
+    "table_ignored": (
+        kernel.Part, "page", _wrong_page(lambda table, row, page: row * 3 + page)),
+    "second_block_is_the_first": (
+        kernel, "source_slot",
+        lambda row, slot, *rest: REAL["source_slot"](row, slot // PAGE * PAGE, *rest)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bug", [None, *PLANTED_PAGES])
+@pytest.mark.usefixtures("traced_anew")
+def test_planted_bugs_of_pages_are_noticed(bug, monkeypatch):
+    arrays, pages, table, lengths = forked()
+    want = loop(arrays, lengths)
+    if bug is None:
+        check(interpreted(pages, lengths, 4, table), want, jnp.bfloat16)
+        return
+    monkeypatch.setattr(*PLANTED_PAGES[bug])
+    with pytest.raises(AssertionError):
+        check(interpreted(pages, lengths, 4, table), want, jnp.bfloat16)
+
+
+def test_pages_through_the_op(monkeypatch):
+    """A paged store is served by name, whatever its table, and planned as a dense one."""
+    monkeypatch.setattr(hopper, "_H200_SMS", 2)
+    arrays, pages, table, lengths = forked()
+    store = Paged(Dense({"latent": pages[2], "k_rope": pages[3]}), table)
+    seen = Seen.of(lengths, batch=3, queries=2, slots=store.slots)
+    call = dataclasses.replace(spec(arrays), store="paged")
+    with plgpu.force_gpu_interpret_mode():
+        planned = dispatch.plan(seen, call)
+        assert planned.plan.lengths.tolist() == [70, 290, 257]
+        got = dispatch.attend(tuple(pages[:2]), store, planned, call, "pallas_gpu")
+        check(jax.block_until_ready(got), loop(arrays, lengths), jnp.bfloat16)
+
+
+def test_gradients_of_pages():
+    """Pages that rows share gather the gradients of all; those that no row has get none."""
+    arrays, pages, table, lengths = forked()
+
+    def loss(attend, *arrays):
+        out, lse = attend(*arrays)
+        weight = jnp.arange(out.size).reshape(out.shape)
+        return (jnp.sin(out.astype(jnp.float32)) * weight).sum() + lse.sum()
+
+    dense = lambda *a: mla_jax.latent_attention(  # noqa: E731
+        *a, lengths=lengths, scale=SCALE, implementation="xla")  # fmt: skip
+    paged = lambda *a: attend(a, lengths, 2, table=table)  # noqa: E731
+    clean = [*arrays[:2], *(jnp.nan_to_num(a, posinf=0) for a in arrays[2:])]
+    want = jax.grad(functools.partial(loss, dense), (0, 1, 2, 3))(*clean)
+    got = jax.block_until_ready(jax.grad(functools.partial(loss, paged), (0, 1, 2, 3))(*pages))
+    eps = float(jnp.finfo(jnp.bfloat16).eps)
+    for one, two in zip(got[:2], want[:2], strict=True):
+        assert relative(one, two) < 2 * eps
+    for one, two in zip(got[2:], want[2:], strict=True):
+        pool = np.zeros(one.shape)
+        for row, page in np.argwhere(np.asarray(table) < len(pool)):
+            part = np.asarray(two[row, page * PAGE : (page + 1) * PAGE], np.float64)
+            pool[table[row, page]] += part
+        assert relative(one, pool) < 2 * eps
+
+
+@pytest.mark.parametrize("pools", ["one_pool", "a_pool_each"])
+def test_vmap_over_paged_rows(pools, monkeypatch):
+    monkeypatch.setattr(hopper, "_H200_SMS", 2)
+    arrays, lengths = make(10, 4, 1, 256, 2, 128, 16, (130, 256, 5, 128), jnp.bfloat16)
+    want = loop(arrays, lengths)
+    call = lambda p, q, c, k, table, n: attend((p, q, c, k), n, 2, table=table)  # noqa: E731
+    halves = lambda x: x.reshape(2, 2, *x.shape[1:])  # noqa: E731
+    if pools == "one_pool":
+        pages, table = paginate(arrays, lengths)
+        held, axis = pages[2:], None
+        tables = halves(table)
+    else:
+        parts = [
+            paginate([a[i : i + 2] for a in arrays], lengths[i : i + 2], seed=i, spare=spare)
+            for i, spare in (
+                (0, 0),
+                (2, 2),
+            )  # as many pages each: 4 and 3, of which one is shared out
+        ]
+        count = max(part[0][2].shape[0] for part in parts)
+        grow = lambda x: jnp.pad(x, ((0, count - len(x)), (0, 0), (0, 0)), constant_values=jnp.nan)  # noqa: E731
+        held = [jnp.stack([grow(part[0][i]) for part in parts]) for i in (2, 3)]
+        tables = jnp.stack([jnp.where(t < len(a[2]), t, count) for a, t in parts])
+        axis = 0
+    got = jax.vmap(call, (0, 0, axis, axis, 0, 0))(
+        halves(arrays[0]), halves(arrays[1]), *held, tables, halves(lengths)
+    )
+    got = jax.block_until_ready(got)
+    check([x.reshape(4, *x.shape[2:]) for x in got], want, jnp.bfloat16)
 
 
 def test_gradients_vmap_and_no_lengths(monkeypatch):
@@ -266,12 +437,12 @@ def test_the_schedule_covers_every_step_once(seed):
     s = jax.tree.map(np.asarray, s)
     tiles = -(-rows // 64)
     parts = max(1, sms // tiles)
-    assert s.part.shape == (parts, 7)
+    assert s.part.shape == (parts, len(Column))
     assert s.arrivals.shape == (batch * tiles,)
     assert not s.arrivals.any()
     steps = np.maximum(1, -(-lengths // 128))
     np.testing.assert_array_equal(s.row_step, np.concatenate([[0], np.cumsum(steps)]))
-    begin, end = s.part[:, 0], s.part[:, 1]
+    begin, end = s.part[:, Column.FIRST_STEP], s.part[:, Column.END_STEP]
     assert begin[0] == 0
     assert end[-1] == steps.sum()
     np.testing.assert_array_equal(begin[1:], end[:-1])
@@ -280,11 +451,14 @@ def test_the_schedule_covers_every_step_once(seed):
     row_of, parts_of = np.repeat(np.arange(batch), steps), [[] for _ in range(batch)]
     each = -(-(steps.sum() + ROW_COST * batch) // parts)
     most = each + max(slack, ROW_COST - 1)  # a cut may fall into what a row costs to begin
-    for p, (lo, hi, first, first_step, length, last, shared) in enumerate(s.part):
+    for p, part in enumerate(s.part):
+        lo, hi = part[Column.FIRST_STEP], part[Column.END_STEP]
         if lo < hi:
+            first, last = part[Column.FIRST_ROW], part[Column.LAST_ROW]
             assert (first, last) == (row_of[lo], row_of[hi - 1])
-            assert (first_step, length) == (s.row_step[first], lengths[first])
-            assert shared == many[last]
+            assert part[Column.FIRST_ROW_STEP] == s.row_step[first]
+            assert part[Column.FIRST_ROW_LENGTH] == lengths[first]
+            assert part[Column.LAST_ROW_SHARED] == many[last]
             assert hi - lo + ROW_COST * (last - first) <= most
             for row in np.unique(row_of[lo:hi]):
                 parts_of[row].append(p)
@@ -299,7 +473,6 @@ REFUSED = {
     "options": ({"options": ("lengths", "mask", "window")}, "not mask, window"),
     "per_query": ({"options": ("lengths per query",)}, "lengths per query"),
     "soft_cap": ({"soft_cap": 2.0}, "no soft_cap"),
-    "paged": ({"store": "paged"}, "not paged ones"),
     "rank": ({"key_dims": (496, 64)}, "kv_lora_rank"),
     "rope": ({"key_dims": (512, 24)}, "qk_rope_head_dim"),
     "tokens": ({"queries": 9}, "1 to 8 query tokens"),
@@ -318,6 +491,7 @@ def test_what_it_cannot_serve(name):
 
 def test_where_it_runs():
     assert hopper.why_not(SPEC, HOPPER) is None
+    assert hopper.why_not(dataclasses.replace(SPEC, store="paged"), HOPPER) is None
     ampere = dataclasses.replace(HOPPER, capability=8.0)
     assert "9.x (Hopper), this is 8.0" in hopper.why_not(SPEC, ampere)
     assert "needs an NVIDIA GPU" in hopper.why_not(SPEC, target.of(jax.devices("cpu")[0]))
@@ -372,6 +546,33 @@ def test_native(case, card):
         np.testing.assert_array_equal(np.asarray(one), np.asarray(two))
     if seed % 3 == 0:  # few parts: whole rows and long streams
         check(run(arrays, lengths, 8 * -(-tokens * heads // 64)), want, dtype, tolerance=2e-3)
+
+
+@pytest.mark.accelerator
+@pytest.mark.parametrize("case", NATIVE[::3], ids=lambda c: "N{}-T{}-R{}-P{}-{}".format(*c))
+def test_native_pages(case, card):
+    """Pages in random order give bit for bit what the dense kernel gives."""
+    heads, tokens, rank, rope, dtype = case
+    seed = NATIVE.index(case)
+    rng = np.random.default_rng(seed)
+    batch, slots = int(rng.integers(2, 7)), int(rng.integers(1, 14)) * PAGE
+    lengths = rng.integers(0, slots + 1, batch)
+    border = rng.random(batch) < 0.5
+    lengths = np.where(
+        border, np.clip(lengths // PAGE * PAGE + rng.integers(-1, 2), 0, slots), lengths
+    )
+    arrays, lengths = make(seed, batch, tokens, slots, heads, rank, rope, lengths, dtype)
+    arrays = fork(arrays, 0, 1, min(int(lengths[:2].min()), slots) // PAGE * PAGE)
+    pages, table = paginate(arrays, lengths, seed, shared=[(0, 1)])
+
+    @jax.jit
+    def run(arrays, lengths, table=None):
+        return attend(arrays, lengths, card.cores, None, table)
+
+    got = run(pages, lengths, table)
+    check(got, loop(arrays, lengths), dtype, tolerance=2e-3 if dtype == "bfloat16" else 3e-4)
+    for one, two in zip(got, run(arrays, lengths), strict=True):
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(two))
 
 
 def two_layers():

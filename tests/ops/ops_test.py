@@ -11,7 +11,9 @@ from common import MICRO, loop_attention, relative
 from flax import nnx
 
 import mla_jax
-from mla_jax.ops import dispatch, xla
+from mla_jax import target
+from mla_jax.models import DecoderConfig
+from mla_jax.ops import dispatch, experts, xla
 from mla_jax.ops.seen import Seen
 
 B, T, S, N, R, P, H, V = 3, 3, 11, 2, 6, 4, 5, 7
@@ -334,3 +336,19 @@ def test_a_plan_is_made_of_the_limits_that_it_serves():
     seen = Seen.of(jnp.array([7]), batch=1, queries=1, slots=8)
     planned = dataclasses.replace(seen, plan="a plan")
     assert planned.replace(limits=seen.limits + 1).plan is None
+
+
+def test_every_backend_of_the_experts_can_be_named():
+    for name in experts.IMPLEMENTATIONS:
+        assert dispatch.normalized({"routed_experts": name}) == {"routed_experts": name}
+    with pytest.raises(ValueError, match=r"implementation=.* is not known"):
+        dispatch.normalized({"routed_experts": "cuda"})
+
+
+def test_explain_covers_a_whole_model_s_experts(capsys):
+    lite = DecoderConfig.from_preset("deepseek_v2_lite")
+    mla_jax.explain(lite, device=target.Target("gpu", "NVIDIA H200", 9.0, 132))
+    text = capsys.readouterr().out
+    assert "routed_experts (6 of 64 for each token):\n  pallas_gpu: runs\n" in text
+    mla_jax.explain(lite, implementation={"routed_experts": "pallas_gpu"})
+    assert "pallas_gpu: no: needs an NVIDIA GPU" in capsys.readouterr().out

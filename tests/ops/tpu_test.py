@@ -26,9 +26,10 @@ from jax.sharding import PartitionSpec
 
 import mla_jax
 from mla_jax import MLAConfig, MultiHeadLatentAttention, target
+from mla_jax.cache import PAGE, Dense, Paged
 from mla_jax.ops import dispatch, tpu
 from mla_jax.ops.seen import Seen
-from mla_jax.ops.tpu import Plan, kernel
+from mla_jax.ops.tpu import Plan, compute, copies, kernel, walk
 
 SCALE = 0.11
 # bfloat16: rounded weights and a rounded result, each within half a unit of the last place.
@@ -62,10 +63,10 @@ def poison(args, lengths):
     return [*args[:2], *(jnp.where(unseen, jnp.nan, array) for array in args[2:])]
 
 
-def run(args, lengths, *, block=128, ring=4, cores=1, piece=128):
+def run(args, lengths, *, block=128, ring=4, cores=1, piece=128, table=None):
     plan = Plan(block=block, ring=ring, cores=cores, piece=piece, vmem_bytes=2**25)
     call = jax.jit(functools.partial(tpu.decode, scale=SCALE, plan=plan))
-    got = jax.block_until_ready(call(*args, lengths))
+    got = jax.block_until_ready(call(*args, lengths, table=table))
     assert not interpret_pallas_call.races.races_found
     return got
 
@@ -74,8 +75,11 @@ def exact(args, lengths):
     return mla_jax.latent_attention(*args, lengths=lengths, scale=SCALE, implementation="reference")
 
 
-def check(args, lengths, **plan):
-    out, lse = run(args if lengths is None else poison(args, lengths), lengths, **plan)
+def check(args, lengths, pages=None, **plan):
+    """The kernel on dense arrays, or on `pages` of the same rows, against the reference."""
+    if pages is None:
+        pages = (args if lengths is None else poison(args, lengths)), None
+    out, lse = run(pages[0], lengths, table=pages[1], **plan)
     want, want_lse = exact(args, lengths)
     assert out.dtype == args[0].dtype
     dtype = args[0].dtype.type
@@ -171,47 +175,145 @@ def test_halves_merge(rng):
     np.testing.assert_allclose(merged[1], whole[1], atol=1e-5)
 
 
+Walk, Copies, Compute = walk.Walk, copies.Copies, compute.Compute
+
+
 @contextlib.contextmanager
-def opening(walk, broken):
+def opening(broken):
     """Breaks where maxima and sums begin anew, but not whose queries are copied and waited for."""
-    broken = functools.partialmethod(broken, real=walk.opens)
+    broken = functools.partialmethod(broken, real=Walk.opens)
 
     def within(method):
         def traced(*args, **options):
-            with mock.patch.object(walk, "opens", broken):
+            with mock.patch.object(Walk, "opens", broken):
                 return method(*args, **options)
 
         return traced
 
-    changed = {name: within(getattr(walk, name)) for name in ("score", "weigh")}
-    with mock.patch.multiple(walk, **changed):
+    changed = {name: within(getattr(Compute, name)) for name in ("score", "weigh")}
+    with mock.patch.multiple(Compute, **changed):
         yield
 
 
 PLANTED = {
-    "off_by_one_slot": lambda walk: mock.patch.object(
-        walk, "limits", lambda self, row, real=walk.limits: [n - 1 for n in real(self, row)]
+    "off_by_one_slot": lambda: mock.patch.object(
+        Walk, "limits", lambda self, row, real=Walk.limits: [n - 1 for n in real(self, row)]
     ),
-    "future_token_visible": lambda walk: mock.patch.object(
-        walk, "limits", lambda self, row, real=walk.limits: [real(self, row)[-1]] * 2
+    "future_token_visible": lambda: mock.patch.object(
+        Walk, "limits", lambda self, row, real=Walk.limits: [real(self, row)[-1]] * 2
     ),
-    "row_goes_on_from_the_last": lambda walk: opening(
-        walk, lambda self, step, number, at, real: real(self, step, number, at) & (at.row == 0)
+    "row_goes_on_from_the_last": lambda: opening(
+        lambda self, step, number, at, real: real(self, step, number, at) & (at.row == 0)
     ),
-    "only_the_last_piece": lambda walk: opening(
-        walk, lambda self, step, number, at, real: jnp.bool_(True)
+    "only_the_last_piece": lambda: opening(lambda self, step, number, at, real: jnp.bool_(True)),
+    "no_mask": lambda: mock.patch.object(Compute, "masked", lambda self, place, scores: scores),
+    "tiles_not_cleared": lambda: mock.patch.object(Copies, "clear_tiles", return_value=None),
+    "ends_not_cleared": lambda: mock.patch.object(Copies, "clear_ends", return_value=None),
+    "whole_too_often": lambda: mock.patch.object(
+        Walk, "whole",
+        lambda self, at, real=Walk.whole: real(self, at._replace(piece=at.piece - 1)),
     ),
-    "no_mask": lambda walk: mock.patch.object(walk, "masked", lambda self, place, scores: scores),
-    "tiles_not_cleared": lambda walk: mock.patch.object(walk, "clear_tiles", return_value=None),
-    "ends_not_cleared": lambda walk: mock.patch.object(walk, "clear_ends", return_value=None),
-    "whole_too_often": lambda walk: mock.patch.object(
-        walk, "whole",
-        lambda self, at, real=walk.whole: real(self, at._replace(piece=at.piece - 1)),
-    ),
-    "wait_forgotten": lambda walk: mock.patch.object(walk, "wait", return_value=None),
-    "stored_too_early": lambda walk: mock.patch.object(walk, "wait_stored", return_value=None),
-    "queries_overwritten": lambda walk: mock.patch.object(kernel, "rows_held", return_value=1),
+    "wait_forgotten": lambda: mock.patch.object(Copies, "wait", return_value=None),
+    "stored_too_early": lambda: mock.patch.object(kernel.Core, "wait_stored", return_value=None),
+    "queries_overwritten": lambda: mock.patch.object(kernel, "rows_held", return_value=1),
 }  # fmt: skip
+
+
+def paginate(args, lengths, rng, shared=None):
+    """The rows on pages in random order, all else NaN: (arrays with a pool, table).
+
+    The table says G wherever a row has no page. `shared` (source, row, pages) gives a row the first
+    pages of another, which are the same in both.
+    """
+    batch, slots = args[2].shape[:2]
+    needed = -(-np.clip(np.asarray(lengths), 0, slots) // PAGE)
+    count = int(needed.sum()) + 2
+    free = list(rng.permutation(count))
+    table = np.full((batch, slots // PAGE), count, np.int32)
+    for row, pages in enumerate(needed):
+        table[row, :pages] = [free.pop() for _ in range(pages)]
+    if shared is not None:
+        source, row, pages = shared
+        table[row, :pages] = table[source, :pages]
+    pools = []
+    for rows in poison(args, lengths)[2:]:
+        pool = np.full((count, PAGE, rows.shape[2]), np.nan, np.float32)
+        for row, page in np.argwhere(table < count):
+            pool[table[row, page]] = rows[row, page * PAGE : (page + 1) * PAGE]
+        pools.append(jnp.asarray(pool, rows.dtype))
+    return [*args[:2], *pools], jnp.asarray(table)
+
+
+@pytest.mark.parametrize("plan", [
+    {}, {"block": 384}, {"block": 512, "piece": 256}, {"block": 768, "piece": 256, "ring": 3}],
+    ids=str,
+)  # fmt: skip
+def test_pages_of_any_order(plan, rng):
+    """Rows that end on a page's border, one before and one behind; whole and mixed blocks."""
+    lengths = ints(127, 768, 0, 128, 129, 255, 257, 1, 640, 767)
+    args = draw(rng, len(lengths), 1, 768, 4)
+    check(args, lengths, paginate(args, lengths, rng), **plan)
+
+
+@pytest.mark.parametrize("interpreter", [2], indirect=True)
+def test_pages_on_two_cores(rng):
+    lengths = ints(130, 1024, 0, 77)
+    args = draw(rng, 4, 1, 1024, 4, rope=0, dtype=jnp.bfloat16)
+    check(args, lengths, paginate(args, lengths, rng), cores=2, block=512, piece=256)
+
+
+def forked(rng):
+    """Three rows, of which the last two share two pages: (dense arrays, lengths, pages)."""
+    args, lengths = draw(rng, 3, 2, 384, 4), ints(70, 384, 300)
+    args = [*args[:2], *(x.at[2, : 2 * PAGE].set(x[1, : 2 * PAGE]) for x in args[2:])]
+    return args, lengths, paginate(args, lengths, rng, shared=(1, 2, 2))
+
+
+PLANTED_PAGES = {
+    "page_of_the_wrong_row": lambda self, row, index, real: real(self, (row + 1) % 3, index),
+    "off_by_one_page": lambda self, row, index, real: real(self, row, (index + 1) % 3),
+    "page_before": lambda self, row, index, real: real(self, row, jnp.maximum(index - 1, 0)),
+    "table_ignored": lambda self, row, index, real: row * 2 + index,
+}
+
+
+@pytest.mark.parametrize("bug", ["", *PLANTED_PAGES])
+@pytest.mark.parametrize("plan", [{"block": 128}, {"block": 256, "piece": 256}], ids=str)
+@pytest.mark.usefixtures("traced_anew")
+def test_planted_bugs_of_pages_are_noticed(bug, plan, rng):
+    args, lengths, pages = forked(rng)
+    if not bug:
+        check(args, lengths, pages, **plan)
+        return
+    broken = functools.partialmethod(PLANTED_PAGES[bug], real=Copies.page)
+    with mock.patch.object(Copies, "page", broken), pytest.raises(AssertionError):
+        check(args, lengths, pages, **plan)
+
+
+def test_pages_through_the_op_and_their_gradients(rng):
+    """Pages that rows share gather the gradients of all; those that no row has get none."""
+    args, lengths, (pages, table) = forked(rng)
+
+    def loss(attend, *arrays):
+        out, lse = attend(*arrays)
+        return jnp.sin(out).sum() + lse.sum()
+
+    def paged(pattern, q_rope, latent, k_rope):
+        store = Paged(Dense({"latent": latent, "k_rope": k_rope}), table)
+        seen = Seen.of(lengths, batch=3, queries=2, slots=store.slots)
+        return mla_jax.ops.attend_latents(
+            (pattern, q_rope), store, seen, scale=SCALE, implementation="pallas_tpu"
+        )
+
+    got = jax.grad(functools.partial(loss, paged), range(4))(*pages)
+    want = jax.grad(lambda *a: loss(lambda *b: exact(b, lengths), *a), range(4))(*args)
+    for one, two in zip(got[:2], want[:2], strict=True):
+        assert relative(one, two) < 2e-5
+    for one, two in zip(got[2:], want[2:], strict=True):
+        pool = np.zeros(one.shape)
+        for row, page in np.argwhere(np.asarray(table) < len(pool)):
+            pool[table[row, page]] += np.asarray(two)[row, page * PAGE : (page + 1) * PAGE]
+        assert relative(one, pool) < 2e-5
 
 
 @pytest.fixture
@@ -235,7 +337,7 @@ def test_planted_bugs_are_noticed(bug, piece, rng):
         check(args, lengths, block=256, piece=piece)
         return
     noticed = (AssertionError, jax.errors.JaxRuntimeError)  # the latter of some races
-    with PLANTED[bug](kernel.Walk), pytest.raises(noticed, match=r"RACE|races_found|<|Not equal"):
+    with PLANTED[bug](), pytest.raises(noticed, match=r"RACE|races_found|<|Not equal"):
         check(args, lengths, block=256, piece=piece)
 
 
@@ -289,13 +391,15 @@ def test_in_scan_and_shard_map(rng):
     np.testing.assert_allclose(lse, want[1], atol=1e-5)
 
 
-def test_a_layer_decodes_with_it():
+@pytest.mark.parametrize("pages", [None, 3], ids=["dense", "pages"])
+def test_a_layer_decodes_with_it(pages):
     config = MLAConfig.from_preset("tiny").replace(kv_lora_rank=128)
     layer = MultiHeadLatentAttention(config, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(1), (2, 7, config.hidden_size))
     full = layer(x)
-    y, cache = layer.prefill(x[:, :4], layer.init_cache(2, 128), form="expanded")
+    y, cache = layer.prefill(x[:, :4], layer.init_cache(2, 128, pages=pages), form="expanded")
     decode = jax.jit(lambda layer, x, cache: layer.decode(x, cache, form="absorbed"))
+    assert "pallas_tpu" in decode.lower(layer, x[:, 4:], cache).as_text(debug_info=True)
     more, cache = decode(layer, x[:, 4:], cache)
     np.testing.assert_allclose(jnp.concatenate([y, more], 1), full, atol=1e-5)
     assert cache.length.tolist() == [7, 7]
@@ -314,11 +418,13 @@ SPEC = dispatch.Call("latent_attention", 2, 1, 256, 16, (512, 64), 512, "bfloat1
         ({"key_dims": (500, 64)}, "multiple of 128"),
         ({"key_dims": (512, 8)}, "multiple of 16"),
         ({"slots": 100}, "multiple of 128, not 100"),
+        ({"store": "paged", "batch": 256, "slots": 2**17}, "page table has 256 x 1024 entries"),
     ],
 )
 def test_why_not(change, reason):
     chip = target.Target("tpu", "TPU v6 lite")
     assert tpu.why_not(SPEC, chip) is None
+    assert tpu.why_not(dataclasses.replace(SPEC, store="paged"), chip) is None
     assert reason in tpu.why_not(dataclasses.replace(SPEC, **change), chip)
     assert "needs a TPU" in tpu.why_not(SPEC, target.Target("cpu", "cpu"))
 

@@ -23,27 +23,31 @@ from mla_jax.ops.experts.tiles import Tiles, make_tiles
 from mla_jax.ops.hopper import not_hopper
 from mla_jax.target import Target
 
-try:
-    from mla_jax.ops.experts import grouped
-except ImportError:  # a jax without Mosaic GPU
-    grouped = None
-_kernels: Any = grouped
-
 _H200_CORES = 132  # multiprocessors, where the target does not know its own
 _INTERPRETED_CORES = 2  # enough to share work, few enough to be interpreted on a CPU
+
+
+@functools.cache
+def _kernels() -> Any:
+    """The kernels' module, or None for a jax without Mosaic GPU; Pallas takes long to import."""
+    try:
+        from mla_jax.ops.experts import grouped
+    except ImportError:
+        return None
+    return grouped
 
 
 def why_not(call: Call, target: Target) -> str | None:
     """Why the kernels cannot serve this call, or None."""
     if reason := not_hopper(target):
         return reason
-    if _kernels is None:
+    if _kernels() is None:
         return "this version of jax has no Mosaic GPU"
     if call.dtype not in ("bfloat16", "float16"):
         return f"takes bfloat16 and float16, not {call.dtype}"
-    if any(width % _kernels.WIDTH for width in call.widths):
+    if any(width % _kernels().WIDTH for width in call.widths):
         width, inner = call.widths
-        return f"widths must be multiples of {_kernels.WIDTH}, not {width} and {inner}"
+        return f"widths must be multiples of {_kernels().WIDTH}, not {width} and {inner}"
     if not call.static:
         return "the number of tokens must be static"
     return None
@@ -53,13 +57,13 @@ def run(x, experts, weights, gate, up, down, *, precision, call: Call, target: T
     """See `routed_experts`."""
     rows = tile_rows(call)
     cores = _INTERPRETED_CORES if target.interprets else target.cores or _H200_CORES
-    plan = _kernels.Plan(rows, cores, target.interpret)
+    plan = _kernels().Plan(rows, cores, target.interpret)
     return _mixed(plan, x, weights, gate, up, down, make_tiles(experts, call.experts, rows))
 
 
 def tile_rows(call: Call) -> int:
     """Rows of a tile: many where an expert's tokens fill half of one in the mean, else few."""
-    return _kernels.MANY if call.pairs >= call.experts * _kernels.MANY // 2 else _kernels.FEW
+    return _kernels().MANY if call.pairs >= call.experts * _kernels().MANY // 2 else _kernels().FEW
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -70,8 +74,8 @@ def _mixed(plan, x, weights, gate, up, down, tiles: Tiles):
 def _forward(plan, x, weights, gate, up, down, tiles: Tiles, save=True):
     gate_, up_, down_ = (kernel.astype(x.dtype) for kernel in (gate, up, down))
     rows = tiles.rows_of(x)
-    hidden, *products = _kernels.gate_up(rows, gate_, up_, tiles, plan=plan, save=save)
-    own = _kernels.product((hidden,), (down_,), tiles, plan=plan)[tiles.place]
+    hidden, *products = _kernels().gate_up(rows, gate_, up_, tiles, plan=plan, save=save)
+    own = _kernels().product((hidden,), (down_,), tiles, plan=plan)[tiles.place]
     mixed = (own * weights[..., None]).sum(1).astype(x.dtype)
     return mixed, (x, weights, gate, up, down, tiles, *products)
 
@@ -82,7 +86,7 @@ def _backward(plan, residuals, dy):
     gate_, up_, down_ = (kernel.astype(narrow) for kernel in (gate, up, down))
     share = jnp.zeros(tiles.token.shape, wide).at[tiles.place].set(weights, unique_indices=True)
     dy = tiles.rows_of(dy.astype(narrow))
-    towards = _kernels.product((dy,), (down_,), tiles, plan=plan, transposed=True).astype(wide)
+    towards = _kernels().product((dy,), (down_,), tiles, plan=plan, transposed=True).astype(wide)
     # Elementwise in XLA: inside the kernel this was no faster.
     a, b, share = a.astype(wide), b.astype(wide), share[:, None]
     s = jax.nn.sigmoid(a)
@@ -91,7 +95,7 @@ def _backward(plan, residuals, dy):
     towards = share * towards
     da = (towards * b * s * (1 + a * (1 - s))).astype(narrow)
     db = (towards * a * s).astype(narrow)
-    dx = _kernels.product((da, db), (gate_, up_), tiles, plan=plan, transposed=True)
+    dx = _kernels().product((da, db), (gate_, up_), tiles, plan=plan, transposed=True)
     dx = dx[tiles.place].astype(wide).sum(1).astype(narrow)
     dgate, dup = _gradient(plan, tiles.rows_of(x), (da, db), tiles, (gate, up))
     (ddown,) = _gradient(plan, (share * hidden).astype(narrow), (dy,), tiles, (down,))
@@ -103,7 +107,7 @@ def _gradient(plan, x, y, tiles: Tiles, parameters):
     dtypes = {parameter.dtype for parameter in parameters}
     dtype = dtypes.pop() if len(dtypes) == 1 else jnp.dtype("float32")
     dtype = dtype if dtype in ("bfloat16", "float16") else jnp.dtype("float32")
-    made = _kernels.gradient(x, y, tiles, plan=plan, dtype=dtype)
+    made = _kernels().gradient(x, y, tiles, plan=plan, dtype=dtype)
     return [grad.astype(own.dtype) for grad, own in zip(made, parameters, strict=True)]
 
 

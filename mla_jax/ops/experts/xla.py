@@ -57,8 +57,8 @@ def by_pair(x, experts, weights, kernels, *, precision=None):
 def all_experts(x, experts, weights, kernels, *, precision=None):
     """Some tokens: all experts for all of them, kernels read once."""
     own = _gated("MD,EDF->EMF", "EMF,EFD->EMD", x, kernels, precision)
-    rows = jnp.arange(len(x))[:, None]
-    share = jnp.zeros((len(x), len(own)), weights.dtype).at[rows, experts].add(weights)
+    rows = jnp.arange(x.shape[0])[:, None]
+    share = jnp.zeros((x.shape[0], len(own)), weights.dtype).at[rows, experts].add(weights)
     return jnp.einsum("EMD,ME->MD", own, share, precision=precision)
 
 

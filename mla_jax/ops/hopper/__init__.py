@@ -1,15 +1,17 @@
 """Absorbed decode on Hopper GPUs (H100, H200): one Pallas kernel in Mosaic GPU, no CUDA source.
 
-`kernel.py` is the kernel, `merge.py` its end where parts share a row, `schedule.py` the cut of a
-ragged batch into equal parts, `mosaic.py` what Pallas lacks. (`grouped.py` is another kernel, for
-experts.) Forward only: derivatives are those of the XLA backend.
+`kernel.py` is the algorithm, `merge.py` its end where parts share a row, `schedule.py` the cut of a
+ragged batch into equal parts, `mosaic.py` what Pallas lacks, and `interpreted.py` what the kernel
+does instead on a CPU. It reads dense caches, and paged ones through their table. It is forward
+only: derivatives are those of the XLA backend.
 
-The kernel's thread blocks wait for each other where they share a batch row, so they must all be on
-the device at once: their number never exceeds the multiprocessors that the device reports. Where
+The kernel's thread blocks wait for each other where they share a batch row, so all of them must be
+on the device at once: their number never exceeds the multiprocessors that the device reports. Where
 something else keeps multiprocessors from them for seconds (a limit set by MPS, say), the wait ends
 in a device error instead of a hang.
 
-Letters: B batch, T query tokens, S cache slots, N heads, R latent width, P rope width.
+Letters: B batch, T query tokens, S cache slots, N heads, R latent width, P rope width; a paged
+cache has G pages of 128 slots, of which a row may have M.
 """
 
 import functools
@@ -18,14 +20,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from mla_jax import ops, target
+from mla_jax.cache import Dense, Paged
 from mla_jax.config import configs_dir
 from mla_jax.ops.hopper.schedule import BLOCK, SLACK, STEP, TILE, Schedule, make_schedule
+from mla_jax.ops.seen import Seen
 
 _RANKS, _ROPES = (128, 256, 384, 512), (0, 16, 32, 64)
-_H200_SMS = 132  # where the number is not known: compiling for a GPU, and the interpreter
+_H200_SMS = 132  # taken where the device does not say: compiling for a GPU, and the interpreter
 
 
 def why_not(call, device: target.Target) -> str | None:
@@ -48,7 +52,7 @@ def not_hopper(device: target.Target) -> str | None:
 
 @functools.cache
 def _kernel() -> Any:
-    """The kernel's module; Pallas takes a third of a second to import, so only where it runs."""
+    """The kernel's module, imported where it runs: Pallas takes a third of a second to import."""
     try:
         from mla_jax.ops.hopper import kernel
     except ImportError:
@@ -66,8 +70,6 @@ def unsupported(call) -> str | None:
     (rank, rope), slots, batch = call.key_dims, call.slots, call.batch
     if not all(isinstance(size, int) for size in (batch, slots, call.queries)):
         return "needs sizes that are known when it is compiled"
-    if call.store != "dense":
-        return f"reads caches whose rows have slots of their own, not {call.store} ones"
     if call.soft_cap is not None:
         return "takes no soft_cap"
     if call.dtype not in ("bfloat16", "float16"):
@@ -98,7 +100,7 @@ def plan(seen, call, slack: int | None = None) -> Schedule:
 
     Args:
         seen, call: as `latent_attention` takes them.
-        slack: see `make_schedule`; None takes the device's from `configs/tuning`.
+        slack: as in `make_schedule`; None takes the device's from `configs/tuning`.
     """
     rows, device = call.queries * call.heads, target.current()
     if slack is None:
@@ -132,12 +134,13 @@ def latent_attention(queries, store, seen, call):
         store.latent,
         store.k_rope,
         schedule,
+        table=store.table if call.store == "paged" else None,
         scale=call.scale,
         interpret=device.interpret if device.interprets == "gpu" else None,
     )
     if seen.counts is None or call.queries == 1:
         return out, lse
-    some = seen.limits[..., None] > 0  # queries that do not count have been given others' slots
+    some = seen.limits[..., None] > 0  # queries that do not count were given slots all the same
     out, lse = jnp.where(some[..., None], seen.first(out), 0), seen.first(lse)
     return out, jnp.where(some, lse, -jnp.inf)
 
@@ -145,16 +148,24 @@ def latent_attention(queries, store, seen, call):
 def decode(
     pattern: Float[Array, "B T N R"],
     q_rope: Float[Array, "B T N P"],
-    latent: Float[Array, "B S R"],
-    k_rope: Float[Array, "B S P"],
+    latent: Float[Array, "B S R"] | Float[Array, "G 128 R"],
+    k_rope: Float[Array, "B S P"] | Float[Array, "G 128 P"],
     schedule: Schedule,
     *,
+    table: Int[Array, "B M"] | None = None,
     scale: float,
     interpret: Any = None,
 ) -> tuple[Float[Array, "B T N R"], Float[Array, "B T N"]]:
-    """The kernel on arrays; what rows hold is `schedule.lengths`.
+    """The kernel on arrays.
 
-    `interpret` runs it on a CPU: a schedule for few multiprocessors keeps that short.
+    Args:
+        pattern, q_rope: queries.
+        latent, k_rope: the cache; with a table, the pool's pages.
+        schedule: the cut of the batch, whose `lengths` say what rows hold.
+        table: the page of every 128 slots of a row, G where it has none.
+        scale: softmax temperature.
+        interpret: parameters of Pallas's interpreter, which runs the kernel on a CPU. It takes
+            less time with a schedule for few multiprocessors.
 
     Raises:
         ValueError: a schedule for other rows or tiles.
@@ -166,65 +177,86 @@ def decode(
             f"schedule is for {schedule.lengths.shape[0]} rows and "
             f"{schedule.arrivals.size} tiles: this call has {batch} and {batch * tiles}."
         )
-    return _attention(scale, interpret, (pattern, q_rope, latent, k_rope), schedule)
+    return _attention(scale, interpret, (pattern, q_rope, latent, k_rope), table, schedule)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attention(scale, interpret, arrays, schedule):
+def _attention(scale, interpret, arrays, table, schedule):
     @jax.custom_batching.custom_vmap
-    def call(arrays, schedule):
-        return _call(scale, interpret, arrays, schedule)
+    def call(arrays, table, schedule):
+        return _call(scale, interpret, arrays, table, schedule)
 
     @call.def_vmap
-    def _(size, mapped, arrays, schedule):
-        # More rows of one batch, with a schedule of their own.
-        spread = lambda x, is_mapped: (  # noqa: E731
-            x if is_mapped else jnp.broadcast_to(x, (size, *x.shape))
-        )
-        join = lambda x, is_mapped: spread(x, is_mapped).reshape(-1, *x.shape[1 + is_mapped :])  # noqa: E731
-        arrays = jax.tree.map(join, tuple(arrays), tuple(mapped[0]))
-        lengths = join(schedule.lengths, mapped[1].lengths)
-        (_, tokens, heads, _), slots = arrays[0].shape, arrays[2].shape[1]
+    def _(size, mapped, arrays, table, schedule):
+        # The calls become one call of more rows, with a schedule of its own.
+        def join(x, is_mapped):
+            x = x if is_mapped else jnp.broadcast_to(x, (size, *x.shape))
+            return x.reshape(-1, *x.shape[2:])
+
+        of_arrays, of_table, of_schedule = mapped
+        queries = [join(*pair) for pair in zip(arrays[:2], of_arrays[:2], strict=True)]
+        held, of_held = arrays[2:], of_arrays[2:]
+        if table is None:
+            slots = held[0].shape[1 + of_held[0]]
+        else:
+            slots = table.shape[-1] * STEP
+            rows = table.shape[of_table]
+            table = join(table, of_table)
+            if any(of_held):  # the pools of all calls, one after the other
+                pages = held[0].shape[of_held[0]]
+                before = jnp.repeat(jnp.arange(size, dtype=table.dtype) * pages, rows)[:, None]
+                table = jnp.where(table < pages, table + before, size * pages)
+        if table is None or any(of_held):
+            held = [join(*pair) for pair in zip(held, of_held, strict=True)]
+        tokens, heads = queries[0].shape[1:3]
         device = target.current()
         again = make_schedule(
-            lengths,
+            join(schedule.lengths, of_schedule.lengths),
             rows=tokens * heads,
             slots=slots,
             num_sms=multiprocessors(device),
             slack=tuned(device.kind, tokens * heads).get("slack", SLACK),
         )
-        results = _attention(scale, interpret, arrays, again)
+        results = _attention(scale, interpret, (*queries, *held), table, again)
         return [x.reshape(size, -1, *x.shape[1:]) for x in results], [True, True]
 
-    return tuple(call(arrays, schedule))
+    return tuple(call(arrays, table, schedule))
 
 
-def _forward(scale, interpret, arrays, schedule):
-    return _attention(scale, interpret, arrays, schedule), (arrays, schedule.lengths)
+def _forward(scale, interpret, arrays, table, schedule):
+    results = _attention(scale, interpret, arrays, table, schedule)
+    return results, (arrays, table, schedule.lengths)
 
 
 def _backward(scale, interpret, residuals, cotangents):
     del interpret
-    arrays, lengths = residuals
-    attend = functools.partial(
-        ops.latent_attention, lengths=lengths, scale=scale, implementation="xla"
-    )
+    arrays, table, lengths = residuals
+
+    def attend(pattern, q_rope, latent, k_rope):
+        store = Dense({"latent": latent, "k_rope": k_rope})
+        if table is not None:
+            store = Paged(store, table)  # of which XLA gathers the rows
+        batch, tokens = pattern.shape[:2]
+        seen = Seen.of(lengths, batch=batch, queries=tokens, slots=store.slots)
+        return ops.attend_latents((pattern, q_rope), store, seen, scale=scale, implementation="xla")
+
     _, backward = jax.vjp(attend, *arrays)
-    return tuple(backward(cotangents)), None
+    return tuple(backward(cotangents)), None, None
 
 
 _attention.defvjp(_forward, _backward)
 
 
-# Jitted here too, so that the layers of a model share one lowering, which takes seconds.
+# This is jitted, so that the layers of a model share one lowering, which takes seconds.
 @functools.partial(jax.jit, static_argnames=("scale", "interpret"))
-def _call(scale, interpret, arrays, schedule):
+def _call(scale, interpret, arrays, table, schedule):
     pattern, q_rope, latent, k_rope = arrays
     batch, tokens, heads, rank = pattern.shape
     slots, rope = k_rope.shape[1:]
-    native = not interpret
-    # Copies want query rows in eights; the interpreter has no stores of part of a tile.
-    unit = 8 if native else TILE
+    if table is not None:
+        slots = table.shape[1] * STEP
+    # Copies take query rows by eights; the interpreter stores whole tiles only.
+    unit = TILE if interpret else 8
     rows = -(-tokens * heads // unit) * unit
 
     def flat(query):
@@ -234,11 +266,10 @@ def _call(scale, interpret, arrays, schedule):
         return jnp.pad(query, ((0, max(0, TILE - batch * rows)), (0, 0)))
 
     operands = [flat(pattern), flat(q_rope)]
-    operands += [x.reshape(batch * slots, x.shape[-1]) for x in (latent, k_rope)]
+    operands += [x.reshape(x.shape[0] * x.shape[1], x.shape[2]) for x in (latent, k_rope)]
     if not rope:
         operands = operands[::2]
-    kernel = _kernel()
-    shape = kernel.Shape(
+    shape = _kernel().Shape(
         tokens=tokens,
         heads=heads,
         slots=slots,
@@ -249,9 +280,13 @@ def _call(scale, interpret, arrays, schedule):
         parts=schedule.part.shape[0],
         scale=float(scale),
         dtype=pattern.dtype,
-        native=native,
     )
-    out, lse = kernel.decode(operands, schedule, shape, batch, interpret or None)
+    if interpret:
+        from mla_jax.ops.hopper import interpreted
+
+        out, lse = interpreted.decode(operands, schedule, table, shape, batch, interpret)
+    else:
+        out, lse = _kernel().decode(operands, schedule, table, shape, batch)
     out = out.reshape(batch, rows, rank)[:, : tokens * heads]
     lse = lse.reshape(batch, rows)[:, : tokens * heads]
     return [out.reshape(pattern.shape), lse.reshape(pattern.shape[:-1])]

@@ -13,10 +13,40 @@ softmax, the other keeps the tensor core busy (the "seesaw" of DeepSeek's FlashM
     left += p1 V1 (p1 shared by 1)                block 1's scores of the next step
     block 0's scores of the next step
 
-Loads of the next step, of the same batch row or the next, start as soon as a buffer is read for the
-last time. Rows that several parts share are merged at the end by these same parts.
+A copy for the next step, of the same batch row or of the next, starts as soon as the buffer that it
+fills has been read for the last time. Rows that several parts share are merged at the end by these
+same parts. In a paged cache a step's 128 slots are one page; nothing but where a copy begins
+depends on it (`source_slot`).
 
-Letters: B batch, T query tokens, N heads, S cache slots, R latent width, P rope width.
+Shared memory of a thread block (KiB for R = 512, P = 64 and 16-bit operands; 225.5 of 227):
+
+    name  KiB   shape           holds                                        is written by
+    k     128   4 [64, R/2]     latents: k[2 b + h] is half h of block b     copies (`fetch`)
+    kr     16   2 [64, P]       rotary keys of block b                       copies (`fetch_rope`)
+    q      64   2 [64, R/2]     halves of the patterns of the row at hand    copies (`fetch_q`)
+    p      16   2 [64, 64]      softmax weights of block b, for the other    warpgroup b
+    stat  1.5   6 [64] float32  [b] running maximum, [2 + b] its rescaling,  warpgroup b
+                                [4 + b] sum of weights
+
+The left halves k[0] and k[2] are the values of warpgroup 0, the right ones those of warpgroup 1;
+the scores of block b, which warpgroup b makes, read both halves of b. The two wait for copies at
+memory barriers, and for each other at named barriers (4 and up: Mosaic GPU uses those below):
+
+    barrier    completes when                               and then
+    k_bar[i]   k[i] is filled                               warpgroup i // 2 makes scores from it
+    kr_bar[b]  kr[b] is filled                              warpgroup b makes scores from it
+    q_bar      both halves of q are filled                  both make scores from them
+    max0       0 has its scores and their maximum in stat,  1 makes the joint maximum, refills q
+               and has read p[1] of the step before         for a new row, and writes p[1]
+    max1       1 has the joint maximum in stat, and has     0 rescales p0 and writes p[0]
+               read p[0] of the step before
+    p0         0 has written p[0]                           1 multiplies it with k[1]
+    issued     1 has written p[1] and knows k[2] is filled  0 multiplies p[1] with k[2]
+    meet       both have their sums in stat; later, both    both normalise; later, both may
+               have read them                               overwrite the sums
+
+Letters: B batch, T query tokens, N heads, S cache slots, R latent width, P rope width, M pages of a
+row.
 """
 
 import functools
@@ -28,12 +58,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mla_jax.ops.hopper import mosaic
-from mla_jax.ops.hopper.merge import LOG2E, LOWEST, like, merge, merge_interpreted, piece
-from mla_jax.ops.hopper.schedule import BLOCK, STEP, TILE
+from mla_jax.ops.hopper.merge import LOG2E, LOWEST, like, merge, piece
+from mla_jax.ops.hopper.schedule import BLOCK, STEP, TILE, Column
 
-_WG = plgpu.Layout.WGMMA
+WG = plgpu.Layout.WGMMA
 _ROW = plgpu.Layout.WGMMA.reduce(1)
-_FLAGS = ("max0", "max1", "p0", "issued")  # what one warpgroup tells the other
+FLAGS = ("max0", "max1", "p0", "issued")  # what one warpgroup tells the other
 
 
 class Shape(NamedTuple):
@@ -49,80 +79,61 @@ class Shape(NamedTuple):
     parts: int
     scale: float
     dtype: Any
-    native: bool
 
 
-def decode(operands, schedule, shape: Shape, batch: int, interpret=None):
+def decode(operands, schedule, table, shape: Shape, batch: int):
     """Runs the kernel on flat operands: pattern [B rows, R], q_rope, latent [B S, R], k_rope.
 
-    The rope operands are left out where P = 0. Returns out [B rows, R] and lse [B rows].
+    The rope operands are left out where P = 0. With a table [B M] the cache is the pool's pages one
+    after the other, [G 128, R]. Returns out [B rows, R] and lse [B rows].
     """
-    width, half, dtype = shape.rank, shape.rank // 2, shape.dtype
-    f32 = jnp.float32
-    smem = {
-        "k": _tiled((4, BLOCK, half), dtype),
-        "q": _tiled((2, TILE, half), dtype),
-        "p": _tiled((2, TILE, BLOCK), dtype),
-        # Maximum, rescaling and sum of each warpgroup; one array, as each would take 1 KiB.
-        "stat": plgpu.SMEM((6, TILE), f32),
-        "k_bar": plgpu.Barrier(num_barriers=4),
-        "q_bar": plgpu.Barrier(num_arrivals=2),
-    }
-    if shape.rope:
-        smem |= {
-            "kr": _tiled((2, BLOCK, shape.rope), dtype),
-            "kr_bar": plgpu.Barrier(num_barriers=2),
-        }
-    if not shape.native:
-        smem |= {
-            "o_acc": plgpu.SMEM((2, TILE, half), f32),
-            "s_acc": plgpu.SMEM((2, TILE, BLOCK), f32),
-            "flags": plgpu.Barrier(num_barriers=4),
-            "meet": plgpu.Barrier(num_barriers=4),
-            "park_p0": _tiled((TILE, BLOCK), dtype),
-            "park_p1": _tiled((TILE, BLOCK), dtype),
-        }
-        if shape.rope:
-            smem["park_qr"] = _tiled((2, TILE, shape.rope), dtype)
-    pieces = 2 * shape.parts * shape.tiles * TILE  # a part shares its first and last row at most
-    outputs = [(batch * shape.rows, width), (batch * shape.rows,), (pieces, width), (pieces,)]
-    dtypes = (dtype, f32, f32, f32)
-    common = {
+    return launch(Part, operands, schedule, table, shape, batch, **launch_options(shape))[:2]
+
+
+def launch_options(shape: Shape) -> dict[str, Any]:
+    """The grid and how it is compiled: a thread block of two warpgroups for every part and tile."""
+    return {
         "grid": (shape.parts, shape.tiles),
         "grid_names": ("part", "tile"),
         "num_threads": 2,
         "thread_name": "wg",
-        "interpret": interpret,
         "compiler_params": plgpu.CompilerParams(
             approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
         ),
     }
 
-    def body(*refs, **scratch):
-        _Part(refs, scratch, shape).run()
 
-    out, lse, part_out, part_lse = plgpu.kernel(
+def launch(part, operands, schedule, table, shape: Shape, batch: int, **options):
+    """`decode` with the kernel of a class; also returns the pieces of shared rows and their lse."""
+    width, dtype, f32 = shape.rank, shape.dtype, jnp.float32
+    pieces = 2 * shape.parts * shape.tiles * TILE  # a part shares its first and last row at most
+    outputs = [(batch * shape.rows, width), (batch * shape.rows,), (pieces, width), (pieces,)]
+    dtypes = (dtype, f32, f32, f32)
+
+    def body(*refs, **scratch):
+        part(refs, scratch, shape, table is not None).run()
+
+    return plgpu.kernel(
         body,
         out_type=[like(operands[0], s, d) for s, d in zip(outputs, dtypes, strict=True)],
-        scratch_types=smem,
+        scratch_types=part.scratch(shape),
         kernel_name="mla_decode",
-        **common,
-    )(*operands, *schedule)
-    if not shape.native:
-        out, lse = merge_interpreted(out, lse, part_out, part_lse, schedule, shape, common)
-    return out, lse
+        **options,
+    )(*operands, *schedule, *(() if table is None else (table,)))
 
 
-def source_slot(row, slot, length, slots, total):
-    """Where a block of the cache starts in the flat [B S] cache; dead blocks lie past its end.
+def source_slot(row, slot, length, slots, total, page=None):
+    """Where a block begins in the flat cache: [B S], or [G 128] where the row's slots have a page.
 
-    A copy fills what is past the end with zeros and reads no memory for it. This is the one place
-    that pages would change: page_table[row, slot // BLOCK] * BLOCK.
+    Blocks past the row's length begin past the end of the cache, where a copy fills its buffer with
+    zeros and reads no memory.
     """
-    return jnp.where(slot < length, row * slots + slot, total)
+    in_use = slot < length
+    place = row * slots + slot if page is None else page * STEP + lax.rem(slot, jnp.int32(STEP))
+    return jnp.where(in_use, place, total)
 
 
-def _tiled(shape, dtype):
+def tiled(shape, dtype):
     """Shared memory in the swizzled layout of matrix operands; last axis a multiple of 16."""
     columns = min(64, shape[-1])
     tiling, swizzle = plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns)
@@ -142,54 +153,77 @@ def _row_vector(ref):
     return plgpu.load(ref, layout=_ROW, optimized=False)
 
 
-class _Part:
+class Part:
     """One thread block: part `part` of the batch for tile `tile` of the query rows."""
 
-    def __init__(self, refs, smem, shape: Shape):
+    def __init__(self, refs, smem, shape: Shape, paged: bool):
         refs = list(refs)
-        self.shape, self.smem, self.native = shape, smem, shape.native
+        self.shape, self.smem = shape, smem
         self.half, self.dtype = shape.rank // 2, shape.dtype
         self.q_hbm: Any = refs.pop(0)
         self.qr_hbm: Any = refs.pop(0) if shape.rope else None
         self.k_hbm: Any = refs.pop(0)
         self.kr_hbm: Any = refs.pop(0) if shape.rope else None
         self.lengths, self.row_step, self.row_parts, self.parts, self.arrivals, *refs = refs
+        self.table: Any = refs.pop(0) if paged else None
         self.out, self.lse, self.part_out, self.part_lse = refs
         names = ("out", "lse", "part_out", "part_lse", "arrivals", "row_parts")
         self.merged = {name: getattr(self, name) for name in names} | {"part": self.parts}
         self.k, self.q, self.p, self.stat = (smem[name] for name in ("k", "q", "p", "stat"))
         self.part, self.tile = lax.axis_index("part"), lax.axis_index("tile")
-        self.first_step, self.end_step = self.parts[self.part, 0], self.parts[self.part, 1]
+        self.first_step = self.parts[self.part, Column.FIRST_STEP]
+        self.end_step = self.parts[self.part, Column.END_STEP]
         self.scale2 = shape.scale * LOG2E  # softmax in base 2
 
+    @classmethod
+    def scratch(cls, shape: Shape) -> dict[str, Any]:
+        """The shared memory and the barriers of the tables above."""
+        half, dtype = shape.rank // 2, shape.dtype
+        smem = {
+            "k": tiled((4, BLOCK, half), dtype),
+            "q": tiled((2, TILE, half), dtype),
+            "p": tiled((2, TILE, BLOCK), dtype),
+            "stat": plgpu.SMEM((6, TILE), jnp.float32),  # one array, as each would take 1 KiB
+            "k_bar": plgpu.Barrier(num_barriers=4),
+            "q_bar": plgpu.Barrier(num_arrivals=2),
+        }
+        if shape.rope:
+            smem |= {
+                "kr": tiled((2, BLOCK, shape.rope), dtype),
+                "kr_bar": plgpu.Barrier(num_barriers=2),
+            }
+        return smem
+
     def run(self):
-        """Walks the part's steps, then merges its share of the rows it had with others."""
+        """Walks the part's steps, then merges its share of the rows that it has with others."""
 
         @pl.when(self.end_step > self.first_step)
         def _():
             wg = lax.axis_index("wg")
 
-            def role(me):
-                accumulator = plgpu.ACC((TILE, self.half), jnp.float32)
-                if self.native:
-                    return lambda: pl.run_scoped(functools.partial(self.walk, me), accumulator)
-                return lambda: self.walk(me, self.smem["o_acc"].at[me])
-
-            lax.cond(wg == 0, role(0), role(1))
-            if self.native:
-                merge(self.part, self.tile, mosaic.warpgroup(), self.merged, self.shape)
+            lax.cond(wg == 0, lambda: self.begin(0), lambda: self.begin(1))
+            self.merge()
 
     def walk(self, me, acc):
         """The steps of this part, row by row; `me` owns columns `me` of O, block `me` of steps."""
-        # Under shard_map a loaded number varies over its axes and a computed one does not: the
-        # loop over rows wants the latter.
-        row, here, length, end_row = (self.parts[self.part, i] + 0 for i in (2, 3, 4, 5))
+        # Under shard_map a loaded number varies over the mesh's axes and a computed one does not;
+        # the loop over rows carries computed ones.
+        row, here, length, end_row = (
+            self.parts[self.part, column] + 0
+            for column in (
+                Column.FIRST_ROW,
+                Column.FIRST_ROW_STEP,
+                Column.FIRST_ROW_LENGTH,
+                Column.LAST_ROW,
+            )
+        )
         slot = (self.first_step - here) * STEP
+        page = self.page(row, slot)
         if me == 1:
-            self.fetch_q(row)  # first: every score waits for it
-        self.fetch_rope(me, self.source(row, slot + me * BLOCK, length))
+            self.fetch_q(row)  # first, because every score waits for it
+        self.fetch_rope(me, self.source(row, slot + me * BLOCK, length, page))
         for block in range(2):
-            self.fetch(block, me, self.source(row, slot + block * BLOCK, length))
+            self.fetch(block, me, self.source(row, slot + block * BLOCK, length, page))
         qr = self.load_q_rope(row)
         plgpu.barrier_wait(self.smem["q_bar"])
         s = self.new_scores(me, lambda a: self.scores(a, qr, me, jnp.int32(0)))
@@ -197,7 +231,7 @@ class _Part:
         def one_row(row, carry):
             qr, s, length, here, there = carry
             next_row = jnp.minimum(row + 1, end_row)
-            # Loaded a row ahead of their use.
+            # These are loaded a row ahead of their use.
             next_length, next_end = self.lengths[next_row] + 0, self.row_step[next_row + 1] + 0
             lo = jnp.maximum(here, self.first_step)
             hi = jnp.minimum(there, self.end_step)
@@ -213,11 +247,14 @@ class _Part:
                 then = jnp.where(last, next_row, row)
                 then_slot = jnp.where(last, 0, slot + STEP)
                 then_length = jnp.where(last, next_length, length)
-                # After the last step the loads go on, from past the end: nothing is read, and
-                # every barrier completes as often as it is awaited.
+                # After the last step the copies go on from past the end of the cache. They read
+                # nothing, and every barrier completes as often as somebody waits for it.
                 then_length = jnp.where(more, then_length, 0)
-                sources = [self.source(then, then_slot + b * BLOCK, then_length) for b in range(2)]
-                o = mosaic.opaque(0) if self.native else jnp.int32(0)
+                page = self.page(then, then_slot)  # asked for half a step ahead of its use
+                sources = [
+                    self.source(then, then_slot + b * BLOCK, then_length, page) for b in range(2)
+                ]
+                o = self.opaque_zero()
                 step = self.step0 if me == 0 else self.step1
                 return step(acc, o, qr, s, m, total, slot, length, sources, last & more, then)
 
@@ -239,8 +276,9 @@ class _Part:
         p = jnp.exp2(s * self.scale2 - _columns(m_new, BLOCK))
         self.rescale(acc, alpha)
         self.kill_dead_values(self.k.at[0], length - slot)
-        self.mma(acc, p.astype(self.dtype), self.k.at[o], park="park_p0")
-        total = total * _columns(alpha, 8) + self.partial_sums(p)  # behind the product's issue
+        self.mma(acc, p.astype(self.dtype), self.k.at[o], park=("park_p", 0))
+        # The sums run while the product that was just issued does.
+        total = total * _columns(alpha, 8) + self.partial_sums(p)
         self.retire(0)
         self.wait("max1")
         self.fetch_rope(0, sources[0])
@@ -258,7 +296,8 @@ class _Part:
         qr = self.renew_q(qr, new_q, row)
 
         def refill():
-            self.retire(1 if self.shape.rope else 0)  # of the values, not of the scores behind
+            # The product with the values must be done, not that of the rotary scores behind it.
+            self.retire(1 if self.shape.rope else 0)
             self.warpgroup_sync()
             self.fetch(1, 0, sources[1])
 
@@ -274,7 +313,7 @@ class _Part:
         self.fetch_rope(1, sources[1])
 
         @pl.when(new_q)
-        def _():  # both warpgroups have their scores: the query tiles are free
+        def _():  # both warpgroups have their scores, so the query tiles are free
             self.fetch_q(row)
 
         m0, alpha0 = _row_vector(self.stat.at[0]), _row_vector(self.stat.at[2])
@@ -289,7 +328,7 @@ class _Part:
         p_narrow = p.astype(self.dtype)
         self.p[1] = p_narrow
         self.kill_dead_values(self.k.at[3], length - slot - BLOCK)
-        self.mma(acc, p_narrow, self.k.at[o + 3], park="park_p1")
+        self.mma(acc, p_narrow, self.k.at[o + 3], park=("park_p", 1))
         self.fence()
         total = total * _columns(alpha, 8) + self.partial_sums(p)
         self.kill_dead_values(self.k.at[1], length - slot)
@@ -316,7 +355,7 @@ class _Part:
         inverse = jnp.where(some, 1.0 / jnp.where(some, total, 1.0), 0.0)
         value = acc[...] * _columns(inverse, half)
         lse2 = jnp.where(some, m + jnp.log2(jnp.where(some, total, 1.0)), -jnp.inf)
-        self.meet(me, 1)  # nobody overwrites the sums before both have read them
+        self.meet(me, 1)  # both have read the sums, which may now be overwritten
         start = row * shape.rows + self.tile * TILE
         count = jnp.minimum(shape.rows - self.tile * TILE, TILE)
 
@@ -332,13 +371,16 @@ class _Part:
             self.store(self.part_out, value, at, me * half, count)
             if me == 0:
                 self.store(self.part_lse, lse2, at, 0, count)
-            if self.native:
-                mosaic.arrive_global(self.arrivals, row * shape.tiles + self.tile)
+            self.announce(row * shape.tiles + self.tile)
 
-    # -- loads; k[2 * block + h] holds columns h of a block
+    # -- copies; k[2 * block + h] holds columns h of a block
 
-    def source(self, row, slot, length):
-        return source_slot(row, slot, length, self.shape.slots, self.k_hbm.shape[0])
+    def page(self, row, slot):
+        """The page of the step that begins with a slot; None in a dense cache."""
+        return None if self.table is None else self.table[row, lax.div(slot, jnp.int32(STEP))]
+
+    def source(self, row, slot, length, page):
+        return source_slot(row, slot, length, self.shape.slots, self.k_hbm.shape[0], page)
 
     def fetch(self, block, h, source):
         columns = pl.ds(h * self.half, self.half)
@@ -366,10 +408,7 @@ class _Part:
     def load_q_rope(self, row):
         if not self.shape.rope:
             return ()
-        start = row * self.shape.rows + self.tile * TILE
-        if self.native:
-            return mosaic.load_rows(self.qr_hbm, start, (TILE, self.shape.rope), self.dtype)
-        return plgpu.load(self.qr_hbm.at[pl.ds(start, TILE)], layout=_WG, optimized=False)
+        return self.load_tile(self.qr_hbm, row * self.shape.rows + self.tile * TILE)
 
     def renew_q(self, qr, new_q, row):
         """The query of the next row, once every score of this one is done."""
@@ -388,8 +427,7 @@ class _Part:
         """Adds q k^T of a block: rope, then the half that is loaded first, then the other."""
         if self.shape.rope:
             plgpu.barrier_wait(self.smem["kr_bar"].at[block])
-            park = None if self.native else self.smem["park_qr"].at[block]
-            self.mma(acc, qr, self.smem["kr"].at[o + block].T, park=park)
+            self.mma(acc, qr, self.smem["kr"].at[o + block].T, park=("park_qr", block))
         if between is not None:
             between()
         for h in (block, 1 - block):
@@ -397,19 +435,12 @@ class _Part:
             self.mma(acc, self.q.at[o + h], self.k.at[o + (2 * block + h)].T)
         return acc[...]
 
-    def new_scores(self, me, body):
-        """Runs body(accumulator) on a fresh [64, 64] accumulator and returns its scores."""
-        if self.native:
-            return pl.run_scoped(body, plgpu.ACC((TILE, BLOCK), jnp.float32))
-        self.clear(self.smem["s_acc"].at[me], BLOCK)
-        return body(self.smem["s_acc"].at[me])
-
     def mask(self, s, slot, length):
-        """-inf where a query row may not look; only the last blocks of a batch row need it."""
+        """Scores, -inf where a query may not look; only the last blocks of a row need it."""
         tokens = self.shape.tokens
 
         def masked(s):
-            column = plgpu.broadcasted_iota(jnp.int32, (TILE, BLOCK), 1, layout=_WG) + slot
+            column = plgpu.broadcasted_iota(jnp.int32, (TILE, BLOCK), 1, layout=WG) + slot
             limit = _filled(length, jnp.int32)
             if tokens > 1:
                 row = plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, (TILE,), 0), _ROW)
@@ -420,86 +451,90 @@ class _Part:
         return lax.cond(slot + BLOCK > length - (tokens - 1), masked, lambda s: s, s)
 
     def kill_dead_values(self, ref, live):
-        """Zeros the slots of a value tile past the length: 0 * NaN would be NaN."""
+        """Zeros the slots of a value tile past the row's length, since 0 times NaN is NaN."""
 
         @pl.when((live > 0) & (live < BLOCK))
         def _():
             for column in range(0, self.half, 64):
                 values = ref.at[:, pl.ds(column, 64)]
-                slot = plgpu.broadcasted_iota(jnp.int32, (BLOCK, 64), 0, layout=_WG)
-                x = plgpu.load(values, layout=_WG, optimized=False)
+                slot = plgpu.broadcasted_iota(jnp.int32, (BLOCK, 64), 0, layout=WG)
+                x = plgpu.load(values, layout=WG, optimized=False)
                 values[...] = jnp.where(slot < live, x, jnp.zeros_like(x))
             plgpu.commit_smem()
 
-    # -- accumulators: in registers and in flight natively, in shared memory when interpreted
+    # -- accumulators, in registers and in flight
+
+    def begin(self, me):
+        """Walks as warpgroup `me`, with its accumulator."""
+        pl.run_scoped(functools.partial(self.walk, me), plgpu.ACC((TILE, self.half), jnp.float32))
+
+    def new_scores(self, me, body):
+        """Runs body(accumulator) on a fresh [64, 64] accumulator and returns its scores."""
+        del me
+        return pl.run_scoped(body, plgpu.ACC((TILE, BLOCK), jnp.float32))
+
+    def opaque_zero(self):
+        """Zero, added to the index of an operand; `mosaic.opaque` says why."""
+        return mosaic.opaque(0)
 
     def mma(self, acc, a, b, park=None):
-        if self.native:
-            plgpu.wgmma(acc, a, b)
-            return
-        if park is not None:  # the interpreter has no product with its left side in registers
-            parked = self.smem[park] if isinstance(park, str) else park
-            parked[...] = a
-            plgpu.commit_smem()
-            a = parked
-
-        def product(fresh):
-            plgpu.wgmma(fresh, a, b)
-            return fresh[...]
-
-        acc[...] = acc[...] + pl.run_scoped(product, plgpu.ACC(acc.shape, jnp.float32))
+        """Issues acc += a b; `park` is where the interpreter keeps a left side in registers."""
+        del park
+        plgpu.wgmma(acc, a, b)
 
     def rescale(self, acc, alpha):
-        # Always: it interleaves with the exponentials. A branch that spared rows whose maximum
-        # stayed came out slower.
-        old = plgpu.wgmma_accumulator_load(acc, wait_n=None) if self.native else acc[...]
-        acc[...] = old * _columns(alpha, self.half)
+        # This runs always, as it interleaves with the exponentials. A branch that spared the rows
+        # whose maximum stayed came out slower.
+        acc[...] = self.current(acc) * _columns(alpha, self.half)
+
+    def current(self, acc):
+        """The accumulator's value while products may be in flight."""
+        return plgpu.wgmma_accumulator_load(acc, wait_n=None)
 
     def clear(self, acc, width):
-        zero = jnp.zeros((TILE, width), jnp.float32)
-        acc[...] = plgpu.layout_cast(zero, _WG) if self.native else zero
+        acc[...] = plgpu.layout_cast(jnp.zeros((TILE, width), jnp.float32), WG)
 
     def retire(self, in_flight):
-        if self.native:
-            plgpu.wgmma_wait(in_flight)
+        """Waits until at most so many matrix products are in flight."""
+        plgpu.wgmma_wait(in_flight)
 
     def partial_sums(self, p):
-        return mosaic.partial_sums(p) if self.native else p.reshape(TILE, 8, -1).sum(2)
+        return mosaic.partial_sums(p)
+
+    def load_tile(self, ref, start):
+        """64 rows of an array in device memory, in the layout of matrix products."""
+        return mosaic.load_rows(ref, start, (TILE, ref.shape[1]), self.dtype)
 
     def store(self, ref, value, row, column, count):
-        if self.native and value.ndim == 2:
+        if value.ndim == 2:
             mosaic.store_rows(ref, value, row, column, count)
-        elif self.native:
-            mosaic.store_row_values(ref, value, row, count)
-        elif value.ndim == 2:
-            ref[pl.ds(row, TILE), pl.ds(column, value.shape[1])] = value
         else:
-            ref[pl.ds(row, TILE)] = value
+            mosaic.store_row_values(ref, value, row, count)
 
-    # -- between the two warpgroups: arrive(x) by one, wait(x) by the other
+    # -- between the two warpgroups: one does arrive(flag), the other wait(flag); and between parts
 
     def arrive(self, flag):
-        if self.native:
-            mosaic.named_barrier("arrive", 4 + _FLAGS.index(flag))
-        else:
-            plgpu.barrier_arrive(self.smem["flags"].at[_FLAGS.index(flag)])
+        mosaic.named_barrier("arrive", 4 + FLAGS.index(flag))
 
     def wait(self, flag):
-        if self.native:
-            mosaic.named_barrier("sync", 4 + _FLAGS.index(flag))
-        else:
-            plgpu.barrier_wait(self.smem["flags"].at[_FLAGS.index(flag)])
+        mosaic.named_barrier("sync", 4 + FLAGS.index(flag))
 
     def meet(self, me, which):
-        if self.native:
-            mosaic.named_barrier("sync", 8)
-        else:
-            plgpu.barrier_arrive(self.smem["meet"].at[2 * which + me])
-            plgpu.barrier_wait(self.smem["meet"].at[2 * which + 1 - me])
+        """Waits until both warpgroups are here, for the first or the second time in a row."""
+        del me, which
+        mosaic.named_barrier("sync", 4 + len(FLAGS))
 
     def fence(self):
-        mosaic.fence_async() if self.native else plgpu.commit_smem()
+        """Makes what this warpgroup wrote to shared memory visible to matrix products."""
+        mosaic.fence_async()
 
     def warpgroup_sync(self):
-        if self.native:
-            mosaic.warpgroup_sync()
+        mosaic.warpgroup_sync()
+
+    def announce(self, counter):
+        """Tells the other parts of a row that this warpgroup's piece of it is stored."""
+        mosaic.arrive_global(self.arrivals, counter)
+
+    def merge(self):
+        """Merges this warpgroup's share of the part's last row, once all its pieces are there."""
+        merge(self.part, self.tile, mosaic.warpgroup(), self.merged, self.shape, mosaic.meet_global)

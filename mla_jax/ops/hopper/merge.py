@@ -1,7 +1,7 @@
 """The merge of a batch row that several parts of the decode kernel worked on, by these same parts.
 
-Each left a normalised piece [64, R] in float32 and its log-sum-exp; every warpgroup of those that
-ended with this row waits for all and then merges some of the query rows.
+Each of them has stored a normalised piece [64, R] in float32 and its log-sum-exp. Every warpgroup
+of the parts that end with this row waits for all pieces and then merges some of the query rows.
 
 Letters: R latent width.
 """
@@ -15,43 +15,54 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from mla_jax.ops.hopper import mosaic
-from mla_jax.ops.hopper.schedule import TILE
+from mla_jax.ops.hopper.schedule import TILE, Column
 
 LOG2E = math.log2(math.e)
 LOWEST = -1e30  # first running maximum: finite, so that exp2(old - new) is never NaN
-# For up to 2, 4, 31 and more pieces: into how many units a row is cut, units and pieces at once.
+# For up to 2, up to 4, up to 31, and more pieces: into how many units a query row is cut, how many
+# units are merged at once, and how many pieces.
 _FEW, _AT_ONCE = (2, 4, 31), ((1, 8, 2), (1, 4, 4), (1, 2, 8), (2, 1, 32))
 
 
 def like(operand, shape, dtype):
-    kind = getattr(jax.typeof(operand), "mat", None)  # under shard_map, what it varies over
+    """The type of a result that varies over the same mesh axes as an operand of the kernel."""
+    kind = getattr(jax.typeof(operand), "mat", None)  # only under shard_map
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)
 
 
 def piece(part, tile, began_before, shape):
-    """Where a part's piece of a row begins: a part shares at most its first and its last row."""
+    """Where a part's piece of a row begins: every part has room for two pieces.
+
+    A part shares at most its first row, which began before it, and its last.
+    """
     return (jnp.where(began_before, part, shape.parts + part) * shape.tiles + tile) * TILE
 
 
-def merge(part, tile, wg, refs, shape):
-    """Merges this warpgroup's share of the part's last row, if it had that with others.
+def merge(part, tile, wg, refs, shape, meet=None):
+    """Merges this warpgroup's share of the part's last row, if the part has that with others.
 
-    Its first row, too, is the last one of the parts before it: nobody merges twice.
+    A shared first row is the last row of a part before, which merges it.
+
+    Args:
+        part, tile, wg: which warpgroup this is.
+        refs: the kernel's arrays by name.
+        shape: what the kernel is compiled for.
+        meet: waits until all pieces of a row are stored (`mosaic.meet_global`); None where they
+            already are.
     """
-    row, shared = (refs["part"][part, i] for i in (5, 6))
-    pl.when(shared > 0)(lambda: _merge_share(row, part, tile, wg, refs, shape))
+    row, shared = (refs["part"][part, i] for i in (Column.LAST_ROW, Column.LAST_ROW_SHARED))
+    pl.when(shared > 0)(lambda: _merge_share(row, part, tile, wg, refs, shape, meet))
 
 
-def _merge_share(row, part, tile, wg, refs, shape):
+def _merge_share(row, part, tile, wg, refs, shape, meet):
     """Some query rows of a batch row: their pieces weighted by exp2(lse), added in order."""
     out, lse, part_out, part_lse = (refs[x] for x in ("out", "lse", "part_out", "part_lse"))
     first, last = refs["row_parts"][0, row], refs["row_parts"][1, row]
     count = last - first + 1
-    beyond = refs["part"][last, 5] > row  # the last of them has gone on
+    beyond = refs["part"][last, Column.LAST_ROW] > row  # the last of them ends with another row
     sharers = 2 * (count - beyond.astype(jnp.int32))
-    if shape.native:
-        mosaic.meet_global(refs["arrivals"], row * shape.tiles + tile, 2 * count, sharers)
+    if meet is not None:
+        meet(refs["arrivals"], row * shape.tiles + tile, 2 * count, sharers)
 
     def merge(cuts, units_at_once, pieces_at_once):
         cuts = cuts if shape.rank % (128 * cuts) == 0 else 1
@@ -64,7 +75,7 @@ def _merge_share(row, part, tile, wg, refs, shape):
         hi = jnp.minimum(lo + each, live)
 
         def body(i, _):
-            # Units past the end repeat the last one: the same values are written twice.
+            # Units past the end repeat the last one, and write the same values twice.
             units = [jnp.minimum(lo + i * units_at_once + j, hi - 1) for j in range(units_at_once)]
             mine = [(lax.div(u, cuts), pl.ds(lax.rem(u, cuts) * width, width)) for u in units]
 
@@ -112,30 +123,7 @@ def _merge_share(row, part, tile, wg, refs, shape):
             turns = lax.div(hi - lo + (units_at_once - 1), jnp.int32(units_at_once))
             lax.fori_loop(0, turns, body, ())
 
-    # As many loads in flight as registers allow: over the pieces of a row, or over rows of few.
+    # Registers bound the loads in flight; these are loads of the many pieces of one unit, or of
+    # the few pieces of several units.
     kind = sum((count > most).astype(jnp.int32) for most in _FEW)
     lax.switch(kind, [functools.partial(merge, *at_once) for at_once in _AT_ONCE])
-
-
-def merge_interpreted(out, lse, part_out, part_lse, schedule, shape, common):
-    """The merge as a kernel of its own: the interpreter runs one thread block after the other."""
-
-    def body(*refs):
-        names = ("part_out", "part_lse", "row_parts", "part", "out", "lse")
-        named = dict(zip(names, refs, strict=True))
-        part, tile, wg = (lax.axis_index(name) for name in ("part", "tile", "wg"))
-
-        @pl.when(named["part"][part, 1] > named["part"][part, 0])
-        def _():
-            merge(part, tile, wg, named, shape)
-
-    results = [like(x, x.shape, x.dtype) for x in (out, lse)]
-    merged = plgpu.kernel(body, out_type=results, **common)(
-        part_out,
-        part_lse,
-        schedule.row_parts,
-        schedule.part,
-    )
-    first, last = schedule.row_parts
-    split = jnp.repeat(first < last, shape.rows, total_repeat_length=out.shape[0])
-    return jnp.where(split[:, None], merged[0], out), jnp.where(split, merged[1], lse)

@@ -1,6 +1,6 @@
 """What Pallas lacks for the decode kernel: register-level pieces of Mosaic GPU.
 
-None of them runs in the interpreter; the kernel takes the plain way there.
+None of them runs in the interpreter; `interpreted.py` does without them.
 """
 
 import functools
@@ -16,7 +16,10 @@ _SPIN_LIMIT = 4_000_000_000  # nanoseconds
 
 
 def named_barrier(op: str, index: int, threads: int = 256) -> None:
-    """`bar.sync` or `bar.arrive`: 20 cycles, where an mbarrier costs 128 arrivals and a poll."""
+    """Issues `bar.sync` or `bar.arrive`.
+
+    These take 20 cycles, where an mbarrier costs 128 arrivals and a poll.
+    """
 
     @plgpu.inline_mgpu()
     def call(_):
@@ -33,12 +36,16 @@ def fence_async(_):
 
 @plgpu.inline_mgpu()
 def warpgroup_sync(_):
-    """Matrix products retire per warp: all four wait before one lane lets a copy overwrite."""
+    """Waits for the four warps of the warpgroup.
+
+    Matrix products retire in each warp by itself, and one lane starts a copy over what all of them
+    have read.
+    """
     mgpu.warpgroup_barrier()
 
 
 def opaque(value: int):
-    """`value`, unknown to LLVM: it would move every descriptor out of the loop, and spill."""
+    """`value`, hidden from LLVM, which would move every descriptor out of the loop and spill."""
 
     @plgpu.inline_mgpu(return_type=plgpu.ShapeDtypeStruct((), jnp.dtype(jnp.int32), SPLAT))
     def call(_):
@@ -50,7 +57,7 @@ def opaque(value: int):
 
 
 def warpgroup():
-    """This warpgroup's number, read anew: kept from the start of a kernel it would be spilled."""
+    """This warpgroup's number, read anew because one kept from the kernel's start would spill."""
 
     @plgpu.inline_mgpu(return_type=plgpu.ShapeDtypeStruct((), jnp.dtype(jnp.int32), SPLAT))
     def call(_):
@@ -63,7 +70,7 @@ def warpgroup():
 
 
 def partial_sums(x):
-    """float32 [64, 64] to [64, 8]: adds the columns that one thread holds, without shuffles."""
+    """Adds the columns that one thread holds, float32 [64, 64] to [64, 8], without shuffles."""
 
     @plgpu.inline_mgpu(
         arg_types=(WG,), return_type=plgpu.ShapeDtypeStruct((x.shape[0], 8), x.dtype, WG)
@@ -78,11 +85,11 @@ def partial_sums(x):
 
 
 def store_rows(ref, value, row, column, count) -> None:
-    """ref[row : row + count, column : ...] = value[:count]: no row of another tile is touched.
+    """Stores ref[row : row + count, column : ...] = value[:count], and touches no other row.
 
-    A quad of threads holds pairs of neighbours: pairs are exchanged so that each thread writes 16
-    bytes of a row at once, and the quad 64 bytes in a row. Pair by pair the stores of a tile would
-    take 10 us, and half of a 32-byte sector at a time as long again as sector by sector.
+    A quad of threads holds pairs of neighbours. The threads exchange pairs, so that each of them
+    writes 16 bytes of a row at once and the quad writes 64 bytes side by side. Stores of single
+    pairs would take 10 us a tile, and stores of half a 32-byte sector twice as long as whole ones.
     """
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), WG, SPLAT, SPLAT, SPLAT))
@@ -95,7 +102,7 @@ def store_rows(ref, value, row, column, count) -> None:
         groups = 4 // len(_words(value.registers.flat[0]))  # of eight columns, in one store
         if groups == 4:
             at = arith.muli(lane, c(8, i32))
-        else:  # thread 0 and 2 write the first group, 1 and 3 the second
+        else:  # threads 0 and 2 write the first group, threads 1 and 3 the second
             odd, high = arith.andi(lane, c(1, i32)), arith.shrui(lane, c(1, i32))
             at = arith.addi(arith.muli(odd, c(8, i32)), arith.muli(high, c(4, i32)))
         column = arith.addi(column, arith.index_cast(index, at))
@@ -103,12 +110,12 @@ def store_rows(ref, value, row, column, count) -> None:
         for offset, registers in rows.items():
             r = arith.addi(first[0], c(offset, index))
             at = arith.addi(arith.muli(arith.addi(r, row), c(width, index)), column)
-            base = _pointer(ref, at)  # one address a row: one a register would spill
+            base = _pointer(ref, at)  # one address a row, since one a register would spill
             live = arith.cmpi(arith.CmpIPredicate.slt, arith.index_cast(i32, r), count)
             live = arith.extui(i32, live)
             for g in range(0, len(registers), groups):
                 pairs = [_words(value.registers[index]) for index, _ in registers[g : g + groups]]
-                # words[k][w]: word w of neighbour k's pair, in the thread that writes it
+                # words[k][w] is word w of neighbour k's pair, in the thread that writes it.
                 words = zip(*(_transpose(w, lane) for w in zip(*pairs, strict=True)), strict=True)
                 words = [word for pair in words for word in pair]
                 to = _offset(ref, base, registers[g][1])
@@ -125,7 +132,7 @@ def store_rows(ref, value, row, column, count) -> None:
 
 
 def store_row_values(ref, value, row, count) -> None:
-    """ref[row : row + count] = value[:count] of one value per row."""
+    """Stores ref[row : row + count] = value[:count] of one value per row."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), WG.reduce(1), SPLAT, SPLAT))
     def store(_, ref, value, row, count):
@@ -143,7 +150,10 @@ def store_row_values(ref, value, row, count) -> None:
 
 
 def load_rows(ref, row, shape, dtype):
-    """ref[row : row + 64] in the layout of matrix products; rows past the end repeat the last."""
+    """Loads ref[row : row + 64] in the layout of matrix products.
+
+    Rows past the end repeat the last one.
+    """
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(), SPLAT), return_type=plgpu.ShapeDtypeStruct(shape, dtype, WG)
@@ -182,7 +192,7 @@ def arrive_global(ref, index) -> None:
 def meet_global(ref, index, count, waiting) -> None:
     """Waits until `count` have arrived at ref[index]; the last of `waiting` puts it back to zero.
 
-    A wait without end becomes an error of the device.
+    A wait of more than four seconds becomes an error of the device.
     """
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SPLAT, SPLAT, SPLAT))
@@ -200,7 +210,7 @@ def meet_global(ref, index, count, waiting) -> None:
                 count,
                 has_side_effects=True,
             )
-            last = arith.subi(arith.addi(count, waiting), mgpu.utils.c(1, i32))  # then it wraps
+            last = arith.subi(arith.addi(count, waiting), mgpu.utils.c(1, i32))  # wraps to zero
             mgpu.utils.inline_ptx(
                 "red.inc.relaxed.gpu.global.u32 [$0], $1;", counter, last, has_side_effects=True
             )
@@ -219,7 +229,7 @@ def _words(register):
 
 
 def _transpose(words, lane):
-    """As many words of each of 2 or 4 neighbouring threads: thread l gets word l of all of them."""
+    """Exchanges words among 2 or 4 neighbouring threads, so that thread l gets word l of each."""
     arith, c = mgpu.utils.arith, mgpu.utils.c
     i32 = mgpu.utils.ir.IntegerType.get_signless(32)
     words = list(words)

@@ -1,13 +1,14 @@
 """Which part of the GPU does which slots: a ragged batch cut into equal parts, on the device.
 
-A *step* is 128 slots (two softmax blocks) of one batch row; a *part* is one thread block per tile
-of 64 query rows. Steps are numbered through the batch and every part walks a range of them, so that
-one long row among short ones keeps all multiprocessors busy. The cut depends on `lengths` alone:
-all layers of a decoding step share it.
+A *step* is 128 slots (two softmax blocks) of one batch row; a *part* is what one thread block per
+tile of 64 query rows works on. Steps are numbered through the batch and every part walks a range of
+them, so that one long row among short ones keeps all multiprocessors busy. The cut depends on
+`lengths` alone: all layers of a decoding step share it.
 
 Letters: B batch rows, T query tokens, N heads.
 """
 
+import enum
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -18,8 +19,20 @@ from jaxtyping import Array, Int
 TILE = 64  # query rows of a thread block: the M of a warpgroup's matrix product
 BLOCK = 64  # slots of one softmax
 STEP = 2 * BLOCK  # slots of one iteration: a block for each of the two warpgroups
-SLACK = 8  # steps; see make_schedule
-ROW_COST = 2  # steps that beginning and ending a batch row takes the time of
+SLACK = 8  # steps: the default of `make_schedule`, which says what it means
+ROW_COST = 2  # steps that take as long as to begin and to end a batch row
+
+
+class Column(enum.IntEnum):
+    """The columns of `Schedule.part`: what a thread block must know of its part to begin."""
+
+    FIRST_STEP = 0
+    END_STEP = 1  # the step after the part's last
+    FIRST_ROW = 2
+    FIRST_ROW_STEP = 3  # where the steps of the first row begin, maybe in an earlier part
+    FIRST_ROW_LENGTH = 4
+    LAST_ROW = 5
+    LAST_ROW_SHARED = 6  # 1 where other parts work on the last row too
 
 
 class Schedule(NamedTuple):
@@ -28,13 +41,12 @@ class Schedule(NamedTuple):
     Attributes:
         lengths: slots in use of every row.
         row_step: where each row's steps begin.
-        row_parts: the first and the last part that work on a row; if they are one, it writes the
-            row, if not, they merge it.
-        part: of every part its first step, the step after its last, its first row, where that
-            row's steps begin, that row's length, its last row, and whether it has that with
-            others: one load tells a thread block where to begin.
+        row_parts: the first and the last part that work on a row. If they are one part, it writes
+            the row; if they are not, the parts from the first to the last merge it.
+        part: one row of `Column` values for every part, which lie side by side so that they come
+            from one line of memory.
         arrivals: counters of the merge, zero before and after every call. The kernel counts in
-            place, so a schedule serves one call at a time, as a device's kernels run.
+            place, so a schedule serves one call at a time, as a device runs its kernels.
     """
 
     lengths: Int[Array, "B"]
@@ -47,26 +59,27 @@ class Schedule(NamedTuple):
 def make_schedule(
     lengths: Int[Array, "B"], *, rows: int, slots: int, num_sms: int, slack: int = SLACK
 ) -> Schedule:
-    """Cuts a batch into equal parts: a few fused comparisons and sums, no sort, no scatter.
+    """Cuts a batch into equal parts, by a few fused comparisons and sums without sort or scatter.
 
-    Two cuts are weighed. One takes the batch for a line, on which every row costs its steps and
-    ROW_COST more, and divides it equally. The other gives every part as many whole rows, or every
-    row as many parts: parts then begin and end with a row, and fewer pieces are merged.
+    It weighs two cuts. The first takes the batch for a line, on which every row costs its steps and
+    ROW_COST more, and divides the line equally. The second gives every part equally many whole
+    rows, or every row equally many parts: parts then begin and end with a row, and fewer pieces
+    are merged.
 
     Args:
         lengths: slots in use of every batch row.
         rows: T N, query rows of one batch row.
-        slots: S, the most a length can be.
-        num_sms: multiprocessors of the device; thread blocks wait for each other in the merge, so
-            all must run at once.
-        slack: steps by which the longest part of the second cut may exceed the first's: splitting
-            a row costs about as much, for writing and merging its parts.
+        slots: S, the most that a length can be.
+        num_sms: multiprocessors of the device. Thread blocks wait for each other in the merge, so
+            all of them must run at once.
+        slack: steps by which the longest part of the second cut may exceed the first's; to write
+            and to merge the parts of a split row takes about as long.
     """
     batch = lengths.shape[0]
     tiles = -(-rows // TILE)
     parts = max(1, num_sms // tiles)
     lengths = jnp.clip(lengths.astype(jnp.int32), 0, slots)
-    # An empty row has a step too: somebody must write its zeros.
+    # An empty row has a step too, because some part must write its zeros.
     steps = jnp.maximum(1, lax.div(lengths + (STEP - 1), jnp.int32(STEP)))
     b, p = (jnp.arange(n, dtype=jnp.int32) for n in (batch, parts + 1))
     earlier = np.tri(batch + 1, batch, -1, bool)
@@ -87,27 +100,28 @@ def make_schedule(
     even = most <= each + slack
     line = lax.div(cost, each), lax.div(cost + steps - 1, each)
     row_parts = jnp.where(even, jnp.stack([first, last]), jnp.stack(line))
-    # Part p begins in the first row that is not over by then, after the steps that others do.
+    # Part p begins in the first row that the parts before it do not complete, after the steps of
+    # that row that they take.
     begun, over = jnp.sum(row_parts[:, :, None] < p[None, None], axis=1, dtype=jnp.int32)
     row = jnp.minimum(over, batch - 1)
     done = jnp.where(even, (at - first_at[row]) * size[row], p * each - cost[row])
     step = row_step[row] + jnp.clip(done, 0, steps[row])
     begin, end, here, there = step[:-1], step[1:], row[:-1], begun[1:] - 1
-    part = [
-        begin,
-        end,
-        here,
-        starts[here],
-        lengths[here],
-        there,
-        (starts[there] < begin) | (ends[there] > end),
-    ]
-    # Zeros that no compiler can fold: as a literal they would be filled anew before every call.
+    part = {
+        Column.FIRST_STEP: begin,
+        Column.END_STEP: end,
+        Column.FIRST_ROW: here,
+        Column.FIRST_ROW_STEP: starts[here],
+        Column.FIRST_ROW_LENGTH: lengths[here],
+        Column.LAST_ROW: there,
+        Column.LAST_ROW_SHARED: (starts[there] < begin) | (ends[there] > end),
+    }
+    # No compiler can fold these zeros; a literal would be filled anew before every call.
     zero = jnp.where(lengths < 0, 1, 0)
     return Schedule(
         lengths=lengths,
         row_step=row_step,
         row_parts=row_parts,
-        part=jnp.stack([x.astype(jnp.int32) for x in part], axis=1),
+        part=jnp.stack([part[column].astype(jnp.int32) for column in Column], axis=1),
         arrivals=jnp.broadcast_to(zero[:, None], (batch, tiles)).reshape(-1),
     )

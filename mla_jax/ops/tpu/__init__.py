@@ -1,9 +1,12 @@
-"""Absorbed decode as one Mosaic TPU kernel: attention of all heads over a contiguous latent cache.
+"""Absorbed decode as one Mosaic TPU kernel: attention of all heads over a latent cache.
 
-`kernel.py` is the kernel, `planning.py` says how it is built for a shape and a chip. Forward only:
-derivatives are those of the XLA backend.
+`kernel.py` is the kernel's loop, over the blocks of `walk.py`, with the copies of `copies.py` and
+the arithmetic of `compute.py`; `planning.py` says how it is built for a shape and a chip. It reads
+dense caches, and paged ones through their table. It is forward only: derivatives are those of the
+XLA backend.
 
-Letters: B batch, T query tokens, S cache slots, N heads, R latent, P rotary channels.
+Letters: B batch, T query tokens, S cache slots, N heads, R latent, P rotary channels; a paged cache
+has G pages of 128 slots, of which a row may have M.
 """
 
 import functools
@@ -13,10 +16,13 @@ import jax
 import jax.numpy as jnp
 
 from mla_jax import ops, target
+from mla_jax.cache import Dense, Paged
 from mla_jax.ops.merge import merge_attention
+from mla_jax.ops.seen import Seen
 from mla_jax.ops.tpu.planning import LANES, Plan, make_plan, vmem_limit
 
 _MOST_QUERIES = 8  # T; more tokens than this are a prefill, which another form serves
+_MOST_PAGES = 2**17  # B M; the table lies in scalar memory, which is 1 MiB
 
 
 def why_not(call, device: target.Target) -> str | None:
@@ -26,8 +32,11 @@ def why_not(call, device: target.Target) -> str | None:
     rank, rope = call.key_dims
     if not all(isinstance(size, int) for size in (call.batch, call.slots, call.queries)):
         return "needs sizes that are known when it is compiled"
-    if call.store != "dense":
-        return f"reads caches whose rows have slots of their own, not {call.store} ones"
+    if call.store == "paged" and call.batch * call.slots > _MOST_PAGES * LANES:
+        return (
+            f"the page table has {call.batch} x {call.slots // LANES} entries, scalar memory takes "
+            f"{_MOST_PAGES}: use fewer rows or a shorter max_length"
+        )
     if call.soft_cap is not None:
         return "takes no soft_cap"
     if call.dtype not in ("bfloat16", "float32"):
@@ -57,45 +66,57 @@ def latent_attention(queries, store, seen, call):
     """The absorbed form: see `ops.latent_attention`. Its backward is XLA's."""
     lengths = None if seen.full else seen.limits
     if seen.ends is not None and seen.counts is None and not seen.full:
-        lengths = seen.ends  # a number a row
-    return _attention(*queries, store.latent, store.k_rope, lengths, call.scale)
+        lengths = seen.ends  # one number a row
+    table = store.table if call.store == "paged" else None
+    return _attention(*queries, store.latent, store.k_rope, lengths, table, call.scale)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attention(pattern, q_rope, latent, k_rope, lengths, scale):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _attention(pattern, q_rope, latent, k_rope, lengths, table, scale):
     batch, tokens, heads, _ = pattern.shape
+    slots = latent.shape[1] if table is None else table.shape[1] * LANES
     size = jnp.dtype(latent.dtype).itemsize
-    chosen = make_plan(batch, tokens * heads, latent.shape[1], size)
-    return decode(pattern, q_rope, latent, k_rope, lengths, scale, chosen)
+    chosen = make_plan(batch, tokens * heads, slots, size)
+    return decode(pattern, q_rope, latent, k_rope, lengths, scale, chosen, table)
 
 
-def _forward(pattern, q_rope, latent, k_rope, lengths, scale):
+def _forward(pattern, q_rope, latent, k_rope, lengths, table, scale):
     arrays = (pattern, q_rope, latent, k_rope)
-    return _attention(*arrays, lengths, scale), (arrays, lengths)
+    return _attention(*arrays, lengths, table, scale), (arrays, lengths, table)
 
 
 def _backward(scale, residuals: Any, cotangents: Any):
-    arrays, lengths = residuals
-    core = functools.partial(
-        ops.latent_attention, lengths=lengths, scale=scale, implementation="xla"
-    )
-    return *jax.vjp(core, *arrays)[1](cotangents), None
+    arrays, lengths, table = residuals
+
+    def attend(pattern, q_rope, latent, k_rope):
+        store = Dense({"latent": latent, "k_rope": k_rope})
+        if table is not None:
+            store = Paged(store, table)  # of which XLA gathers the rows
+        batch, tokens = pattern.shape[:2]
+        seen = Seen.of(lengths, batch=batch, queries=tokens, slots=store.slots)
+        return ops.attend_latents((pattern, q_rope), store, seen, scale=scale, implementation="xla")
+
+    return *jax.vjp(attend, *arrays)[1](cotangents), None, None
 
 
 _attention.defvjp(_forward, _backward)
 
 
-# Jitted here too, so that the layers of a model share one lowering.
+# This is jitted, so that the layers of a model share one lowering.
 @functools.partial(jax.jit, static_argnames=("scale", "plan"))
-def decode(pattern, q_rope, latent, k_rope, lengths, scale, plan: Plan):
-    """Runs the kernel by `plan`; arguments and results as `ops.latent_attention`."""
-    from mla_jax.ops.tpu.kernel import launch  # Pallas takes long to import: only where it runs
+def decode(pattern, q_rope, latent, k_rope, lengths, scale, plan: Plan, table=None):
+    """Runs the kernel by `plan`; arguments and results as `ops.latent_attention`.
+
+    With a table [B M], latent and k_rope are the pages of a pool, [G 128 R] and [G 128 P].
+    """
+    from mla_jax.ops.tpu.kernel import launch  # where it runs, since Pallas takes long to import
 
     batch, tokens, heads, rank = pattern.shape
-    out, lse, *parts = launch(pattern, q_rope, latent, k_rope, lengths, scale, plan)
+    slots = latent.shape[1] if table is None else table.shape[1] * LANES
+    out, lse, *parts = launch(pattern, q_rope, latent, k_rope, lengths, scale, plan, table=table)
     out, lse = out.reshape(batch, -1, rank), lse.reshape(batch, -1)
     if parts:
-        row = _shared_row(lengths, latent.shape[1], batch, plan)
+        row = _shared_row(lengths, slots, batch, plan)
         out, lse = _join(out, lse, parts[0], parts[1], row)
     out = out[:, : tokens * heads].reshape(batch, tokens, heads, rank)
     return out, lse[:, : tokens * heads].reshape(batch, tokens, heads)

@@ -7,7 +7,8 @@ import tomllib
 from mla_jax import target
 from mla_jax.config import configs_dir
 
-LANES = 128
+LANES = 128  # slots of a tile of scores, and of a page
+TILE = 8  # latents of a tile, the fewest that a copy takes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +53,8 @@ def make_plan(batch: int, queries: int, slots: int, itemsize: int, kind: str | N
     piece = min(piece, block, slots)
     block -= block % piece
     ring, rows, pieces = tuned["ring"], -(-queries // 16) * 16, block // piece
-    # At the widest R and P, whose lanes are padded in the queries. XLA keeps the limit free for the
-    # kernel whether it is used or not, so it is what the buffers take and some for spills.
+    # This counts the widest R and P, whose lanes are padded in the queries. XLA keeps the limit
+    # free for the kernel whether it is used or not, so it is what the buffers take and some spills.
     buffers = (ring * block + rows_held(batch, pieces, ring) * rows) * 640 * itemsize
     buffers += rows * block * 4 + pieces * rows * (512 * (4 + 2 * itemsize) + 5 * 4 * LANES)
     return Plan(block, piece, ring, tuned["cores"], buffers * 5 // 4 + 2**22)
@@ -65,6 +66,6 @@ def vmem_limit(kind: str) -> int:
 
 
 def rows_held(batch: int, pieces: int, ring: int) -> int:
-    """Of how many rows the queries have a place in VMEM: a power of two."""
+    """The number of rows whose queries have a place in VMEM: a power of two."""
     rows = min(batch, (ring - 1) * pieces + 1)
     return 1 << (rows - 1).bit_length()

@@ -1,0 +1,135 @@
+"""The decode kernel for Pallas's interpreter, which lacks what `mosaic.py` adds to Pallas.
+
+`InterpretedPart` overrides what the algorithm in `kernel.py` asks of the hardware: accumulators lie
+in shared memory, the left side of a product is stored there first, and the warpgroups wait for each
+other at ordinary barriers. The interpreter runs one thread block after the other, so that the merge
+of shared rows is a kernel of its own.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from mla_jax.ops.hopper.kernel import FLAGS, WG, Part, Shape, launch, launch_options, tiled
+from mla_jax.ops.hopper.merge import like, merge
+from mla_jax.ops.hopper.schedule import BLOCK, TILE, Column
+
+
+def decode(operands, schedule, table, shape: Shape, batch: int, interpret: Any):
+    """`kernel.decode` in the interpreter, with its parameters."""
+    options = launch_options(shape) | {"interpret": interpret}
+    out, lse, part_out, part_lse = launch(
+        InterpretedPart, operands, schedule, table, shape, batch, **options
+    )
+    return _merged(out, lse, part_out, part_lse, schedule, shape, options)
+
+
+def _merged(out, lse, part_out, part_lse, schedule, shape, options):
+    """Results with the rows that several parts share, merged from their pieces."""
+
+    def body(*refs):
+        names = ("part_out", "part_lse", "row_parts", "part", "out", "lse")
+        named = dict(zip(names, refs, strict=True))
+        part, tile, wg = (lax.axis_index(name) for name in ("part", "tile", "wg"))
+        first_step, end_step = (
+            named["part"][part, column] for column in (Column.FIRST_STEP, Column.END_STEP)
+        )
+        pl.when(end_step > first_step)(lambda: merge(part, tile, wg, named, shape))
+
+    results = [like(x, x.shape, x.dtype) for x in (out, lse)]
+    merged = plgpu.kernel(body, out_type=results, **options)(
+        part_out, part_lse, schedule.row_parts, schedule.part
+    )
+    first, last = schedule.row_parts
+    split = jnp.repeat(first < last, shape.rows, total_repeat_length=out.shape[0])
+    return jnp.where(split[:, None], merged[0], out), jnp.where(split, merged[1], lse)
+
+
+class InterpretedPart(Part):
+    """`Part` with what the interpreter has in place of registers and named barriers."""
+
+    @classmethod
+    def scratch(cls, shape: Shape) -> dict[str, Any]:
+        """Also the accumulators, the left sides of products, and the barriers."""
+        smem = super().scratch(shape) | {
+            "o_acc": plgpu.SMEM((2, TILE, shape.rank // 2), jnp.float32),
+            "s_acc": plgpu.SMEM((2, TILE, BLOCK), jnp.float32),
+            "flags": plgpu.Barrier(num_barriers=len(FLAGS)),
+            "meet": plgpu.Barrier(num_barriers=4),  # two meetings, at which each has one
+            "park_p": tiled((2, TILE, BLOCK), shape.dtype),
+        }
+        if shape.rope:
+            smem["park_qr"] = tiled((2, TILE, shape.rope), shape.dtype)
+        return smem
+
+    def begin(self, me):
+        self.walk(me, self.smem["o_acc"].at[me])
+
+    def new_scores(self, me, body):
+        self.clear(self.smem["s_acc"].at[me], BLOCK)
+        return body(self.smem["s_acc"].at[me])
+
+    def opaque_zero(self):
+        return jnp.int32(0)
+
+    def mma(self, acc, a, b, park=None):
+        if park is not None:
+            name, index = park
+            parked = self.smem[name].at[index]
+            parked[...] = a
+            plgpu.commit_smem()
+            a = parked
+
+        def product(fresh):
+            plgpu.wgmma(fresh, a, b)
+            return fresh[...]
+
+        acc[...] = acc[...] + pl.run_scoped(product, plgpu.ACC(acc.shape, jnp.float32))
+
+    def current(self, acc):
+        return acc[...]
+
+    def clear(self, acc, width):
+        acc[...] = jnp.zeros((TILE, width), jnp.float32)
+
+    def retire(self, in_flight):
+        pass
+
+    def partial_sums(self, p):
+        return p.reshape(TILE, 8, -1).sum(2)
+
+    def load_tile(self, ref, start):
+        return plgpu.load(ref.at[pl.ds(start, TILE)], layout=WG, optimized=False)
+
+    def store(self, ref, value, row, column, count):
+        # Whole tiles: rows are padded to them, because no store here takes part of one.
+        del count
+        if value.ndim == 2:
+            ref[pl.ds(row, TILE), pl.ds(column, value.shape[1])] = value
+        else:
+            ref[pl.ds(row, TILE)] = value
+
+    def arrive(self, flag):
+        plgpu.barrier_arrive(self.smem["flags"].at[FLAGS.index(flag)])
+
+    def wait(self, flag):
+        plgpu.barrier_wait(self.smem["flags"].at[FLAGS.index(flag)])
+
+    def meet(self, me, which):
+        plgpu.barrier_arrive(self.smem["meet"].at[2 * which + me])
+        plgpu.barrier_wait(self.smem["meet"].at[2 * which + 1 - me])
+
+    def fence(self):
+        plgpu.commit_smem()
+
+    def warpgroup_sync(self):
+        pass
+
+    def announce(self, counter):
+        pass
+
+    def merge(self):
+        pass
