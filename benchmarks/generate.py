@@ -9,6 +9,7 @@ What a step must read: the cache; all weights but the embedding (a row per token
 experts; of those what B tokens choose of E when choices are uniform, E (1 - (1 - K/E)^B).
 
 Decode steps run in blocks inside one program, as in `generate`: the host hears of them per block.
+Beside them stands a loop in Python over `mla_jax.bind(model)`, a program a step.
 A line is printed as soon as it is known, and a batch that fails does not end the run.
 """
 
@@ -27,7 +28,9 @@ import numpy as np
 from decode import ceilings  # beside this file
 from flax import nnx
 
-from mla_jax import generation
+import mla_jax
+from mla_jax.generation import Sampling, loop, prefill
+from mla_jax.generation.drafts import PromptLookup
 from mla_jax.models import DecoderConfig, random_decoder
 
 SCOPES = {  # the first that an operation's name contains
@@ -40,7 +43,7 @@ SCOPES = {  # the first that an operation's name contains
     "cache append": ("cache_append",),
     "dense MLP, norms": ("mlp",),
 }
-GREEDY = {"temperature": 0.0, "top_k": None, "top_p": None}
+PLAIN = {"drafter": PromptLookup(0), "sampling": Sampling()}
 
 
 def say(text: str) -> None:
@@ -151,49 +154,57 @@ def profile(run, text, steps):
 def measure(model, batch, options, copy, result):
     """Fills `result` with the figures of one batch, as they come."""
     prompt, block = options.prompt_tokens, options.block
-    slots = -(-(prompt + 1 + block * (options.blocks + 3)) // 128) * 128
+    slots = -(-(prompt + 1 + block * (2 * options.blocks + 4)) // 128) * 128
     random = np.random.default_rng(0)
-    prompts = random.integers(0, model.config.vocab_size, (batch, prompt)).tolist()
-    programs = generation._Clock()
+    words = model.config.vocab_size
+    prompts = list(random.integers(0, words, (batch, prompt), np.int32))
+    bound, none = mla_jax.bind(model), np.zeros(batch, np.int32)
+    width, dtype = model.config.attention.hidden_size, jnp.dtype(options.dtype)
     for run in ("first", "second"):
-        clock = generation._Clock()
         cache = jax.block_until_ready(model.init_cache(batch, slots))
-        clock.lap()
-        logits, _, cache, _ = generation._prefill(model, prompts, cache, None, clock)
-        token = jax.block_until_ready(jnp.argmax(logits, -1).astype(jnp.int32))
-        taken = clock.lap()
+        ends = jnp.zeros((batch, words), jnp.float32), jnp.zeros((batch, width), dtype)
+        started = time.perf_counter()
+        ends, cache, state = jax.block_until_ready(
+            prefill.prefill(bound, prompts, cache, (), PLAIN["drafter"], none, ends)
+        )
+        taken = time.perf_counter() - started
         if run == "first":
-            result["prefill_compile_s"] = clock.compiling
-            say(f"batch {batch}: prefill compiled in {clock.compiling:.1f} s, ran in {taken:.3f} s")
-            if clock.compiling > options.again:
-                break  # a second run would compile again
-        del clock
+            result["prefill_compile_s"] = taken
+            say(f"batch {batch}: prefill compiled and ran in {taken:.1f} s")
+            if taken > options.again:
+                break
     flops = 2 * active(model) * batch * prompt
     result |= {"first_token_s": taken, "prefill_tflops": flops / taken / 1e12}
     say(f"batch {batch}: first token after {taken:.3f} s, {batch * prompt / taken:,.0f} tokens/s, "
         f"{flops / taken / 1e12:.0f} TFLOP/s in matrices")  # fmt: skip
-    del logits
     held = cache.nbytes
-    key = jax.random.key(0)
-    step = programs.compile(
-        generation._decode_block, model, token, cache, key, steps=block, **GREEDY
-    )
+    text = np.zeros((batch, slots), np.int32)
+    text[:, :prompt] = prompts
+    stops, least = np.zeros(0, np.int32), np.full(batch, prompt, np.int32)
+    writing, _ = loop.begin(
+        ends, text, least, none, np.full(batch, slots, np.int32), None, stops, jax.random.key(0),
+        cache, state, logprobs=False, samples=1, **PLAIN,
+    )  # fmt: skip
+    del ends, cache
+    started = time.perf_counter()
+    step = loop.run_block.lower(bound, writing, stops, least, steps=block, **PLAIN).compile()
+    compiling = time.perf_counter() - started
     text, memory = step.as_text(), step.memory_analysis()
     copies = [line for line in re.findall(r"= (\S+) copy\(", text) if str(slots) in line]
     result |= {
-        "decode_compile_s": programs.compiling, "cache_bytes": held,
+        "decode_compile_s": compiling, "cache_bytes": held,
         "whiles": len(re.findall(r" while\(", text)), "cache_copies": len(copies),
         "aliased_bytes": memory.alias_size_in_bytes, "temporary_bytes": memory.temp_size_in_bytes,
     }  # fmt: skip
-    say(f"batch {batch}: decode compiled in {programs.compiling:.1f} s: {result['whiles']} while "
+    say(f"batch {batch}: decode compiled in {compiling:.1f} s: {result['whiles']} while "
         f"loop for {block} steps, cache {held / 1e9:.2f} GB of which aliased "
         f"{memory.alias_size_in_bytes / 1e9:.2f} GB, {len(copies)} copies of it, temporaries "
         f"{memory.temp_size_in_bytes / 1e6:.0f} MB")  # fmt: skip
-    _, token, cache, key = jax.block_until_ready(step(model, token, cache, key))
+    writing, *_ = jax.block_until_ready(step(bound, writing, stops, least))
     started = time.perf_counter()
     for _ in range(options.blocks):  # the device works through them without waiting for the host
-        _, token, cache, key = step(model, token, cache, key)
-    jax.block_until_ready(token)
+        writing, *_ = step(bound, writing, stops, least)
+    jax.block_until_ready(writing)
     taken = (time.perf_counter() - started) / options.blocks / block
     context = prompt + block * (1 + options.blocks / 2)
     read = weights(model, batch)
@@ -207,15 +218,31 @@ def measure(model, batch, options, copy, result):
         + ", ".join(f"{name} {value / 1e9:.2f}" for name, value in read.items())
         + f" GB: floor {floor * 1e3:.3f} ms, {floor / taken:.2f} of it reached")  # fmt: skip
     if not options.no_profile:
-        state = [token, cache, key]
+        state = [writing]
 
         def run():
-            state[:] = jax.block_until_ready(step(model, *state))[1:]
+            state[0] = jax.block_until_ready(step(bound, state[0], stops, least))[0]
 
         result["profile"] = profile(run, text, block)
         say(f"batch {batch}: {result['profile']['kernels']:.0f} kernels a step, ms: " + ", ".join(
             f"{scope} {ms:.3f}" for scope, ms in result["profile"]["scopes"].items()))  # fmt: skip
         say(f"batch {batch}: other: {result['profile']['other']}")
+        writing = state[0]
+    cache, token = writing.cache, jnp.zeros((batch, 1), jnp.int32)
+    pick = jax.jit(lambda logits: logits.argmax(-1).astype(jnp.int32))
+    logits, cache = bound.decode(token, cache)
+    token = jax.block_until_ready(pick(logits))
+    called, started, steps = 0.0, time.perf_counter(), block * options.blocks
+    for _ in range(steps):
+        before = time.perf_counter()
+        logits, cache = bound.decode(token, cache)
+        called += time.perf_counter() - before
+        token = pick(logits)
+    jax.block_until_ready(token)
+    each = (time.perf_counter() - started) / steps
+    result |= {"python_step_s": each, "python_call_s": called / steps}
+    say(f"batch {batch}: a loop in Python takes {each * 1e3:.3f} ms a step, a call of it "
+        f"{called / steps * 1e3:.3f}; {each / result['step_s']:.2f} of the program's")  # fmt: skip
 
 
 def main():
@@ -267,13 +294,13 @@ def main():
             rows[-1]["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
         if options.json:
             options.json.write_text(json.dumps(table, indent=2))
-    print("\n| batch | first token s | ms a step | tokens/s | floor ms | fraction |\n"
-          "|---|---|---|---|---|---|")  # fmt: skip
+    print("\n| batch | first token s | ms a step | tokens/s | floor ms | fraction | Python ms |\n"
+          "|---|---|---|---|---|---|---|")  # fmt: skip
     for row in rows:
-        if "step_s" in row:
+        if "python_step_s" in row:
             print(f"| {row['batch']} | {row['first_token_s']:.3f} | {row['step_s'] * 1e3:.3f} | "
                   f"{row['tokens_per_s']:,.0f} | {row['floor_s'] * 1e3:.3f} | "
-                  f"{row['fraction']:.2f} |")  # fmt: skip
+                  f"{row['fraction']:.2f} | {row['python_step_s'] * 1e3:.3f} |")  # fmt: skip
 
 
 if __name__ == "__main__":

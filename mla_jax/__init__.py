@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mla_jax.config import RopeScaling as RopeScaling
     from mla_jax.config import presets as presets
     from mla_jax.explain import explain as explain
+    from mla_jax.generation.bound import bind as bind
     from mla_jax.generation.sampling import sample as sample
     from mla_jax.generation.steps import decode_loop as decode_loop
     from mla_jax.generation.steps import decode_step as decode_step
@@ -36,6 +37,7 @@ _HOMES = {
     "cache": ("Cache",),
     "config": ("MLAConfig", "RopeScaling", "presets"),
     "explain": ("explain",),
+    "generation.bound": ("bind",),
     "generation.sampling": ("sample",),
     "generation.steps": ("decode_loop", "decode_step", "prefill_step"),
     "layers.attention": ("MultiHeadLatentAttention",),

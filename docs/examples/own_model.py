@@ -37,3 +37,19 @@ hidden, cache = model.extend(tokens[:, :3], model.init_cache(2, 128, pages=2))
 hidden, cache = model.extend(tokens[:, 3:], cache, lengths=jnp.array([2, 0]))
 print("rows hold:", cache.length)
 print("the same as in one pass:", bool(jnp.allclose(hidden[0], whole[0, 3:], atol=1e-5)))
+
+seen: list[list[int]] = [[], []]
+result = mla_jax.generation.generate(
+    model, [[3, 1, 4], [9]], max_new_tokens=5, speculate=2,
+    on_tokens=lambda row, tokens: seen[row].extend(tokens),
+)  # fmt: skip
+print("new tokens:", [len(row) for row in result.tokens], "all seen:", seen == result.tokens)
+
+step = mla_jax.bind(model)
+logits, cache = step.prefill(jnp.array([[3, 1, 4]]), step.init_cache(1, 128))
+text = []
+for _ in range(5):
+    token = logits[:, -1:].argmax(-1)
+    text.append(int(token[0, 0]))
+    logits, cache = step.decode(token, cache)
+print("the same by a loop of one's own:", text == result.tokens[0])

@@ -1,5 +1,6 @@
 """`mla-jax generate`: continues prompts. What its flags mean is up to `generation.generate`."""
 
+import dataclasses
 import pathlib
 import sys
 import time
@@ -12,8 +13,9 @@ from flax import nnx
 
 from mla_jax import checkpoint, generation, target
 from mla_jax.checkpoint.decoder import decoder_config
-from mla_jax.cli.options import Generate, judging_flags
+from mla_jax.cli.options import Chat, Generate, Writing, judging_flags
 from mla_jax.cli.terminal import BYTES, PARAMETERS, Terminal, quantity
+from mla_jax.generation.request import token_rows
 from mla_jax.models import Decoder, DecoderConfig, random_decoder
 from mla_jax.ops import dispatch
 
@@ -29,41 +31,52 @@ def generate(options: Generate) -> None:
         _check(options)
         texts = _texts(options, terminal)
         config, tokenizer, path = _source(options)
+        defaults = _defaults(options, path)
         prompts = _prompts(options, texts, tokenizer, config.vocab_size)
-        arguments = _arguments(options, config)
-        slots = generation._slots(
-            config, prompts, options.max_new_tokens, options.max_length, options.speculate
-        )
+        asked = request(options, defaults)
+        prompts = [row.tolist() for row in token_rows(prompts, config.vocab_size, tokenizer)]
+        slots = generation.check_fits(config, prompts, asked)
         _check_backend(options, config, prompts, slots)
-    model = _model(options, config, path, terminal)
+    model = load(options, config, path, terminal)
     texts = texts * len(prompts) if len(texts) == 1 else texts
-    alone = len(texts) == 1 and not terminal.json
-    stream = _Stream(terminal, tokenizer.stream(prompts[0]), texts[0]) if alone else None
+    alone = len(texts) == 1 and options.samples == 1 and not terminal.json
+    begun = False
+
+    def show(row: int, text: str) -> None:
+        nonlocal begun
+        if not begun:
+            report.stop()
+            terminal.answer(texts[0], end="")
+        begun = True
+        terminal.answer(text, end="")
+
     with terminal.working("compiling") as report:
-        if stream is not None:
-            stream.before = report.stop
         try:
-            result = generation.generate(model, prompts, on_tokens=stream, **arguments)
-        finally:
-            if stream is not None:
-                stream.finish()
-    written = [
-        _continuation(tokenizer, prompt, tokens)
-        for prompt, tokens in zip(prompts, result.tokens, strict=True)
-    ]
-    if stream is None and not terminal.json:
-        for row, text in enumerate(texts):
-            terminal.note(f"text {row}")
-            terminal.answer(text + written[row])
-    _report(options, result, prompts, slots, config, terminal)
-    terminal.answer_json({
-        "rows": [
-            {"prompt": texts[row] if texts else None, "prompt_tokens": len(prompt),
-             "tokens": tokens, "text": text}
-            for row, (prompt, tokens, text) in enumerate(
-                zip(prompts, result.tokens, written, strict=True)
+            result = generation.generate(
+                model, prompts, asked, tokenizer=tokenizer, on_text=show if alone else None
             )
-        ],
+        finally:
+            if begun:
+                terminal.answer()  # what follows, an error too, begins a line
+    written = result.texts or []
+    if alone and not begun:
+        terminal.answer(texts[0] + written[0])
+    if not alone and not terminal.json:
+        for row, text in enumerate(written if texts else ()):
+            terminal.note(f"text {row}")
+            terminal.answer(texts[row % len(texts)] + text)
+    _report(options, result, prompts, slots, config, terminal)
+    rows: list[dict[str, Any]] = []
+    for row, tokens in enumerate(result.tokens):
+        prompt = row % len(prompts)
+        rows.append({
+            "prompt": texts[prompt] if texts else None, "prompt_tokens": len(prompts[prompt]),
+            "tokens": tokens, "text": written[row] if texts else tokenizer.decode(tokens),
+        })  # fmt: skip
+        if result.logprobs is not None:
+            rows[-1]["logprobs"] = result.logprobs[row]
+    terminal.answer_json({
+        "rows": rows,
         "new_tokens": result.new_tokens, "steps": result.steps, "accepted": result.accepted,
         "first_token_seconds": result.first_token_seconds,
         "decode_seconds": result.decode_seconds, "compile_seconds": result.compile_seconds,
@@ -71,42 +84,29 @@ def generate(options: Generate) -> None:
     })  # fmt: skip
 
 
-def _arguments(options: Generate, config: DecoderConfig) -> dict[str, Any]:
-    """What `generation.generate` is told, beside model, prompts and where tokens go."""
-    return {
-        "max_new_tokens": options.max_new_tokens, "max_length": options.max_length,
-        "temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p,
-        "seed": options.seed, "speculate": options.speculate, "draft": options.draft,
-        "block": options.block,
-        "stop_tokens": () if options.random_weights else config.eos_token_ids,
-    }  # fmt: skip
+def request(options: Writing, defaults: generation.GenerationDefaults) -> generation.Request:
+    """What the flags ask for; what they leave open is the checkpoint's."""
+    values: dict[str, Any] = {"stop_tokens": (*defaults.stop_tokens, *options.stop_tokens)}
+    for field in dataclasses.fields(generation.Request):
+        if field.name not in ("sampling", "stop_tokens") and hasattr(options, field.name):
+            values[field.name] = getattr(options, field.name)
+    for name, default in defaults.sampling.items():
+        given = getattr(options, name)
+        values[name] = default if given is None else given
+    return generation.Request.of(**values)
 
 
-class _Stream:
-    """Shows one text as its tokens come, the prompt with the first of them."""
-
-    def __init__(self, terminal: Terminal, text: generation.TextStream, prompt: str):
-        self._terminal, self._text, self._prompt = terminal, text, prompt
-        self.begun = False
-        self.before = lambda: None  # called before anything is shown
-
-    def __call__(self, row: int, tokens: list[int]) -> None:
-        if not self.begun:
-            self.before()
-            self.begun = True
-            self._terminal.answer(self._prompt, end="")
-        self._terminal.answer(self._text.push(tokens), end="")
-
-    def finish(self) -> None:
-        """Ends the line, so that what follows, an error too, begins one."""
-        if self.begun:
-            self._terminal.answer(self._text.finish())
+def check_writing(options: Writing) -> None:
+    """What the flags of writing alone say: weights may take minutes to read."""
+    _check_dtype(options.dtype)
+    dispatch.normalized(options.implementation)
+    request(options, generation.GenerationDefaults())
 
 
-def _continuation(tokenizer: generation.Tokenizer, prompt: list[int], tokens: list[int]) -> str:
-    """The text of the tokens as it follows the prompt's."""
-    stream = tokenizer.stream(prompt)
-    return stream.push(tokens) + stream.finish()
+def _defaults(options: Generate, path: pathlib.Path | None) -> generation.GenerationDefaults:
+    if path is None:
+        return generation.GenerationDefaults()
+    return generation.GenerationDefaults.from_checkpoint(path)
 
 
 def _check(options: Generate) -> None:
@@ -128,12 +128,7 @@ def _check(options: Generate) -> None:
         raise ValueError(
             f"--batch {options.batch} copies one prompt: here are {count}, which are a batch."
         )
-    _check_dtype(options.dtype)
-    dispatch.normalized(options.implementation)
-    generation._check_flags(
-        options.max_new_tokens, options.temperature, options.top_k, options.top_p,
-        options.speculate, options.draft, options.block,
-    )  # fmt: skip
+    check_writing(options)
 
 
 def _check_backend(
@@ -196,19 +191,26 @@ def _decode(read: bytes, where: str) -> str:
     return text
 
 
-def _source(options: Generate) -> tuple[DecoderConfig, generation.Tokenizer, pathlib.Path | None]:
-    """The model's config, its tokenizer, and where its weights are, if they are anywhere."""
-    if options.checkpoint is None:
-        assert options.preset is not None
-        return DecoderConfig.from_preset(options.preset), generation.Tokenizer.bytes(), None
-    with checkpoint.Checkpoint(options.checkpoint) as files:
+def read_source(
+    repository: str,
+) -> tuple[DecoderConfig, generation.Tokenizer, pathlib.Path]:
+    """A checkpoint's config, its tokenizer, and where its weights are."""
+    with checkpoint.Checkpoint(repository) as files:
         config, path = decoder_config(files), files.path
     folder = path if path.is_dir() else path.parent
     return config, generation.Tokenizer.from_checkpoint(folder), path
 
 
-def _model(
-    options: Generate, config: DecoderConfig, path: pathlib.Path | None, terminal: Terminal
+def _source(options: Generate) -> tuple[DecoderConfig, generation.Tokenizer, pathlib.Path | None]:
+    """The model's config, its tokenizer, and where its weights are, if they are anywhere."""
+    if options.checkpoint is None:
+        assert options.preset is not None
+        return DecoderConfig.from_preset(options.preset), generation.Tokenizer.bytes(), None
+    return read_source(options.checkpoint)
+
+
+def load(
+    options: Generate | Chat, config: DecoderConfig, path: pathlib.Path | None, terminal: Terminal
 ) -> Decoder:
     """The decoder, and a line about it."""
     mtp = options.draft == "mtp"
@@ -226,7 +228,7 @@ def _model(
         with terminal.working("making weights"):
             model = random_decoder(config, seed=options.seed, param_dtype=options.dtype, **given)
             leaves = jax.block_until_ready(jax.tree.leaves(nnx.state(model, nnx.Param)))
-        source = f"{options.preset}, random weights"
+        source = f"{getattr(options, 'preset', '')}, random weights"
     terminal.note(
         f"{source}: {quantity(sum(leaf.size for leaf in leaves), PARAMETERS)}, "
         f"{quantity(sum(leaf.nbytes for leaf in leaves), BYTES, 1024)}, ready in "

@@ -100,7 +100,44 @@ class Demo(Compiling):
 
 
 @dataclasses.dataclass(kw_only=True)
-class Generate(Compiling):
+class Writing(Compiling):
+    """How text is written: fields of `generation.Request` and `generation.Sampling`.
+
+    None stands for what the checkpoint's generation_config.json says.
+    """
+
+    max_new_tokens: int = _flag(128, "of each row")
+    max_length: int | None = _flag(None, "slots of the cache instead of what is needed")
+    temperature: float | None = _flag(
+        None, "of sampling; 0 is greedy (default: the checkpoint's own, else 0)"
+    )
+    top_k: int | None = _flag(None, "draw among the k most likely tokens")
+    top_p: float | None = _flag(
+        None, "draw among the likeliest tokens that reach this probability together"
+    )
+    min_p: float | None = _flag(
+        None, "draw among tokens at least this many times as likely as the likeliest"
+    )
+    repetition_penalty: float | None = _flag(
+        None, "above 1, makes tokens that were there before less likely"
+    )
+    seed: int = _flag(0, "of sampling, random weights and random tokens")
+    stop_strings: list[str] = _flag([], "texts that end a row", metavar="TEXT")
+    stop_tokens: list[int] = _flag([], "tokens that end a row, beside the checkpoint's own")
+    speculate: int = _flag(0, "tokens to draft and verify at once")
+    draft: Literal["prompt", "mtp"] = _flag(
+        "prompt",
+        "by looking the text's end up in it, or by the model's multi-token prediction",
+    )
+    block: int = _flag(16, "decode steps in one program, after which text is shown")
+    dtype: str = _flag("bfloat16", "of parameters, computation and cache")
+    implementation: str | dict[str, str] | None = _flag(
+        None, _BACKENDS, type=_implementation, metavar="NAME"
+    )
+
+
+@dataclasses.dataclass(kw_only=True)
+class Generate(Writing):
     """Continue prompts with a model from a checkpoint, or at real shapes with random weights."""
 
     checkpoint: str | None = _flag(
@@ -123,24 +160,24 @@ class Generate(Compiling):
         0, "instead of a prompt, this many random tokens in each of --batch rows"
     )
     batch: int = _flag(1, "rows of random tokens, or copies of a single prompt")
-    max_new_tokens: int = _flag(128, "of each row")
-    max_length: int | None = _flag(None, "slots of the cache instead of what is needed")
-    dtype: str = _flag("bfloat16", "of parameters, computation and cache")
-    temperature: float = _flag(0.0, "of sampling; 0 is greedy")
-    top_k: int | None = _flag(None, "draw among the k most likely tokens")
-    top_p: float | None = _flag(
-        None, "draw among the likeliest tokens that reach this probability together"
+    samples: int = _flag(1, "continuations of every prompt")
+    pages: int | None = _flag(
+        None, "pages of 128 slots that all rows share, instead of slots of their own"
     )
-    seed: int = _flag(0, "of sampling, random weights and random tokens")
-    speculate: int = _flag(0, "tokens to draft and verify at once")
-    draft: Literal["prompt", "mtp"] = _flag(
-        "prompt",
-        "by looking the text's end up in it, or by the model's multi-token prediction",
+    logprobs: bool = _flag(False, "with --json, the log probabilities of the new tokens too")
+
+
+@dataclasses.dataclass(kw_only=True)
+class Chat(Writing):
+    """Converse with a model: every line of standard input is a turn, by the model's own template.
+
+    The cache is kept between turns, so that only new tokens are prefilled.
+    """
+
+    checkpoint: str = _flag(
+        "", "folder (or, with huggingface_hub, repo id) of a model with a chat template"
     )
-    block: int = _flag(16, "decode steps in one program, after which text is shown")
-    implementation: str | dict[str, str] | None = _flag(
-        None, _BACKENDS, type=_implementation, metavar="NAME"
-    )
+    system: str | None = _flag(None, "what the model is told before the first turn", metavar="TEXT")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -175,10 +212,10 @@ class Devices(Output):
     """The accelerators that `costs` knows, with their peak rates."""
 
 
-Options = Demo | Generate | Costs | Explain | Presets | Devices
+Options = Demo | Generate | Chat | Costs | Explain | Presets | Devices
 COMMANDS: dict[str, type[Options]] = {
-    "demo": Demo, "generate": Generate, "costs": Costs, "explain": Explain, "presets": Presets,
-    "devices": Devices,
+    "demo": Demo, "generate": Generate, "chat": Chat, "costs": Costs, "explain": Explain,
+    "presets": Presets, "devices": Devices,
 }  # fmt: skip
 
 

@@ -1,39 +1,43 @@
-"""Text from a whole model: tokenizer, chunked prefill, decoding on the device, drafts.
+"""Text from a model: prompts, chunked prefill, decoding on the device, drafts.
 
     model = mla_jax.checkpoint.load_decoder(folder)
     tokenizer = Tokenizer.from_checkpoint(folder)
-    result = generate(model, tokenizer.encode(["Once upon a time"]), max_new_tokens=64)
-    print(tokenizer.decode(result.tokens[0]))
+    result = generate(model, ["Once upon a time"], tokenizer=tokenizer, max_new_tokens=64)
+    print(result.texts[0])
 
-A block of decode steps is one compiled program with the cache donated: the host hears of tokens a
-block at a time. Speculation (Leviathan et al. 2023, arXiv 2211.17192) drafts a few tokens, verifies
-them by one absorbed step over all, and cuts the rejected ones out of the cache. At every place the
-model's own token is drawn, and drafts count as far as they are those: greedy output stays the same,
-sampled output as likely as without (their rule, for drafts that are certain).
+A model is whatever has
 
-Drafts come from looking the last tokens up in the text so far (Saxena 2023, prompt lookup), or from
-the model's block for multi-token prediction (`models.MultiTokenPredictor`): its first guess after
-the model's states, each further one after its own state of the guess before. Its cache then forgets
-what it made of guesses, and takes the model's states of what was written instead.
+    init_cache(batch, slots, dtype=None, pages=None) -> Cache
+    extend(tokens, cache, lengths=None) -> (hidden, cache)
+    logits(hidden)
 
-Letters: B prompts, T tokens of a step, S slots of the cache, W words, K drafted tokens.
+The way of a token: `request` makes rows of the prompts; `prefill` puts them into the cache in
+chunks of a few widths; `loop` draws, verifies and writes on the device, in blocks of steps that are
+one compiled program with the cache donated; `drafts` guess ahead. The host hears of tokens a block
+at a time.
+
+Letters: P prompts, B = P n rows, T tokens of a step, S slots of the cache, W words, K drafts.
 """
 
 import dataclasses
 import functools
-import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jaxtyping import Array, Int
 
-from mla_jax.cache import Cache
+from mla_jax.cache import PAGE, Cache
+from mla_jax.generation import drafts, loop, steps
+from mla_jax.generation import prefill as _prefill
+from mla_jax.generation import request as _request
+from mla_jax.generation.bound import Bound as Bound
+from mla_jax.generation.bound import bind as bind
 from mla_jax.generation.defaults import GenerationDefaults as GenerationDefaults
+from mla_jax.generation.request import Request as Request
+from mla_jax.generation.sampling import Sampling as Sampling
 from mla_jax.generation.sampling import check_sampling as check_sampling
 from mla_jax.generation.sampling import mark_seen as mark_seen
 from mla_jax.generation.sampling import sample as sample
@@ -41,17 +45,15 @@ from mla_jax.generation.stream import StopStrings as StopStrings
 from mla_jax.generation.stream import TextStream as TextStream
 from mla_jax.generation.tokenizer import Tokenizer as Tokenizer
 
-_PREFILL_TOKENS = 16384  # of all rows together, in one chunk: bounds the experts' activations
-_SLOTS = 128  # a cache's length is a multiple of
-_NGRAM = 3  # tokens of the text's end that a prompt lookup looks for, then fewer
-
 
 @dataclasses.dataclass(frozen=True)
 class Result:
     """What `generate` made.
 
+    With n samples of P prompts there are P n rows: sample j of prompt p is row j P + p.
+
     Attributes:
-        tokens: per prompt the new tokens, up to and with the one that ended it.
+        tokens: per row the new tokens, up to and with the one that ended it.
         first_token_seconds: from the start to the first token of all rows, compilation aside.
         decode_seconds: from there to the end.
         compile_seconds: spent compiling.
@@ -59,6 +61,10 @@ class Result:
         steps: passes of the model after the prefill.
         cache_bytes: of all layers.
         accepted: share of drafted tokens that were right; None without speculation.
+        cache: holds all of every row's tokens but the last, for another `generate`.
+        logprobs: per row the log probabilities of its new tokens, by the model's own logits,
+            before temperature and the like; None unless asked for.
+        texts: per row the new text, without a stop string; None without a tokenizer.
 
     >>> result = Result([[7, 1], [5, 2]], first_token_seconds=0.1, decode_seconds=0.5,
     ...                 compile_seconds=3.0, new_tokens=4, steps=1, cache_bytes=1024)
@@ -74,6 +80,9 @@ class Result:
     steps: int
     cache_bytes: int
     accepted: float | None = None
+    cache: Cache | None = dataclasses.field(default=None, repr=False)
+    logprobs: list[list[float]] | None = None
+    texts: list[str] | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -83,349 +92,377 @@ class Result:
 
 
 def generate(
-    model,
-    prompts: Sequence[Sequence[int]],
+    model: Any,
+    prompts: Any,
+    request: Request | None = None,
     *,
-    max_new_tokens: int = 128,
-    max_length: int | None = None,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
-    stop_tokens: Sequence[int] = (),
-    speculate: int = 0,
-    draft: Literal["prompt", "mtp"] = "prompt",
-    block: int = 16,
+    tokenizer: Tokenizer | None = None,
+    cache: Cache | None = None,
     on_tokens: Callable[[int, list[int]], None] | None = None,
+    on_text: Callable[[int, str], None] | None = None,
+    **options: Any,
 ) -> Result:
     """Continues prompts.
 
+    With speculation a greedy text is the same up to rounding: a step over K+1 tokens multiplies
+    matrices of another shape than a step over one, and in bfloat16 two words whose logits differ by
+    less than that can change places. A sampled text is another draw from the same distribution.
+
+    Programs are compiled for the number of rows, the cache's length (see `request.cache_length`)
+    and the widths of a prompt's chunks (128, 512, 2048 and 8192 tokens): another prompt that needs
+    no others compiles nothing.
+
     Args:
-        model: a `models.Decoder`, or what has its `prefill_last`, `decode`, `init_cache`.
-        prompts: token ids, at least one of each; their lengths may differ.
-        max_new_tokens: of each row.
-        max_length: slots of the cache; None is what the longest prompt and its new tokens need.
-        temperature, top_k, top_p: as in `decoding.sample`; 0 is greedy.
-        seed: of the sampling.
-        stop_tokens: end a row.
-        speculate: K, tokens drafted and verified at once; 0 is plain decoding. A greedy text is the
-            same; a sampled one is another draw from the same distribution.
-        draft: by what: "prompt" looks the text's last tokens up in it, "mtp" asks the model's block
-            for multi-token prediction.
-        block: decode steps in one program. Tokens are seen, and rows' ends noticed, per block.
+        model: a `models.Decoder`, a `Bound`, or a model of one's own: see the module.
+        prompts: tokens as an array [P T], or a list of rows of any lengths, or one row; or a text
+            or several, with a tokenizer.
+        request: the options, as a `Request`.
+        tokenizer: of the model; needed for texts and stop strings, and gives `Result.texts`.
+        cache: one that holds something already, such as another call's `Result.cache`, with a row
+            for every prompt; donated. The prompts are what follows: each begins with its row's
+            last token, which that cache does not hold. Of a drafter it holds nothing, so
+            draft="mtp" begins anew with the prompts. None is an empty one.
         on_tokens: called with a row's index and its next tokens as they come.
+        on_text: called with a row's index and its next text as it comes; needs a tokenizer.
+        **options: of `Request` and `Sampling`, in place of the request's.
 
     Returns:
         a `Result`.
 
     Raises:
-        ValueError: an argument out of range, a prompt that does not fit, or draft="mtp" for a model
-            without a block for it.
+        ValueError: an option out of range, a prompt that does not fit, a token that is no word, or
+            draft="mtp" for a model without a block for it.
+        TypeError: an option that there is not.
+        FloatingPointError: logits that are not finite; the message names row and step.
 
     >>> import mla_jax
-    >>> model = mla_jax.checkpoint.load_decoder("DeepSeek-V2-Lite")  # doctest: +SKIP
-    >>> tokenizer = Tokenizer.from_checkpoint("DeepSeek-V2-Lite")  # doctest: +SKIP
-    >>> prompts = tokenizer.encode(["Once upon a time"])  # doctest: +SKIP
-    >>> result = generate(model, prompts, max_new_tokens=64)  # doctest: +SKIP
-    >>> print(tokenizer.decode(result.tokens[0]))  # doctest: +SKIP
+    >>> from flax import nnx
+    >>> from mla_jax.models import Decoder, DecoderConfig
+    >>> model = Decoder(DecoderConfig.from_preset("tiny"), rngs=nnx.Rngs(0))
+    >>> result = generate(model, [[3, 1, 4], [1, 5]], max_new_tokens=4)
+    >>> [len(tokens) for tokens in result.tokens], result.cache.length
+    ([4, 4], Array([6, 5], dtype=int32))
+    >>> more = [[tokens[-1], 9] for tokens in result.tokens]  # both texts go on with token 9
+    >>> generate(model, more, max_new_tokens=4, cache=result.cache).cache.length
+    Array([11, 10], dtype=int32)
     """
-    _check_flags(max_new_tokens, temperature, top_k, top_p, speculate, draft, block)
-    if draft == "mtp" and getattr(model, "predictor", None) is None:
+    request = Request.of(request, **options)
+    bound = Bound.of(model)
+    model = bound.model
+    if request.stop_strings and tokenizer is None:
+        raise ValueError("stop_strings need the tokenizer, as tokenizer=...")
+    if on_text is not None and tokenizer is None:
+        raise ValueError("on_text needs the tokenizer, as tokenizer=...")
+    if request.draft == "mtp" and getattr(model, "predictor", None) is None:
         raise ValueError(
             "draft='mtp': this model has no block for multi-token prediction: load it by "
             "checkpoint.load_decoder(..., mtp=True), make it with mtp=True, or use draft='prompt'."
         )
-    key = jax.random.key(seed)
-    slots = _slots(model.config, prompts, max_new_tokens, max_length, speculate)
     clock = _Clock()
-    rows = len(prompts)
-    sampling = {"temperature": float(temperature), "top_k": top_k, "top_p": top_p}
-    cache = model.init_cache(rows, slots)
-    draft_cache = None
-    if speculate and draft == "mtp":
-        draft_cache = model.init_draft_cache(rows, slots)
-    cache_bytes = sum(held.nbytes for held in (cache, draft_cache) if held is not None)
-    logits, state, cache, draft_cache = _prefill(model, prompts, cache, draft_cache, clock)
-    first, key = clock.compile(_first, logits, key, **sampling)(logits, key)
-    collector = _Collector(rows, max_new_tokens, stop_tokens, on_tokens)
-    collector.add(np.asarray(first)[:, None])
-    first_token = clock.lap()
+    shape = clock.call(_output_shape, bound)
+    words = shape[0].shape[-1]
+    prompts = _request.token_rows(prompts, words, tokenizer)
+    rows = len(prompts) * request.samples
+    held = _held(cache, rows)
+    slots = check_fits(model, prompts, request, cache)
+    kind = drafts.MultiToken if request.draft == "mtp" else drafts.PromptLookup
+    drafter = kind(request.speculate)
+    if cache is None:
+        paged = {} if request.pages is None else {"pages": request.pages}
+        cache = clock.call(model.init_cache, rows, slots, **paged)
+    state = clock.call(drafter.init, model, rows, slots)
+    cache_bytes = sum(one.nbytes for one in (cache, *drafter.caches(state)))
 
-    steps, drafted, right = 0, 0, 0
-    if speculate:
-        history = _history(prompts, first, slots)
-        length = jnp.asarray([len(prompt) + 1 for prompt in prompts], jnp.int32)
-        goal = length - 1 + max_new_tokens
-        seen = np.asarray(length)
-        carry = (history, length, cache, _ahead(state, draft_cache, speculate))
-        program = clock.compile(
-            _speculate_block, model, goal, carry, key, drafts=speculate, steps=block, **sampling
+    ends, cache, state = _fill(bound, prompts, cache, state, drafter, held, shape, request, clock)
+    least = np.tile(np.array([len(prompt) for prompt in prompts], np.int32), request.samples)
+    text = np.zeros((rows, slots), np.int32)
+    for row in range(rows):
+        text[row, : least[row]] = prompts[row % len(prompts)]
+    seen = None
+    if request.sampling.penalizes:
+        seen = np.zeros((rows, words), bool)
+        for row in range(rows):
+            seen[row, text[row, : least[row]]] = True
+    stops = np.array(request.stop_tokens, np.int32)
+    static: dict[str, Any] = {"drafter": drafter, "sampling": request.sampling}
+    writing, new = clock.call(
+        loop.begin, ends, text, least, held, least + request.max_new_tokens, seen, stops,
+        jax.random.key(request.seed), cache, state, logprobs=request.logprobs,
+        samples=request.samples, **static,
+    )  # fmt: skip
+    del cache, state
+    texts = [text[row, : least[row]] for row in range(rows)]
+    collector = _Collector(texts, request, tokenizer, on_tokens, on_text)
+    passes, before, first_seconds = 0, least, None
+    while True:
+        new, length, active, bad = jax.device_get(
+            (new, writing.length, writing.active, writing.bad)
         )
-        while not collector.done:
-            carry, counts, key = program(model, goal, carry, key)
-            history, length = carry[:2]
-            now, text = np.asarray(length), np.asarray(history)
-            collector.add([text[b, seen[b] : now[b]] for b in range(rows)])
-            seen, steps = now, steps + block
-            drafted, right = drafted + int(counts[0]), right + int(counts[1])
-            goal = jnp.where(collector.ended, length, goal)  # no drafts for rows that stopped
-    else:
-        token, left = first, max_new_tokens - 1
-        steps_now = min(block, left)
-        program = None
-        while left > 0 and not collector.done:
-            if program is None or steps_now > left:
-                steps_now = min(steps_now, left)
-                program = clock.compile(
-                    _decode_block, model, token, cache, key, steps=steps_now, **sampling
-                )
-            drawn, token, cache, key = program(model, token, cache, key)
-            left, steps = left - steps_now, steps + steps_now
-            collector.add(np.asarray(drawn))
+        steps.check_finite(bad)
+        first_seconds = clock.lap() if first_seconds is None else first_seconds
+        collector.add([new[row, : length[row] - before[row]] for row in range(rows)])
+        before, ended = length, collector.ended
+        if not (active & ~ended).any():
+            break
+        if (active & ended).any():  # by a stop string, which the device knows nothing of
+            writing = dataclasses.replace(writing, active=active & ~ended)
+        writing, new, done = clock.call(
+            loop.run_block, bound, writing, stops, least, steps=request.block, **static
+        )
+        passes += int(done)
+    texts = collector.finish()
+    written = np.array([len(tokens) for tokens in collector.tokens], np.int32)
+    cache = writing.cache
+    if (least + written < before).any():  # a stop string ended a row before its last tokens
+        cache = clock.call(loop.cut, cache, held + least + written - 1)
+    drafted, right = map(int, writing.drafted)
+    logprobs = None
+    if writing.logprobs is not None:
+        found = np.asarray(writing.logprobs)
+        logprobs = [
+            found[row, least[row] : least[row] + written[row]].tolist() for row in range(rows)
+        ]
     return Result(
-        tokens=collector.tokens, first_token_seconds=first_token, decode_seconds=clock.lap(),
-        compile_seconds=clock.compiling, new_tokens=sum(map(len, collector.tokens)), steps=steps,
-        cache_bytes=cache_bytes, accepted=(right / max(drafted, 1)) if speculate else None,
+        tokens=collector.tokens, first_token_seconds=first_seconds, decode_seconds=clock.lap(),
+        compile_seconds=clock.compiling, new_tokens=int(written.sum()), steps=passes,
+        cache_bytes=cache_bytes, accepted=right / max(drafted, 1) if request.speculate else None,
+        cache=cache, logprobs=logprobs, texts=texts,
     )  # fmt: skip
 
 
-def _prefill(model, prompts, cache, draft_cache, clock):
-    """Logits [B W] and state [B D] of every prompt's last token, and the two caches.
+def score(model: Any, tokens: Any, *, tokenizer: Tokenizer | None = None) -> list[list[float]]:
+    """Log probabilities of given texts, each token after those before it.
 
-    A chunk is a few rows whole rather than a piece of all rows: then no token attends to what an
-    earlier chunk left in the cache, which would be expanded again for each chunk. Chunks have one
-    shape, so there are one or two programs. The state is what a predictor drafts by; it sees all
-    tokens but the last of a prompt, which has none after it yet. Without one the state is None.
+    Args:
+        model: as in `generate`.
+        tokens: as the prompts of `generate`.
+        tokenizer: of the model; needed for texts.
+
+    Returns:
+        per row a number for every token but the first.
+
+    Raises:
+        ValueError: tokens that are no words, or more than the model has positions.
+        FloatingPointError: logits that are not finite; the message names row and step.
+
+    >>> from flax import nnx
+    >>> from mla_jax.models import Decoder, DecoderConfig
+    >>> model = Decoder(DecoderConfig.from_preset("tiny"), rngs=nnx.Rngs(0))
+    >>> [len(row) for row in score(model, [[3, 1, 4], [1, 5]])]
+    [2, 1]
     """
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    count, longest = len(prompts), int(lengths.max())
-    rows = min(count, max(1, _PREFILL_TOKENS // longest))
-    width = min(longest, _PREFILL_TOKENS)
-    chunks = math.ceil(longest / width)
-    tokens = np.zeros((count, chunks * width + 1), np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)] = prompt
-    ends: Any = None
-    caches = (cache, draft_cache)
-    programs = {}  # a prompt's first chunk has no context to attend to
-    keep: Any = None
-    for first in range(0, count, rows):
-        start = min(first, count - rows)  # the last rows overlap the ones before, given no tokens
-        fresh = np.arange(start, start + rows) >= first
-        own = slice(start, start + rows)
-        for begin in range(0, chunks * width, width):
-            inside, known = (
-                jnp.asarray(np.where(fresh, np.clip(stop - begin, 0, width), 0))
-                for stop in (lengths[own], lengths[own] - 1)
-            )
-            part, following = (
-                jnp.asarray(tokens[own, at : at + width]) for at in (begin, begin + 1)
-            )
-            arguments = (model, part, following, caches, inside, known, jnp.int32(start))
-            fresh = begin == 0
-            if fresh not in programs:
-                programs[fresh] = clock.compile(_prefill_chunk, *arguments, fresh=fresh)
-            new, caches = programs[fresh](*arguments)
-            if ends is None:
-                ends = jax.tree.map(lambda x: jnp.zeros((count, *x.shape[1:]), x.dtype), new)
-                keep = clock.compile(_keep, ends, new, inside, jnp.int32(start))
-            ends = keep(ends, new, inside, jnp.int32(start))
-    return *ends, *caches
+    bound = Bound.of(model)
+    rows = _request.token_rows(tokens, _output_shape(bound)[0].shape[-1], tokenizer)
+    longest, limit = max(map(len, rows)), positions(bound.model)
+    if limit is not None and longest > limit:
+        raise ValueError(f"tokens: a row has {longest}, and the model {limit} positions.")
+    cache = bound.model.init_cache(len(rows), _request.cache_length(longest, limit))
+    found, bad = _prefill.score_rows(bound, rows, cache)
+    steps.check_finite(bad)
+    return [found[number, 1 : len(row)].tolist() for number, row in enumerate(rows)]
 
 
-@functools.partial(jax.jit, static_argnames="fresh", donate_argnames="caches")
-def _prefill_chunk(model, tokens, following, caches, lengths, known, start, *, fresh):
-    """Prefills the rows from `start` on: (logits, state) of their last tokens, and the caches."""
-    rows, whole = len(tokens), caches
-    is_cache = lambda node: isinstance(node, Cache)  # noqa: E731
-    own = jax.tree.map(lambda cache: cache.rows(start, rows), caches, is_leaf=is_cache)
-    if fresh:
-        own = jax.tree.map(Cache.as_fresh, own, is_leaf=is_cache)
-    cache, draft_cache = own
-    if draft_cache is None:
-        logits, cache = model.prefill_last(tokens, cache, lengths)
-        state = None
+def resume(
+    cache: Cache, held: Sequence[Sequence[int]], prompts: Sequence[Sequence[int]]
+) -> tuple[Cache, list[list[int]]]:
+    """What of whole prompts a cache holds already: for a conversation that is written out anew.
+
+    A chat template makes all of a conversation's tokens at every turn. Most of them are those of
+    the turn before, and need no prefill; where they differ, the cache is cut back.
+
+    Args:
+        cache: of another call, such as `Result.cache`; donated.
+        held: the tokens of its rows: each prompt and what was written, as far as the cache holds
+            them (the last token of a row may be there or not).
+        prompts: the tokens of every row from the beginning.
+
+    Returns:
+        the cache, and what of the prompts it does not hold, at least a token of each: `generate`
+        takes both.
+
+    Raises:
+        ValueError: other numbers of rows.
+
+    >>> from flax import nnx
+    >>> from mla_jax.models import Decoder, DecoderConfig
+    >>> model = Decoder(DecoderConfig.from_preset("tiny"), rngs=nnx.Rngs(0))
+    >>> result = generate(model, [[3, 1, 4]], max_new_tokens=4)
+    >>> text = [3, 1, 4, *result.tokens[0]]
+    >>> cache, rest = resume(result.cache, [text], [[*text[:5], 9, 9]])
+    >>> cache.length, rest
+    (Array([5], dtype=int32), [[9, 9]])
+    """
+    if not len(held) == len(prompts) == cache.batch_size:
+        raise ValueError(
+            f"held has {len(held)} rows, prompts {len(prompts)}, the cache {cache.batch_size}: all "
+            "must have the same."
+        )
+    kept = []
+    for row, count in enumerate(np.asarray(cache.length)):
+        old, new = held[row][:count], prompts[row][:-1]
+        pairs = zip(old, new, strict=False)
+        same = next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(old), len(new)))
+        kept.append(same)
+    rest = [list(prompt[same:]) for prompt, same in zip(prompts, kept, strict=True)]
+    return loop.cut(cache, np.array(kept, np.int32)), rest
+
+
+def check_fits(
+    model: Any, prompts: Sequence[Any], request: Request, cache: Cache | None = None
+) -> int:
+    """The cache's length, after a look at what prompts and new tokens need.
+
+    Args:
+        model: whose limits count; or its config.
+        prompts: rows of tokens.
+        request: what is asked for.
+        cache: that the prompts follow, or None.
+
+    Raises:
+        ValueError: they do not fit; the message says what they need.
+
+    >>> check_fits(None, [[3, 1, 4]], Request(max_new_tokens=8))
+    256
+    """
+    held = _held(cache, len(prompts) * request.samples)
+    lengths = np.tile([len(prompt) for prompt in prompts], request.samples)
+    ends = held + lengths + request.max_new_tokens
+    longest, limit = int(ends.max()), positions(model)
+    need = longest + request.speculate
+    if cache is not None:
+        slots = cache.max_length
     else:
-        hidden, cache = model.extend(tokens, cache, lengths)
-        _, draft_cache = model.draft(hidden, following, draft_cache, known)
-        last = jnp.maximum(lengths - 1, 0)[:, None, None]
-        state = jnp.take_along_axis(hidden, last, axis=1)
-        logits, state = model.logits(state)[:, 0], state[:, 0]
-    put = lambda all_rows, part: all_rows.with_rows(start, part)  # noqa: E731
-    caches = jax.tree.map(put, whole, (cache, draft_cache), is_leaf=is_cache)
-    return (logits, state), caches
+        slots = request.max_length or _request.cache_length(need, limit)
+    if slots < need or (limit is not None and longest > limit):
+        row = int(ends.argmax())
+        before = f"{held[row]} held tokens, " if held[row] else ""
+        raise ValueError(
+            f"max_length={slots}: {before}a prompt of {lengths[row]} tokens, "
+            f"{request.max_new_tokens} new ones and {request.speculate} drafts need {need} slots"
+            + ("." if limit is None else f"; the model has {limit} positions.")
+        )
+    if cache is None and request.pages is not None:
+        if slots % PAGE:
+            raise ValueError(f"max_length={slots}: with pages it must be a multiple of {PAGE}.")
+        shared = _prefill.shared_prefix([np.asarray(prompt) for prompt in prompts])
+        whole = -(-(lengths + request.max_new_tokens + request.speculate) // PAGE)
+        own = lengths[: len(prompts)] // PAGE - shared // PAGE  # of a prompt, for all its samples
+        pages = int(whole.sum()) - (len(lengths) - 1) * (shared // PAGE)
+        pages -= (request.samples - 1) * int(own.sum())
+        if pages > request.pages:
+            raise ValueError(
+                f"pages={request.pages}: prompts, new tokens and drafts need {pages} pages of "
+                f"{PAGE} slots."
+            )
+    return slots
 
 
-@functools.partial(jax.jit, donate_argnames="ends")
-def _keep(ends, new, lengths, start):
-    """Puts what a chunk ended with in its rows' places, where it had tokens of them."""
+def positions(model: Any) -> int | None:
+    """How many positions a model or its config has; None where it does not say.
 
-    def put(array, part):
-        old = lax.dynamic_slice_in_dim(array, start, len(part))
-        part = jnp.where(lengths[:, None] > 0, part, old)
-        return lax.dynamic_update_slice_in_dim(array, part, start, 0)
-
-    return jax.tree.map(put, ends, new)
-
-
-@functools.partial(jax.jit, static_argnames=("temperature", "top_k", "top_p"))
-def _first(logits, key, **sampling):
-    key, own = jax.random.split(key)
-    return sample(logits, own, **sampling), key
-
-
-@functools.partial(
-    jax.jit, static_argnames=("steps", "temperature", "top_k", "top_p"), donate_argnames=("cache",)
-)
-def _decode_block(model, token, cache, key, *, steps, temperature, top_k, top_p):
-    """`steps` tokens [B steps], the last of them [B], the cache and the next key."""
-    key, *own = jax.random.split(key, steps + 1)
-
-    def step(carry, step_key):
-        token, cache = carry
-        logits, cache = model.decode(token[:, None], cache)
-        drawn = sample(logits[:, 0], step_key, temperature=temperature, top_k=top_k, top_p=top_p)
-        return (drawn, cache), drawn
-
-    (token, cache), drawn = lax.scan(step, (token, cache), jnp.stack(own))
-    return drawn.T, token, cache, key
-
-
-@functools.partial(
-    jax.jit,
-    static_argnames=("drafts", "steps", "temperature", "top_k", "top_p"),
-    donate_argnames=("carry",),
-)
-def _speculate_block(model, goal, carry, key, *, drafts, steps, **sampling):
-    """`steps` rounds of draft and verify; rows that reached their goal stay as they are.
-
-    The carry: `text` [B S+1], which holds `length` [B] tokens of each row; the cache, which holds
-    all but the last of them; and what `_predict` needs, or None where drafts are looked up. It is
-    returned with the numbers of drafts and of those that were right, and the next key.
+    >>> import mla_jax
+    >>> positions(mla_jax.MLAConfig.from_preset("tiny"))
+    1024
     """
-    rows = jnp.arange(goal.shape[0])[:, None]
-    offsets = jnp.arange(drafts + 1, dtype=jnp.int32)[None]
-
-    def round_(carry, step_key):
-        (text, length, cache, ahead), counts = carry
-        last = text[rows, length[:, None] - 1]
-        if ahead is None:
-            draft = _look_up(text, length, drafts)
-            logits, cache = model.decode(jnp.concatenate([last, draft], axis=1), cache)
-        else:
-            draft, draft_cache = _predict(model, text, length, ahead, drafts)
-            hidden, cache = model.extend(jnp.concatenate([last, draft], axis=1), cache)
-            logits, ahead = model.logits(hidden), (hidden, draft_cache)
-        drawn = sample(logits.reshape(-1, logits.shape[-1]), step_key, **sampling)
-        drawn = drawn.reshape(logits.shape[:2])
-        right = jnp.cumprod(draft == drawn[:, :-1], axis=1).sum(1, dtype=jnp.int32)
-        active = length < goal
-        new = jnp.where(active, jnp.minimum(right + 1, goal - length), 0)
-        place = jnp.where(offsets < new[:, None], length[:, None] + offsets, text.shape[1])
-        text = text.at[rows, place].set(drawn, mode="drop")
-        length = length + new
-        cache = cache.truncate(length - 1)
-        counted = jnp.stack([jnp.where(active, drafts, 0).sum(), jnp.where(active, right, 0).sum()])
-        return ((text, length, cache, ahead), counts + counted), None
-
-    counts = jnp.zeros((2,), jnp.int32)
-    key, *own = jax.random.split(key, steps + 1)
-    (carry, counts), _ = lax.scan(round_, (carry, counts), jnp.stack(own))
-    return carry, counts, key
+    config = getattr(model, "config", model)
+    for part in (config, getattr(config, "attention", None)):
+        value = getattr(part, "max_position_embeddings", None)
+        if isinstance(value, int):
+            return value
+    return None
 
 
-def _ahead(state, draft_cache, drafts):
-    """What the first round's `_predict` needs, from the prefill."""
-    if draft_cache is None:
-        return None
-    return jnp.pad(state[:, None], ((0, 0), (0, drafts), (0, 0))), draft_cache
+def _held(cache: Cache | None, rows: int) -> np.ndarray:
+    """Tokens that the rows hold, int32 [B]."""
+    if cache is None:
+        return np.zeros(rows, np.int32)
+    if not isinstance(cache, Cache) or cache.batch_size != rows:
+        have = f"{cache.batch_size} rows" if isinstance(cache, Cache) else f"{cache!r:.80}"
+        raise ValueError(f"cache: it must be a Cache of {rows} rows, one a prompt; it is {have}.")
+    if np.asarray(cache.overflowed).any():
+        raise ValueError("cache: rows have overflowed, and lack tokens: truncate or reset them.")
+    return np.asarray(cache.length).astype(np.int32)
 
 
-def _predict(model, text, length, ahead, drafts):
-    """Tokens [B K] by the model's predictor, and its cache without what it made of them.
+@functools.lru_cache(maxsize=32)
+def _shapes(structure, leaves) -> Any:
+    def run(bound):
+        model = bound.model
+        tokens = jnp.zeros((1, 1), jnp.int32)
+        hidden, _ = model.extend(tokens, model.init_cache(1, PAGE), jnp.ones((1,), jnp.int32))
+        return model.logits(hidden), hidden
 
-    `ahead` holds the model's states [B K+1 D] of the positions that follow those in the predictor's
-    cache, and that cache. They count up to `length - 2`, the last position with a known next token.
-    """
-    hidden, cache = ahead
-    start = cache.length[:, None]
-    offsets = jnp.arange(hidden.shape[1], dtype=jnp.int32)[None]
-    following = jnp.take_along_axis(text, start + 1 + offsets, axis=1, mode="clip")
-    states, cache = model.draft(hidden, following, cache)
-    cache = cache.truncate(length - 1)
-    last = jnp.maximum(length[:, None] - 2 - start, 0)  # a row that is done has none
-    state = jnp.take_along_axis(states, last[..., None], axis=1)
-
-    def guess(state):
-        return model.draft_logits(state).argmax(-1).astype(jnp.int32)
-
-    def step(carry, _):
-        state, token, cache = carry
-        state, cache = model.draft(state, token, cache)
-        token = guess(state)
-        return (state, token, cache), token[:, 0]
-
-    first = guess(state)
-    (_, _, cache), more = lax.scan(step, (state, first, cache), None, length=drafts - 1)
-    return jnp.concatenate([first, more.T], axis=1), cache.truncate(length - 1)
+    return jax.eval_shape(run, Bound(leaves, structure))
 
 
-def _look_up(text: Int[Array, "B S"], length: Int[Array, "B"], drafts: int) -> Int[Array, "B K"]:
-    """What followed the last place where the text's last tokens stood before; K tokens.
-
-    The longest match of up to `_NGRAM` tokens wins, then the latest. Without one the last token is
-    repeated: a draft costs nothing and may be right.
-    """
-    slots = text.shape[1]
-    index = jnp.arange(slots, dtype=jnp.int32)[None]
-    rows = jnp.arange(text.shape[0])[:, None]
-    matched = jnp.ones(text.shape, bool)
-    score = jnp.zeros(text.shape, jnp.int32)  # tokens that match, ending at each slot
-    for back in range(_NGRAM):
-        wanted = text[rows, jnp.maximum(length[:, None] - 1 - back, 0)]
-        shifted = jnp.pad(text, ((0, 0), (back, 0)), constant_values=-1)[:, :slots]
-        matched &= shifted == wanted
-        score += matched
-    score = jnp.where(index < length[:, None] - 1, score, 0)
-    end = (score * slots + index).argmax(-1)[:, None]
-    found = jnp.take_along_axis(score, end, axis=1) > 0
-    ahead = end + 1 + jnp.arange(drafts, dtype=jnp.int32)[None]
-    ahead = jnp.where(found, ahead, length[:, None] - 1)
-    return text[rows, jnp.minimum(ahead, length[:, None] - 1)]
+def _output_shape(bound: Bound) -> Any:
+    """Logits [1 1 W] and states [1 1 D] of a model, as shapes."""
+    struct = lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))  # noqa: E731
+    return _shapes(bound.structure, tuple(map(struct, bound.leaves)))
 
 
-def _history(prompts, first, slots):
-    text = np.zeros((len(prompts), slots + 1), np.int32)
-    for row, prompt in enumerate(prompts):
-        text[row, : len(prompt)] = prompt
-        text[row, len(prompt)] = first[row]
-    return jnp.asarray(text)
+def _fill(bound, prompts, cache, state, drafter, held, shape, request, clock):
+    """The cache with all rows' prompts; logits and states of the P prompts' last tokens."""
+    ends = tuple(np.zeros((len(prompts), one.shape[-1]), one.dtype) for one in shape)
+    held, rests = held[: len(prompts)], prompts
+    if cache.pages is not None and not held.any() and (common := _prefill.shared_prefix(prompts)):
+        ends, cache, state = clock.call(
+            _prefill.prefill, bound, [prompts[0][:common]], cache, state, drafter, held, ends
+        )
+        others = np.arange(cache.batch_size) < len(prompts)
+        cache, state = clock.call(_prefill.spread, cache, state, drafter, 0, others, common)
+        held, rests = held + common, [prompt[common:] for prompt in prompts]
+    ends, cache, state = clock.call(
+        _prefill.prefill, bound, rests, cache, state, drafter, held, ends
+    )
+    if request.samples > 1:
+        lengths = np.asarray(cache.length)
+        for row in range(len(prompts)):
+            same = np.arange(cache.batch_size) % len(prompts) == row
+            cache, state = clock.call(
+                _prefill.spread, cache, state, drafter, row, same, int(lengths[row])
+            )
+    return ends, cache, state
 
 
 class _Collector:
-    """Tokens of every row until its stop token or its number is reached."""
+    """Tokens and texts of every row, until a stop token, a stop string or their number ends it."""
 
-    def __init__(self, rows, count, stop_tokens, on_tokens):
-        self.tokens: list[list[int]] = [[] for _ in range(rows)]
-        self._count, self._stop, self._on_tokens = count, set(map(int, stop_tokens)), on_tokens
-        self.ended = np.zeros(rows, bool)
-
-    @property
-    def done(self) -> bool:
-        return bool(self.ended.all())
+    def __init__(self, prompts, request: Request, tokenizer, on_tokens, on_text):
+        self.tokens: list[list[int]] = [[] for _ in prompts]
+        self.ended = np.zeros(len(prompts), bool)
+        self._request, self._on_tokens, self._on_text = request, on_tokens, on_text
+        self._texts = ["" for _ in prompts]
+        self._streams = None
+        if tokenizer is not None:
+            options = {"stop_strings": request.stop_strings}
+            self._streams = [tokenizer.stream(prompt.tolist(), **options) for prompt in prompts]
 
     def add(self, new) -> None:
+        """Takes the tokens that follow; those past a row's end are left out."""
         for row, tokens in enumerate(new):
-            fresh = []
-            for token in map(int, tokens):
-                if self.ended[row]:
-                    break
-                fresh.append(token)
-                total = len(self.tokens[row]) + len(fresh)
-                self.ended[row] = token in self._stop or total >= self._count
+            if self.ended[row] or not len(tokens):
+                continue
+            fresh, text = tokens.tolist(), ""
+            if self._streams is not None:
+                stream = self._streams[row]
+                text = stream.push(fresh)
+                fresh = fresh[: stream.count - len(self.tokens[row])]
+                self.ended[row] = stream.stopped is not None
             self.tokens[row] += fresh
-            if fresh and self._on_tokens is not None:
+            self.ended[row] |= fresh[-1] in self._request.stop_tokens
+            self.ended[row] |= len(self.tokens[row]) >= self._request.max_new_tokens
+            if self._streams is not None and self.ended[row]:
+                text += self._streams[row].finish()
+            self._texts[row] += text
+            if self._on_tokens is not None:
                 self._on_tokens(row, fresh)
+            if self._on_text is not None and text:
+                self._on_text(row, text)
+
+    def finish(self) -> list[str] | None:
+        """The texts of all rows."""
+        return None if self._streams is None else self._texts
 
 
 class _Clock:
@@ -435,14 +472,25 @@ class _Clock:
         self.compiling = 0.0
         self._start = time.perf_counter()
 
-    def compile(self, function, *arguments, **static):
-        """The compiled program of a jitted function for these arguments."""
+    def call(self, function: Callable, *arguments: Any, **options: Any) -> Any:
+        """Calls a function; the seconds in which it traced and compiled are counted apart."""
+        compiled = 0.0
+
+        def hear(event: str, duration_secs: float, **_: Any) -> None:
+            nonlocal compiled
+            if event in _COMPILING:
+                compiled += duration_secs
+
         started = time.perf_counter()
-        program = function.lower(*arguments, **static).compile()
-        spent = time.perf_counter() - started
-        self.compiling += spent
-        self._start += spent
-        return program
+        jax.monitoring.register_event_duration_secs_listener(hear)
+        try:
+            return function(*arguments, **options)
+        finally:
+            jax.monitoring.unregister_event_duration_listener(hear)
+            # A trace within another is heard of twice.
+            compiled = min(compiled, time.perf_counter() - started)
+            self.compiling += compiled
+            self._start += compiled
 
     def lap(self) -> float:
         now = time.perf_counter()
@@ -450,38 +498,8 @@ class _Clock:
         return spent
 
 
-def _check_flags(max_new_tokens, temperature, top_k, top_p, speculate, draft, block) -> None:
-    """What can be wrong whatever the model and the prompts are."""
-    for name, value, least in (("max_new_tokens", max_new_tokens, 1), ("speculate", speculate, 0),
-                               ("block", block, 1)):  # fmt: skip
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}={value!r}: it must be a whole number of at least {least}.")
-    if draft not in ("prompt", "mtp"):
-        raise ValueError(f"draft={draft!r}: it must be 'prompt' or 'mtp'.")
-    if draft == "mtp" and not speculate:
-        raise ValueError("draft='mtp' drafts nothing with speculate=0: say how many tokens.")
-    check_sampling(None, jax.random.key(0), temperature, top_k, top_p)
-
-
-def _slots(config, prompts, max_new_tokens, max_length, speculate) -> int:
-    """The cache's length, after a look at the prompts and at what they need."""
-    if not prompts or not all(len(prompt) for prompt in prompts):
-        raise ValueError("prompts: there must be at least one, and none may be empty.")
-    for row, prompt in enumerate(prompts):
-        wrong = [token for token in prompt if not 0 <= token < config.vocab_size]
-        if wrong:
-            raise ValueError(
-                f"prompt {row} has token {wrong[0]}: the model has {config.vocab_size} words. Is "
-                "the tokenizer this model's?"
-            )
-    longest = max(map(len, prompts))
-    need = longest + max_new_tokens + speculate
-    # Kernels want whole blocks of slots.
-    slots = -(-need // _SLOTS) * _SLOTS if max_length is None else max_length
-    limit = config.attention.max_position_embeddings
-    if slots < need or longest + max_new_tokens > limit:
-        raise ValueError(
-            f"max_length={slots}: a prompt of {longest} tokens, {max_new_tokens} new ones and "
-            f"{speculate} drafts need {need} slots; the model has {limit} positions."
-        )
-    return slots
+_COMPILING = (
+    "/jax/core/compile/jaxpr_trace_duration",
+    "/jax/core/compile/jaxpr_to_mlir_module_duration",
+    "/jax/core/compile/backend_compile_duration",
+)

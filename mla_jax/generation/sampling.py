@@ -6,13 +6,61 @@ temperature, then top_k, top_p and min_p, each on what the one before it kept.
 Letters: B rows, S tokens of a text, W words of the vocabulary.
 """
 
+import dataclasses
 import math
 import numbers
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are drawn from logits, checked once.
+
+    Attributes:
+        temperature, top_k, top_p, min_p, repetition_penalty: as in `sample`; temperature 0 takes
+            the most likely token.
+
+    Raises:
+        ValueError: a value out of range.
+
+    >>> Sampling(temperature=0.6, top_p=0.95).top_p
+    0.95
+    >>> Sampling(top_p=2.0)
+    Traceback (most recent call last):
+    ValueError: top_p=2.0: it must be above 0 and at most 1, or None.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+
+    def __post_init__(self):
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        for name, value in values.items():
+            values[name] = value = plain(value)
+            object.__setattr__(self, name, value)
+        check_sampling(None, jax.random.key(0), **values)
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether `draw` needs to know which tokens were seen."""
+        return self.repetition_penalty not in (None, 1)
+
+    def draw(
+        self,
+        logits: Float[Array, "B W"],
+        key: Key[Array, ""],
+        seen: Bool[Array, "B W"] | None = None,
+    ) -> Int[Array, "B"]:
+        """`sample` with these values."""
+        return sample(logits, key, seen=seen, **dataclasses.asdict(self))
 
 
 def sample(
@@ -158,6 +206,17 @@ def check_sampling(
         )
     if words == 0:
         raise ValueError("logits have no words: their last axis must not be empty.")
+
+
+def plain(value: Any) -> Any:
+    """A number of NumPy or JAX as Python's own; everything else as it is.
+
+    >>> import numpy as np
+    >>> plain(np.int32(3)), plain(np.float32(0.5)), plain("x")
+    (3, 0.5, 'x')
+    """
+    scalar = hasattr(value, "dtype") and hasattr(value, "item") and getattr(value, "ndim", 1) == 0
+    return value.item() if scalar else value
 
 
 def _is_number(value) -> bool:

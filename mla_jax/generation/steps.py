@@ -1,4 +1,7 @@
-"""Jitted steps and an on-device loop for whatever has `prefill` and `decode`: layer or model.
+"""Jitted steps and an on-device loop for a layer or a model.
+
+A model is whatever has `init_cache`, `extend` and `logits`, as `models.Decoder` has; `prefill` and
+`decode` are made of these where it has none. A layer has `prefill` and `decode` alone.
 
 The cache is donated: the new one lives in the old one's memory, so the old must not be used again.
 A step compiles once per shape; lengths are data.
@@ -7,16 +10,20 @@ Letters: B batch rows, T tokens, W words of the vocabulary.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from mla_jax.cache import Cache
-from mla_jax.generation.sampling import check_sampling, sample
+from mla_jax.generation import bound as _bound
+from mla_jax.generation.request import stop_ids
+from mla_jax.generation.sampling import Sampling, check_sampling
+from mla_jax.generation.sampling import sample as sample
 
 
 @functools.partial(jax.jit, donate_argnames=("cache",))
@@ -24,7 +31,7 @@ def prefill_step(model, x, cache, lengths: Int[Array, "B"] | None = None):
     """`model.prefill(x, cache, lengths)`, jitted, the cache donated.
 
     Args:
-        model: a `MultiHeadLatentAttention`, a `models.Decoder`, or anything with their `prefill`.
+        model: a `MultiHeadLatentAttention`, a `models.Decoder`, or what has `extend` and `logits`.
         x: activations [B T D] of a layer, tokens [B T] of a model; rows right-padded.
         cache: as the model's `init_cache` made it; invalid afterwards.
         lengths: int [B], tokens of each row; None is T for all.
@@ -41,7 +48,7 @@ def prefill_step(model, x, cache, lengths: Int[Array, "B"] | None = None):
     >>> y.shape, cache.length
     ((2, 5, 128), Array([5, 3], dtype=int32))
     """
-    return model.prefill(x, cache, lengths)
+    return _bound.prefill(model, x, cache, lengths)
 
 
 @functools.partial(jax.jit, donate_argnames=("cache",))
@@ -56,7 +63,7 @@ def decode_step(model, x, cache):
     >>> y.shape, cache.length
     ((2, 1, 128), Array([1, 1], dtype=int32))
     """
-    return model.decode(x, cache)
+    return _bound.decode(model, x, cache)
 
 
 def decode_loop(
@@ -69,18 +76,20 @@ def decode_loop(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    stop_tokens: tuple[int, ...] = (),
+    min_p: float | None = None,
+    stop_tokens: int | Sequence[int] = (),
 ) -> tuple[Int[Array, "B steps"], Int[Array, "B"], Any]:
     """Generates up to `steps` tokens per row on the device, in one call.
 
     Args:
-        model: maps tokens [B T] and a cache to logits [B T W] by `prefill`, e.g. `models.Decoder`.
+        model: `models.Decoder`, or what has `extend` and `logits`.
         tokens: int [B], each row's newest token, which its cache does not hold yet.
         cache: the model's cache, prefilled; donated.
         steps: tokens to generate, at least 1.
         key: of jax.random; needed where temperature is above 0.
-        temperature, top_k, top_p: as in `sample`; 0 is greedy.
-        stop_tokens: a row that draws one of these stops; its cache grows no further.
+        temperature, top_k, top_p, min_p: as in `sample`; 0 is greedy.
+        stop_tokens: a row that draws one of these stops; its cache grows no further. A row whose
+            newest token already is one stays as it is.
 
     Returns:
         tokens [B steps] int32, where a row goes on after its stop token with that token repeated;
@@ -88,7 +97,9 @@ def decode_loop(
         all counted tokens but each row's last.
 
     Raises:
-        ValueError: arguments out of range; or, outside jit, a row without room for `steps` tokens.
+        ValueError: arguments out of range; or, outside jit, a negative token, or a row without
+            room for `steps` tokens.
+        FloatingPointError: outside jit, logits that are not finite; the message names row and step.
 
     >>> import mla_jax
     >>> from flax import nnx
@@ -100,43 +111,83 @@ def decode_loop(
     >>> tokens.shape, lengths, cache.length
     ((2, 4), Array([4, 4], dtype=int32), Array([4, 4], dtype=int32))
     """
-    if not isinstance(steps, int) or steps < 1:
+    if not isinstance(steps, int | np.integer) or isinstance(steps, bool) or steps < 1:
         raise ValueError(f"steps={steps!r}: it must be a whole number of at least 1.")
+    steps = int(steps)
+    if not isinstance(tokens, jax.Array):
+        tokens = jnp.asarray(np.asarray(tokens))
     if tokens.ndim != 1 or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(
             f"tokens is {tokens.dtype} of shape {tokens.shape}: it must be integer [B], the newest "
             "token of each row."
         )
-    check_sampling(None, key, temperature, top_k, top_p)
+    if not isinstance(tokens, jax.core.Tracer) and (np.asarray(tokens) < 0).any():
+        raise ValueError(f"tokens={np.asarray(tokens)}: a token is at least 0.")
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    check_sampling(None, key, **options)
     _check_room(cache, steps)
-    return _loop(
-        model, tokens, cache, key, steps=steps, temperature=float(temperature), top_k=top_k,
-        top_p=top_p, stop_tokens=tuple(int(token) for token in stop_tokens),
+    drawn, lengths, cache, bad = _loop(
+        model, tokens, cache, key, steps=steps, sampling=Sampling(**options),
+        stop_tokens=stop_ids(stop_tokens),
     )  # fmt: skip
+    if not isinstance(bad, jax.core.Tracer):
+        check_finite(np.asarray(bad))
+    return drawn, lengths, cache
+
+
+def finite(logits: Float[Array, "... W"]) -> Bool[Array, "..."]:
+    """Whether a word can be drawn from logits: some may be -inf, none NaN or +inf, not all -inf.
+
+    >>> finite(jnp.array([[0.0, -jnp.inf], [0.0, jnp.nan], [-jnp.inf, -jnp.inf]]))
+    Array([ True, False, False], dtype=bool)
+    """
+    return jnp.isfinite(logits.max(-1))
+
+
+def check_finite(bad: np.ndarray) -> None:
+    """Raises FloatingPointError for the first row whose logits were not finite.
+
+    Args:
+        bad: int [B], the step at which that was so; -1 where it never was.
+
+    >>> check_finite(np.array([-1, 3]))
+    Traceback (most recent call last):
+    FloatingPointError: row 1, step 3: the logits are not finite. float16 ends at 65504, bfloat16...
+    """
+    rows = np.flatnonzero(bad >= 0)
+    if rows.size:
+        row = rows[0]
+        raise FloatingPointError(
+            f"row {row}, step {bad[row]}: the logits are not finite. float16 ends at 65504, where "
+            "bfloat16 and float32 reach 3e38; or weights hold NaN, or a token is no word."
+        )
 
 
 @functools.partial(
-    jax.jit,
-    static_argnames=("steps", "temperature", "top_k", "top_p", "stop_tokens"),
-    donate_argnames=("cache",),
+    jax.jit, static_argnames=("steps", "sampling", "stop_tokens"), donate_argnames=("cache",)
 )
-def _loop(model, tokens, cache, key, *, steps, temperature, top_k, top_p, stop_tokens):
+def _loop(model, tokens, cache, key, *, steps, sampling, stop_tokens):
     stops = jnp.asarray(stop_tokens, jnp.int32)
 
-    def step(carry, step_key):
-        token, active, cache = carry
+    def ended(token):
+        return (token[:, None] == stops[None]).any(-1)
+
+    def step(carry, given):
+        token, active, cache, bad = carry
+        number, step_key = given
         lengths = active.astype(jnp.int32) if stop_tokens else None
-        logits, cache = model.prefill(token[:, None], cache, lengths)
-        drawn = sample(logits[:, 0], step_key, temperature=temperature, top_k=top_k, top_p=top_p)
+        logits, cache = _bound.prefill(model, token[:, None], cache, lengths)
+        drawn = sampling.draw(logits[:, 0], step_key)
         token = jnp.where(active, drawn, token)
-        stopped = (token[:, None] == stops[None]).any(-1)
-        return (token, active & ~stopped, cache), (token, active)
+        bad = jnp.where((bad < 0) & active & ~finite(logits[:, 0]), number, bad)
+        return (token, active & ~ended(token), cache, bad), (token, active)
 
     keys = None if key is None else jax.random.split(key, steps)
-    active = jnp.ones(tokens.shape, bool)
-    carry = (tokens.astype(jnp.int32), active, cache)
-    (_, _, cache), (drawn, counted) = lax.scan(step, carry, keys, length=steps)
-    return drawn.T, counted.sum(0, dtype=jnp.int32), cache
+    token = tokens.astype(jnp.int32)
+    carry = (token, ~ended(token), cache, jnp.full(tokens.shape, -1, jnp.int32))
+    numbers = jnp.arange(steps, dtype=jnp.int32)
+    (_, _, cache, bad), (drawn, counted) = lax.scan(step, carry, (numbers, keys))
+    return drawn.T, counted.sum(0, dtype=jnp.int32), cache, bad
 
 
 def _check_room(cache: Cache, steps: int) -> None:

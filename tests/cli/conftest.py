@@ -2,10 +2,13 @@
 
 import contextlib
 import fcntl
+import json
 import os
+import pathlib
 import pty
 import re
 import select
+import shutil
 import signal
 import struct
 import subprocess
@@ -14,6 +17,7 @@ import termios
 import time
 
 import pytest
+import tokenizers
 
 from mla_jax import cli
 
@@ -32,6 +36,27 @@ def _ctrl_c():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+DECODER = pathlib.Path(__file__).parents[1] / "testdata" / "decoders" / "deepseek_v3"
+TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ {'system': '%', 'user': '!', 'assistant': '#'}[message.role] }}{{ message.content }}$"
+    "{% endfor %}{% if add_generation_prompt %}#{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """A checkpoint of 40 words, whose tokens are ASCII's codes, with a chat template."""
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    shutil.copytree(DECODER, folder)
+    ascii_ = {chr(code): code for code in range(128)}
+    library = tokenizers.Tokenizer(tokenizers.models.BPE(ascii_, []))
+    library.decoder = tokenizers.decoders.Fuse()
+    library.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    return folder
 
 
 @pytest.fixture

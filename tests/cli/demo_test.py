@@ -61,11 +61,18 @@ def test_save_and_load_give_identical_logits(tmp_path, rng):
     saved.save(model, tmp_path / "model")
     loaded = saved.load(tmp_path / "model")
     tokens = jnp.asarray(rng.integers(0, 40, (2, 9)), jnp.int32)
-    assert loaded.config == model.config
+    assert loaded.config.replace(model_type=model.config.model_type) == model.config
     np.testing.assert_array_equal(loaded(tokens), model(tokens))
     assert saved.load_training(tmp_path / "model") == (0, 0)  # as older folders are
     saved.save_training(tmp_path / "model", done=3, steps=7)
     assert saved.load_training(tmp_path / "model") == (3, 7)
+
+
+def test_what_was_saved_is_a_checkpoint_that_generate_reads(run, tmp_path, shallow):
+    first = run(*QUICK, "--save", tmp_path / "model", "--temperature", 0, "--tokens", 8)
+    flags = ("--dtype", "float32", "--max-new-tokens", 8, "--prompt", "def ")
+    again = run("generate", "--checkpoint", tmp_path / "model", *flags)
+    assert again.out == first.out
 
 
 def test_an_interrupted_training_is_kept_and_goes_on(run, fails, tmp_path, shallow, monkeypatch):

@@ -1,19 +1,19 @@
 """`generate`: texts on standard output, prompts from anywhere, and errors before any work."""
 
+import dataclasses
 import io
 import json
-import pathlib
 import re
+import shutil
 
 import numpy as np
 import pytest
 
 from mla_jax import generation
 from mla_jax.checkpoint import load_decoder
+from mla_jax.cli.options import Generate
 from mla_jax.models import DecoderConfig
 
-CHECKPOINT = pathlib.Path(__file__).parents[1] / "testdata" / "decoders" / "deepseek_v3"
-SAVED = ("generate", "--checkpoint", str(CHECKPOINT))
 RANDOM = ("generate", "--preset", "tiny", "--random-weights", "--dtype", "float32",
           "--max-new-tokens", "9")  # fmt: skip
 
@@ -27,16 +27,9 @@ def shallow(monkeypatch):
 
 
 @pytest.fixture
-def bytes_are_words(monkeypatch):
-    """The checkpoint of the tests has 40 words and no tokenizer."""
-    made = generation.Tokenizer.bytes()
-    monkeypatch.setattr(generation.Tokenizer, "from_checkpoint", lambda path: made)
-
-
-@pytest.fixture
 def weightless(monkeypatch):
     """No weights are made or read."""
-    monkeypatch.setattr("mla_jax.cli.generate._model", lambda *arguments: None)
+    monkeypatch.setattr("mla_jax.cli.generate.load", lambda *arguments: None)
 
 
 @pytest.fixture
@@ -44,15 +37,17 @@ def generated(monkeypatch, weightless):
     """What `generation.generate` is called with; it answers at once."""
     calls = []
 
-    def generate(model, prompts, **options):
-        calls.append((prompts, options))
-        for row, _ in enumerate(prompts):
-            for token in (72, 105):
-                if options["on_tokens"] is not None:
-                    options["on_tokens"](row, [token])
+    def generate(model, prompts, request, *, tokenizer, on_text):
+        calls.append((prompts, request))
+        rows = len(prompts) * request.samples
+        for row in range(rows):
+            for text in "Hi":
+                if on_text is not None:
+                    on_text(row, text)
         return generation.Result(
-            [[72, 105]] * len(prompts), first_token_seconds=0.1, decode_seconds=0.5,
-            compile_seconds=2.0, new_tokens=2 * len(prompts), steps=1, cache_bytes=4096,
+            [[72, 105]] * rows, first_token_seconds=0.1, decode_seconds=0.5, compile_seconds=2.0,
+            new_tokens=2 * rows, steps=1, cache_bytes=4096, texts=["Hi"] * rows,
+            logprobs=[[-0.5, -1.0]] * rows if request.logprobs else None,
         )  # fmt: skip
 
     monkeypatch.setattr(generation, "generate", generate)
@@ -117,26 +112,61 @@ def test_json(run, generated):
     assert [(row["prompt"], row["prompt_tokens"]) for row in found["rows"]] == [(None, 4)] * 2
 
 
-def test_flags_become_arguments(run, generated):
+def test_flags_are_the_fields_of_a_request():
+    flags = {field.name for field in dataclasses.fields(Generate)}
+    asked, drawn = generation.Request, generation.Sampling
+    fields = {field.name for field in (*dataclasses.fields(asked), *dataclasses.fields(drawn))}
+    assert fields - {"sampling"} <= flags
+
+
+def test_flags_become_a_request(run, generated):
     run(*RANDOM, "--prompt", "one", "--temperature", 0.5, "--top-k", 3, "--top-p", 0.25, "--seed",
-        7, "--speculate", 2, "--draft", "mtp", "--block", 4, "--max-length", 128)  # fmt: skip
-    [(prompts, options)] = generated
+        7, "--speculate", 2, "--draft", "mtp", "--block", 4, "--max-length", 128, "--min-p", 0.1,
+        "--repetition-penalty", 1.5, "--stop-strings", "a", "b", "--stop-tokens", 5, "--pages", 4,
+        "--samples", 2, "--logprobs")  # fmt: skip
+    [(prompts, request)] = generated
     assert prompts == [[111, 110, 101]]
-    assert callable(options.pop("on_tokens"))
-    assert options == {
-        "max_new_tokens": 9, "max_length": 128, "temperature": 0.5, "top_k": 3, "top_p": 0.25,
-        "seed": 7, "speculate": 2, "draft": "mtp", "block": 4, "stop_tokens": (),
-    }  # fmt: skip
+    assert request == generation.Request(
+        max_new_tokens=9, max_length=128, seed=7, speculate=2, draft="mtp", block=4,
+        stop_strings=("a", "b"), stop_tokens=(5,), pages=4, samples=2, logprobs=True,
+        sampling=generation.Sampling(
+            temperature=0.5, top_k=3, top_p=0.25, min_p=0.1, repetition_penalty=1.5
+        ),
+    )  # fmt: skip
 
 
-def test_from_a_checkpoint(run, bytes_are_words):
-    expected = np.load(CHECKPOINT / "expected.npz")
+def test_a_checkpoint_says_how_it_writes_unless_flags_do(run, generated, saved, tmp_path):
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    asks = {"temperature": 0.6, "top_p": 0.9, "eos_token_id": [7, 8]}
+    (tmp_path / "generation_config.json").write_text(json.dumps(asks))
+    command = ("generate", "--checkpoint", tmp_path, "--prompt", "\n", "--max-new-tokens", 2)
+    run(*command)
+    run(*command, "--temperature", 0, "--stop-tokens", 9)
+    (_, own), (_, flagged) = generated
+    assert (own.sampling.temperature, own.sampling.top_p) == (0.6, 0.9)
+    assert {7, 8} <= set(own.stop_tokens)
+    assert (flagged.sampling.temperature, flagged.sampling.top_p) == (0.0, 0.9)
+    assert {7, 8, 9} <= set(flagged.stop_tokens)
+
+
+def test_from_a_checkpoint(run, saved):
+    expected = np.load(saved / "expected.npz")
     prompt = bytes(expected["tokens"][0].astype(np.uint8)).decode()  # tokens below 40 are ASCII
-    out, err = run(*SAVED, "--prompt", prompt, "--dtype", "float32", "--max-new-tokens", 4)
-    model = load_decoder(CHECKPOINT, dtype="float32")
+    out, err = run(
+        "generate",
+        "--checkpoint",
+        saved,
+        "--prompt",
+        prompt,
+        "--dtype",
+        "float32",
+        "--max-new-tokens",
+        4,
+    )
+    model = load_decoder(saved, dtype="float32")
     tokens = generation.generate(model, [list(prompt.encode())], max_new_tokens=4).tokens[0]
     assert out == prompt + bytes(tokens).decode() + "\n"
-    assert err.startswith(str(CHECKPOINT))
+    assert err.startswith(str(saved))
 
 
 @pytest.mark.parametrize(
@@ -186,8 +216,8 @@ def test_a_prompt_that_cannot_be_read(fails, standard_input, tmp_path):
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )  # fmt: skip
 def test_an_error_in_the_run_is_one_line(fails, weightless, monkeypatch, error, line):
-    def generate(model, prompts, on_tokens, **options):
-        on_tokens(0, [72])
+    def generate(model, prompts, request, *, tokenizer, on_text):
+        on_text(0, "H")
         raise error
 
     monkeypatch.setattr(generation, "generate", generate)
@@ -210,7 +240,7 @@ def test_an_error_in_the_run_is_one_line(fails, weightless, monkeypatch, error, 
         (("--prompt", "a", "b", "--batch", "2"), r"--batch 2 copies one prompt"),
         (("--prompt", "a", "--seed", "-1"), r"--seed must be at least 0"),
         (("--prompt-tokens", "-1"), r"--prompt-tokens and"),
-        (("--prompt", "~"), r"prompt 0 has token 126: the model has 40 words"),
+        (("--prompt", "~"), r"prompt 0 has token 126: the model's tokens are 0 to 39"),
         (("--prompt", "\n", "--max-length", "4"), r"max_length=4"),
         (("--prompt", "\n", "--max-new-tokens", "200"), r"the model has 128 positions"),
         (
@@ -233,11 +263,9 @@ def test_an_error_in_the_run_is_one_line(fails, weightless, monkeypatch, error, 
     ],
     ids=lambda value: " ".join(value),
 )
-def test_wrong_flags_are_known_before_weights_are_read(
-    fails, bytes_are_words, monkeypatch, args, message
-):
+def test_wrong_flags_are_known_before_weights_are_read(fails, saved, monkeypatch, args, message):
     monkeypatch.setattr("mla_jax.checkpoint.load_decoder", None)
-    assert re.search(message, fails(*SAVED, *args))
+    assert re.search(message, fails("generate", "--checkpoint", saved, *args))
 
 
 @pytest.mark.parametrize(
@@ -252,7 +280,3 @@ def test_wrong_flags_are_known_before_weights_are_read(
 )
 def test_wrong_models(fails, args, message):
     assert message in fails("generate", *args)
-
-
-def test_a_checkpoint_without_a_tokenizer(fails):
-    assert "has no tokenizer" in fails(*SAVED, "--prompt", "a")

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mla_jax import generation
-from mla_jax.generation import generate
+from mla_jax import Cache, Step
+from mla_jax.generation import drafts, generate, prefill
 from mla_jax.models import Decoder, DecoderConfig
 
 
@@ -44,13 +44,14 @@ def test_a_ragged_batch_is_every_prompt_alone(block):
     )  # fmt: skip
     assert result.tokens == [greedy(bytes(prompt), 11) for prompt in PROMPTS] == seen
     assert (result.new_tokens, result.steps, result.accepted) == (33, 10, None)
-    assert result.cache_bytes == 2 * 3 * 128 * 80 * 4  # 21 + 11 slots, rounded up
+    assert result.cache_bytes == 2 * 3 * 256 * 80 * 4  # 21 + 11 slots, rounded up
     assert result.tokens_per_second > 0
 
 
 def test_prompts_in_chunks(monkeypatch):
     whole = generate(model(), PROMPTS, max_new_tokens=5)
-    monkeypatch.setattr(generation, "_PREFILL_TOKENS", 15)  # 5 tokens a row
+    monkeypatch.setattr(prefill, "WIDTHS", (4, 8))
+    monkeypatch.setattr(prefill, "TOKENS", 16)  # of two rows at a time
     assert generate(model(), PROMPTS, max_new_tokens=5).tokens == whole.tokens
 
 
@@ -65,29 +66,21 @@ def test_speculation_saves_steps_where_text_repeats():
     class Parrot:
         """After token t comes t + 1 modulo 7, whatever was before."""
 
-        config = model().config
+        def init_cache(self, rows, slots, dtype=None, pages=None):
+            return Cache.init([model().blocks[0].attention], rows, slots, dtype, pages)
 
-        def init_cache(self, rows, slots):
-            return model().init_cache(rows, slots)
+        def extend(self, tokens, cache, lengths=None):
+            step = Step.begin(cache, tokens.shape[1], lengths)
+            return jax.nn.one_hot((tokens + 1) % 7, 256), cache.end(cache.stores, step)
 
-        def prefill_last(self, tokens, cache, lengths, empty):
-            logits, cache = self._run(tokens, cache, lengths)
-            last = jnp.maximum(lengths - 1, 0)[:, None, None]
-            return jnp.take_along_axis(logits, last, axis=1)[:, 0], cache
-
-        def decode(self, tokens, cache):
-            return self._run(tokens, cache, None)
-
-        def _run(self, tokens, cache, lengths):
-            blank = [jnp.zeros((*tokens.shape, width)) for width in (64, 16)]
-            cache = tuple(held.append(*blank, lengths) for held in cache)
-            return jax.nn.one_hot((tokens + 1) % 7, 256), cache
+        def logits(self, hidden):
+            return hidden
 
     jax.tree_util.register_static(Parrot)
     prompt = [0, 1, 2, 3, 4, 5, 6, 0, 1]
     expected = [(2 + i) % 7 for i in range(30)]
-    for drafts, least in ((0, 29), (4, 6)):
-        result = generate(Parrot(), [prompt], max_new_tokens=30, speculate=drafts, block=1)
+    for count, least in ((0, 29), (4, 6)):
+        result = generate(Parrot(), [prompt], max_new_tokens=30, speculate=count, block=1)
         assert result.tokens == [expected]
         assert result.steps == least
     assert result.accepted == 1
@@ -95,11 +88,11 @@ def test_speculation_saves_steps_where_text_repeats():
 
 def test_look_up():
     text = jnp.asarray([[1, 2, 3, 9, 1, 2, 3, 0, 0, 0], [5, 6, 7, 8, 0, 0, 0, 0, 0, 0]])
-    found = generation._look_up(text, jnp.asarray([7, 4]), 3)
+    found = drafts.look_up(text, jnp.asarray([7, 4]), 3)
     np.testing.assert_array_equal(found, [[9, 1, 2], [8, 8, 8]])
     # the longest match wins over the latest
     text = jnp.asarray([[1, 2, 3, 4, 3, 8, 1, 2, 3, 0]])
-    np.testing.assert_array_equal(generation._look_up(text, jnp.asarray([9]), 2), [[4, 3]])
+    np.testing.assert_array_equal(drafts.look_up(text, jnp.asarray([9]), 2), [[4, 3]])
 
 
 def test_stop_tokens_end_rows():
@@ -116,20 +109,12 @@ def test_sampling_is_seeded():
     assert one == same != other
 
 
-def test_the_decode_block_is_one_program_that_donates_the_cache():
-    cache = model().init_cache(2, 64)
-    arguments = (model(), jnp.zeros(2, jnp.int32), cache, jax.random.key(0))
-    sampling = {"temperature": 0.0, "top_k": None, "top_p": None}
-    compiled = generation._decode_block.lower(*arguments, steps=8, **sampling).compile()
-    assert compiled.memory_analysis().alias_size_in_bytes >= sum(held.nbytes for held in cache)
-
-
 @pytest.mark.parametrize(
     ("prompts", "options", "message"),
     [
         ([], {}, "at least one"),
         ([[1], []], {}, "none may be empty"),
-        ([[1, 256]], {}, "prompt 0 has token 256: the model has 256 words"),
+        ([[1, 256]], {}, "prompt 0 has token 256: the model's tokens are 0 to 255"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0"),
         ([[1]], {"speculate": -1}, "speculate=-1"),
         ([[1] * 8], {"max_length": 9, "max_new_tokens": 4}, "max_length=9.*need 12 slots"),

@@ -10,8 +10,8 @@ from common import MICRO, PLAIN
 from flax import nnx
 from numpy_decoder import NumpyDecoder
 
-from mla_jax import generation
-from mla_jax.generation import generate
+from mla_jax.generation import Sampling, bind, generate, loop, prefill
+from mla_jax.generation.drafts import MultiToken
 from mla_jax.models import Decoder, DecoderConfig
 
 WORDS = 5  # few, so that guesses of random weights are right now and then
@@ -19,7 +19,6 @@ RANDOM = DecoderConfig(
     attention=MICRO.replace(num_hidden_layers=1), vocab_size=WORDS, intermediate_size=20,
     num_nextn_predict_layers=1,
 )  # fmt: skip
-KEY, GREEDY = jax.random.key(0), {"temperature": 0.0, "top_k": None, "top_p": None}
 PROMPTS = [[1, 4, 0, 2, 2, 3, 1], [3], [0, 4, 1, 1]]
 
 
@@ -84,12 +83,15 @@ def rounds(prompt: list[int], drafts: int, count: int, stop: int | None = None) 
 
 
 # All prompts at once, in pieces, and two of the three at a time: the last chunk overlaps.
-CHUNKS = (300, 6, 2 * max(map(len, PROMPTS)))
+CHUNKS = (((128,), 16384), ((2, 4), 12), ((8,), 16))
 
 
-@pytest.mark.parametrize(("drafts", "chunk"), [(1, CHUNKS[0]), *((3, chunk) for chunk in CHUNKS)])
+@pytest.mark.parametrize(
+    ("drafts", "chunk"), [(1, CHUNKS[0]), *((3, chunk) for chunk in CHUNKS)], ids=str
+)
 def test_nothing_changes_but_the_steps(drafts, chunk, monkeypatch):
-    monkeypatch.setattr(generation, "_PREFILL_TOKENS", chunk)
+    for name, value in zip(("WIDTHS", "TOKENS"), chunk, strict=True):
+        monkeypatch.setattr(prefill, name, value)
     seen = [[], [], []]
     result = generate(
         model(), PROMPTS, max_new_tokens=16, speculate=drafts, draft="mtp", block=1,
@@ -100,38 +102,49 @@ def test_nothing_changes_but_the_steps(drafts, chunk, monkeypatch):
     assert 0 < sum(right) < drafts * sum(taken)
     assert result.accepted == sum(right) / (drafts * sum(taken))
     assert result.steps == max(taken)
-    assert result.cache_bytes == 2 * 3 * 128 * (16 + 4) * 4  # a layer's and the predictor's
+    assert result.cache_bytes == 2 * 3 * 256 * (16 + 4) * 4  # a layer's and the predictor's
+
+
+def begun(drafter: MultiToken, count: int) -> tuple[loop.Writing, dict]:
+    """What the loop starts with, and what else it is given."""
+    rows, width, slots = len(PROMPTS), RANDOM.attention.hidden_size, 32
+    prompts = [np.array(prompt, np.int32) for prompt in PROMPTS]
+    least = np.array([len(prompt) for prompt in PROMPTS], np.int32)
+    ends = np.zeros((rows, WORDS), np.float32), np.zeros((rows, width), np.float32)
+    none = np.zeros(rows, np.int32)
+    ends, cache, state = prefill.prefill(
+        bind(model()), prompts, model().init_cache(rows, slots), drafter.init(model(), rows, slots),
+        drafter, none, ends,
+    )  # fmt: skip
+    text = np.zeros((rows, slots), np.int32)
+    for row, prompt in enumerate(prompts):
+        text[row, : len(prompt)] = prompt
+    fixed = {"drafter": drafter, "sampling": Sampling()}
+    given = {"stops": np.zeros(0, np.int32), "least": least}
+    writing, _ = loop.begin(
+        ends, text, held=none, goal=least + count, seen=None, key=jax.random.key(0), cache=cache,
+        state=state, logprobs=False, samples=1, **given, **fixed,
+    )  # fmt: skip
+    return writing, given | fixed
 
 
 def run_rounds(drafts: int) -> float:
     """Checks every round's drafts against float64, from scratch; the share that was right."""
-    count, counted = 12, np.zeros(2)
-    clock, cache = generation._Clock(), model().init_cache(3, 32)
-    draft_cache = model().init_draft_cache(3, 32)
-    logits, state, cache, draft_cache = generation._prefill(
-        model(), PROMPTS, cache, draft_cache, clock
-    )
-    text = generation._history(PROMPTS, logits.argmax(-1), 32)
-    length = jnp.array([len(prompt) + 1 for prompt in PROMPTS], jnp.int32)
-    goal = length - 1 + count
-    carry = (text, length, cache, generation._ahead(state, draft_cache, drafts))
+    drafter = MultiToken(drafts)
+    writing, given = begun(drafter, count=12)
 
     @jax.jit
-    def round_(model, goal, carry):
-        text, length, _, ahead = carry
-        draft, _ = generation._predict(model, text, length, ahead, drafts)
-        block = generation._speculate_block.__wrapped__
-        carry, counts, _ = block(model, goal, carry, KEY, drafts=drafts, steps=1, **GREEDY)
-        return draft, carry, counts
+    def round_(bound, writing):
+        draft, _ = drafter.propose(bound.model, writing.text, writing.length, writing.state)
+        return draft, loop.run_block.__wrapped__(bound, writing, steps=1, **given)[0]
 
-    while (carry[1] < goal).any():
-        before, length = np.asarray(carry[0]), np.asarray(carry[1])
-        draft, carry, counts = round_(model(), goal, carry)
-        counted += np.asarray(counts)
-        for b in np.flatnonzero(length < goal):
+    while writing.active.any():
+        before, length, active = map(np.asarray, (writing.text, writing.length, writing.active))
+        draft, writing = round_(bind(model()), writing)
+        for b in np.flatnonzero(active):
             text = tuple(map(int, before[b, : length[b]]))
             assert draft[b].tolist() == guesses(text, drafts)
-    return counted[1] / counted[0]
+    return writing.drafted[1] / writing.drafted[0]
 
 
 def test_drafts_of_every_round():
@@ -140,37 +153,32 @@ def test_drafts_of_every_round():
 
 @pytest.mark.parametrize("bug", ["guesses stay", "no shift", "wrong state", "prompt unseen"])
 def test_a_planted_bug_is_noticed(bug, monkeypatch):
-    predict, prefill = generation._predict, generation._prefill
-    if bug == "guesses stay":  # the predictor's cache is not cut back
+    propose, hear = MultiToken.propose, MultiToken.prefill
 
-        def broken(model, text, length, ahead, drafts):
-            draft, cache = predict(model, text, length, ahead, drafts)
-            return draft, cache.replace(length=cache.length + drafts - 1)
+    def guesses_stay(self, model, text, length, state):  # the predictor's cache is not cut back
+        draft, (cache, hidden) = propose(self, model, text, length, state)
+        return draft, (cache.replace(length=cache.length + self.count - 1), hidden)
 
-        monkeypatch.setattr(generation, "_predict", broken)
-    elif bug == "no shift":  # the token of a position, not the next one
+    def no_shift(self, model, text, *rest):  # the token of a position, not the next one
+        return propose(self, model, jnp.roll(text, 1, axis=1), *rest)
 
-        def broken(model, text, *arguments):
-            return predict(model, jnp.roll(text, 1, axis=1), *arguments)
+    def wrong_state(self, model, text, length, state):  # of the position before
+        cache, hidden = state
+        return propose(self, model, text, length, (cache, jnp.roll(hidden, 1, axis=1)))
 
-        monkeypatch.setattr(generation, "_predict", broken)
-    elif bug == "wrong state":  # of the position before
+    def prompt_unseen(self, *rest):  # nothing of it in the predictor's cache
+        (cache,) = hear(self, *rest)
+        return (cache.replace(stores=jax.tree.map(jnp.zeros_like, cache.stores)),)
 
-        def broken(model, text, length, ahead, drafts):
-            hidden, cache = ahead
-            return predict(model, text, length, (jnp.roll(hidden, 1, axis=1), cache), drafts)
-
-        monkeypatch.setattr(generation, "_predict", broken)
-    else:  # nothing of it in the predictor's cache
-
-        def broken(*arguments):
-            logits, state, cache, draft_cache = prefill(*arguments)
-            zero = jnp.zeros_like(draft_cache.latent), jnp.zeros_like(draft_cache.k_rope)
-            return logits, state, cache, draft_cache.replace(latent=zero[0], k_rope=zero[1])
-
-        monkeypatch.setattr(generation, "_prefill", broken)
+    broken = {
+        "guesses stay": guesses_stay, "no shift": no_shift, "wrong state": wrong_state,
+        "prompt unseen": prompt_unseen,
+    }[bug]  # fmt: skip
+    monkeypatch.setattr(MultiToken, "prefill" if broken is prompt_unseen else "propose", broken)
+    jax.clear_caches()  # of programs that were traced without it
     with pytest.raises(AssertionError):
         run_rounds(3)
+    jax.clear_caches()
 
 
 @pytest.mark.parametrize("drafts", [1, 4])
@@ -231,15 +239,9 @@ def test_sampled_tokens_are_as_likely_as_the_model_says(draft):
 
 
 def test_a_block_is_one_program_that_donates_both_caches():
-    cache, draft_cache = model().init_cache(2, 64), model().init_draft_cache(2, 64)
-    carry = (
-        jnp.zeros((2, 65), jnp.int32), jnp.full(2, 3, jnp.int32), cache,
-        generation._ahead(jnp.zeros((2, 24)), draft_cache, 3),
-    )  # fmt: skip
-    goal = jnp.full(2, 30, jnp.int32)
-    arguments = (model(), goal, carry, KEY)
-    compiled = generation._speculate_block.lower(*arguments, drafts=3, steps=8, **GREEDY).compile()
-    least = sum(held.nbytes for held in (*cache, draft_cache))
+    writing, given = begun(MultiToken(3), count=12)
+    compiled = loop.run_block.lower(bind(model()), writing, steps=8, **given).compile()
+    least = writing.cache.nbytes + writing.state[0].nbytes
     assert compiled.memory_analysis().alias_size_in_bytes >= least
 
 

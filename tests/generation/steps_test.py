@@ -28,6 +28,8 @@ def test_stop_tokens_end_rows_on_their_own():
     for row, start in enumerate((3, 1)):
         found = np.flatnonzero(np.asarray(free[row]) == stop)
         end = int(found[0]) + 1 if found.size else 8
+        if prefilled(model)[0][row] == stop:  # which has ended already
+            end = 0
         assert lengths[row] == end
         np.testing.assert_array_equal(written[row, :end], free[row, :end])
         np.testing.assert_array_equal(written[row, end:], stop)

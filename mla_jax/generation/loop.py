@@ -1,0 +1,212 @@
+"""The loop on the device: rounds of draft, verify and write; without drafts it decodes plainly.
+
+At every place the model's own token is drawn, and drafts count as far as they are those (Leviathan
+et al. 2023, arXiv 2211.17192, for drafts that are certain): sampled output is as likely as without
+them, and greedy output the same up to rounding.
+
+Letters: B rows, S tokens of a text, W words, D hidden size, K drafted tokens.
+"""
+
+import dataclasses
+import functools
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from mla_jax.cache import Cache
+from mla_jax.generation.sampling import Sampling, mark_seen
+from mla_jax.generation.steps import finite
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Writing:
+    """What goes from round to round.
+
+    Attributes:
+        text: int32 [B S], the prompts of this call and what was written.
+        length: int32 [B], tokens of every text.
+        held: int32 [B], tokens that the cache held before this call's. It holds `held + length - 1`
+            of every row: all but the last.
+        goal: int32 [B], the length at which a row ends.
+        active: bool [B], rows that go on.
+        cache: of the model.
+        state: of the drafter.
+        key: of the sampling.
+        seen: bool [B W], tokens that a repetition penalty is for; None without one.
+        logprobs: float32 [B S], log probabilities of the written tokens; None unless asked for.
+        bad: int32 [B], the step at which a row's logits were not finite, or -1.
+        drafted: int32 [2], drafts, and those of them that were right.
+    """
+
+    text: Int[Array, "B S"]
+    length: Int[Array, "B"]
+    held: Int[Array, "B"]
+    goal: Int[Array, "B"]
+    active: Bool[Array, "B"]
+    cache: Cache
+    state: Any
+    key: Key[Array, ""]
+    seen: Bool[Array, "B W"] | None
+    logprobs: Float[Array, "B S"] | None
+    bad: Int[Array, "B"]
+    drafted: Int[Array, "2"]
+
+    def put(
+        self, drawn: Int[Array, "B K+1"], logits: Float[Array, "B K+1 W"], count: Int[Array, "B"],
+        stops: Int[Array, "stops"], least: Int[Array, "B"],
+    ) -> Self:  # fmt: skip
+        """Writes the first `count` drawn tokens of every active row, or up to a stop token.
+
+        `least` is the number of tokens of this call's prompts.
+        """
+        rows = jnp.arange(drawn.shape[0], dtype=jnp.int32)[:, None]
+        offsets = jnp.arange(drawn.shape[1], dtype=jnp.int32)[None]
+        count = jnp.where(self.active, jnp.minimum(count, self.goal - self.length), 0)
+        stopping = (drawn[..., None] == stops[None, None]).any(-1) & (offsets < count[:, None])
+        stopped = stopping.any(1)
+        count = jnp.where(stopped, lax.argmax(stopping, 1, jnp.int32) + 1, count)
+        counts = offsets < count[:, None]
+        place = jnp.where(counts, self.length[:, None] + offsets, self.text.shape[1])
+        wrong = counts & ~finite(logits)
+        step = self.length - least + lax.argmax(wrong, 1, jnp.int32)
+        changes: dict[str, Any] = {
+            "text": self.text.at[rows, place].set(drawn, mode="drop"),
+            "length": self.length + count,
+            "active": self.active & ~stopped & (self.length + count < self.goal),
+            "bad": jnp.where((self.bad < 0) & wrong.any(1), step, self.bad),
+        }
+        if self.seen is not None:
+            changes["seen"] = mark_seen(self.seen, drawn, count)
+        if self.logprobs is not None:
+            new = log_probabilities(logits, drawn)
+            changes["logprobs"] = self.logprobs.at[rows, place].set(new, mode="drop")
+        return dataclasses.replace(self, **changes)
+
+
+def log_probabilities(
+    logits: Float[Array, "B T W"], tokens: Int[Array, "B T"]
+) -> Float[Array, "B T"]:
+    """Log probabilities of tokens, float32.
+
+    >>> log_probabilities(jnp.zeros((1, 2, 4)), jnp.array([[0, 3]])).round(3)
+    Array([[-1.386, -1.386]], dtype=float32)
+    """
+    logits = logits.astype(jnp.float32)
+    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("drafter", "sampling", "logprobs", "samples"),
+    donate_argnames=("cache", "state"),
+)  # fmt: skip
+def begin(
+    ends, text, least, held, goal, seen, stops, key, cache, state, *, drafter, sampling, logprobs,
+    samples,
+):  # fmt: skip
+    """A `Writing` with every row's first token, out of what the prefill left.
+
+    Args:
+        ends: logits [P W] and states [P D] of the P prompts' last tokens; row j P + p of B = P n is
+            sample j of prompt p.
+        text: int32 [B S] with the prompts.
+        least: int32 [B], their lengths.
+        held, goal, seen, cache, state: see `Writing`.
+        stops: int32, stop tokens.
+        key: of the sampling.
+        drafter, sampling, logprobs, samples: how to go on; `samples` is n.
+    """
+    logits, hidden = (jnp.tile(end, (samples, 1)) for end in ends)
+    key, own = jax.random.split(key)
+    drawn = sampling.draw(logits, own, seen)
+    none = jnp.full(least.shape, -1, jnp.int32)
+    writing = Writing(
+        text=text, length=least, held=held, goal=goal, active=least < goal, cache=cache,
+        state=drafter.begin(hidden, state), key=key, seen=seen,
+        logprobs=jnp.zeros(text.shape, jnp.float32) if logprobs else None, bad=none,
+        drafted=jnp.zeros((2,), jnp.int32),
+    )  # fmt: skip
+    writing = writing.put(drawn[:, None], logits[:, None], jnp.ones_like(least), stops, least)
+    return writing, drawn[:, None]
+
+
+@functools.partial(
+    jax.jit, static_argnames=("drafter", "sampling", "steps"), donate_argnames=("writing",)
+)
+def run_block(bound, writing, stops, least, *, drafter, sampling, steps):
+    """Up to `steps` rounds; fewer where all rows have ended.
+
+    Args:
+        bound: the model, as a `Bound`.
+        writing: donated.
+        stops: int32, stop tokens.
+        least: int32 [B], tokens of this call's prompts.
+        drafter, sampling, steps: how.
+
+    Returns:
+        the new `Writing`, the tokens [B steps (K+1)] from each row's former length on, and the
+        number of rounds.
+    """
+    model = bound.model
+    before = writing.length
+
+    def round_(carry):
+        writing, done = carry
+        rows = jnp.arange(before.shape[0], dtype=jnp.int32)
+        last = writing.text[rows, writing.length - 1][:, None]
+        draft, state = drafter.propose(model, writing.text, writing.length, writing.state)
+        given = jnp.concatenate([last, draft], axis=1)
+        counts = jnp.where(writing.active, jnp.int32(1 + drafter.count), 0)
+        hidden, cache = model.extend(given, writing.cache, counts)
+        logits = model.logits(hidden)
+        key, own = jax.random.split(writing.key)
+        drawn = _draw(sampling, logits, own, writing.seen, draft)
+        right = jnp.cumprod(draft == drawn[:, :-1], axis=1).sum(1, dtype=jnp.int32)
+        counted = jnp.stack([
+            jnp.where(writing.active, jnp.int32(drafter.count), 0).sum(dtype=jnp.int32),
+            jnp.where(writing.active, right, 0).sum(dtype=jnp.int32),
+        ])  # fmt: skip
+        writing = dataclasses.replace(
+            writing, cache=cache, key=key, state=drafter.heard(hidden, state),
+            drafted=writing.drafted + counted,
+        ).put(drawn, logits, right + 1, stops, least)  # fmt: skip
+        if drafter.count:
+            cut = writing.cache.truncate(writing.held + writing.length - 1)
+            writing = dataclasses.replace(writing, cache=cut)
+        return writing, done + 1
+
+    def goes_on(carry):
+        writing, done = carry
+        return (done < steps) & writing.active.any()
+
+    writing, done = lax.while_loop(goes_on, round_, (writing, jnp.int32(0)))
+    offsets = jnp.arange(steps * (1 + drafter.count), dtype=jnp.int32)[None]
+    new = jnp.take_along_axis(writing.text, before[:, None] + offsets, axis=1, mode="clip")
+    return writing, new, done
+
+
+def _draw(sampling: Sampling, logits, key, seen, draft):
+    """The model's own token at every place; each draft before it counts as seen."""
+    batch, places, words = logits.shape
+    if seen is not None:
+        known = [seen]
+        for place in range(places - 1):
+            known.append(mark_seen(known[-1], draft[:, place : place + 1]))
+        seen = jnp.stack(known, axis=1).reshape(-1, words)
+    return sampling.draw(logits.reshape(-1, words), key, seen).reshape(batch, places)
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def cut(cache: Cache, lengths: Int[Array, "B"]) -> Cache:
+    """`cache.truncate`, jitted, the cache donated."""
+    return cache.truncate(lengths)
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def fork(cache: Cache, source, rows, length) -> Cache:
+    """`cache.fork`, jitted, the cache donated."""
+    return cache.fork(source, rows, length)

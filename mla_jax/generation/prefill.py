@@ -1,0 +1,214 @@
+"""Prefill: prompts go into the cache in chunks of a few fixed widths.
+
+A chunk's width is the only shape that a prompt's length decides, and its last chunk is padded: so a
+second prompt of another length compiles nothing, unless it needs a width that was not used yet. A
+chunk is a few rows whole rather than a piece of all rows: then fewer tokens attend to what an
+earlier chunk left in the cache, which would be expanded again for each chunk.
+
+Letters: B rows, R rows of a chunk, T its width, W words, D hidden size.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from mla_jax.cache import PAGE, Cache
+from mla_jax.generation.bound import Bound
+from mla_jax.generation.drafts import Drafter
+from mla_jax.generation.loop import fork, log_probabilities
+from mla_jax.generation.steps import finite
+
+WIDTHS = (128, 512, 2048, 8192)  # tokens of a row in one chunk
+TOKENS = 16384  # of all rows together, in one chunk: bounds the experts' activations
+_SCORED = 2048  # tokens of all rows together in one chunk whose logits are all made
+
+
+def widths(longest: int, most: int) -> list[int]:
+    """The widths of the chunks of a prompt: less than half of them is padding, 127 tokens aside.
+
+    Args:
+        longest: tokens of the prompt.
+        most: tokens of a chunk, at most.
+
+    >>> widths(100, TOKENS), widths(300, TOKENS), widths(700, TOKENS)
+    ([128], [512], [512, 128, 128])
+    """
+    allowed = [width for width in WIDTHS if width <= most] or [most]
+    chunks = []
+    while longest > 0:
+        over = [width for width in allowed if width >= longest]
+        under = [width for width in allowed if width < longest]
+        small = not under or (over and longest > over[0] // 2)
+        chunks.append(over[0] if small else under[-1])
+        longest -= chunks[-1]
+    return chunks
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """A piece of R rows' prompts.
+
+    Attributes:
+        start: the first of the rows.
+        tokens, following: int32 [R T], the tokens, and those that come after each.
+        lengths: int32 [R], how many of them count.
+        known: int32 [R], of how many the next token is known: all but a prompt's last.
+        first: whether the rows' prompts begin with it.
+    """
+
+    start: int
+    tokens: np.ndarray
+    following: np.ndarray
+    lengths: np.ndarray
+    known: np.ndarray
+    first: bool
+
+
+def chunks(prompts: Sequence[np.ndarray], tokens: int) -> Iterator[Chunk]:
+    """The chunks of prompts, of at most so many tokens each."""
+    count, longest = len(prompts), max(map(len, prompts))
+    rows = min(count, max(1, tokens // widths(longest, tokens)[0]))
+    plan = widths(longest, tokens // rows)
+    padded = np.zeros((count, sum(plan) + 1), np.int32)
+    for row, prompt in enumerate(prompts):
+        padded[row, : len(prompt)] = prompt
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    for first in range(0, count, rows):
+        start = min(first, count - rows)  # the last rows overlap the ones before, given no tokens
+        own, fresh = slice(start, start + rows), np.arange(start, start + rows) >= first
+        begin = 0
+        for width in plan:
+            inside, known = (
+                np.where(fresh, np.clip(stop - begin, 0, width), 0).astype(np.int32)
+                for stop in (lengths[own], lengths[own] - 1)
+            )
+            if not inside.any():
+                break
+            part, following = (padded[own, at : at + width] for at in (begin, begin + 1))
+            yield Chunk(start, part, following, inside, known, begin == 0)
+            begin += width
+
+
+def prefill(
+    bound: Bound, prompts: list[np.ndarray], cache: Cache, state: Any, drafter: Drafter,
+    held: np.ndarray, ends: Any,
+) -> tuple[Any, Cache, Any]:  # fmt: skip
+    """Puts prompts into the first rows of a cache, behind what they hold.
+
+    Args:
+        bound: the model.
+        prompts: tokens of the first rows.
+        cache, state: of the model and of the drafter; donated.
+        drafter: hears of the prompts.
+        held: int [B], tokens that the cache holds already.
+        ends: zeros for logits [P W] and states [P D]; donated.
+
+    Returns:
+        logits and states of the prompts' last tokens, the cache and the drafter's state.
+    """
+    for chunk in chunks(prompts, TOKENS):
+        fresh = chunk.first and not held[chunk.start : chunk.start + len(chunk.tokens)].any()
+        ends, cache, state = _chunk(
+            bound, chunk.tokens, chunk.following, chunk.lengths, chunk.known,
+            np.int32(chunk.start), cache, state, ends, drafter=drafter, fresh=fresh,
+        )  # fmt: skip
+    return ends, cache, state
+
+
+@functools.partial(
+    jax.jit, static_argnames=("drafter", "fresh"), donate_argnames=("cache", "state", "ends")
+)
+def _chunk(
+    bound, tokens, following, lengths, known, start, cache, state, ends, *, drafter, fresh
+):  # fmt: skip
+    model, whole, states = bound.model, cache, state
+    part = lambda cache: _part(cache, start, len(tokens), fresh)  # noqa: E731
+    hidden, cache = model.extend(tokens, part(cache), lengths)
+    state = drafter.prefill(model, hidden, following, known, drafter.map_caches(part, state))
+    last = jnp.maximum(lengths - 1, 0)[:, None, None]
+    hidden = jnp.take_along_axis(hidden, last, axis=1)
+    new = model.logits(hidden)[:, 0], hidden[:, 0]
+
+    def put(array, part):
+        old = lax.dynamic_slice_in_dim(array, start, len(part))
+        part = jnp.where(lengths[:, None] > 0, part.astype(array.dtype), old)
+        return lax.dynamic_update_slice_in_dim(array, part, start, 0)
+
+    after = iter(drafter.caches(state))
+    states = drafter.map_caches(lambda cache: cache.with_rows(start, next(after)), states)
+    return jax.tree.map(put, ends, new), whole.with_rows(start, cache), states
+
+
+def _part(cache, start, rows, fresh):
+    own = cache.rows(start, rows)
+    return own.as_fresh() if fresh else own
+
+
+def shared_prefix(prompts: list[np.ndarray]) -> int:
+    """Tokens, in whole pages, with which all prompts begin; at least one of each is left.
+
+    >>> shared_prefix([np.arange(300), np.arange(290)])
+    256
+    """
+    if len(prompts) < 2:
+        return 0
+    least = min(map(len, prompts))
+    first = prompts[0][:least]
+    common = min(
+        least if (prompt[:least] == first).all() else int((prompt[:least] != first).argmax())
+        for prompt in prompts
+    )
+    # The last one's next token must be known to a drafter, too.
+    return max(common - 1, 0) // PAGE * PAGE
+
+
+def spread(
+    cache: Cache, state: Any, drafter: Drafter, source: int, rows: np.ndarray, length: int
+) -> tuple[Cache, Any]:
+    """Gives rows the first `length` tokens of row `source`; of a drafter, what it knows of them."""
+    give = lambda cache, length: fork(cache, np.int32(source), rows, np.int32(length))  # noqa: E731
+    own = [int(np.asarray(held.length)[source]) for held in drafter.caches(state)]
+    lengths = iter(own)
+    return give(cache, length), drafter.map_caches(lambda held: give(held, next(lengths)), state)
+
+
+def score_rows(bound: Bound, rows: list[np.ndarray], cache: Cache) -> tuple[Any, np.ndarray]:
+    """Log probabilities [B S] of every token but the first, and where logits were not finite [B].
+
+    Args:
+        bound: the model.
+        rows: tokens.
+        cache: empty, with room for the rows; donated.
+    """
+    longest = max(map(len, rows))
+    found = np.zeros((len(rows), longest), np.float32)
+    bad = np.full(len(rows), -1)
+    done = np.zeros(len(rows), int)
+    for chunk in chunks(rows, _SCORED):
+        new, fine, cache = _score_chunk(
+            bound, chunk.tokens, chunk.following, chunk.lengths, np.int32(chunk.start), cache,
+            fresh=chunk.first,
+        )  # fmt: skip
+        new, fine = np.asarray(new), np.asarray(fine)
+        for index, (known, length) in enumerate(zip(chunk.known, chunk.lengths, strict=True)):
+            row = chunk.start + index
+            found[row, done[row] + 1 : done[row] + 1 + known] = new[index, :known]
+            wrong = np.flatnonzero(~fine[index, :known])
+            if wrong.size and bad[row] < 0:
+                bad[row] = done[row] + wrong[0]
+            done[row] += length
+    return found, bad
+
+
+@functools.partial(jax.jit, static_argnames="fresh", donate_argnames="cache")
+def _score_chunk(bound, tokens, following, lengths, start, cache, *, fresh):
+    model, own = bound.model, _part(cache, start, len(tokens), fresh)
+    hidden, own = model.extend(tokens, own, lengths)
+    logits = model.logits(hidden)
+    return log_probabilities(logits, following), finite(logits), cache.with_rows(start, own)

@@ -1,0 +1,151 @@
+"""A model of one's own: thirty lines, and everything that generates runs it."""
+
+import functools
+import pathlib
+import runpy
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import mla_jax
+from mla_jax.generation import Tokenizer, generate, score
+
+EXAMPLE = pathlib.Path(__file__).parents[2] / "docs" / "examples" / "own_model.py"
+PROMPTS = [[3, 1, 4, 1, 5, 1, 4], [9], [2, 6, 5, 3, 5, 8, 9, 7, 9]]
+
+
+@functools.cache
+def model():
+    made = runpy.run_path(str(EXAMPLE))["Model"]
+    return made(mla_jax.MLAConfig.from_preset("tiny"), layers=2, words=50, rngs=nnx.Rngs(0))
+
+
+@functools.cache
+def logits(text):
+    """Of every token of a text, in one pass."""
+    hidden, _ = model().extend(jnp.array([text]), model().init_cache(1, 64))
+    return np.asarray(model().logits(hidden)[0])
+
+
+def greedy(prompt, count):
+    text = [*prompt]
+    for _ in range(count):
+        text.append(int(logits(tuple(text))[-1].argmax()))
+    return text[len(prompt) :]
+
+
+@pytest.mark.parametrize("options", [{}, {"speculate": 3}, {"pages": 4}], ids=str)
+def test_generate_ragged_and_streamed(options):
+    seen = [[], [], []]
+    result = generate(
+        model(), PROMPTS, max_new_tokens=8, block=3, logprobs=True,
+        on_tokens=lambda row, tokens: seen[row].extend(tokens), **options,
+    )  # fmt: skip
+    assert result.tokens == [greedy(prompt, 8) for prompt in PROMPTS] == seen
+    for prompt, tokens, found in zip(PROMPTS, result.tokens, result.logprobs, strict=True):
+        each = jax.nn.log_softmax(logits((*prompt, *tokens)))
+        expected = [each[len(prompt) - 1 + n, token] for n, token in enumerate(tokens)]
+        np.testing.assert_allclose(found, expected, atol=1e-4)  # of numbers near 4, in float32
+
+
+def test_score():
+    for row, found in zip(PROMPTS, score(model(), PROMPTS), strict=True):
+        each = jax.nn.log_softmax(logits(tuple(row)))
+        np.testing.assert_allclose(
+            found, [each[n, token] for n, token in enumerate(row[1:])], atol=1e-4
+        )
+
+
+def test_the_vocabulary_is_that_of_the_logits():
+    with pytest.raises(ValueError, match="token 50: the model's tokens are 0 to 49"):
+        generate(model(), [[50]])
+
+
+def test_steps_and_loop():
+    tokens, lengths = jnp.array([[3, 1, 4], [9, 0, 0]]), jnp.array([3, 1])
+    for step in (mla_jax.bind(model()), None):
+        cache = model().init_cache(2, 16)
+        if step is None:
+            first, cache = mla_jax.prefill_step(model(), tokens, cache, lengths)
+            second, cache = mla_jax.decode_step(model(), tokens[:, :1], cache)
+        else:
+            first, cache = step.prefill(tokens, cache, lengths)
+            hidden, cache = step.extend(tokens[:, :1], cache)
+            second = step.logits(hidden)
+        np.testing.assert_allclose(first[0, 2], logits((3, 1, 4))[-1], atol=1e-5)
+        np.testing.assert_allclose(second[1, 0], logits((9, 9))[-1], atol=1e-5)
+    drawn, counts, _ = mla_jax.decode_loop(model(), second[:, 0].argmax(-1), cache, steps=4)
+    assert counts.tolist() == [4, 4]
+    text = (9, 9, int(second[1, 0].argmax()))
+    assert drawn[1].tolist() == greedy(text, 4)
+
+
+def test_bound_models_generate_and_are_snapshots():
+    own = mla_jax.bind(model())
+    assert mla_jax.bind(own) is own
+    assert generate(own, PROMPTS, max_new_tokens=3).tokens == [greedy(p, 3) for p in PROMPTS]
+    made = runpy.run_path(str(EXAMPLE))["Model"](
+        mla_jax.MLAConfig.from_preset("tiny"), layers=1, words=50, rngs=nnx.Rngs(0)
+    )
+    step = mla_jax.bind(made)
+    before, _ = step.decode([[3]], step.init_cache(1, 8))
+    made.embed.embedding.set_value(jnp.zeros_like(made.embed.embedding[...]))
+    after, _ = step.decode([[3]], step.init_cache(1, 8))
+    np.testing.assert_array_equal(before, after)
+    assert not mla_jax.bind(made).decode([[3]], step.init_cache(1, 8))[0].any()
+
+
+def test_what_cannot_be_bound():
+    with pytest.raises(TypeError, match="model has str 'model', which is no array"):
+        mla_jax.bind("model")
+
+
+def test_stop_strings():
+    tokenizer = Tokenizer.bytes()
+    plain = generate(model(), PROMPTS, tokenizer=tokenizer, max_new_tokens=8)
+    stop = plain.texts[0][3:5]
+    shown = ["", "", ""]
+
+    def show(row, text):
+        shown[row] += text
+
+    result = generate(
+        model(), PROMPTS, tokenizer=tokenizer, max_new_tokens=8, stop_strings=stop, on_text=show
+    )
+    assert shown == result.texts
+    for row, (text, whole) in enumerate(zip(result.texts, plain.texts, strict=True)):
+        assert text == whole.split(stop)[0]
+        count = len(text) + 2 if stop in whole else 8  # words are bytes of ASCII
+        assert len(result.tokens[row]) == count
+        assert result.cache.length[row] == len(PROMPTS[row]) + count - 1
+    for options, what in (({"stop_strings": "a"}, "stop_strings"), ({"on_text": print}, "on_text")):
+        with pytest.raises(ValueError, match=f"{what} needs? the tokenizer"):
+            generate(model(), PROMPTS, **options)
+
+
+@pytest.mark.parametrize("speculate", [0, 3])
+def test_a_repetition_penalty(speculate):
+    result = generate(model(), PROMPTS, max_new_tokens=9, repetition_penalty=1.4,
+                      speculate=speculate)  # fmt: skip
+    for prompt, tokens in zip(PROMPTS, result.tokens, strict=True):
+        text = [*prompt]
+        for token in tokens:
+            last = logits(tuple(text))[-1].astype(np.float64)
+            seen = np.isin(np.arange(50), text)
+            last = np.where(seen, np.where(last < 0, last * 1.4, last / 1.4), last)
+            assert token == last.argmax()
+            text.append(token)
+
+
+def test_x64():
+    with jax.enable_x64(True):
+        made = runpy.run_path(str(EXAMPLE))["Model"](
+            mla_jax.MLAConfig.from_preset("tiny"), layers=1, words=50, rngs=nnx.Rngs(0)
+        )
+        plain, drafted = (
+            generate(made, PROMPTS, max_new_tokens=6, speculate=k).tokens for k in (0, 3)
+        )
+    assert plain == drafted
