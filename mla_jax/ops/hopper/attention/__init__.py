@@ -114,9 +114,14 @@ def expanded_attention(
     shape = shape_of(q_nope, q_rope, value, scale, segment_ids is not None, interpret)
     if plan is None:
         limits = limits_of(
-            batch, tokens, slots, limits=limits, lengths=lengths, query_lengths=query_lengths,
+            batch,
+            tokens,
+            slots,
+            limits=limits,
+            lengths=lengths,
+            query_lengths=query_lengths,
             causal=causal,
-        )  # fmt: skip
+        )
         plan = make_plan(
             limits, slots, _kernels().sizes(shape), window=window, segment_ids=segment_ids
         )
@@ -153,11 +158,19 @@ def shape_of(q_nope, q_rope, value, scale: float, segments: bool, interpret: Any
     batch, tokens, heads = q_nope.shape[:3]
     parts = tuple(_round(x.shape[-1], _CHANNELS) for x in (q_nope, q_rope) if x.shape[-1])
     return _kernels().Shape(
-        batch=batch, tokens=_round(tokens, 8), slots=_round(value.shape[1], 8), heads=heads,
-        parts=parts, shared=q_rope.shape[-1] > 0, value=_round(value.shape[-1], _CHANNELS),
-        scale=float(scale), dtype=value.dtype, segments=segments,
-        cores=current().cores or _H200_CORES, native=not interpret,
-    )  # fmt: skip
+        batch=batch,
+        tokens=_round(tokens, 8),
+        slots=_round(value.shape[1], 8),
+        heads=heads,
+        parts=parts,
+        shared=q_rope.shape[-1] > 0,
+        value=_round(value.shape[-1], _CHANNELS),
+        scale=float(scale),
+        dtype=value.dtype,
+        segments=segments,
+        cores=current().cores or _H200_CORES,
+        native=not interpret,
+    )
 
 
 def _round(size, unit):

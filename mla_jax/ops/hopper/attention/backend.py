@@ -20,7 +20,13 @@ def expanded_attention(queries, store, seen, call):
     target = current()
     q_nope, q_rope = queries
     return attention.expanded_attention(
-        q_nope, q_rope, store.k_nope, store.k_rope, store.value, scale=call.scale,
+        q_nope,
+        q_rope,
+        store.k_nope,
+        store.k_rope,
+        store.value,
+        scale=call.scale,
         plan=plan(seen, call) if seen.plan is None else seen.plan,
-        segment_ids=seen.segments, interpret=target.interpret if target.interprets else None,
-    )  # fmt: skip
+        segment_ids=seen.segments,
+        interpret=target.interpret if target.interprets else None,
+    )

@@ -41,7 +41,7 @@ from mla_jax.ops.hopper.attention.tiles import (
     scores,
     tiles,
     vectors,
-)  # fmt: skip
+)
 from mla_jax.ops.hopper.merge import like
 
 _STATISTICS = ("lse", "delta")
@@ -125,8 +125,11 @@ def key_gradient(operands, plan: Plan, shape: Shape, interpret=None):
         for i, w in enumerate(widths)
     }
     inputs = operands | {
-        "bounds": plan.bounds, "ids": plan.ids, "ranges": plan.keys, "dead": plan.dead,
-    }  # fmt: skip
+        "bounds": plan.bounds,
+        "ids": plan.ids,
+        "ranges": plan.keys,
+        "dead": plan.dead,
+    }
     results = launch(_Keys, "mla_attention_dkv", shape, inputs, outputs, scratch, interpret)
     *dk, dv = (
         x.reshape(shape.batch, -1, shape.heads, w)[:, : shape.slots]

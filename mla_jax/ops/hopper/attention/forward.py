@@ -30,7 +30,7 @@ from mla_jax.ops.hopper.attention.tiles import (
     scores,
     tiles,
     vectors,
-)  # fmt: skip
+)
 from mla_jax.ops.hopper.merge import LOG2E, LOWEST, like
 
 _STAGES = 2  # blocks in flight

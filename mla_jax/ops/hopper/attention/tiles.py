@@ -345,12 +345,19 @@ def launch(kind, name, shape: Shape, operands: dict[str, Any], outputs, scratch,
 
     tiles = kind.count(shape)
     results = plgpu.kernel(
-        body, out_type=list(outputs.values()), scratch_types=scratch, kernel_name=name,
-        grid=(thread_blocks(shape, tiles),), grid_names=("block",),
-        num_threads=3 if kind.copies else 2, thread_name="wg", interpret=interpret,
+        body,
+        out_type=list(outputs.values()),
+        scratch_types=scratch,
+        kernel_name=name,
+        grid=(thread_blocks(shape, tiles),),
+        grid_names=("block",),
+        num_threads=3 if kind.copies else 2,
+        thread_name="wg",
+        interpret=interpret,
         compiler_params=plgpu.CompilerParams(
-            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
-    )(*inputs.values())  # fmt: skip
+            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
+        ),
+    )(*inputs.values())
     return [_varying(x, next(iter(inputs.values()))) for x in results]
 
 
