@@ -209,6 +209,13 @@ def test_stop_tokens_end_rows():
     assert result.accepted == sum(right) / (3 * sum(taken))  # nothing drafted after a row's end
 
 
+def test_a_repetition_penalty_is_for_the_drafts_before_too():
+    options = {"max_new_tokens": 6, "repetition_penalty": 1.3}
+    prompts = [[word] for word in range(WORDS)]
+    plain = generate(model(), prompts, **options).tokens
+    assert generate(model(), prompts, speculate=3, draft="mtp", **options).tokens == plain
+
+
 @pytest.mark.parametrize("draft", ["mtp", "prompt"])
 def test_sampled_tokens_are_as_likely_as_the_model_says(draft):
     """The first three tokens of many rows, by a chi-squared test against float64."""
