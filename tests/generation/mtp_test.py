@@ -210,10 +210,11 @@ def test_stop_tokens_end_rows():
 
 
 def test_a_repetition_penalty_is_for_the_drafts_before_too():
-    options = {"max_new_tokens": 6, "repetition_penalty": 1.3}
-    prompts = [[word] for word in range(WORDS)]
-    plain = generate(model(), prompts, **options).tokens
-    assert generate(model(), prompts, speculate=3, draft="mtp", **options).tokens == plain
+    knowing = prophet(40, knowing=True)
+    options = {"max_new_tokens": 12, "repetition_penalty": 3.0}
+    prompts = [[word, word + 20] for word in range(16)]
+    plain = generate(knowing, prompts, **options).tokens
+    assert generate(knowing, prompts, speculate=3, draft="mtp", **options).tokens == plain
 
 
 @pytest.mark.parametrize("draft", ["mtp", "prompt"])
