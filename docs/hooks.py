@@ -16,10 +16,10 @@ def on_page_markdown(markdown, config, **kwargs):
 
     def include(match):
         text = (ROOT / match[1]).read_text(encoding="utf-8")
-        if match[2]:
-            text = text.split(f"[start:{match[2]}] -->\n")[1].split(
-                f"<!-- --8<-- [end:{match[2]}]"
-            )[0]
+        if match[2]:  # between lines with --8<-- [start:SECTION] and [end:SECTION]
+            text = re.split(rf".*--8<-- \[(?:start|end):{match[2]}\].*\n", text)[1]
+        if match[1].endswith(".py"):
+            return text.strip()
         # Links to files beside README.md lead to the repository.
         link = rf"]({config['repo_url']}/blob/main/\1)"
         return re.sub(r"\]\((?!https?:|#)([^)]+)\)", link, text).rstrip()

@@ -288,6 +288,9 @@ def test_a_padded_step_keeps_to_its_limits():
     np.testing.assert_allclose(y[1, :1], full[1, 3:4], atol=3e-6)
     np.testing.assert_array_equal(y[1, 1:], 0)
     assert cache.length.tolist() == [6, 4]
+    assert np.isnan(cache.latent[1, 4:]).all()  # padding is not written
+    limits = mla_jax.Step.begin(cache, 2, jnp.array([1, 0])).seen.limits
+    assert limits.tolist() == [[7, 0], [0, 0]]  # and sees nothing
 
 
 def compiled_step(config, batch, slots, dtype=jnp.float32, queries=1):

@@ -372,6 +372,20 @@ def test_shard_map(monkeypatch):
     check(jax.jit(local)(*arrays, lengths), loop(arrays, lengths), jnp.bfloat16)
 
 
+def test_types_of_pages_under_shard_map():
+    """Each device has rows, pages and a table of its own."""
+    arrays, lengths = make(3, 4, 1, 256, 3, 128, 16, (70, 65, 256, 0), jnp.bfloat16)
+    pools = [a.reshape(8, PAGE, a.shape[2]) for a in arrays[2:]]
+    table = jnp.zeros((4, 2), jnp.int32)
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("x")
+    local = jax.shard_map(
+        lambda *a: attend(a[:4], a[4], 2, None, a[5]), mesh=mesh, in_specs=spec, out_specs=spec
+    )
+    out, _ = jax.eval_shape(local, *arrays[:2], *pools, lengths, table)
+    assert out.shape == (4, 1, 3, 128)
+
+
 def spec(arrays):
     (batch, tokens, heads, rank), (slots, rope) = arrays[0].shape, arrays[3].shape[1:]
     return dispatch.Call(

@@ -208,15 +208,9 @@ class Part:
         """The steps of this part, row by row; `me` owns columns `me` of O, block `me` of steps."""
         # Under shard_map a loaded number varies over the mesh's axes and a computed one does not;
         # the loop over rows carries computed ones.
-        row, here, length, end_row = (
-            self.parts[self.part, column] + 0
-            for column in (
-                Column.FIRST_ROW,
-                Column.FIRST_ROW_STEP,
-                Column.FIRST_ROW_LENGTH,
-                Column.LAST_ROW,
-            )
-        )
+        of_part = lambda column: self.parts[self.part, column] + 0  # noqa: E731
+        row, here = of_part(Column.FIRST_ROW), of_part(Column.FIRST_ROW_STEP)
+        length, end_row = of_part(Column.FIRST_ROW_LENGTH), of_part(Column.LAST_ROW)
         slot = (self.first_step - here) * STEP
         page = self.page(row, slot)
         if me == 1:
@@ -224,12 +218,14 @@ class Part:
         self.fetch_rope(me, self.source(row, slot + me * BLOCK, length, page))
         for block in range(2):
             self.fetch(block, me, self.source(row, slot + block * BLOCK, length, page))
+        row_end = lambda: self.row_step[row + 1]  # noqa: E731
+        page = self.page_after(self.first_step, row, slot, row_end, end_row)
         qr = self.load_q_rope(row)
         plgpu.barrier_wait(self.smem["q_bar"])
         s = self.new_scores(me, lambda a: self.scores(a, qr, me, jnp.int32(0)))
 
         def one_row(row, carry):
-            qr, s, length, here, there = carry
+            qr, s, page, length, here, there = carry
             next_row = jnp.minimum(row + 1, end_row)
             # These are loaded a row ahead of their use.
             next_length, next_end = self.lengths[next_row] + 0, self.row_step[next_row + 1] + 0
@@ -240,7 +236,7 @@ class Part:
             total = _columns(_filled(0.0), 8)
 
             def one_step(g, carry):
-                qr, s, m, total = carry
+                qr, s, page, m, total = carry
                 slot = (g - here) * STEP
                 last = g + 1 == hi
                 more = g + 1 < self.end_step
@@ -250,20 +246,24 @@ class Part:
                 # After the last step the copies go on from past the end of the cache. They read
                 # nothing, and every barrier completes as often as somebody waits for it.
                 then_length = jnp.where(more, then_length, 0)
-                page = self.page(then, then_slot)  # asked for half a step ahead of its use
                 sources = [
                     self.source(then, then_slot + b * BLOCK, then_length, page) for b in range(2)
                 ]
+                then_end = lambda: jnp.where(last, next_end, there)  # noqa: E731
+                page = self.page_after(g + 1, then, then_slot, then_end, end_row)
                 o = self.opaque_zero()
                 step = self.step0 if me == 0 else self.step1
-                return step(acc, o, qr, s, m, total, slot, length, sources, last & more, then)
+                new_q = last & more
+                qr, s, m, total = step(acc, o, qr, s, m, total, slot, length, sources, new_q, then)
+                return qr, s, page, m, total
 
-            qr, s, m, total = lax.fori_loop(lo, hi, one_step, (qr, s, m, total))
+            qr, s, page, m, total = lax.fori_loop(lo, hi, one_step, (qr, s, page, m, total))
             began = here < self.first_step
             self.finish(me, acc, row, m, total, began, began | (there > self.end_step))
-            return qr, s, next_length, there, next_end
+            return qr, s, page, next_length, there, next_end
 
-        lax.fori_loop(row, end_row + 1, one_row, (qr, s, length, here, self.row_step[row + 1] + 0))
+        state = (qr, s, page, length, here)
+        lax.fori_loop(row, end_row + 1, one_row, (*state, self.row_step[row + 1] + 0))
 
     def step0(self, acc, o, qr, s, m, total, slot, length, sources, new_q, row):
         """Block 0's softmax; left columns of the output."""
@@ -378,6 +378,18 @@ class Part:
     def page(self, row, slot):
         """The page of the step that begins with a slot; None in a dense cache."""
         return None if self.table is None else self.table[row, lax.div(slot, jnp.int32(STEP))]
+
+    def page_after(self, step, row, slot, row_end, end_row):
+        """The page of the step after the one that begins with a slot of a row.
+
+        It is loaded a whole step ahead, as the compiler waits right behind a load used in this one.
+        """
+        if self.table is None:
+            return None
+        over = step + 1 >= row_end()
+        row = jnp.where(over, jnp.minimum(row + 1, end_row), row)
+        slot = jnp.where(over, 0, slot + STEP)
+        return self.table[row, lax.div(slot, jnp.int32(STEP))] + 0
 
     def source(self, row, slot, length, page):
         return source_slot(row, slot, length, self.shape.slots, self.k_hbm.shape[0], page)
@@ -507,12 +519,10 @@ class Part:
 
     def store(self, ref, value, row, column, count):
         if value.ndim == 2:
-            mosaic.store_rows(ref, value, row, column, count)
-        else:
-            mosaic.store_row_values(ref, value, row, count)
+            return mosaic.store_rows(ref, value, row, column, count)
+        return mosaic.store_row_values(ref, value, row, count)
 
     # -- between the two warpgroups: one does arrive(flag), the other wait(flag); and between parts
-
     def arrive(self, flag):
         mosaic.named_barrier("arrive", 4 + FLAGS.index(flag))
 
