@@ -113,7 +113,6 @@ def decode_loop(
     """
     if not isinstance(steps, int | np.integer) or isinstance(steps, bool) or steps < 1:
         raise ValueError(f"steps={steps!r}: it must be a whole number of at least 1.")
-    steps = int(steps)
     if not isinstance(tokens, jax.Array):
         tokens = jnp.asarray(np.asarray(tokens))
     if tokens.ndim != 1 or not jnp.issubdtype(tokens.dtype, jnp.integer):
@@ -152,7 +151,7 @@ def check_finite(bad: np.ndarray) -> None:
 
     >>> check_finite(np.array([-1, 3]))
     Traceback (most recent call last):
-    FloatingPointError: row 1, step 3: the logits are not finite. float16 ends at 65504, bfloat16...
+    FloatingPointError: row 1, step 3: the logits are not finite. float16 ends at 65504, where...
     """
     rows = np.flatnonzero(bad >= 0)
     if rows.size:

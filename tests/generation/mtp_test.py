@@ -209,6 +209,14 @@ def test_stop_tokens_end_rows():
     assert result.accepted == sum(right) / (3 * sum(taken))  # nothing drafted after a row's end
 
 
+def test_a_repetition_penalty_is_for_the_drafts_before_too():
+    knowing = prophet(40, knowing=True)
+    options = {"max_new_tokens": 12, "repetition_penalty": 3.0}
+    prompts = [[word, word + 20] for word in range(16)]
+    plain = generate(knowing, prompts, **options).tokens
+    assert generate(knowing, prompts, speculate=3, draft="mtp", **options).tokens == plain
+
+
 @pytest.mark.parametrize("draft", ["mtp", "prompt"])
 def test_sampled_tokens_are_as_likely_as_the_model_says(draft):
     """The first three tokens of many rows, by a chi-squared test against float64."""
