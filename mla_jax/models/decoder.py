@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -209,7 +210,17 @@ class Decoder(nnx.Module):
             raise ValueError(
                 f"tokens is {tokens.dtype} of shape {tokens.shape}: it must be integer [B T]."
             )
-        x = (embed or self.embed)(tokens)
+        words = self.config.vocab_size
+        if not isinstance(tokens, jax.core.Tracer):
+            known = np.asarray(tokens)
+            wrong = known[(known < 0) | (known >= words)]
+            if wrong.size:
+                raise ValueError(
+                    f"tokens has {wrong[0]}: the model has {words} words. Is the tokenizer this "
+                    "model's? Padding may be any of its tokens."
+                )
+        # Under jit nothing can be raised: a token that does not exist becomes NaN, never another.
+        x = (embed or self.embed)(jnp.where(tokens < 0, jnp.full_like(tokens, words), tokens))
         return x if self.config.embed_scale == 1 else x * self.config.embed_scale
 
     def _words(self, hidden, head: nnx.Linear | None):

@@ -87,7 +87,7 @@ def test_samples_of_prompts_that_share_a_prefix(drafts, pages):
             {"max_new_tokens": 1}, "rows have overflowed",
         ),
     ],
-    ids=str,
+    ids=["rows", "no_cache", "room", "overflowed"],
 )  # fmt: skip
 def test_a_cache_that_does_not_go_with_the_prompts(cache, options, message):
     with pytest.raises(ValueError, match=message):

@@ -199,3 +199,16 @@ def test_random_weights_are_like_the_constructors():
         assert (type(ours), ours.shape, ours.dtype) == (type(theirs), theirs.shape, theirs.dtype)
         a, b = (float(jnp.std(leaf[...].astype(jnp.float32))) for leaf in (ours, theirs))
         assert a == pytest.approx(b, rel=0.15)
+
+
+@pytest.mark.parametrize("token", [-1, -100, 256, 2**31 - 1])
+def test_a_token_that_does_not_exist_never_gives_numbers(token):
+    model = Decoder(DecoderConfig.from_preset("tiny"), rngs=nnx.Rngs(0))
+    tokens = jnp.array([[1, token, 2], [3, 4, 5]])
+    with pytest.raises(ValueError, match=f"tokens has {token}: the model has 256 words"):
+        model(tokens)
+    with pytest.raises(ValueError, match=f"tokens has {token}"):
+        model.prefill(tokens, model.init_cache(2, 8))
+    logits = jax.jit(lambda model, tokens: model(tokens))(model, tokens)
+    assert np.isnan(logits[0, 1:]).all()
+    assert np.isfinite(logits[1]).all()  # another row
