@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from common import relative
+from flax import nnx
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractMesh, PartitionSpec
@@ -95,6 +96,29 @@ def test_the_default_device_counts():
         assert target.current().platform == "cpu"
     with jax.default_device("cpu"):
         assert target.current().platform == "cpu"
+
+
+@pytest.mark.parametrize(("tokens", "padded"), [(1, False), (1, True), (3, False), (8, True)])
+@pytest.mark.parametrize(("kind", "platform", "kernel"), [
+    ("NVIDIA H200", "gpu", "pallas_gpu"), ("TPU v6 lite", "tpu", "pallas_tpu"),
+])  # fmt: skip
+def test_stop_tokens_and_padding_keep_the_kernel(
+    kind, platform, kernel, tokens, padded, monkeypatch
+):
+    """A row that has stopped is given no token, which is a length of 0: the same backend serves."""
+    config = mla_jax.MLAConfig.from_preset("deepseek_v2_lite").replace(hidden_size=64)
+    layer = nnx.eval_shape(
+        lambda: mla_jax.MultiHeadLatentAttention(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    )
+    cache = jax.eval_shape(lambda: layer.init_cache(4, 256))
+    x = jax.ShapeDtypeStruct((4, tokens, 64), jnp.bfloat16)
+    lengths = jax.ShapeDtypeStruct((4,), jnp.int32) if padded else None
+    chosen, real = [], dispatch.choose
+    monkeypatch.setattr(dispatch, "choose", lambda *a: chosen.append(real(*a)) or chosen[-1])
+    with jax.sharding.use_abstract_mesh(mesh_of(kind, platform)):
+        step = jax.jit(lambda layer, x, cache, lengths: layer.prefill(x, cache, lengths))
+        step.trace(layer, x, cache, lengths)
+    assert set(chosen) == {kernel}
 
 
 MODES = {

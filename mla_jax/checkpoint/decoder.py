@@ -7,6 +7,7 @@ follows the layers under the next number, and is read where it is asked for.
 import os
 import re
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -44,6 +45,7 @@ def load_decoder(
     precision=None,
     implementation: dispatch.Implementation = None,
     sharding: Shardings | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Decoder:
     """Reads a model of DeepSeek's shape: its config.json and its safetensors.
 
@@ -60,6 +62,7 @@ def load_decoder(
         param_dtype: of the parameters; None is `dtype`. The router's stay float32.
         precision, implementation: as in `MultiHeadLatentAttention`.
         sharding: as in `load_attention`; paths begin with "blocks.3.attention." and the like.
+        on_progress: called as parts are read, with how many there are by now and of how many.
 
     Raises:
         ValueError: a config that is not of this shape; tensors missing, left over, or of another
@@ -89,7 +92,7 @@ def load_decoder(
             )  # fmt: skip
         except ValueError as error:
             raise ValueError(f"{files.path}: {error}") from error
-        loader.load(model)
+        loader.load(model, on_progress or (lambda done, total: None))
     return model
 
 
@@ -177,12 +180,15 @@ class _Loader:
         if config.tie_word_embeddings and self._has(self.head):
             self._untie()
 
-    def load(self, model: Decoder) -> None:
+    def load(self, model: Decoder, on_progress: Callable[[int, int], None]) -> None:
         """Fills the model."""
         table = decoder_table(model, self.family, self.root)
         head = head_entry(model, self.head)
-        for group in grouped(table if head is None else [*table, head]):
+        groups = list(grouped(table if head is None else [*table, head]))
+        for done, group in enumerate(groups):
+            on_progress(done, len(groups))
             self._fill(group)
+        on_progress(len(groups), len(groups))
         if model.predictor is not None:
             self._predictor(model)
         refuse_unused(

@@ -221,8 +221,9 @@ def load(
     }
     started = time.perf_counter()
     if path is not None:
-        with terminal.working("reading weights"):
-            model, source = checkpoint.load_decoder(path, **given), options.checkpoint
+        with terminal.working("reading weights") as report:
+            model = checkpoint.load_decoder(path, on_progress=report, **given)
+            source = options.checkpoint
             leaves = jax.block_until_ready(jax.tree.leaves(nnx.state(model, nnx.Param)))
     else:
         with terminal.working("making weights"):

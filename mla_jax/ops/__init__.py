@@ -174,6 +174,28 @@ def attend_latents(
     return dispatch.attend(queries, store, seen, call, implementation)
 
 
+def latent_gradients(arrays, table, lengths, scale, cotangents) -> tuple[Array, ...]:
+    """Cotangents of pattern, q_rope, latent and k_rope, for kernels without a backward.
+
+    Args:
+        arrays: these four; with a table the last two are the pool's.
+        table: int32 [B M] of a paged store; None where rows have slots of their own.
+        lengths: as in `latent_attention`.
+        scale: softmax temperature.
+        cotangents: of out_latent and lse.
+    """
+
+    def attend(pattern, q_rope, latent, k_rope):
+        store = Dense({"latent": latent, "k_rope": k_rope})
+        if table is not None:
+            store = Paged(store, table)  # of which XLA gathers the rows
+        batch, tokens = pattern.shape[:2]
+        seen = Seen.of(lengths, batch=batch, queries=tokens, slots=store.slots)
+        return attend_latents((pattern, q_rope), store, seen, scale=scale, implementation="xla")
+
+    return jax.vjp(attend, *arrays)[1](cotangents)
+
+
 def latent_call(queries, store, seen, scale, soft_cap=None, precision=None) -> Call:
     """What is static of such a call."""
     pattern, q_rope = queries

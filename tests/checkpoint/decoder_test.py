@@ -281,3 +281,11 @@ def test_no_config(tmp_path):
     save_file({"a": np.zeros(2, np.float32)}, str(tmp_path / "model.safetensors"))
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         load(tmp_path)
+
+
+def test_progress_counts_up_to_all_parts():
+    heard = []
+    load(FOLDERS[0], on_progress=lambda done, total: heard.append((done, total)))
+    totals = {total for _, total in heard}
+    assert len(totals) == 1
+    assert [done for done, _ in heard] == list(range(totals.pop() + 1))

@@ -182,6 +182,20 @@ def test_segments_positions_and_padding():
         np.testing.assert_allclose(left[:, 2:], alone, atol=3e-6)
 
 
+def test_lists_are_arrays_and_masks_may_be_zeros_and_ones():
+    layer = make()
+    ids, places = [[0, 0, 1, 1, 1]] * 2, [0, 1, 0, 1, 2]
+    mask = nnx.make_causal_mask(jnp.ones((2, 5)))
+    assert mask.dtype == jnp.float32
+    want = layer(X, segment_ids=jnp.array(ids), positions=jnp.array(places), mask=mask > 0)
+    for form in ("expanded", "absorbed"):
+        for given in (mask, np.asarray(mask).tolist(), np.asarray(mask, bool)):
+            got = layer(X, segment_ids=ids, positions=places, mask=given, form=form)
+            assert relative(got, want) < 2e-6
+    _, cache = layer.prefill(X, layer.init_cache(np.int64(2), np.int32(8)), [5, 2])
+    assert cache.length.tolist() == [5, 2]
+
+
 def test_dtypes():
     half = make(dtype=jnp.bfloat16)
     assert half(X).dtype == jnp.bfloat16

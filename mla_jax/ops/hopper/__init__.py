@@ -23,10 +23,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mla_jax import ops, target
-from mla_jax.cache import Dense, Paged
 from mla_jax.config import configs_dir
 from mla_jax.ops.hopper.schedule import BLOCK, SLACK, STEP, TILE, Schedule, make_schedule
-from mla_jax.ops.seen import Seen
 
 _RANKS, _ROPES = (128, 256, 384, 512), (0, 16, 32, 64)
 _H200_SMS = 132  # taken where the device does not say: compiling for a GPU, and the interpreter
@@ -231,17 +229,8 @@ def _forward(scale, interpret, arrays, table, schedule):
 def _backward(scale, interpret, residuals, cotangents):
     del interpret
     arrays, table, lengths = residuals
-
-    def attend(pattern, q_rope, latent, k_rope):
-        store = Dense({"latent": latent, "k_rope": k_rope})
-        if table is not None:
-            store = Paged(store, table)  # of which XLA gathers the rows
-        batch, tokens = pattern.shape[:2]
-        seen = Seen.of(lengths, batch=batch, queries=tokens, slots=store.slots)
-        return ops.attend_latents((pattern, q_rope), store, seen, scale=scale, implementation="xla")
-
-    _, backward = jax.vjp(attend, *arrays)
-    return tuple(backward(cotangents)), None, None
+    gradients = ops.latent_gradients(arrays, table, lengths, scale, cotangents)
+    return tuple(gradients), None, None
 
 
 _attention.defvjp(_forward, _backward)

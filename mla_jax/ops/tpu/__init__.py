@@ -16,9 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from mla_jax import ops, target
-from mla_jax.cache import Dense, Paged
 from mla_jax.ops.merge import merge_attention
-from mla_jax.ops.seen import Seen
 from mla_jax.ops.tpu.planning import LANES, Plan, make_plan, vmem_limit
 
 _MOST_QUERIES = 8  # T; more tokens than this are a prefill, which another form serves
@@ -87,16 +85,7 @@ def _forward(pattern, q_rope, latent, k_rope, lengths, table, scale):
 
 def _backward(scale, residuals: Any, cotangents: Any):
     arrays, lengths, table = residuals
-
-    def attend(pattern, q_rope, latent, k_rope):
-        store = Dense({"latent": latent, "k_rope": k_rope})
-        if table is not None:
-            store = Paged(store, table)  # of which XLA gathers the rows
-        batch, tokens = pattern.shape[:2]
-        seen = Seen.of(lengths, batch=batch, queries=tokens, slots=store.slots)
-        return ops.attend_latents((pattern, q_rope), store, seen, scale=scale, implementation="xla")
-
-    return *jax.vjp(attend, *arrays)[1](cotangents), None, None
+    return *ops.latent_gradients(arrays, table, lengths, scale, cotangents), None, None
 
 
 _attention.defvjp(_forward, _backward)
