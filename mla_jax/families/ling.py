@@ -15,6 +15,15 @@ def _hybrid(hf: dict[str, Any], where: str, layer: int | None) -> dict[str, Any]
     # Ling and Ring 2.5 share the model_type with Ling 3, which gates its heads.
     older = "V2_5" in str(hf.get("architectures"))
     hf.setdefault("output_gate", None if older else "head")
+    return _counted(hf, where, layer)
+
+
+def _counted(hf: dict[str, Any], where: str, layer: int | None) -> dict[str, Any]:
+    """Counts the layers with MLA: the last of every group, and those behind the last whole one."""
+    del where, layer
+    layers, size = hf.get("num_hidden_layers"), hf.get("layer_group_size")
+    if isinstance(layers, int) and isinstance(size, int) and size > 0:
+        hf["num_mla_layers"] = layers // size + layers % size
     return hf
 
 
@@ -23,5 +32,5 @@ FAMILIES = (
         model_types=("bailing_hybrid",), defaults=_HYBRID, adjust=_hybrid,
         styles={"bailing": {"o_proj": "dense"}},
     ),
-    Family(model_types=("bailing_moe_v2_5", "bailing_moe_linear")),
+    Family(model_types=("bailing_moe_v2_5", "bailing_moe_linear"), adjust=_counted),
 )  # fmt: skip

@@ -15,6 +15,8 @@ _FLASH = {  # LongcatFlashConfig of transformers; its latents are always scaled
 def _adjust(hf: dict[str, Any], where: str, layer: int | None) -> dict[str, Any]:
     if hf.get("num_layers") is not None:  # transformers' num_hidden_layers counts the attentions
         hf["num_hidden_layers"] = hf["num_layers"]
+    if isinstance(hf.get("num_hidden_layers"), int):
+        hf["num_mla_layers"] = 2 * hf["num_hidden_layers"]
     return hf
 
 

@@ -38,7 +38,8 @@ def test_the_table_of_deepseek_v3(run, monkeypatch):
         ("deepseek_v3", "61 layers", "68.6 KiB"),
     ],
 )
-def test_layers_with_mla_are_counted(run, preset, layers, per_token):
+def test_layers_with_mla_are_counted(run, preset, layers, per_token, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
     out = run("costs", preset).out
     assert f"bf16, {layers}\n" in out
     assert table(out)["absorbed"][2] == per_token

@@ -3,13 +3,14 @@
 import pytest
 
 import mla_jax
+from mla_jax.models import DecoderConfig
 
 
 def test_it_prints_what_the_function_prints(run, capsys):
     flags = {"length": 8192, "queries": 256, "batch": 2, "dtype": "float16"}
     given = [word for name, value in flags.items() for word in (f"--{name}", value)]
     out = run("explain", "deepseek_v3", *given).out
-    config = mla_jax.MLAConfig.from_preset("deepseek_v3")
+    config = DecoderConfig.from_preset("deepseek_v3")
     mla_jax.explain(config, batch_size=2, length=8192, queries=256, dtype="float16")
     assert out == capsys.readouterr().out
     assert "expanded (absorbed up to 167 tokens" in out

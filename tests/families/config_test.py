@@ -51,11 +51,13 @@ LING = LITE | {
     "hidden_size": 2560, "num_attention_heads": 32, "num_hidden_layers": 42, "head_dim": 128,
     "max_position_embeddings": 262144, "rope_theta": 6000000, "partial_rotary_factor": 0.5,
     "gated_attention_proj_granularity_type": "head_wise", "use_mla_nope": False,
+    "layer_group_size": 6,
     "use_qkv_bias": False, "rope_parameters": {
         "partial_rotary_factor": 0.5, "rope_theta": 6000000, "rope_type": "default"},
 }  # fmt: skip
 K3 = PLAIN | {"model_type": "kimi_linear", "num_attention_heads": 96, "num_hidden_layers": 93,
               "mla_use_nope": True, "mla_use_output_gate": True,
+              "linear_attn_config": {"full_attn_layers": [*range(4, 93, 4), 93]},
               "max_position_embeddings": 1048576}  # fmt: skip
 MISTRAL_SMALL = PLAIN | {
     "model_type": "mistral4", "hidden_size": 4096, "num_attention_heads": 32, "q_lora_rank": 1024,
@@ -103,7 +105,8 @@ REAL = {
     "ling_3_flash": LING,
     "kimi_linear": {k: v for k, v in LITE.items() if k != "max_position_embeddings"} | {
         "model_type": "kimi_linear", "hidden_size": 2304, "num_attention_heads": 32,
-        "mla_use_nope": True, "model_max_length": 1048576},
+        "mla_use_nope": True, "model_max_length": 1048576,
+        "linear_attn_config": {"full_attn_layers": [4, 8, 12, 16, 20, 24, 27]}},
     "kimi_k3": {"model_type": "kimi_k3", "text_config": K3},
 }  # fmt: skip
 

@@ -166,8 +166,8 @@ def test_bad_input():
     model = make("softmax")
     with pytest.raises(ValueError, match="tokens is float32"):
         model(jnp.zeros((1, 2)))
-    with pytest.raises(ValueError, match="cache has 1 layers, the model 2"):
-        model.decode(jnp.zeros((1, 1), jnp.int32), model.init_cache(1, 4)[:1])
+    with pytest.raises(ValueError, match=r"cache has 2 stores of 2 rows: .* the tokens 1 rows"):
+        model.decode(jnp.zeros((1, 1), jnp.int32), model.init_cache(2, 4))
     with pytest.raises(ValueError, match="no block for multi-token prediction: make it with mtp"):
         model.init_draft_cache(1, 4)
     for count in (0, 2):

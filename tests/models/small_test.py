@@ -49,7 +49,7 @@ def test_ragged_prefill_and_decode_equal_one_pass(attention, tokens):
         at = jnp.array(lengths) + step
         logits, cache = decode_step(model, tokens[rows, at][:, None], cache)
         assert relative(logits[:, 0], full[rows, at]) < 2e-5
-    np.testing.assert_array_equal(cache[1].length, np.array(lengths) + 2)
+    np.testing.assert_array_equal(cache.length, np.array(lengths) + 2)
 
 
 def test_greedy_loop_equals_full_passes(tokens):
@@ -96,8 +96,9 @@ def test_bad_tokens(bad, message):
 
 def test_cache_of_another_depth(tokens):
     model = _model()
-    with pytest.raises(ValueError, match="cache has 1 layers, the model 2"):
-        model.prefill(tokens, model.init_cache(3, 9)[:1])
+    cache = model.init_cache(3, 9)
+    with pytest.raises(ValueError, match="cache has 1 stores of 3 rows: the model has 2"):
+        model.prefill(tokens, cache.replace(stores=cache.stores[:1]))
 
 
 def test_overflow_is_an_error_outside_jit(tokens):

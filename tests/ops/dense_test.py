@@ -1,6 +1,4 @@
-"""The product of a single row, in company of zeros on a GPU."""
-
-import types
+"""The product of a single row, which is padded with zero rows on a GPU."""
 
 import jax
 import jax.numpy as jnp
@@ -8,13 +6,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from mla_jax import target
 from mla_jax.ops import dense
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
 @pytest.mark.parametrize("rows", [(), (1,), (1, 1), (2, 1), (1, 3)])
 def test_it_is_the_product(rows, platform, monkeypatch):
-    monkeypatch.setattr(dense, "default_device", lambda: types.SimpleNamespace(platform=platform))
+    monkeypatch.setattr(target, "current", lambda: target.Target(platform, "any"))
     layers = [
         nnx.LinearGeneral((4, 6), (3, 5), axis=(-2, -1), dot_general=f, rngs=nnx.Rngs(0))
         for f in (dense.dot_general, None)
@@ -32,7 +31,7 @@ def test_it_is_the_product(rows, platform, monkeypatch):
     ((1, 1), "gpu", True), ((1,), "gpu", True), ((1, 1), "cpu", False), ((2, 1), "gpu", False),
     ((), "gpu", False),
 ])  # fmt: skip
-def test_only_a_lone_row_on_a_gpu_gets_company(rows, platform, padded, monkeypatch):
-    monkeypatch.setattr(dense, "default_device", lambda: types.SimpleNamespace(platform=platform))
+def test_only_a_lone_row_on_a_gpu_is_padded(rows, platform, padded, monkeypatch):
+    monkeypatch.setattr(target, "current", lambda: target.Target(platform, "any"))
     layer = nnx.Linear(6, 5, dot_general=dense.dot_general, rngs=nnx.Rngs(0))
     assert ("pad[" in str(jax.make_jaxpr(layer)(jnp.ones((*rows, 6))))) == padded
