@@ -17,7 +17,7 @@ STEPS = tuple(  # batch, queries, slots: odd sizes on purpose
     for kind in (*costs.KINDS, "gqa2")
     for batch, queries, slots in ((1, 1, 1), (3, 5, 77), (2, 129, 129))
 )
-# DESIGN.md section 5, and the same for the other kinds; L = R+P, K = H+P, G heads of keys.
+# MLA's einsums, and the same for the other kinds; L = R+P, K = H+P, G heads of keys.
 MLA_QUERY = {"q_proj": ("BTD,DQ->BTQ", "BTQ,QNK->BTNK")}
 MHA = {
     "q_proj": ("BTD,DNH->BTNH",),
@@ -62,7 +62,7 @@ def einsum_flops(config, einsum, batch, queries, slots, groups):
 
 
 class FiguresTest(parameterized.TestCase):
-    """DESIGN.md section 1, the seed post and the issue, as they state them."""
+    """The figures that the papers and the README state."""
 
     def test_numbers_read_per_context_token(self):
         latents = costs.numbers_read(V3, "absorbed")
