@@ -16,7 +16,8 @@ Kinds of attention, all with the config's N query heads (DeepSeek-V2, arXiv 2405
     mha, gqa, mqa    keys H wide and values V wide, projected from D, for G = N, gcd(N, 8) and 1
                      heads; gqa4 has G = 4, and so on
 
-When is MLA slower than MHA of the same heads? `slower_contexts` and `queries_until_slower` say, for DeepSeek-V3 in bf16 at the peak rates of an H100 (an H200):
+When is MLA slower than MHA of the same heads? `slower_contexts` and `queries_until_slower` say,
+for DeepSeek-V3 in bf16 at the peak rates of an H100 (an H200):
     * Whole layer, one new token: never, at any context and batch. MLA's projections are smaller too
       (187 against 470 million weights), so it leads from the first token.
     * Attention with the two folds (W_UK, W_UV: 34 MB that MHA has not) and no other projection:

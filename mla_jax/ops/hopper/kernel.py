@@ -375,7 +375,7 @@ class Part:
 
     # -- copies; k[2 * block + h] holds columns h of a block
 
-    def page(self, row, slot):
+    def page(self, row, slot) -> Any:
         """The page of the step that begins with a slot; None in a dense cache."""
         return None if self.table is None else self.table[row, lax.div(slot, jnp.int32(STEP))]
 
@@ -389,7 +389,7 @@ class Part:
         over = step + 1 >= row_end()
         row = jnp.where(over, jnp.minimum(row + 1, end_row), row)
         slot = jnp.where(over, 0, slot + STEP)
-        return self.table[row, lax.div(slot, jnp.int32(STEP))] + 0
+        return self.page(row, slot) + 0
 
     def source(self, row, slot, length, page):
         return source_slot(row, slot, length, self.shape.slots, self.k_hbm.shape[0], page)
