@@ -204,7 +204,7 @@ CASES = [  # options, B, T, S, N, (H, P, V), dtype
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "{}-B{}-T{}-S{}-N{}-{}-{}".format(*c))
 def test_interpreted_is_float64(case, monkeypatch):
-    monkeypatch.setattr(attention, "_H200_CORES", 2)  # several tiles for each thread block
+    monkeypatch.setattr("mla_jax.ops.hopper._H200_SMS", 2)  # several tiles for each thread block
     compare(CASES.index(case), *case, interpret=INTERPRET)
 
 
@@ -348,7 +348,7 @@ def test_packing_skips_blocks():
 
 
 def test_one_plan_for_many_layers_and_vmap(monkeypatch):
-    monkeypatch.setattr(attention, "_H200_CORES", 2)
+    monkeypatch.setattr("mla_jax.ops.hopper._H200_SMS", 2)
     arrays, cotangents = make(5, 2, 72, 72, 1, (16, 16, 16), "bfloat16")
     made = attention.plan_for(plan.limits_of(2, 72, 72), 72, (16, 16), 16)
     call = functools.partial(attention.expanded_attention, scale=SCALE, interpret=INTERPRET)
@@ -362,7 +362,7 @@ def test_one_plan_for_many_layers_and_vmap(monkeypatch):
 
 def test_as_a_backend(monkeypatch):
     """`Seen` says what a query sees: ragged rows, padded on the right, of two segments."""
-    monkeypatch.setattr(attention, "_H200_CORES", 2)
+    monkeypatch.setattr("mla_jax.ops.hopper._H200_SMS", 2)
     target = Target("cpu", "cpu", interpret=INTERPRET)
     monkeypatch.setattr(backend, "current", lambda: target)
     arrays, _ = make(7, 2, 72, 80, 1, (16, 16, 16), "bfloat16")

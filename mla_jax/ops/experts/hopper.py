@@ -20,10 +20,9 @@ import jax.numpy as jnp
 
 from mla_jax.ops.experts.call import Call
 from mla_jax.ops.experts.tiles import Tiles, make_tiles
-from mla_jax.ops.hopper import not_hopper
+from mla_jax.ops.hopper import multiprocessors, not_hopper
 from mla_jax.target import Target
 
-_H200_CORES = 132  # multiprocessors, where the target does not know its own
 _INTERPRETED_CORES = 2  # enough to share work, few enough to be interpreted on a CPU
 
 
@@ -56,7 +55,7 @@ def why_not(call: Call, target: Target) -> str | None:
 def run(x, experts, weights, gate, up, down, *, precision, call: Call, target: Target):
     """See `routed_experts`."""
     rows = tile_rows(call)
-    cores = _INTERPRETED_CORES if target.interprets else target.cores or _H200_CORES
+    cores = _INTERPRETED_CORES if target.interprets else multiprocessors(target)
     plan = _kernels().Plan(rows, cores, target.interpret)
     return _mixed(plan, x, weights, gate, up, down, make_tiles(experts, call.experts, rows))
 

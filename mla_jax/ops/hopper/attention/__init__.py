@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from mla_jax.ops.hopper import multiprocessors
 from mla_jax.ops.hopper.attention.plan import Plan, limits_of, make_plan, padded
 from mla_jax.target import current
 
 _WIDEST = 256
 _CHANNELS = 32  # unit of the channels: a swizzled tile, and the stores of results
-_H200_CORES = 132  # where no GPU is there to ask: compiling for one, and the interpreter
 _OPTIONS = {"lengths", "lengths per query", "window", "segment_ids"}
 
 
@@ -168,7 +168,7 @@ def shape_of(q_nope, q_rope, value, scale: float, segments: bool, interpret: Any
         scale=float(scale),
         dtype=value.dtype,
         segments=segments,
-        cores=current().cores or _H200_CORES,
+        cores=multiprocessors(current()),
         native=not interpret,
     )
 
