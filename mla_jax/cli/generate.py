@@ -46,8 +46,8 @@ def generate(options: Generate) -> None:
         nonlocal begun
         if not begun:
             report.stop()
+            begun = True  # before anything is written: an interrupt may follow at once
             terminal.answer(texts[0], end="")
-        begun = True
         terminal.answer(text, end="")
 
     with terminal.working("compiling") as report:
