@@ -131,7 +131,9 @@ class Dense:
 
 def _put(held, fresh, at):
     narrow = held.ndim == 3 and held.shape[-1] % 128
-    if narrow and target.current().platform == "tpu" and _is_few(at.shape):
+    device = target.current()
+    # XLA's partitioner would gather all of it for each of these tokens.
+    if narrow and device.platform == "tpu" and not device.auto and _is_few(at.shape):
         return _write_singly(held, fresh, at)
     # A row at a time: XLA sees that no row's tokens go to another, and on a mesh moves nothing.
     write = lambda held, fresh, at: held.at[at].set(fresh, mode="drop", unique_indices=True)  # noqa: E731
