@@ -50,8 +50,9 @@ def test_kernels_are_chosen_for_a_device_that_is_not_there(kind, platform, laten
             jax.jit(look).trace(jax.ShapeDtypeStruct((4,), jnp.float32))
         else:
             spec = PartitionSpec("x")
+            place = jax.NamedSharding(mesh, spec)
             jax.jit(jax.shard_map(look, mesh=mesh, in_specs=spec, out_specs=spec)).trace(
-                jax.ShapeDtypeStruct((4,), jnp.float32)
+                jax.ShapeDtypeStruct((4,), jnp.float32, sharding=place)
             )
     assert chosen[-1] == (latent, expanded, kind)
 
