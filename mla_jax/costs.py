@@ -349,7 +349,8 @@ def crossover_queries(config: MLAConfig, slots: int) -> float:
     """T*, queries at which both forms cost the same operations on S cached latents.
 
     Per head, absorbed takes T (R(H+V) + S(2R+P)) multiply-adds and expanded S R(H+V) + T S (H+P+V):
-    equal at 1/T* = 1/T0 + 1/S with T0 = R(H+V)/(2R-H-V), infinite where 2R <= H+V.
+    equal at 1/T* = 1/T0 + 1/S with T0 = R(H+V)/(2R-H-V), infinite where 2R <= H+V. Sparse attention
+    to K < S tokens mixes K latents absorbed, while expanded makes and masks all S.
 
     Raises:
         ValueError: slots are not a positive whole number.
@@ -359,8 +360,12 @@ def crossover_queries(config: MLAConfig, slots: int) -> float:
     """
     _check_counts(slots=slots)
     fold = config.kv_lora_rank * (config.qk_nope_head_dim + config.v_head_dim)
-    wider = max(0, 2 * config.kv_lora_rank - config.qk_nope_head_dim - config.v_head_dim)
-    return slots * fold / (fold + slots * wider)
+    ours, theirs = (multiply_adds(config, kind) for kind in ("absorbed", "expanded"))
+    attended = slots
+    if config.index_topk is not None and config.is_sparse(slots):
+        attended = config.index_topk
+    wider = max(0, attended * ours - slots * theirs)
+    return slots * fold / (fold + wider)
 
 
 def choose_form(config: MLAConfig, queries: int, slots: int) -> str:
