@@ -24,6 +24,7 @@ from mla_jax.layers.attention import MultiHeadLatentAttention
 from mla_jax.layers.experts import MixtureOfExperts
 from mla_jax.layers.indexer import Indexer
 from mla_jax.models.decoder import Decoder
+from mla_jax.models.longcat import ShortcutBlock
 
 # Modules of the layer by Hugging Face's names for DeepSeek's, without ".weight" or ".bias".
 MODULES = {
@@ -263,8 +264,18 @@ def _named(entries: list[Entry], family: Family, root: str) -> list[Entry]:
 
 
 def _block(path: str, block: Any, prefix: str) -> Iterator[Entry]:
-    for norm, theirs in (("attention_norm", "input_layernorm"),
-                         ("mlp_norm", "post_attention_layernorm")):  # fmt: skip
+    norms = (("attention_norm", "input_layernorm"), ("mlp_norm", "post_attention_layernorm"))
+    if isinstance(block, ShortcutBlock):
+        for nth in range(2):
+            for norm, theirs in norms:
+                scale = getattr(block, f"{norm}s")[nth].scale
+                yield Entry(f"{path}{norm}s.{nth}.scale", f"{prefix}{theirs}.{nth}.weight", scale)
+            own = f"{path}attentions.{nth}.", f"{prefix}self_attn.{nth}."
+            yield from attention_table(block.attentions[nth], *own)
+            yield from _mlp(f"{path}mlps.{nth}.", block.mlps[nth], f"{prefix}mlps.{nth}.")
+        yield from _mixture(f"{path}mlp.", block.mlp, f"{prefix}mlp.")
+        return
+    for norm, theirs in norms:
         yield Entry(f"{path}{norm}.scale", f"{prefix}{theirs}.weight", getattr(block, norm).scale)
     yield from attention_table(block.attention, f"{path}attention.", f"{prefix}self_attn.")
     if isinstance(block.mlp, MixtureOfExperts):

@@ -43,6 +43,8 @@ def _sparse_decoder(hf, attention, where):
 def _written(config, hf):
     count, dense = config.attention.num_hidden_layers, config.first_k_dense_replace
     dense = count if config.n_routed_experts is None else min(dense, count)
+    if config.indexer_types is not None:
+        hf["indexer_types"] = list(config.indexer_types)
     return hf | {"mlp_layer_types": ["dense"] * dense + ["sparse"] * (count - dense)}
 
 
