@@ -50,15 +50,17 @@ def index_scores(
     batch, tokens, heads, _ = query.shape
     slots = store.slots
 
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+
     def block(start, size):
         products = jnp.einsum(
             "BTJI,BSI->BTJS",
             query,
             store.block(start, size)["index_key"],
             precision="highest",
-            preferred_element_type=jnp.float32,
+            preferred_element_type=wide,
         )
-        return (jax.nn.relu(products) * weights.astype(jnp.float32)[..., None]).sum(2)
+        return (jax.nn.relu(products) * weights.astype(wide)[..., None]).sum(2)
 
     sizes = (batch, tokens, heads, slots)
     if not all(isinstance(size, int) for size in sizes):  # under jax.export they may be symbols
@@ -195,8 +197,6 @@ def _choice_of_pools(store, seen, bias, count, tail):
     share = jax.nn.softmax(apart(gate) + bias.astype(jnp.float32)[None, None], axis=2)
     pooled = Dense({"index_key": (share * apart(key)).sum(2).astype(packed.dtype)})
     number = min(count // length, pools)
-    if not isinstance(number, int):
-        raise NotImplementedError("index_kpool: the number of slots must be known, not a symbol.")
 
     def choose(query, weights, seen):
         tokens = query.shape[1]
