@@ -314,8 +314,8 @@ class MultiHeadLatentAttention(LatentMaps):
         slots, chosen = store.slots, None
         if not isinstance(slots, int):
             raise ValueError(
-                f"index_topk={config.index_topk}: the number of slots must be known to choose among "
-                f"them, and not the symbol {slots}: export the program for one number."
+                f"index_topk={config.index_topk}: the number of slots to choose among must be "
+                f"known, and not the symbol {slots}: export the program for one number."
             )
         if config.is_sparse(slots):
             queries = self.indexer.queries(x, q_latent, positions, by)

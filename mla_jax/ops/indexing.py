@@ -209,12 +209,13 @@ def _choice_of_pools(store, seen, bias, count, tail):
         if number:
             best = _best(index_scores(query, weights, pooled), whole, number, pools)
             start = first[:, None, None] + best * length
-            chosen = start[..., None] + jnp.arange(length, dtype=jnp.int32)
+            chosen = start[..., None] + jnp.arange(length, dtype=jnp.int32)[None, None, None]
             chosen = jnp.where((best == pools)[..., None], slots, chosen)
             chosen = chosen.reshape(batch, tokens, -1)
         if tail and length > 1:
             behind = jnp.maximum(seen.limits - first[:, None], 0) // length * length
-            rest = (first[:, None] + behind)[..., None] + jnp.arange(length - 1, dtype=jnp.int32)
+            further = jnp.arange(length - 1, dtype=jnp.int32)[None, None]
+            rest = (first[:, None] + behind)[..., None] + further
             there = (rest < seen.limits[..., None]) & at(rest)
             chosen = jnp.concatenate([chosen, jnp.where(there, rest, slots)], axis=-1)
         return chosen

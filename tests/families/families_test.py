@@ -26,8 +26,8 @@ YARN = {"type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32, "
 LONG = {"type": "longrope", "original_max_position_embeddings": 8,
         "short_factor": [1.0, 1.1, 1.3, 1.6], "long_factor": [1.0, 1.5, 3.0, 7.0]}  # fmt: skip
 DIRECT = {"q_lora_rank": None}
-J, I = 2, 11
-INDEX = {"index_topk": 4, "index_n_heads": J, "index_head_dim": I}
+J, Z = 2, 11
+INDEX = {"index_topk": 4, "index_n_heads": J, "index_head_dim": Z}
 PANGU = {"attention_q_lora_dim": Q, "attention_kv_lora_dim": R, "attention_qk_dim": H,
          "attention_qk_rope_dim": P, "attention_v_dim": V}  # fmt: skip
 MISTRAL = {
@@ -207,10 +207,10 @@ def weights(hf, traits, rng):
     norms |= {"k_rope_only_layernorm": p} if traits.get("k_norm") else {}
     w |= {f"{k}.weight": 1 + 0.3 * rng.standard_normal(n) for k, n in norms.items()}
     if "index" in traits:
-        own = {"wq_b": (J * I, D if q is None else q), "wk": (I, D), "weights_proj": (J, D)}
+        own = {"wq_b": (J * Z, D if q is None else q), "wk": (Z, D), "weights_proj": (J, D)}
         for name, shape in own.items():
             w[f"indexer.{name}.weight"] = rng.standard_normal(shape) * shape[1] ** -0.5
-        for name, n in {"k_norm": I} | ({"q_input_norm": D} if q is None else {}):
+        for name, n in ({"k_norm": Z} | ({"q_input_norm": D} if q is None else {})).items():
             w[f"indexer.{name}.weight"] = 1 + 0.3 * rng.standard_normal(n)
             w[f"indexer.{name}.bias"] = 0.3 * rng.standard_normal(n)
         if traits["index"].get("ssmax"):
@@ -218,9 +218,9 @@ def weights(hf, traits, rng):
                 w[f"indexer.softmax_scaling.{name}"] = rng.standard_normal(J)
         if "pool" in traits["index"]:
             w["indexer.index_kpool_compress_ape"] = rng.standard_normal(
-                (traits["index"]["pool"], I)
+                (traits["index"]["pool"], Z)
             )
-            w["indexer.index_kpool_compress_gate"] = rng.standard_normal((I, D)) * D**-0.5
+            w["indexer.index_kpool_compress_gate"] = rng.standard_normal((Z, D)) * D**-0.5
     if traits.get("sinks"):
         w["learnable_sink_param"] = rng.standard_normal(N)
     if traits.get("ssmax"):
@@ -314,14 +314,14 @@ def choose(hf, index, w, x, low, turn):
         low = norm(x, 1e-6) * w["q_input_norm.weight"] + w["q_input_norm.bias"]
     key = norm(x @ w["wk.weight"].T, index.get("eps", 1e-6))
     key = key * w["k_norm.weight"] + w["k_norm.bias"]
-    query = (low @ w["wq_b.weight"].T).reshape(len(x), J, I)
+    query = (low @ w["wq_b.weight"].T).reshape(len(x), J, Z)
     share = x @ w["weights_proj.weight"].T * J**-0.5
     key = np.stack([turn(row, t) for t, row in enumerate(key)])
     pool, chosen = index.get("pool", 1), []
     if pool > 1:
         gate = np.exp(x @ w["index_kpool_compress_gate"].T)
         whole = len(x) // pool
-        gate = gate[: whole * pool].reshape(whole, pool, I) * np.exp(w["index_kpool_compress_ape"])
+        gate = gate[: whole * pool].reshape(whole, pool, Z) * np.exp(w["index_kpool_compress_ape"])
         key = (gate / gate.sum(1, keepdims=True) * key[: whole * pool].reshape(gate.shape)).sum(1)
     for t in range(len(x)):
         scores = []
@@ -332,7 +332,7 @@ def choose(hf, index, w, x, low, turn):
                 if index.get("ssmax"):
                     q = q * (w["softmax_scaling.scale"][j] * math.log(t + 1)
                              + w["softmax_scaling.bias"][j])  # fmt: skip
-                products.append(max(turn(q, t) @ key[s] * I**-0.5, 0))
+                products.append(max(turn(q, t) @ key[s] * Z**-0.5, 0))
             scores.append(share[t] @ products)
         best = sorted(range(len(scores)), key=lambda s: (-scores[s], s))[: hf["index_topk"] // pool]
         tail = range((t + 1) // pool * pool, t + 1)
