@@ -33,6 +33,7 @@ _BACKENDS: dict[str, dict[str, str]] = {
     },
     "expanded_attention": {
         "cudnn": "mla_jax.ops.cudnn",
+        "pallas_tpu": "mla_jax.ops.tpu.attention",
         "xla": "mla_jax.ops.xla",
         # Where it is named only: its last revision has not run on a GPU yet.
         "pallas_gpu": "mla_jax.ops.hopper.attention.backend",

@@ -73,7 +73,7 @@ def launch(pattern, q_rope, latent, k_rope, lengths, scale, plan: Plan, known=No
         x if name in scalars else pltpu.with_memory_space_constraint(x, pltpu.HBM)
         for name, x in arrays.items()
     ]
-    shaped = _shaped(arrays.values())
+    shaped = shaped(arrays.values())
     results = {
         "out": shaped((batch, rows // TILE, TILE, rank), dtype),
         "lse": shaped((batch, groups, LANES), jnp.float32),
@@ -278,7 +278,7 @@ def _either(flag, do):
     return lax.cond(flag, lambda: do(True), lambda: do(False))
 
 
-def _shaped(operands):
+def shaped(operands):
     """jax.ShapeDtypeStruct for results that vary over the mesh axes that some operand does."""
     manual: Any = [getattr(jax.typeof(x), "manual_axis_type", None) for x in operands]
     axes = frozenset().union(*(m.varying for m in manual if m is not None))
