@@ -37,6 +37,7 @@ import math
 import tomllib
 
 from mla_jax.config import MLAConfig, configs_dir
+from mla_jax.rates import OPERATIONS, Rates
 
 KINDS = ("absorbed", "expanded", "expanded_cached", "mha", "gqa", "mqa")
 PARTS = {  # stages by what they scale with: the context, the heads' inner widths, everything
@@ -345,11 +346,12 @@ def decode_step(
     return Costs(kind, (*stages, linear("o_proj", new, n * v * d, n * v + d)))
 
 
-def crossover_queries(config: MLAConfig, slots: int) -> float:
-    """T*, queries at which both forms cost the same operations on S cached latents.
+def crossover_queries(config: MLAConfig, slots: int, rates: Rates = OPERATIONS) -> float:
+    """T*, queries at which both forms cost the same operations, or time, on S cached latents.
 
     Per head, absorbed takes T (R(H+V) + S(2R+P)) multiply-adds and expanded S R(H+V) + T S (H+P+V):
-    equal at 1/T* = 1/T0 + 1/S with T0 = R(H+V)/(2R-H-V), infinite where 2R <= H+V.
+    equal at 1/T* = 1/T0 + 1/S with T0 = R(H+V)/(2R-H-V), infinite where 2R <= H+V. With `rates`
+    (`mla_jax.rates`) every term counts by how fast the device runs it.
 
     Raises:
         ValueError: slots are not a positive whole number.
@@ -358,13 +360,20 @@ def crossover_queries(config: MLAConfig, slots: int) -> float:
     170.7
     """
     _check_counts(slots=slots)
-    fold = config.kv_lora_rank * (config.qk_nope_head_dim + config.v_head_dim)
-    wider = max(0, 2 * config.kv_lora_rank - config.qk_nope_head_dim - config.v_head_dim)
+    rank, rope = config.kv_lora_rank, config.qk_rope_head_dim
+    nope, value = config.qk_nope_head_dim, config.v_head_dim
+    fold = rank * (nope + value) / rates.products
+    absorbed = (2 * rank + rope) / rates.absorbed
+    wider = max(0, absorbed - (nope + rope + value) / rates.expanded)
     return slots * fold / (fold + slots * wider)
 
 
-def choose_form(config: MLAConfig, queries: int, slots: int) -> str:
-    """The form with fewer operations, "absorbed" or "expanded". One query is always absorbed.
+def choose_form(
+    config: MLAConfig, queries: int, slots: int, rates: Rates = OPERATIONS
+) -> str:
+    """The form with fewer operations, "absorbed" or "expanded", or less time by a device's rates.
+
+    One query is always absorbed.
 
     Raises:
         ValueError: queries or slots are not a positive whole number.
@@ -374,7 +383,7 @@ def choose_form(config: MLAConfig, queries: int, slots: int) -> str:
     ('absorbed', 'absorbed', 'expanded')
     """
     _check_counts(queries=queries)
-    fewer = queries <= crossover_queries(config, slots)
+    fewer = queries <= crossover_queries(config, slots, rates)
     return "absorbed" if fewer or queries == 1 else "expanded"
 
 

@@ -30,13 +30,14 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from mla_jax import ops, rope
+from mla_jax import ops, rope, target
 from mla_jax.cache import Cache, Dense, Paged
 from mla_jax.config import MLAConfig
 from mla_jax.costs import choose_form
 from mla_jax.layers.projection import Projection, apart, kernel_of, together
 from mla_jax.layers.step import Form, Step, check_form, check_positions
 from mla_jax.ops import dispatch
+from mla_jax.rates import rates_of
 
 _BIASED = ("q_a_proj", "kv_a_proj", "o_proj")  # what attention_bias=True means
 
@@ -232,7 +233,8 @@ class MultiHeadLatentAttention(nnx.Module):
             lengths: int [B], tokens of each row, 0 to T; None is T for all.
             positions: int [T] or [B T]; by default they continue from `cache.length`. Causality and
                 a sliding window go by cache slot all the same.
-            form: "auto" goes by cost (`costs.choose_form`): expanded for a prompt, absorbed for a
+            form: "auto" goes by time where the device's rates are known (`mla_jax.rates`), else by
+                operations (`costs.choose_form`): expanded for a prompt, absorbed for a
                 short continuation of a long cache.
 
         Returns:
@@ -313,7 +315,8 @@ class MultiHeadLatentAttention(nnx.Module):
         """The form that is cheaper; under `jax.export` sizes may be symbols."""
         if not isinstance(queries, int):
             return "expanded"
-        return choose_form(self.config, queries, slots if isinstance(slots, int) else 2**30)
+        slots = slots if isinstance(slots, int) else 2**30
+        return choose_form(self.config, queries, slots, rates_of(target.current().kind))
 
     def _kv_b(self):
         config = self.config

@@ -67,8 +67,9 @@ def make_plan(
         window: a query sees only the last `window` slots below its limit.
         segment_ids: of queries and of slots.
     """
-    end = jnp.clip(limits.astype(jnp.int32), 0, slots)
-    start = jnp.zeros_like(end) if window is None else jnp.maximum(end - window, 0)
+    limits = limits.astype(jnp.int32)
+    end = jnp.clip(limits, 0, slots)  # of a piece of the slots, limits may lie beyond
+    start = jnp.zeros_like(end) if window is None else jnp.maximum(limits - window, 0)
     tokens = end.shape[1]
     # Rows past the last token repeat it: they are never stored, and no tile is masked for them.
     wide = [(0, 0), (0, padded(tokens) - tokens)]

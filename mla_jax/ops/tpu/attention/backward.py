@@ -102,7 +102,7 @@ def backward(arrays: dict[str, jax.Array], plan: Plan, shape: Shape, known=None)
             for name in ("of_keys", "of_values"):
                 of[name][...] = jnp.zeros_like(of[name])
 
-        tiles.visit(shape, now, i, lambda kind: _attend(of, shape, kind, i, j * cut, now[4]))
+        tiles.visit(shape, now, i, lambda kind: _attend(of, shape, kind, i, j * cut))
 
         @pl.when(i == count - 1)
         def _():
@@ -150,7 +150,7 @@ def _store(of, name: str, gradient, shape: Shape):
         first += channels
 
 
-def _attend(of, shape: Shape, kind: str, i, begin, live):
+def _attend(of, shape: Shape, kind: str, i, begin):
     """A pair of blocks; slots begin with slot `begin`."""
     dot, columns, dtype = tiles.product(shape.dtype), shape.backward.columns, shape.dtype
     dirty = kind == "masked" and shape.clean
@@ -159,13 +159,13 @@ def _attend(of, shape: Shape, kind: str, i, begin, live):
         query = tiles.joined([of[name][at] for name in ("q0", "q1") if name in of])
         key = tiles.joined([of[name][part] for name in ("k0", "k1") if name in of])
         value, d_out = of["v"][part], of["d_out"][at]
-        if dirty:
-            key, value = (tiles.cleaned(x, unit, begin, live) for x in (key, value))
         scores = dot(key, query, NT)
         if unit.free < unit.end:
             free, rest = unit.free - unit.first, unit.end - unit.first
             seen = tiles.masked(of, shape, scores[free:rest], unit, begin, kind == "diagonal")
             scores = jnp.concatenate([scores[:free], seen]) if free else seen
+        if dirty:
+            key, value = (tiles.cleaned(x, scores) for x in (key, value))
         weights = jnp.exp2(scores - of["statistics"][:1, at])
         d_weights = dot(value, d_out, NT)
         d_scores = (weights * (d_weights - of["statistics"][1:, at])).astype(dtype)

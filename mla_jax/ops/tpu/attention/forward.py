@@ -95,7 +95,7 @@ def forward(arrays: dict[str, jax.Array], plan: Plan, shape: Shape, known=None):
             of["top"][...] = jnp.full_like(of["top"], MASKED)
             of["mixed"][...] = jnp.zeros_like(of["mixed"])
 
-        tiles.visit(shape, now, index, lambda kind: _attend(of, shape, kind, index * cut, now[4]))
+        tiles.visit(shape, now, index, lambda kind: _attend(of, shape, kind, index * cut))
         pl.when(j == steps - 1)(lambda: _finish(of, shape))
 
     make = shaped([*operands.values()])
@@ -129,7 +129,7 @@ def forward(arrays: dict[str, jax.Array], plan: Plan, shape: Shape, known=None):
     )(plan.queries, *operands.values())
 
 
-def _attend(of, shape: Shape, kind: str, begin, live):
+def _attend(of, shape: Shape, kind: str, begin):
     """A block of slots, of which the first is slot `begin`."""
     dot, columns = tiles.product(shape.dtype), shape.forward.columns
     todo = tiles.units(shape.forward, kind)
@@ -155,13 +155,13 @@ def _attend(of, shape: Shape, kind: str, begin, live):
         """Values by the weights of a unit, to what the queries have so far."""
         unit = todo[turn]
         at, size = pl.ds(unit.column, columns), unit.end - unit.first
-        value = of["v"][unit.first : unit.end]
+        value, scores = of["v"][unit.first : unit.end], of["scores"][turn % 2, :size]
         if kind == "masked" and shape.clean:
-            value = tiles.cleaned(value, unit, begin, live)
+            value = tiles.cleaned(value, scores)
         value = jnp.concatenate([value.T, jnp.ones((_ONES, size), value.dtype)])
         before = of["top"][:, at]
         top = jnp.maximum(before, largest)
-        weights = jnp.exp2(of["scores"][turn % 2, :size] - top)
+        weights = jnp.exp2(scores - top)
         new = dot(value, weights.astype(value.dtype), NN)
         of["mixed"][:, at] = of["mixed"][:, at] * jnp.exp2(before - top) + new
         of["top"][:, at] = top

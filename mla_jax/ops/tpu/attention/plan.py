@@ -13,7 +13,7 @@ from mla_jax.config import configs_dir
 from mla_jax.ops import blocks
 from mla_jax.ops.tpu.planning import LANES
 
-RUN = 5  # numbers of a run: first, open, close, last block, and slots in use of the batch row
+RUN = 4  # numbers of a run of blocks: first, open, close and last
 
 
 class Sizes(NamedTuple):
@@ -71,8 +71,8 @@ class Plan(NamedTuple):
         ids: of every slot; None without segments.
     """
 
-    queries: Int[Array, "B*I*5"]
-    slots: Int[Array, "B*J*5"]
+    queries: Int[Array, "B*I*4"]
+    slots: Int[Array, "B*J*4"]
     bounds: Int[Array, "B bounds T"] | None
     ids: Int[Array, "B 1 S"] | None
 
@@ -121,15 +121,16 @@ def make_plan(
 
     Args:
         shape: what the kernels are compiled for.
-        limits: how many slots each query sees.
+        limits: how many slots each query sees; may be below 0 or beyond S.
         slots: S before it was padded.
         window: a query sees only the last `window` slots below its limit.
         segment_ids: of queries and of slots.
     """
     # Rows past the last token repeat it: they are never stored, and no block is masked for them.
     wide = [(0, 0), (0, shape.tokens - limits.shape[1])]
-    end = jnp.pad(jnp.clip(limits.astype(jnp.int32), 0, slots), wide, mode="edge")
-    start = jnp.zeros_like(end) if window is None else jnp.maximum(end - window, 0)
+    limits = jnp.pad(limits.astype(jnp.int32), wide, mode="edge")
+    start = jnp.zeros_like(limits) if window is None else jnp.maximum(limits - window, 0)
+    end = jnp.clip(limits, 0, slots)  # of a piece of the slots, limits may lie beyond
     rows, ids = {"end": end, "start": start}, None
     if segment_ids is not None:
         of_query, of_slot = (x.astype(jnp.int32) for x in segment_ids)
@@ -142,7 +143,7 @@ def make_plan(
         some, whole = blocks.visible(bounds, ids, shape.slots, sizes.rows, sizes.slots)
         if transposed:
             some, whole = some.swapaxes(1, 2), whole.swapaxes(1, 2)
-        return blocks.runs(some, whole, live).reshape(-1)
+        return blocks.runs(some, whole, live)[..., :RUN].reshape(-1)
 
     return Plan(
         queries=run(shape.forward),

@@ -43,7 +43,7 @@ def units(sizes: Sizes, kind: str) -> list[Unit]:
 
 
 def run_of(known: Any, table, count: int, row, block):
-    """First, open, close and last of a block, and how many slots of the batch row are in use."""
+    """First, open, close and last of a block."""
     if known is not None:
         return known(row, block)
     at = RUN * (row * count + block)
@@ -52,13 +52,13 @@ def run_of(known: Any, table, count: int, row, block):
 
 def within(run, index):
     """The block to copy for step `index`: the nearest of a run, so that no other is copied."""
-    first, _, _, last, _ = run
+    first, _, _, last = run
     return jnp.maximum(jnp.clip(index, first, last - 1), 0)
 
 
 def visit(shape: Shape, run, index, attend):
     """attend(kind) for block `index` of the other side, if a run has it."""
-    first, opened, closed, last, _ = run
+    first, opened, closed, last = run
     met, whole = (index >= first) & (index < last), (index >= opened) & (index < closed)
     pl.when(met & whole)(lambda: attend("whole"))
     pl.when(met & ~whole)(lambda: attend("masked" if shape.bounds else "diagonal"))
@@ -96,7 +96,10 @@ def masked(of, shape: Shape, scores, unit: Unit, begin, diagonal: bool):
     return jnp.where(seen, scores, MASKED)
 
 
-def cleaned(x, unit: Unit, begin, live):
-    """Zeros in the slots of a unit past those in use, which may hold anything."""
-    slot = begin + unit.first + lax.broadcasted_iota(jnp.int32, x.shape, 0)
-    return jnp.where(slot < live, x, jnp.zeros_like(x))
+def cleaned(x, scores):
+    """A unit's slots with zeros in those that none of its queries sees, which may hold anything.
+
+    Weights of such slots are 0, and 0 x NaN is NaN.
+    """
+    some = scores.max(axis=1, keepdims=True) > MASKED / 2
+    return jnp.where(some, x, jnp.zeros_like(x))
