@@ -368,9 +368,7 @@ def crossover_queries(config: MLAConfig, slots: int, rates: Rates = OPERATIONS) 
     return slots * fold / (fold + slots * wider)
 
 
-def choose_form(
-    config: MLAConfig, queries: int, slots: int, rates: Rates = OPERATIONS
-) -> str:
+def choose_form(config: MLAConfig, queries: int, slots: int, rates: Rates = OPERATIONS) -> str:
     """The form with fewer operations, "absorbed" or "expanded", or less time by a device's rates.
 
     One query is always absorbed.

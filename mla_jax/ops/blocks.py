@@ -10,10 +10,8 @@ ids. All of it is arithmetic on [B T] integers.
 Letters: B batch, T query tokens, S slots.
 """
 
-from collections.abc import Sequence
-
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool
 
 _FAR = 2**30
 
@@ -44,8 +42,7 @@ def visible(rows, ids, slots, query_rows, slot_rows):
     return some, whole & some
 
 
-def runs(
-    some: Bool[Array, "b tiles n"], whole: Bool[Array, "b tiles n"], live):
+def runs(some: Bool[Array, "b tiles n"], whole: Bool[Array, "b tiles n"], live):
     """first, open, close, last and `live` of each tile: the first run of whole blocks is kept."""
     count = some.shape[2]
     index = jnp.arange(count, dtype=jnp.int32)[None, None]
@@ -57,5 +54,3 @@ def runs(
     opened, close = jnp.minimum(opened, last), jnp.minimum(close, last)
     live = jnp.broadcast_to(live[:, None], first.shape)
     return jnp.stack([first, opened, close, last, live], axis=2)
-
-

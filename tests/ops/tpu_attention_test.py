@@ -4,7 +4,6 @@ The interpreter fills uninitialised memory with NaN and raises on what lies out 
 are tiny here, so that few tokens meet whole blocks, diagonals, and blocks that are skipped.
 """
 
-import dataclasses
 import functools
 from unittest import mock
 
@@ -17,12 +16,8 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
 import mla_jax
-from mla_jax import ops, target
-from mla_jax.cache import PAGE, Dense, Paged
-from mla_jax.ops import dispatch, pieces
-from mla_jax.ops.seen import Seen
 from mla_jax.ops.tpu import attention
-from mla_jax.ops.tpu.attention import forward, plan, tiles
+from mla_jax.ops.tpu.attention import plan
 
 SCALE = 0.11
 BLOCKS = plan.Sizes(rows=16, slots=16, columns=8, piece=8, vmem_bytes=2**25)

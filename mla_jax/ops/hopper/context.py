@@ -1,4 +1,4 @@
-"""Context attention on Hopper GPUs: pieces of the cache (`ops/pieces.py`) by the expanded form's kernel."""
+"""Context attention on Hopper: pieces of the cache (`ops/pieces.py`) by the expanded kernel."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Context attention on TPU: pieces of the cache (`ops/pieces.py`) by the expanded form's kernel."""
+"""Context attention on TPU: pieces of the cache (`ops/pieces.py`) by the expanded kernel."""
 
 import functools
 

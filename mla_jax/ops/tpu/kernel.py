@@ -73,15 +73,15 @@ def launch(pattern, q_rope, latent, k_rope, lengths, scale, plan: Plan, known=No
         x if name in scalars else pltpu.with_memory_space_constraint(x, pltpu.HBM)
         for name, x in arrays.items()
     ]
-    shaped = shaped(arrays.values())
+    make = shaped(arrays.values())
     results = {
-        "out": shaped((batch, rows // TILE, TILE, rank), dtype),
-        "lse": shaped((batch, groups, LANES), jnp.float32),
+        "out": make((batch, rows // TILE, TILE, rank), dtype),
+        "lse": make((batch, groups, LANES), jnp.float32),
     }
     if plan.cores > 1:  # each core's part of the row that they share
         results |= {
-            "part": shaped((plan.cores, rows, rank), jnp.float32),
-            "part_lse": shaped((plan.cores, groups, LANES), jnp.float32),
+            "part": make((plan.cores, rows, rank), jnp.float32),
+            "part_lse": make((plan.cores, groups, LANES), jnp.float32),
         }
     vmem, pieces = pltpu.VMEM, plan.block // plan.piece
     held = rows_held(batch, pieces, plan.ring)

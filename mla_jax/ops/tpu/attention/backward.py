@@ -75,8 +75,8 @@ def backward(arrays: dict[str, jax.Array], plan: Plan, shape: Shape, known=None)
     operands = {name: x for name, x in operands.items() if x is not None}
     make = shaped([*operands.values()])
     results, out_specs = {}, []
-    for name, channels in (("q0", shape.nope), ("q1", shape.rope), ("k0", shape.nope),
-                           ("k1", shape.rope), ("v", shape.value)):  # fmt: skip
+    widths = {"q0": shape.nope, "q1": shape.rope, "k0": shape.nope, "k1": shape.rope}
+    for name, channels in (widths | {"v": shape.value}).items():
         if name in operands:
             length = shape.tokens if name[0] == "q" else shape.slots
             results["d_" + name] = make((shape.batch, shape.heads, length, channels), shape.dtype)

@@ -15,7 +15,6 @@ Letters: B batch, T query tokens, S slots, N heads, H, P and V key, rotary and v
 J blocks of queries and of slots.
 """
 
-
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -30,7 +29,7 @@ _ONES = 16  # rows of ones under the values: a tile of 16-bit numbers
 
 
 def forward(arrays: dict[str, jax.Array], plan: Plan, shape: Shape, known=None):
-    """out [B N T V], and lse [B N 1 T] in base 2; -1e30 where a query sees nothing.
+    """Out [B N T V], and lse [B N 1 T] in base 2; -1e30 where a query sees nothing.
 
     Args:
         arrays: q0 [B N T H] and q1 [B N T P], times the scale in base 2; k0 [B N S H], k1 [B S P]
@@ -181,5 +180,3 @@ def _finish(of, shape: Shape):
     share = jnp.where(some, 1 / total, 0.0)
     of["out"][...] = (of["mixed"][: shape.value] * share).T.astype(of["out"].dtype)
     of["lse"][...] = jnp.where(some, top + jnp.log2(total), MASKED)
-
-
