@@ -49,8 +49,8 @@ def decode():
     """The attention core of one decoding step: ours, FlashMLA, XLA, and the floor."""
     rows = table("README.md", "| B, S, N, T |")
     fig, ax = plt.subplots(figsize=(6.4, 3.9), layout="constrained")
-    for y, (shape, *cells) in enumerate(reversed(rows)):
-        kernel, flash, xla, floor = map(number, cells[:4])
+    for y, row in enumerate(reversed(rows)):
+        kernel, flash, xla, floor = map(number, row[1:5])
         ax.plot([kernel * floor, xla], [y, y], color=GREY, lw=0.6, zorder=1)
         ax.plot(kernel * floor, y, "|", color=INK, ms=11, mew=1.6)
         ax.plot(xla, y, "o", color=GREY, ms=6)

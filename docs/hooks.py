@@ -75,6 +75,7 @@ def on_page_content(html, page, **kwargs):
     html = re.sub(r"<p>{{ drawing ([\w/.]+) }}</p>", drawing, html)
     if page.file.src_uri.endswith(".ipynb"):
         html = re.sub(r'href="(\d\d_\w+)\.ipynb"', r'href="../\1/"', html)
+        html = _fold(html)
     return html
 
 
@@ -88,6 +89,24 @@ def on_page_context(context, page, config, **kwargs):
     if edited is not None:
         page.edit_url = f"{config['repo_url']}/edit/main/{edited}"
     return context
+
+
+def _fold(html):
+    """A notebook's page, with the code of cells that begin with `# @title` folded, as in Colab."""
+    cell, outputs = '<div class="jp-Cell-inputWrapper"', '<div class="jp-Cell-outputWrapper">'
+    parts = html.split(cell)
+    for i, part in enumerate(parts):
+        title = re.search(r"# @title (.*?)</span>", part)
+        if title is None or i == 0:
+            continue
+        if outputs not in part:
+            raise ValueError(f"the cell {title[1]!r} shows nothing: execute the notebook")
+        code, rest = (cell + part).split(outputs, 1)
+        opened = f'<details class="mla-code"><summary>{title[1]}</summary>'
+        parts[i] = f"{opened}{code}</details>{outputs}{rest}"
+    return parts[0] + "".join(
+        part if part.startswith("<details") else cell + part for part in parts[1:]
+    )
 
 
 class FenceDoctests(griffe.Extension):

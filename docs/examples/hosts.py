@@ -1,3 +1,4 @@
+# --8<-- [start:begin]
 import jax
 import jax.numpy as jnp
 import optax
@@ -8,6 +9,7 @@ import mla_jax
 
 config = mla_jax.MLAConfig.from_preset("tiny")
 x = jax.random.normal(jax.random.key(1), (2, 6, config.hidden_size))
+# --8<-- [end:begin]
 
 
 # --8<-- [start:linen]
@@ -66,8 +68,10 @@ print("the loss falls:", losses[2] < losses[1] < losses[0])
 # --8<-- [start:core]
 # The core alone, for a layer of one's own: 4 heads, latents of 64 and rotary keys of 16 numbers.
 keys = jax.random.split(jax.random.key(2), 4)
-pattern, q_rope = (jax.random.normal(key, (2, 1, 4, n)) for key, n in zip(keys, (64, 16)))
-latent, k_rope = (jax.random.normal(key, (2, 32, n)) for key, n in zip(keys[2:], (64, 16)))
+pattern = jax.random.normal(keys[0], (2, 1, 4, 64))
+q_rope = jax.random.normal(keys[1], (2, 1, 4, 16))
+latent = jax.random.normal(keys[2], (2, 32, 64))
+k_rope = jax.random.normal(keys[3], (2, 32, 16))
 out_latent, lse = mla_jax.latent_attention(
     pattern, q_rope, latent, k_rope, lengths=jnp.array([32, 7]), scale=48**-0.5
 )

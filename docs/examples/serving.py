@@ -1,3 +1,4 @@
+# --8<-- [start:begin]
 import functools
 
 import jax
@@ -11,6 +12,7 @@ from mla_jax.models import Decoder, DecoderConfig
 config = DecoderConfig.from_preset("tiny")
 config = config.replace(attention=config.attention.replace(num_hidden_layers=1))
 model = Decoder(config, rngs=nnx.Rngs(0))
+# --8<-- [end:begin]
 
 
 # --8<-- [start:ragged]
