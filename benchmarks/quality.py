@@ -3,10 +3,10 @@
     python benchmarks/quality.py --json benchmarks/quality.json
 
 All cache 80 numbers per token and layer, and all have as many parameters: what an attention
-spares, its MLPs get. MHA's four heads then have keys and values of 10 channels, GQA's two groups of
-20, MQA's one of 40; MLA caches a latent of 64 and a rotary key of 16, which serve four heads of
-32 + 16. The text is Python's standard library by bytes, its last windows held out. Learning rate and
-schedule are those of `mla-jax demo`, tuned for none of them. Results depend a little on the machine.
+spares, its MLPs get. MHA's four heads then have keys and values of 10 channels, GQA's two groups
+of 20, MQA's one of 40; MLA caches a latent of 64 and a rotary key of 16, which serve four heads of
+32 + 16. The text is Python's standard library by bytes, its last windows held out. Learning rate
+and schedule are those of `mla-jax demo`, tuned for none. Results depend a little on the machine.
 """
 
 import argparse
