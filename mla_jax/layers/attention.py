@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from mla_jax import ops, rope
+from mla_jax import ops, rope, sharding
 from mla_jax.cache import Dense, Paged, Store
 from mla_jax.costs import choose_form
 from mla_jax.layers.indexer import Indexer, indexer_loss
@@ -155,7 +155,7 @@ class MultiHeadLatentAttention(LatentMaps):
             k_nope, value = self._keys_values(store.latent)
             keys_values = Dense({"k_nope": k_nope, "k_rope": store.k_rope, "value": value})
             heads, lse = ops.attend_expanded((q_nope, q_rope), keys_values, seen, **options)
-        return self._output(heads, lse, gate), relay
+        return sharding.beside(self._output(heads, lse, gate), x), relay
 
     def init_store(self, batch_size: int, slots: int, dtype=None) -> Dense:
         """Slots of its own for every row: what a `Cache` keeps of this layer's tokens.
@@ -210,7 +210,7 @@ class MultiHeadLatentAttention(LatentMaps):
             heads, lse = self._absorbed(q_nope, q_rope, source, seen, step)
         else:
             heads, lse = self._expanded(q_nope, q_rope, new, source, seen, step)
-        y = step.clear(self._output(heads, lse, gate))
+        y = step.clear(sharding.beside(self._output(heads, lse, gate), x))
         return y, own.pool if isinstance(own, Paged) else own, relay
 
     def indexer_loss(

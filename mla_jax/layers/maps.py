@@ -18,7 +18,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from mla_jax import rope
+from mla_jax import rope, sharding
 from mla_jax.config import MLAConfig
 from mla_jax.layers import query_scale
 from mla_jax.layers.indexer import Indexer
@@ -27,6 +27,12 @@ from mla_jax.layers.projection import Projection, apart, kernel_of, together
 from mla_jax.ops import dispatch
 
 _BIASED = ("q_a_proj", "kv_a_proj", "o_proj")  # what attention_bias=True means
+# Of each kernel's axes; ranks count as D, the axis that FSDP splits.
+_LETTERS = {
+    "q_proj": ("D", "N", None), "q_a_proj": ("D", None), "q_b_proj": ("D", "N", None),
+    "kv_a_proj": ("D", None), "kv_b_proj": ("D", "N", None), "g_proj": ("D", "N", None),
+    "o_proj": ("N", None, "D"),
+}  # fmt: skip
 
 
 class LatentMaps(Mixer):
@@ -56,8 +62,8 @@ class LatentMaps(Mixer):
 
         def linear(name, inputs, outputs):
             return Projection(
-                inputs, outputs, use_bias=name in biased, dtype=dtype, param_dtype=param_dtype,
-                kernel_init=kernel_init, precision=precision, rngs=rngs,
+                inputs, outputs, letters=_LETTERS[name], use_bias=name in biased, dtype=dtype,
+                param_dtype=param_dtype, kernel_init=kernel_init, precision=precision, rngs=rngs,
             )  # fmt: skip
 
         def norm(width):
@@ -90,10 +96,11 @@ class LatentMaps(Mixer):
             gates = 1 if config.output_gate == "head" else value
             self.g_proj = linear("g_proj", (width,), (heads, gates))
         if config.attention_sinks:
-            self.sinks = nnx.Param(jnp.zeros((heads,), param_dtype))
+            self.sinks = nnx.Param(jnp.zeros((heads,), param_dtype), **sharding.metadata("N"))
         if config.query_scale_ssmax:
-            self.ssmax_scale = nnx.Param(jnp.zeros((heads,), param_dtype))
-            self.ssmax_bias = nnx.Param(jnp.ones((heads,), param_dtype))
+            of_heads = sharding.metadata("N")
+            self.ssmax_scale = nnx.Param(jnp.zeros((heads,), param_dtype), **of_heads)
+            self.ssmax_bias = nnx.Param(jnp.ones((heads,), param_dtype), **of_heads)
         self.o_proj = linear("o_proj", (heads, value), (width,))
         if config.has_indexer:
             self.indexer = Indexer(
@@ -114,7 +121,8 @@ class LatentMaps(Mixer):
     def _kv_b(self):
         config = self.config
         heads = (config.num_attention_heads, config.qk_nope_head_dim + config.v_head_dim)
-        return kernel_of(self.kv_b_proj, config.kv_lora_rank, heads)
+        kernel = kernel_of(self.kv_b_proj, config.kv_lora_rank, heads)
+        return sharding.move(kernel, (), sharding.spec(kernel)[1])  # FSDP splits R
 
     def _queries(self, x, positions, by):
         """q_nope [B T N H], rotated q_rope [B T N P], the gate's logits [B T N 1 or V] or None.

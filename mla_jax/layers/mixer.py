@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from mla_jax.cache import Cache, Dense
 from mla_jax.layers.step import Form, Step
+from mla_jax.sharding import Rules
 
 
 class Mixer(nnx.Module):
@@ -35,10 +36,15 @@ class Mixer(nnx.Module):
         """B and T, or ValueError: x is not [B T D] of a float dtype."""
 
     def init_cache(
-        self, batch_size: int, max_length: int, dtype=None, pages: int | None = None
+        self,
+        batch_size: int,
+        max_length: int,
+        dtype=None,
+        pages: int | None = None,
+        sharding: Rules | None = None,
     ) -> Cache:
         """An empty cache of this layer alone: see `Cache.init`."""
-        return Cache.init([self], batch_size, max_length, dtype, pages)
+        return Cache.init([self], batch_size, max_length, dtype, pages, sharding)
 
     def prefill(
         self,

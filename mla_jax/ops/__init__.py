@@ -16,6 +16,7 @@ from mla_jax.ops.indexing import attention_weights as attention_weights
 from mla_jax.ops.indexing import choose_slots as choose_slots
 from mla_jax.ops.indexing import index_scores as index_scores
 from mla_jax.ops.merge import merge_attention as merge_attention
+from mla_jax.ops.mesh import Layout
 from mla_jax.ops.seen import Seen
 
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -184,6 +185,7 @@ def attend_expanded(
         float(scale),
         _soft_cap(soft_cap),
         precision,
+        Layout.of(queries, store),
     )
     return dispatch.attend(queries, store, seen, call, implementation)
 
@@ -243,6 +245,7 @@ def latent_call(queries, store, seen, scale, soft_cap=None, precision=None) -> C
         float(scale),
         _soft_cap(soft_cap),
         precision,
+        Layout.of(queries, store),
     )
 
 
@@ -285,6 +288,7 @@ def context_attention(
         float(scale),
         None,
         precision,
+        Layout.of(queries, store),
     )
     return dispatch.attend(queries, store, seen, call, implementation, kv_b=kv_b)
 
