@@ -119,7 +119,8 @@ def test_layers_attend_to_another_s_cache(rng):
     for layer in layers:
         y, relay = layer.attend(X, relay)
         full.append(y)
-    alone = make(base, 1)
+    alone = make(base)
+    nnx.update(alone, nnx.state(layers[1]))
     alone.kv_a_proj, alone.kv_a_norm = layers[0].kv_a_proj, layers[0].kv_a_norm
     np.testing.assert_allclose(full[1], alone(X), atol=1e-6)
     for form in ("absorbed", "expanded"):
