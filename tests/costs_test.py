@@ -367,10 +367,6 @@ class DevicesAndTableTest(parameterized.TestCase):
             call()
 
 
-if __name__ == "__main__":
-    absltest.main()
-
-
 def test_a_sparse_step_scores_all_tokens_and_attends_to_the_chosen():
     v32 = MLAConfig.from_preset("deepseek_v32")
     step = costs.decode_step(v32, 2, 3, 10_000, "sparse")
@@ -389,3 +385,7 @@ def test_a_sparse_step_scores_all_tokens_and_attends_to_the_chosen():
     assert costs.cache_numbers(shared, "sparse") == 576
     with pytest.raises(ValueError, match="kind='sparse': index_topk is None"):
         costs.decode_step(MLAConfig.from_preset("deepseek_v3"), 1, 1, 8, "sparse")
+
+
+if __name__ == "__main__":
+    absltest.main()
