@@ -229,8 +229,8 @@ def sparse(generation, *, batch=16, slots=65536, tokens=None):
     )  # fmt: skip
     heads = MLAConfig.from_preset("deepseek_v32").index_n_heads
     products = batch * (tokens or 1) * heads * slots * 4 / 2**20  # of all index heads and slots
-    cache = batch * slots * 576 * 2 / 2**20
-    assert row["temporaries"] < min(products, cache) + 256, (row, products, cache)
+    # A prompt's patterns and mixed latents, 1 GiB here, and what is gathered for some queries.
+    assert row["temporaries"] < max(512, products / 16), (row, products)
     return row
 
 
