@@ -145,6 +145,8 @@ def plan(make: Callable, seen: Seen, call: Any) -> Any:
 
 def _operands(layout, queries, store, seen, more):
     """What a call works on, and the letters of all that."""
+    if seen.chosen is not None:
+        raise NotImplementedError("chosen: attention to chosen slots does not run on a mesh yet.")
     if layout.slots and (seen.mask is not None or seen.segments is not None):
         raise NotImplementedError(
             f"slots S are split over {', '.join(layout.slots)}: there attention takes lengths and "
