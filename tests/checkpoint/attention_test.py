@@ -4,7 +4,7 @@ import pathlib
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import MICRO
+from common import MICRO, drawn
 from flax import nnx
 
 from mla_jax import MLAConfig, MultiHeadLatentAttention, checkpoint
@@ -20,7 +20,7 @@ def test_families(path):
     weights = {key[2:]: z[key] for key in z.files if key.startswith("w/")}
     config = MLAConfig.from_hf(json.loads(str(z["config"])))
     assert config == MLAConfig.from_hf(json.loads(str(z["config_hub"])))
-    layer = MultiHeadLatentAttention(config, precision="highest", rngs=nnx.Rngs(0))
+    layer = drawn(lambda: MultiHeadLatentAttention(config, precision="highest", rngs=nnx.Rngs(0)))
     checkpoint.load_attention(layer, weights)
     style = {"hy_v4": "transformers_hy_v4", "axk2": "transformers_axk2"}.get(path.stem)
     back = checkpoint.attention_tensors(layer, names=style or "huggingface")
@@ -77,9 +77,8 @@ def test_bf16_error_is_that_of_the_expanded_form():
     z = np.load(next(path for path in CASES if "realdims" in path.stem))
     weights = {key[2:]: z[key] for key in z.files if key.startswith("w/")}
     config = MLAConfig.from_hf(json.loads(str(z["config"])))
-    layer = MultiHeadLatentAttention(
-        config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)
-    )
+    types = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
+    layer = drawn(lambda: MultiHeadLatentAttention(config, **types, rngs=nnx.Rngs(0)))
     checkpoint.load_attention(layer, weights)
     x, real = jnp.asarray(z["in/hidden_states"], jnp.bfloat16), z["in/attention_mask"] == 1
     positions, mask = jnp.asarray(z["in/position_ids"]), jnp.asarray(real)[:, None, None]

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import MICRO, PLAIN
+from common import MICRO, PLAIN, drawn
 from flax import nnx
 from safetensors import safe_open
 
@@ -45,9 +45,7 @@ def random_weights(model, seed=0):
 
 
 def make(config, seed=0, **options):
-    model = Decoder(config, rngs=nnx.Rngs(seed), **options)
-    nnx.update(model, nnx.state(random_weights(nnx.clone(model), seed)))
-    return model
+    return random_weights(drawn(lambda: Decoder(config, rngs=nnx.Rngs(0), **options)), seed)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])

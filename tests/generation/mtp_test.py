@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import MICRO, PLAIN
+from common import MICRO, PLAIN, drawn
 from flax import nnx
 from numpy_decoder import NumpyDecoder
 
@@ -24,7 +24,7 @@ PROMPTS = [[1, 4, 0, 2, 2, 3, 1], [3], [0, 4, 1, 1]]
 
 @functools.cache
 def model():
-    model = Decoder(RANDOM, mtp=True, precision="highest", rngs=nnx.Rngs(4))
+    model = drawn(lambda: Decoder(RANDOM, mtp=True, precision="highest", rngs=nnx.Rngs(4)))
     random = np.random.default_rng(1)
     for path, parameter in nnx.iter_graph(model):
         if isinstance(parameter, nnx.Param) and path[-1] == "scale":
@@ -41,7 +41,7 @@ def prophet(words: int, knowing: bool):
         attention=PLAIN.replace(num_hidden_layers=1), vocab_size=words, intermediate_size=20,
         num_nextn_predict_layers=1,
     )  # fmt: skip
-    model = Decoder(config, mtp=True, precision="highest", rngs=nnx.Rngs(0))
+    model = drawn(lambda: Decoder(config, mtp=True, precision="highest", rngs=nnx.Rngs(0)))
     table = model.embed.embedding[...]
     # Rows that a norm leaves as they are.
     model.embed.embedding.set_value(table / jnp.sqrt((table**2).mean(-1, keepdims=True)))
@@ -267,7 +267,7 @@ def test_refusals(options, message):
 
 
 def test_a_model_without_a_predictor_says_what_to_do():
-    bare = Decoder(RANDOM, rngs=nnx.Rngs(0))
+    bare = drawn(lambda: Decoder(RANDOM, rngs=nnx.Rngs(0)))
     with pytest.raises(
         ValueError, match=r"load_decoder\(\.\.\., mtp=True\).*or use draft='prompt'"
     ):

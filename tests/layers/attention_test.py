@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from common import MICRO, PLAIN, relative
+from common import MICRO, PLAIN, drawn, relative
 from flax import nnx
 
 import mla_jax
@@ -18,7 +18,7 @@ X = jax.random.normal(jax.random.key(1), (2, 5, MICRO.hidden_size))
 
 
 def make(config=MICRO, **options):
-    return MultiHeadLatentAttention(config, rngs=nnx.Rngs(0), **options)
+    return drawn(lambda: MultiHeadLatentAttention(config, rngs=nnx.Rngs(0), **options))
 
 
 def test_parameters_have_the_names_of_the_design():
