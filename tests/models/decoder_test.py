@@ -147,7 +147,8 @@ def test_the_router_is_float32_in_a_bfloat16_model(rng):
 
 def shapes(config, **options):
     """The shapes of a model of so many layers as have a block of each kind, and how many it lacks,
-    which are like its last."""
+    which are like its last.
+    """
     layers = config.attention.num_hidden_layers
     kept = next((n + 1 for n in range(layers) if config.is_sparse(n)), 1)
     config = config.replace(attention=config.attention.replace(num_hidden_layers=kept))
