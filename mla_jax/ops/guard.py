@@ -25,7 +25,6 @@ def unsplit(kernel: Callable[..., Any], name: str, interpret: Any = None) -> Cal
     Raises:
         NotImplementedError: when the program is compiled, wrapped in jax's own error.
     """
-
     if interpret is not None:
         return kernel
 
