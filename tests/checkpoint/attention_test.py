@@ -1,6 +1,8 @@
+import functools
 import json
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,6 +13,18 @@ from mla_jax import MLAConfig, MultiHeadLatentAttention, checkpoint
 
 TESTDATA = pathlib.Path(__file__).parents[1] / "testdata"
 CASES = sorted(path for path in TESTDATA.glob("*.npz") if not path.stem.startswith("ckpt"))
+
+
+@jax.jit
+def both_forms(layer, x, **options):
+    return [layer(x, form=form, **options) for form in ("expanded", "absorbed")]
+
+
+@functools.partial(jax.jit, static_argnames="method")
+def step(layer, x, cache, *, method, **options):
+    if method == "decode":
+        return layer.decode(x, cache, form="absorbed", **options)
+    return layer.prefill(x, cache, form="expanded", **options)
 
 
 @pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
@@ -30,11 +44,8 @@ def test_families(path):
 
     x, real = z["in/hidden_states"], z["in/attention_mask"] == 1
     tolerance = {"atol": meta["atol"], "rtol": meta["rtol"]}
-    for form in ("expanded", "absorbed"):
-        y = layer(
-            jnp.asarray(x), positions=jnp.asarray(z["in/position_ids"]),
-            mask=jnp.asarray(real)[:, None, None], form=form,
-        )  # fmt: skip
+    options = {"positions": z["in/position_ids"], "mask": real[:, None, None]}
+    for y in both_forms(layer, x, **options):
         np.testing.assert_allclose(np.asarray(y)[real], z["out/full"][real], **tolerance)
 
     # The cached pass, rows moved to the left: padding comes first in the file, last in a chunk.
@@ -52,11 +63,9 @@ def test_families(path):
         positions = first + np.asarray(cache.length)[:, None] + np.arange(count)
         options = {"positions": jnp.asarray(positions) if first else None}
         if count <= 3:
-            y, cache = layer.decode(jnp.asarray(chunk), cache, form="absorbed", **options)
+            y, cache = step(layer, chunk, cache, method="decode", **options)
         else:
-            y, cache = layer.prefill(
-                jnp.asarray(chunk), cache, jnp.asarray(lengths), form="expanded", **options
-            )
+            y, cache = step(layer, chunk, cache, method="prefill", lengths=lengths, **options)
         for b, n in enumerate(lengths):
             outputs[b, end - n : end] = np.asarray(y)[b, :n]
         start = end
@@ -86,12 +95,9 @@ def test_bf16_error_is_that_of_the_expanded_form():
     def norm(y):
         return np.linalg.norm(np.asarray(y, np.float64)[real] - z["out/full"][real])
 
-    error = {
-        form: norm(layer(x, positions=positions, mask=mask, form=form))
-        for form in ("expanded", "absorbed")
-    }
-    assert error["absorbed"] < 1.5 * error["expanded"]
-    assert error["expanded"] < 1.5 * norm(z["out/full_bf16"])
+    expanded, absorbed = map(norm, both_forms(layer, x, positions=positions, mask=mask))
+    assert absorbed < 1.5 * expanded
+    assert expanded < 1.5 * norm(z["out/full_bf16"])
 
 
 def test_errors_name_the_tensor():

@@ -55,9 +55,7 @@ def test_only_new_tokens_are_prefilled_and_the_answers_are_those_of_whole_conver
     model = load_decoder(saved, dtype="float32")
     tokenizer = generation.Tokenizer.from_checkpoint(saved)
     defaults = generation.GenerationDefaults.from_checkpoint(saved)
-    request = generation.Request(
-        max_new_tokens=5, max_length=128, stop_tokens=defaults.stop_tokens
-    )
+    request = generation.Request(max_new_tokens=5, max_length=128, stop_tokens=defaults.stop_tokens)
     turns = [(turn["prefilled"], turn["held"]) for turn in found["turns"]]
     system = [{"role": "system", "content": "  "}]
     messages = check_turns(model, tokenizer, request, system, contents, turns)
