@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from mla_jax import costs, target
+from mla_jax.cache import ENCODINGS, checked_dtype
 from mla_jax.config import MLAConfig
 from mla_jax.models import DecoderConfig
 from mla_jax.ops import dispatch, experts
@@ -16,6 +17,7 @@ def explain(
     length: int = 4096,
     queries: int = 1,
     dtype="bfloat16",
+    cache_dtype=None,
     device: jax.Device | target.Target | None = None,
     pages: bool = False,
     implementation: dispatch.Implementation = None,
@@ -28,12 +30,14 @@ def explain(
         length: S, slots of the cache.
         queries: T, new tokens of a step.
         dtype: of the cache and the computation.
+        cache_dtype: float8_e4m3fn or int8, where the cache holds its latents so; None is `dtype`.
         device: where, a device or a `Target`; None is what is compiled for now.
         pages: whether rows share a pool of pages.
         implementation: of the layer.
 
     Raises:
-        ValueError: a number below 1, or a dtype that is not floating.
+        ValueError: a number below 1, a dtype that is not floating, or a cache_dtype that is neither
+            of these two.
 
     >>> v3, cpu = MLAConfig.from_preset("deepseek_v3"), jax.devices("cpu")[0]
     >>> explain(v3, device=cpu)  # doctest: +ELLIPSIS
@@ -47,19 +51,23 @@ def explain(
             raise ValueError(f"{key}={value!r}: it must be at least 1.")
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype={jnp.dtype(dtype).name!r}: it must be of floating numbers.")
+    encoding = None if cache_dtype is None else checked_dtype("cache_dtype", cache_dtype).name
+    if encoding not in (None, *ENCODINGS):
+        raise ValueError(f"cache_dtype={encoding}: it must be None or {' or '.join(ENCODINGS)}.")
     device = target.current() if device is None else target.of(device)
     named = dispatch.normalized(implementation)
     model = config if isinstance(config, DecoderConfig) else None
     config = config.attention if isinstance(config, DecoderConfig) else config
     form = costs.choose_form(config, queries=queries, slots=length)
     crossover = costs.crossover_queries(config, slots=length)
-    print(f"{device}, {jnp.dtype(dtype).name}")
+    print(f"{device}, {jnp.dtype(dtype).name}" + (f", {encoding} latents" if encoding else ""))
     print(
         f"step of {queries} token(s) per row on {batch_size} x {length} slots: {form} "
         f"(absorbed up to {crossover:.0f} tokens, expanded above)"
     )
     store = "paged" if pages else "dense"
-    for op, what, call in _calls(config, form, batch_size, length, queries, dtype, store):
+    shapes = (batch_size, length, queries)
+    for op, what, call in _calls(config, form, *shapes, dtype, store, encoding):
         print(f"{op} ({what}):")
         _print_backends(dispatch.report(call, device), named.get(op))
     if model is not None and model.n_routed_experts is not None:
@@ -87,16 +95,18 @@ def _print_backends(report, named):
         print(f"  implementation={named!r} raises an error")
 
 
-def _calls(config, form, batch, slots, queries, dtype, store):
+def _calls(config, form, batch, slots, queries, dtype, store, encoding):
     """The ops that a step of this form calls: name, purpose, and what is static of the call."""
     heads, name = config.num_attention_heads, jnp.dtype(dtype).name
     rope, window = config.qk_rope_head_dim, config.sliding_window
 
     def call(op, of_slots, key_dim, value_dim, options, of_store):
         options = tuple(sorted((*options, *(["window"] if window else []))))
+        cached = None if op == "expanded_attention" else encoding
         return dispatch.Call(
-            op, batch, queries, of_slots, heads, (key_dim, rope), value_dim, name, options, of_store
-        )
+            op, batch, queries, of_slots, heads, (key_dim, rope), value_dim, name, options,
+            of_store, encoding=cached,
+        )  # fmt: skip
 
     rank = config.kv_lora_rank
     widths = config.qk_nope_head_dim, config.v_head_dim

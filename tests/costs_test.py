@@ -89,6 +89,18 @@ class FiguresTest(parameterized.TestCase):
         assert round(costs.cache_bytes(V3, 1, 131072) / 2**30, 1) == 8.6
         assert costs.cache_bytes(V3, 3, 5, "expanded", width=4, layers=7) == 3 * 5 * 7 * 576 * 4
 
+    @pytest.mark.parametrize("kind", ["absorbed", "expanded"])
+    def test_latents_in_a_byte_a_number(self, kind):
+        options = {"kind": kind, "cache_dtype": "float8_e4m3fn"}
+        assert costs.cache_bytes(V3, 3, 5, **options) == 3 * 5 * 61 * (512 + 4 * 4 + 2 * 64)
+        step = costs.decode_step(V3, 2, 3, 100, **options)
+        plain = costs.decode_step(V3, 2, 3, 100, kind)
+        assert sum(stage.cache_bytes for stage in step.stages) == 2 * (3 + 100) * 656
+        assert [stage.flops for stage in step.stages] == [stage.flops for stage in plain.stages]
+        assert plain.bytes - step.bytes == 2 * (3 + 100) * (1152 - 656)
+        mha = [costs.decode_step(V3, 2, 3, 100, "mha", cache_dtype=d) for d in (None, "int8")]
+        assert mha[0] == mha[1]
+
     @parameterized.parameters(
         ("kimi_linear", 7), ("kimi_k3", 24), ("ling_3_flash", 7), ("longcat_flash", 2 * 28),
         ("longcat_flash_lite", 2 * 14), ("deepseek_v3", 61), ("tiny", 4),
@@ -345,6 +357,7 @@ class DevicesAndTableTest(parameterized.TestCase):
         (lambda: costs.multiply_adds(V3, None), "kind=None"),
         (lambda: costs.cache_bytes(V3, 0, 1), "batch=0.*positive whole"),
         (lambda: costs.cache_bytes(V3, 1, 1.5), "length=1.5"),
+        (lambda: costs.cache_bytes(V3, 1, 1, cache_dtype="fp8"), "cache_dtype='fp8'.*one of flo"),
         (lambda: costs.cache_bytes(V3, 1, 1, layers=0), "layers=0"),
         (lambda: costs.cache_bytes(V3, 1, 1, width=-2), "width=-2"),
         (lambda: costs.decode_step(V3, 1, 0, 1), "queries=0"),

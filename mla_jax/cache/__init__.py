@@ -24,6 +24,9 @@ from mla_jax.cache.dense import Dense as Dense
 from mla_jax.cache.paged import PAGE as PAGE
 from mla_jax.cache.paged import Paged as Paged
 from mla_jax.cache.paged import Pages as Pages
+from mla_jax.cache.scaled import ENCODINGS as ENCODINGS
+from mla_jax.cache.scaled import Scaled as Scaled
+from mla_jax.cache.scaled import is_encoding as is_encoding
 
 Store = Dense | Paged
 
@@ -76,7 +79,8 @@ class Cache:
                 `init_store(rows, slots, dtype)` makes a store each.
             batch_size: B.
             max_length: S; a multiple of 128 where there are pages.
-            dtype: of the stores; None lets every mixer choose.
+            dtype: of the stores; None lets every mixer choose. With float8_e4m3fn and int8 latents
+                take a byte a number and have scales: see `Scaled`.
             pages: G, how many pages of 128 slots all rows share; None gives every row S slots.
 
         Raises:
@@ -90,11 +94,7 @@ class Cache:
             if not (whole or jax.export.is_symbolic_dim(value)) or (whole and value < 1):
                 raise ValueError(f"{name}={value!r}: {name} must be a whole number of at least 1.")
         if dtype is not None:
-            dtype = jnp.dtype(dtype)
-            if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64):
-                raise ValueError(
-                    f"dtype={dtype.name}: a cache holds bfloat16, float16, float32 or float64."
-                )
+            dtype = checked_dtype("dtype", dtype)
         rows, slots, held = batch_size, max_length, None
         if pages is not None:
             if max_length % PAGE:
@@ -259,7 +259,7 @@ class Cache:
         slot = jnp.where(slot < row.length[0], slot, self.max_length + slot)
 
         def put(store, other):
-            new = row.view(other).block(0, row.max_length)
+            new = row.view(other).cut(0, row.max_length)
             if cache.pages is None:
                 here = {
                     name: held.at[index, : row.max_length].set(new[name][0], mode="drop")
@@ -267,7 +267,7 @@ class Cache:
                 }
                 return dataclasses.replace(store, arrays=here)
             table = cache.pages.table.at[index].get(mode="fill", fill_value=cache.pages.count)
-            return Paged(store, table[None]).write(slot, **new).pool
+            return Paged(store, table[None]).put(slot, new).pool
 
         stores = tuple(map(put, self.stores, row.stores))
         return cache.replace(stores=stores)
@@ -405,7 +405,29 @@ class Cache:
             )
 
 
-for _cls in (Dense, Paged, Pages):
+def checked_dtype(name: str, dtype: Any) -> np.dtype:
+    """The dtype of a cache.
+
+    Raises:
+        ValueError: one that a cache does not hold; the message begins with `name`.
+
+    >>> checked_dtype("dtype", "float8_e4m3fn")
+    dtype(float8_e4m3fn)
+    """
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    floats = (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)
+    if found is None or (found not in floats and not is_encoding(found)):
+        raise ValueError(
+            f"{name}={dtype if found is None else found.name}: a cache holds bfloat16, float16, "
+            f"float32 or float64, or latents in {' or '.join(ENCODINGS)}."
+        )
+    return found
+
+
+for _cls in (Dense, Scaled, Paged, Pages):
     export.register_pytree_node_serialization(
         _cls,
         serialized_name=f"mla_jax.{_cls.__name__}",

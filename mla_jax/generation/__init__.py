@@ -168,9 +168,10 @@ def generate(
     kind = drafts.MultiToken if request.draft == "mtp" else drafts.PromptLookup
     drafter = kind(request.speculate)
     if cache is None:
-        paged = {} if request.pages is None else {"pages": request.pages}
-        cache = clock.call(model.init_cache, rows, slots, **paged)
-    state = clock.call(drafter.init, model, rows, slots)
+        asked = {"dtype": request.cache_dtype, "pages": request.pages}
+        asked = {name: value for name, value in asked.items() if value is not None}
+        cache = clock.call(model.init_cache, rows, slots, **asked)
+    state = clock.call(drafter.init, model, rows, slots, request.cache_dtype)
     cache_bytes = sum(one.nbytes for one in (cache, *drafter.caches(state)))
 
     ends, cache, state = _fill(bound, prompts, cache, state, drafter, held, shape, request, clock)

@@ -30,8 +30,8 @@ class Drafter(Protocol):
 
     count: int
 
-    def init(self, model: Any, rows: int, slots: int) -> Any:
-        """The state before the prompts."""
+    def init(self, model: Any, rows: int, slots: int, cache_dtype: str | None = None) -> Any:
+        """The state before the prompts; a cache in it is of `cache_dtype`."""
 
     def caches(self, state: Any) -> tuple[Cache, ...]:
         """The caches in a state."""
@@ -71,7 +71,7 @@ class PromptLookup:
 
     count: int
 
-    def init(self, model, rows, slots):
+    def init(self, model, rows, slots, cache_dtype=None):
         return ()
 
     def caches(self, state):
@@ -107,8 +107,8 @@ class MultiToken:
 
     count: int
 
-    def init(self, model, rows, slots):
-        return (model.init_draft_cache(rows, slots),)
+    def init(self, model, rows, slots, cache_dtype=None):
+        return (model.init_draft_cache(rows, slots, cache_dtype),)
 
     def caches(self, state):
         return state[:1]

@@ -31,7 +31,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from mla_jax import ops, rope
-from mla_jax.cache import Cache, Dense, Paged
+from mla_jax.cache import Cache, Dense, Paged, Scaled, is_encoding
 from mla_jax.config import MLAConfig
 from mla_jax.costs import choose_form
 from mla_jax.layers.projection import Projection, apart, kernel_of, together
@@ -199,10 +199,14 @@ class MultiHeadLatentAttention(nnx.Module):
     def init_store(self, batch_size: int, slots: int, dtype=None) -> Dense:
         """Slots of its own for every row: what a `Cache` keeps of this layer's tokens.
 
-        `dtype` is by default that of the computation, or of the parameters where it is None.
+        `dtype` is by default that of the computation, or of the parameters where it is None. With
+        float8_e4m3fn and int8 it is latents that are held so, the rest is as by default.
         """
-        dtype = dtype or self.dtype or self.param_dtype
+        own = self.dtype or self.param_dtype
         widths = {"latent": self.config.kv_lora_rank, "k_rope": self.config.qk_rope_head_dim}
+        if is_encoding(dtype):
+            return Scaled.init(batch_size, slots, widths, dtype, own)
+        dtype = dtype or own
         return Dense(
             {name: jnp.zeros((batch_size, slots, width), dtype) for name, width in widths.items()}
         )
@@ -294,6 +298,8 @@ class MultiHeadLatentAttention(nnx.Module):
         latent, k_rope = self._latents(x, by)
         with jax.named_scope("cache_append"):
             view = view.write(step.place, latent=latent, k_rope=k_rope)
+            # New tokens are attended to as later ones will find them.
+            latent = view.decode(view.encode({"latent": latent}))["latent"]
         attend = self._absorbed if form == "absorbed" else self._expanded
         heads, lse = attend(q_nope, q_rope, latent, k_rope, view, step)
         y = step.clear(self._output(heads, lse, gate))

@@ -214,6 +214,7 @@ def latent_call(queries, store, seen, scale, soft_cap=None, precision=None) -> C
         float(scale),
         _soft_cap(soft_cap),
         precision,
+        store.encoding,
     )
 
 
@@ -256,6 +257,7 @@ def context_attention(
         float(scale),
         None,
         precision,
+        store.encoding,
     )
     return dispatch.attend(queries, store, seen, call, implementation, kv_b=kv_b)
 

@@ -65,6 +65,7 @@ class Call:
         scale: softmax temperature.
         soft_cap: scores become soft_cap tanh(scores / soft_cap); None leaves them.
         precision: of the matmuls, as in jax.lax.dot; kernels ignore it.
+        encoding: in what the store holds latents, with scales; None is in the operands' dtype.
     """
 
     op: str
@@ -80,6 +81,7 @@ class Call:
     scale: float = 1.0
     soft_cap: float | None = None
     precision: Any = None
+    encoding: str | None = None
 
 
 def normalized(implementation: Implementation) -> dict[str, str]:
