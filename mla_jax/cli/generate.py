@@ -222,6 +222,7 @@ def load(
     started = time.perf_counter()
     if path is not None:
         with terminal.working("reading weights") as report:
+            given["weights"] = "as stored" if options.weights == "as-stored" else None
             model = checkpoint.load_decoder(path, on_progress=report, **given)
             source = options.checkpoint
             leaves = jax.block_until_ready(jax.tree.leaves(nnx.state(model, nnx.Param)))

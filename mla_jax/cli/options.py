@@ -134,6 +134,9 @@ class Writing(Compiling):
     cache_dtype: Literal["float8_e4m3fn", "int8"] | None = _flag(
         None, "of the cache's latents, which then have scales and take a byte a number"
     )
+    weights: Literal["dequantised", "as-stored"] = _flag(
+        "dequantised", "what becomes of a checkpoint's quantised weights when they are read"
+    )
     implementation: str | dict[str, str] | None = _flag(
         None, _BACKENDS, type=_implementation, metavar="NAME"
     )

@@ -35,8 +35,10 @@ from mla_jax.cache import Cache, Dense, Paged, Scaled, is_encoding
 from mla_jax.config import MLAConfig
 from mla_jax.costs import choose_form
 from mla_jax.layers.projection import Projection, apart, kernel_of, together
+from mla_jax.layers.quantised import Quantised
 from mla_jax.layers.step import Form, Step, check_form, check_positions
 from mla_jax.ops import dispatch
+from mla_jax.ops import weights as stored
 
 _BIASED = ("q_a_proj", "kv_a_proj", "o_proj")  # what attention_bias=True means
 
@@ -402,11 +404,18 @@ class MultiHeadLatentAttention(nnx.Module):
     def _pattern(self, q_nope):
         """What each head looks for among the latents, [B T N R]."""
         with jax.named_scope("w_uk"):
+            if isinstance(self.kv_b_proj, Quantised):
+                return stored.fold_keys(q_nope, self.kv_b_proj.weight, precision=self.precision)
             return self._fold("BTNH,RNH->BTNR", q_nope, self.w_uk)
 
     def _heads(self, out_latent):
         """Heads [B T N V] from mixed latents [B T N R]."""
         with jax.named_scope("w_uv"):
+            if isinstance(self.kv_b_proj, Quantised):
+                return stored.unfold_values(
+                    out_latent, self.kv_b_proj.weight, self.config.v_head_dim,
+                    precision=self.precision,
+                )  # fmt: skip
             return self._fold("BTNR,RNV->BTNV", out_latent, self.w_uv)
 
     def _fold(self, letters, x, kernel):

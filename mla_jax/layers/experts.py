@@ -18,6 +18,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from mla_jax.layers.mlp import GatedMLP
+from mla_jax.layers.quantised import Quantised
 from mla_jax.ops.experts import routed_experts
 
 
@@ -179,10 +180,16 @@ class MixtureOfExperts(nnx.Module):
         self, x: Float[Array, "M D"], experts: Int[Array, "M K"], weights: Float[Array, "M K"]
     ) -> Float[Array, "M D"]:
         """The routed experts alone, for a choice that is given."""
-        dtype = self.dtype or jnp.promote_types(x.dtype, self.gate_proj.dtype)
+        stored = isinstance(self.gate_proj, Quantised)
+        held = x.dtype if stored else self.gate_proj.dtype
+        dtype = self.dtype or jnp.promote_types(x.dtype, held)
+        kernels = [
+            kernel.weight if isinstance(kernel, Quantised) else kernel[...]
+            for kernel in (self.gate_proj, self.up_proj, self.down_proj)
+        ]
         return routed_experts(
-            x.astype(dtype), experts, weights, self.gate_proj[...], self.up_proj[...],
-            self.down_proj[...], precision=self.precision, implementation=self.implementation,
+            x.astype(dtype), experts, weights, *kernels, precision=self.precision,
+            implementation=self.implementation,
         )  # fmt: skip
 
 
