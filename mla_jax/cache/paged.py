@@ -59,6 +59,12 @@ class Paged:
         return self.table.shape[1] * PAGE
 
     @property
+    def letters(self) -> Self:
+        """As `Dense.letters`; pages are split by nothing."""
+        pool = jax.tree.map(lambda _: "G", self.pool)
+        return dataclasses.replace(self, pool=pool, table="BM")
+
+    @property
     def encoding(self) -> str | None:
         """As `Dense.encoding`."""
         return self.pool.encoding

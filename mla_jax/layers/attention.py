@@ -30,7 +30,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from mla_jax import ops, rope
+from mla_jax import ops, rope, sharding
 from mla_jax.cache import Cache, Dense, Paged, Scaled, is_encoding
 from mla_jax.config import MLAConfig
 from mla_jax.costs import choose_form
@@ -39,8 +39,15 @@ from mla_jax.layers.quantised import Quantised
 from mla_jax.layers.step import Form, Step, check_form, check_positions
 from mla_jax.ops import dispatch
 from mla_jax.ops import weights as stored
+from mla_jax.sharding import Rules
 
 _BIASED = ("q_a_proj", "kv_a_proj", "o_proj")  # what attention_bias=True means
+# Of each kernel's axes; ranks count as D, the axis that FSDP splits.
+_LETTERS = {
+    "q_proj": ("D", "N", None), "q_a_proj": ("D", None), "q_b_proj": ("D", "N", None),
+    "kv_a_proj": ("D", None), "kv_b_proj": ("D", "N", None), "g_proj": ("D", "N", None),
+    "o_proj": ("N", None, "D"),
+}  # fmt: skip
 
 
 class MultiHeadLatentAttention(nnx.Module):
@@ -106,8 +113,8 @@ class MultiHeadLatentAttention(nnx.Module):
 
         def linear(name, inputs, outputs):
             return Projection(
-                inputs, outputs, use_bias=name in biased, dtype=dtype, param_dtype=param_dtype,
-                kernel_init=kernel_init, precision=precision, rngs=rngs,
+                inputs, outputs, letters=_LETTERS[name], use_bias=name in biased, dtype=dtype,
+                param_dtype=param_dtype, kernel_init=kernel_init, precision=precision, rngs=rngs,
             )  # fmt: skip
 
         def norm(width):
@@ -139,10 +146,11 @@ class MultiHeadLatentAttention(nnx.Module):
             gates = 1 if config.output_gate == "head" else value
             self.g_proj = linear("g_proj", (width,), (heads, gates))
         if config.attention_sinks:
-            self.sinks = nnx.Param(jnp.zeros((heads,), param_dtype))
+            self.sinks = nnx.Param(jnp.zeros((heads,), param_dtype), **sharding.metadata("N"))
         if config.query_scale_ssmax:
-            self.ssmax_scale = nnx.Param(jnp.zeros((heads,), param_dtype))
-            self.ssmax_bias = nnx.Param(jnp.ones((heads,), param_dtype))
+            of_heads = sharding.metadata("N")
+            self.ssmax_scale = nnx.Param(jnp.zeros((heads,), param_dtype), **of_heads)
+            self.ssmax_bias = nnx.Param(jnp.ones((heads,), param_dtype), **of_heads)
         self.o_proj = linear("o_proj", (heads, value), (width,))
 
     def __call__(
@@ -196,7 +204,7 @@ class MultiHeadLatentAttention(nnx.Module):
             heads, lse = ops.expanded_attention(
                 q_nope, q_rope, keys_values[0], k_rope, keys_values[1], **options
             )
-        return self._output(heads, lse, gate)
+        return sharding.beside(self._output(heads, lse, gate), x)
 
     def init_store(self, batch_size: int, slots: int, dtype=None) -> Dense:
         """Slots of its own for every row: what a `Cache` keeps of this layer's tokens.
@@ -214,10 +222,15 @@ class MultiHeadLatentAttention(nnx.Module):
         )
 
     def init_cache(
-        self, batch_size: int, max_length: int, dtype=None, pages: int | None = None
+        self,
+        batch_size: int,
+        max_length: int,
+        dtype=None,
+        pages: int | None = None,
+        sharding: Rules | None = None,
     ) -> Cache:
         """An empty cache of this layer alone: see `Cache.init`."""
-        return Cache.init([self], batch_size, max_length, dtype, pages)
+        return Cache.init([self], batch_size, max_length, dtype, pages, sharding)
 
     def prefill(
         self,
@@ -304,7 +317,7 @@ class MultiHeadLatentAttention(nnx.Module):
             latent = view.decode(view.encode({"latent": latent}))["latent"]
         attend = self._absorbed if form == "absorbed" else self._expanded
         heads, lse = attend(q_nope, q_rope, latent, k_rope, view, step)
-        y = step.clear(self._output(heads, lse, gate))
+        y = step.clear(sharding.beside(self._output(heads, lse, gate), x))
         return y, view.pool if isinstance(view, Paged) else view, relay
 
     @property
@@ -326,7 +339,8 @@ class MultiHeadLatentAttention(nnx.Module):
     def _kv_b(self):
         config = self.config
         heads = (config.num_attention_heads, config.qk_nope_head_dim + config.v_head_dim)
-        return kernel_of(self.kv_b_proj, config.kv_lora_rank, heads)
+        kernel = kernel_of(self.kv_b_proj, config.kv_lora_rank, heads)
+        return sharding.move(kernel, (), sharding.spec(kernel)[1])  # FSDP splits R
 
     def _queries(self, x, positions, by):
         """q_nope [B T N H], rotated q_rope [B T N P], the gate's logits [B T N 1 or V] or None."""

@@ -17,6 +17,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from mla_jax import sharding
 from mla_jax.layers.mlp import GatedMLP
 from mla_jax.layers.quantised import Quantised
 from mla_jax.ops.experts import routed_experts
@@ -155,7 +156,8 @@ class MixtureOfExperts(nnx.Module):
         initial = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", 1, 2, (0,))
 
         def kernel(*shape):
-            return nnx.Param(initial(rngs.params(), shape, param_dtype))
+            letters = sharding.metadata("E", None, None)
+            return nnx.Param(initial(rngs.params(), shape, param_dtype), **letters)
 
         self.gate_proj = kernel(count, width, inner)
         self.up_proj = kernel(count, width, inner)
@@ -171,6 +173,7 @@ class MixtureOfExperts(nnx.Module):
             experts, weights = self.router(flat)
         with jax.named_scope("experts"):
             mixed = self.routed(flat, experts, weights).reshape(x.shape)
+            mixed = sharding.beside(mixed, x)
         if self.shared is None:
             return mixed
         with jax.named_scope("shared_expert"):

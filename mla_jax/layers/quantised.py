@@ -9,6 +9,7 @@ Letters: M outputs, K inputs, E experts.
 from flax import nnx
 from jaxtyping import Array, Float
 
+from mla_jax import sharding
 from mla_jax.ops.weights import Weight, matmul
 
 
@@ -45,7 +46,16 @@ class Quantised(nnx.Module):
 
     @property
     def weight(self) -> Weight:
-        """Values and scales."""
+        """Values and scales.
+
+        Raises:
+            NotImplementedError: they lie on a mesh with Explicit axes.
+        """
+        if sharding.mesh_of(self.values[...]) is not None:
+            raise NotImplementedError(
+                "weights as a checkpoint stores them do not run on a mesh with Explicit axes yet: "
+                "load them dequantised there."
+            )
         return Weight(self.values[...], self.scale[...], self.block)
 
     def __call__(self, x: Float[Array, "*B K"]) -> Float[Array, "*B M"]:

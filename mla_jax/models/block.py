@@ -9,6 +9,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
+from mla_jax import sharding
 from mla_jax.cache import Dense
 from mla_jax.layers.attention import MultiHeadLatentAttention
 from mla_jax.layers.experts import MixtureOfExperts
@@ -64,6 +65,7 @@ class Block(nnx.Module):
 
     def _add(self, x, y):
         """The sum, y scaled as MiniCPM3 does."""
+        y = sharding.beside(y, x)
         return x + (y if self.scale == 1 else y * self.scale)
 
     def _feed_forward(self, x):

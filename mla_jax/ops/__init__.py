@@ -13,6 +13,7 @@ from mla_jax.cache import Dense, Paged, Store
 from mla_jax.ops import dispatch
 from mla_jax.ops.dispatch import Attended, Call, Implementation
 from mla_jax.ops.merge import merge_attention as merge_attention
+from mla_jax.ops.mesh import Layout
 from mla_jax.ops.seen import Seen
 
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -140,6 +141,7 @@ def expanded_attention(
     _expect("value", value, (batch, slots, heads, value_dim), "B S N V")
     dtype = _common_dtype(q_nope=q_nope, q_rope=q_rope, k_nope=k_nope, k_rope=k_rope, value=value)
     seen = _seen(lengths, batch, tokens, slots, heads, window, mask, segment_ids)
+    store = Dense({"k_nope": k_nope, "k_rope": k_rope, "value": value})
     call = Call(
         "expanded_attention",
         batch,
@@ -154,8 +156,8 @@ def expanded_attention(
         float(scale),
         _soft_cap(soft_cap),
         precision,
+        Layout.of((q_nope, q_rope), store),
     )
-    store = Dense({"k_nope": k_nope, "k_rope": k_rope, "value": value})
     return dispatch.attend((q_nope, q_rope), store, seen, call, implementation)
 
 
@@ -214,6 +216,7 @@ def latent_call(queries, store, seen, scale, soft_cap=None, precision=None) -> C
         float(scale),
         _soft_cap(soft_cap),
         precision,
+        Layout.of(queries, store),
         store.encoding,
     )
 
@@ -257,6 +260,7 @@ def context_attention(
         float(scale),
         None,
         precision,
+        Layout.of(queries, store),
         store.encoding,
     )
     return dispatch.attend(queries, store, seen, call, implementation, kv_b=kv_b)

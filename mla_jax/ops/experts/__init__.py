@@ -7,14 +7,17 @@ one line in `BACKENDS`, which is in order of preference.
 Letters: M tokens, K experts per token, E experts, D hidden size, F inner size.
 """
 
+import dataclasses
+import functools
 import types
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from mla_jax import sharding
 from mla_jax import target as targets
-from mla_jax.ops.experts import hopper, ragged, stored, xla
+from mla_jax.ops.experts import hopper, mesh, ragged, stored, xla
 from mla_jax.ops.experts.call import Call as Call
 from mla_jax.ops.weights import Weight
 
@@ -69,6 +72,8 @@ def routed_experts(
     if isinstance(gate, Weight) or isinstance(up, Weight) or isinstance(down, Weight):
         if not (isinstance(gate, Weight) and isinstance(up, Weight) and isinstance(down, Weight)):
             raise ValueError("gate, up and down: all three must be a Weight, or none.")
+        if sharding.mesh_of(gate.values, x) is not None:
+            raise NotImplementedError("experts as a checkpoint stores them: not on a mesh yet.")
         if implementation not in (None, "xla"):
             raise NotImplementedError(
                 f"implementation={implementation!r} cannot serve these experts: it takes no "
@@ -76,7 +81,16 @@ def routed_experts(
             )
         with jax.named_scope("routed_experts.stored"):
             return stored.run(x, experts, weights, gate, up, down, precision=precision)
-    call = _checked(x, experts, weights, gate, up, down)
+    _checked(x, experts, weights, gate, up, down)
+    run = functools.partial(_run, precision=precision, implementation=implementation)
+    if sharding.mesh_of(gate, x) is None:
+        return run(x, experts, weights, gate, up, down)
+    partial = functools.partial(run, partial=bool(sharding.spec(gate)[0]))
+    return mesh.routed(partial, x, experts, weights, (gate, up, down))
+
+
+def _run(x, experts, weights, gate, up, down, *, precision, implementation, partial=False):
+    call = dataclasses.replace(_checked(x, experts, weights, gate, up, down), partial=partial)
     target = targets.current()
     backend = _choose(call, target, implementation)
     with jax.named_scope(f"routed_experts.{backend}"):
