@@ -171,7 +171,7 @@ def generate(
     slots = check_fits(model, prompts, request, cache)
     kind = drafts.MultiToken if request.draft == "mtp" else drafts.PromptLookup
     drafter = kind(request.speculate)
-    placed = {} if sharding is None else {"sharding": sharding}
+    placed: dict[str, Any] = {} if sharding is None else {"sharding": sharding}
     if cache is None:
         asked = {"dtype": request.cache_dtype, "pages": request.pages}
         asked = {name: value for name, value in asked.items() if value is not None}
