@@ -121,12 +121,20 @@ class Dense:
         island = sharding.island(own, mesh, (whole, own_rows, own_rows), whole)
         return dataclasses.replace(self, arrays=island(self.arrays, at, new))
 
-    def block(self, start: Int[Array, ""] | int, size: int) -> dict[str, Array]:
-        """What was written to slots start to start + size, [B size ...] by name."""
-        return self.decode(self.cut(start, size))
+    def block(
+        self, start: Int[Array, ""] | int, size: int, *, pages: bool = False
+    ) -> dict[str, Array]:
+        """What was written to slots start to start + size, [B size ...] by name.
 
-    def cut(self, start: Int[Array, ""] | int, size: int) -> dict[str, Array]:
+        `pages` says that start, known or not, is a multiple of 128, as a paged store likes it.
+        """
+        return self.decode(self.cut(start, size, pages=pages))
+
+    def cut(
+        self, start: Int[Array, ""] | int, size: int, *, pages: bool = False
+    ) -> dict[str, Array]:
         """`block` of arrays as the store holds them."""
+        del pages
         if size == self.slots:
             return dict(self.arrays)
         cut = lambda held: jax.lax.dynamic_slice_in_dim(held, start, size, axis=1)  # noqa: E731

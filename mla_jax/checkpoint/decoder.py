@@ -38,7 +38,7 @@ from mla_jax.ops import dispatch
 
 _COMPARED = 2**24  # bytes at once
 # What is no linear map of a layer, and has the parameters' dtype however it is stored.
-_DENSE = ("embed", "head", "router")
+_DENSE = {"embed", "head", "router", "indexer"}
 
 
 def load_decoder(
@@ -307,7 +307,7 @@ class _Loader:
             self.used.update(found.names)
             return found
 
-        if self.keep and entry.path.rpartition(".")[0].split(".")[-1] not in _DENSE:
+        if self.keep and not _DENSE & set(entry.path.split(".")):
             parts = [get(each.name) for each in entries]
             if any(part.form is not None for part in parts):
                 where = self.files.where
