@@ -198,8 +198,8 @@ def token_bytes(
 ) -> int:
     """Bytes cached per token in one layer, numbers `width` bytes wide.
 
-    With `cache_dtype` float8_e4m3fn or int8 the latents of the layer's two forms take a byte a
-    number, and 4 bytes of scale for every 128; other kinds stay as they are.
+    With `cache_dtype` float8_e4m3fn or int8 the latents of MLA's forms take a byte a number, and 4
+    bytes of scale for every 128; index keys and other kinds stay as they are.
 
     Raises:
         ValueError: as `multiply_adds`, or another cache_dtype.
@@ -210,10 +210,30 @@ def token_bytes(
     """
     if cache_dtype is not None:
         _check_choice("cache_dtype", cache_dtype, ("float8_e4m3fn", "int8"))
-        if kind in KINDS[:2]:
+        if kind in (*KINDS[:2], "sparse"):
             rank = config.kv_lora_rank
-            return rank + 4 * math.ceil(rank / 128) + config.qk_rope_head_dim * width
+            others = cache_numbers(config, kind) - rank
+            return rank + 4 * math.ceil(rank / 128) + others * width
     return cache_numbers(config, kind) * width
+
+
+def weight_bytes(count: int, width: int = 2, weight_dtype: str | None = None) -> int:
+    """Bytes of `count` weights, `width` bytes wide or as a checkpoint stores them.
+
+    Those are float8_e4m3fn (4 bytes of scale for every block of 128 x 128), int8 (scales of rows,
+    which are not counted), or int4 (2 bytes of scale for every 32).
+
+    Raises:
+        ValueError: another weight_dtype.
+
+    >>> weight_bytes(2**14), weight_bytes(2**14, weight_dtype="int4")
+    (32768, 9216)
+    """
+    if weight_dtype is None:
+        return count * width
+    stored = {"float8_e4m3fn": 1 + 4 / 128**2, "int8": 1.0, "int4": 0.5 + 2 / 32}
+    _check_choice("weight_dtype", weight_dtype, tuple(stored))
+    return math.ceil(count * stored[weight_dtype])
 
 
 def cache_bytes(
@@ -331,13 +351,13 @@ class Costs:
 
 def decode_step(
     config: MLAConfig, batch: int, queries: int, slots: int, kind: str = "absorbed",
-    width: int = 2, cache_dtype: str | None = None,
+    width: int = 2, cache_dtype: str | None = None, weight_dtype: str | None = None,
 ) -> Costs:  # fmt: skip
     """One layer's step: T = `queries` new tokens in each of B rows, on S = `slots` cache slots.
 
     A pass over whole sequences is queries == slots. Norms, rotary embedding, softmax and biases are
     left out, and so is what chooses the best of a sparse layer's scores. Every number is `width`
-    bytes wide, but for `cache_dtype`: see `token_bytes`.
+    bytes wide, but for `cache_dtype` (see `token_bytes`) and `weight_dtype` (see `weight_bytes`).
 
     Raises:
         ValueError: as `multiply_adds`, or a count that is not a positive whole number; or "sparse"
@@ -355,7 +375,8 @@ def decode_step(
     """
     _check_counts(batch=batch, queries=queries, slots=slots, width=width)
     if kind == "sparse":
-        return _sparse_step(config, batch, queries, slots, width)
+        narrow = {"cache_dtype": cache_dtype, "weight_dtype": weight_dtype}
+        return _sparse_step(config, batch, queries, slots, width, narrow)
     key, value = _widths(config, kind)
     d, n, q, r = (config.hidden_size, config.num_attention_heads, config.q_lora_rank,
                   config.kv_lora_rank)  # fmt: skip
@@ -365,7 +386,7 @@ def decode_step(
     held = token_bytes(config, kind, width, cache_dtype)
 
     def linear(name, tokens, weights, activations, cache=0):  # per token, cache in bytes
-        return Stage(name, 2 * tokens * weights, width * weights,
+        return Stage(name, 2 * tokens * weights, weight_bytes(weights, width, weight_dtype),
                      tokens * cache, width * tokens * activations)  # fmt: skip
 
     def attend(name, each, read_bytes, in_cache):  # queries in or mixture out; keys or values in
@@ -397,11 +418,14 @@ def decode_step(
     return Costs(kind, (*stages, linear("o_proj", new, n * v * d, n * v + d)))
 
 
-def _sparse_step(config: MLAConfig, batch: int, queries: int, slots: int, width: int) -> Costs:
+def _sparse_step(
+    config: MLAConfig, batch: int, queries: int, slots: int, width: int,
+    narrow: dict[str, str | None],
+) -> Costs:  # fmt: skip
     """The absorbed step on K slots that each query has chosen for itself, and what chooses them."""
     (heads, keys, chosen), new = _index_widths(config), batch * queries
     attended = min(chosen, slots)
-    dense = decode_step(config, batch, queries, attended, "absorbed", width)
+    dense = decode_step(config, batch, queries, attended, "absorbed", width, **narrow)
     d, source = config.hidden_size, config.q_lora_rank or config.hidden_size
     weights = d * (keys + heads) + source * heads * keys
     written = width * new * keys
@@ -411,7 +435,8 @@ def _sparse_step(config: MLAConfig, batch: int, queries: int, slots: int, width:
     if attended < slots:
         of_keys = 2 * new * slots * heads * keys, 0, width * batch * slots * keys
         stages["index"] = Stage("index", *of_keys, width * new * heads * keys)
-        read = width * new * attended * numbers_read(config, "absorbed")
+        held = token_bytes(config, "absorbed", width, narrow["cache_dtype"])
+        read = new * attended * held
         stages["scores"] = dataclasses.replace(stages["scores"], cache_bytes=read)
     return Costs("sparse", tuple(stages[name] for name in PARTS["layer"] if name in stages))
 
@@ -571,12 +596,12 @@ class Row:
 
 def table(
     config: MLAConfig, device: Device, context: int, batch: int = 1, queries: int = 1,
-    kinds=None, cache_dtype: str | None = None,
+    kinds=None, cache_dtype: str | None = None, weight_dtype: str | None = None,
 ) -> list[Row]:  # fmt: skip
     """A `Row` for every kind: a bf16 step of `queries` tokens in each row on `context` slots.
 
     `kinds` are by default `KINDS`, and "sparse" where the config says index_topk. `cache_dtype` is
-    of MLA's latents: see `token_bytes`.
+    of MLA's latents, `weight_dtype` of all weights: see `token_bytes` and `weight_bytes`.
 
     Raises:
         ValueError: as `decode_step`.
@@ -592,7 +617,7 @@ def table(
     rows = []
     for kind in kinds:
         held = {"kind": kind, "cache_dtype": cache_dtype}
-        layer = decode_step(config, batch, queries, context, **held)
+        layer = decode_step(config, batch, queries, context, **held, weight_dtype=weight_dtype)
         core, cache = layer.part("core"), cache_bytes(config, batch, context, **held)
         numbers, per_token = numbers_read(config, kind), cache_bytes(config, 1, 1, **held)
         times = core.seconds(device), layer.seconds(device), core.bound(device)

@@ -19,6 +19,7 @@ def costs(options: Costs) -> None:
         rows = arithmetic.table(
             config, device, context=options.context, batch=options.batch,
             queries=options.queries, cache_dtype=options.cache_dtype,
+            weight_dtype=options.weight_dtype,
         )  # fmt: skip
     terminal = Terminal(quiet=options.quiet, json=options.json)
     crossover = arithmetic.crossover_queries(config, options.context)
@@ -26,6 +27,7 @@ def costs(options: Costs) -> None:
     terminal.answer_json({
         "preset": options.preset, "device": options.device, "context": options.context,
         "batch": options.batch, "queries": options.queries, "cache_dtype": options.cache_dtype,
+        "weight_dtype": options.weight_dtype,
         "num_hidden_layers": config.num_hidden_layers, "mla_layers": config.mla_layers,
         "crossover_queries": crossover,
         "queries_until_slower": slower if math.isfinite(slower) else None,
@@ -35,6 +37,7 @@ def costs(options: Costs) -> None:
         f"{options.preset}: {options.queries:,} new token(s) in {options.batch:,} row(s) of "
         f"{options.context:,} on {options.device}, bf16, {_layers(config)}"
         + (f", latents cached in {options.cache_dtype}" if options.cache_dtype else "")
+        + (f", weights in {options.weight_dtype}" if options.weight_dtype else "")
     )
     terminal.answer()
     headers = ("attention", "cache", "per token", "read", "operations", "op/byte", "time", "bound")

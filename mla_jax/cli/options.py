@@ -198,6 +198,9 @@ class Costs(Output):
     cache_dtype: Literal["float8_e4m3fn", "int8"] | None = _flag(
         None, "of MLA's cached latents, with scales"
     )
+    weight_dtype: Literal["float8_e4m3fn", "int8", "int4"] | None = _flag(
+        None, "of all weights, with scales"
+    )
 
 
 @dataclasses.dataclass(kw_only=True)

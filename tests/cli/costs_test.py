@@ -32,7 +32,9 @@ def test_latents_in_a_byte_a_number(run):
     rows = {row["kind"]: row["cache_bytes_per_token"] for row in json.loads(out)["rows"]}
     assert rows["absorbed"] == rows["expanded"] == 61 * 656
     assert rows["mha"] == 61 * 32768 * 2
-    assert "latents cached in int8" in run("costs", "tiny", "--cache-dtype", "int8").out
+    flags = ("--cache-dtype", "int8", "--weight-dtype", "int4")
+    out = " ".join(run("costs", "tiny", *flags).out.split())
+    assert "latents cached in int8, weights in int4" in out
 
 
 @pytest.mark.parametrize(
