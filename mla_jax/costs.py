@@ -193,10 +193,54 @@ def cache_numbers(config: MLAConfig, kind: str = "absorbed") -> int:
     return numbers_read(config, "absorbed" if kind == "expanded" else kind)
 
 
-def cache_bytes(
-    config: MLAConfig, batch: int, length: int, kind: str = "absorbed", width: int = 2, layers=None
+def token_bytes(
+    config: MLAConfig, kind: str = "absorbed", width: int = 2, cache_dtype: str | None = None
 ) -> int:
-    """Bytes of a cache for B = `batch` rows of `length` tokens, numbers `width` bytes wide.
+    """Bytes cached per token in one layer, numbers `width` bytes wide.
+
+    With `cache_dtype` float8_e4m3fn or int8 the latents of MLA's forms take a byte a number, and 4
+    bytes of scale for every 128; index keys and other kinds stay as they are.
+
+    Raises:
+        ValueError: as `multiply_adds`, or another cache_dtype.
+
+    >>> v3 = MLAConfig.from_preset("deepseek_v3")
+    >>> token_bytes(v3), token_bytes(v3, cache_dtype="float8_e4m3fn")
+    (1152, 656)
+    """
+    if cache_dtype is not None:
+        _check_choice("cache_dtype", cache_dtype, ("float8_e4m3fn", "int8"))
+        if kind in (*KINDS[:2], "sparse"):
+            rank = config.kv_lora_rank
+            others = cache_numbers(config, kind) - rank
+            return rank + 4 * math.ceil(rank / 128) + others * width
+    return cache_numbers(config, kind) * width
+
+
+def weight_bytes(count: int, width: int = 2, weight_dtype: str | None = None) -> int:
+    """Bytes of `count` weights, `width` bytes wide or as a checkpoint stores them.
+
+    Those are float8_e4m3fn (4 bytes of scale for every block of 128 x 128), int8 (scales of rows,
+    which are not counted), or int4 (2 bytes of scale for every 32).
+
+    Raises:
+        ValueError: another weight_dtype.
+
+    >>> weight_bytes(2**14), weight_bytes(2**14, weight_dtype="int4")
+    (32768, 9216)
+    """
+    if weight_dtype is None:
+        return count * width
+    stored = {"float8_e4m3fn": 1 + 4 / 128**2, "int8": 1.0, "int4": 0.5 + 2 / 32}
+    _check_choice("weight_dtype", weight_dtype, tuple(stored))
+    return math.ceil(count * stored[weight_dtype])
+
+
+def cache_bytes(
+    config: MLAConfig, batch: int, length: int, kind: str = "absorbed", width: int = 2,
+    layers=None, cache_dtype: str | None = None,
+) -> int:  # fmt: skip
+    """Bytes of a cache for B = `batch` rows of `length` tokens: see `token_bytes`.
 
     `layers` is where None what `MLAConfig.mla_layers` counts: not every layer of a hybrid has this
     cache, and a layer of LongCat has two. What a hybrid's other layers hold is not counted.
@@ -212,7 +256,7 @@ def cache_bytes(
     """
     layers = config.mla_layers if layers is None else layers
     _check_counts(batch=batch, length=length, width=width, layers=layers)
-    return layers * batch * length * cache_numbers(config, kind) * width
+    return layers * batch * length * token_bytes(config, kind, width, cache_dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -306,13 +350,14 @@ class Costs:
 
 
 def decode_step(
-    config: MLAConfig, batch: int, queries: int, slots: int, kind: str = "absorbed", width: int = 2
-) -> Costs:
+    config: MLAConfig, batch: int, queries: int, slots: int, kind: str = "absorbed",
+    width: int = 2, cache_dtype: str | None = None, weight_dtype: str | None = None,
+) -> Costs:  # fmt: skip
     """One layer's step: T = `queries` new tokens in each of B rows, on S = `slots` cache slots.
 
     A pass over whole sequences is queries == slots. Norms, rotary embedding, softmax and biases are
     left out, and so is what chooses the best of a sparse layer's scores. Every number is `width`
-    bytes wide.
+    bytes wide, but for `cache_dtype` (see `token_bytes`) and `weight_dtype` (see `weight_bytes`).
 
     Raises:
         ValueError: as `multiply_adds`, or a count that is not a positive whole number; or "sparse"
@@ -330,20 +375,22 @@ def decode_step(
     """
     _check_counts(batch=batch, queries=queries, slots=slots, width=width)
     if kind == "sparse":
-        return _sparse_step(config, batch, queries, slots, width)
+        narrow = {"cache_dtype": cache_dtype, "weight_dtype": weight_dtype}
+        return _sparse_step(config, batch, queries, slots, width, narrow)
     key, value = _widths(config, kind)
     d, n, q, r = (config.hidden_size, config.num_attention_heads, config.q_lora_rank,
                   config.kv_lora_rank)  # fmt: skip
     h, v = config.qk_nope_head_dim, config.v_head_dim
     new, context = batch * queries, batch * slots  # tokens of all rows
     cached, latent, heads = cache_numbers(config, kind), r + config.qk_rope_head_dim, n * (h + v)
+    held = token_bytes(config, kind, width, cache_dtype)
 
-    def linear(name, tokens, weights, activations, cache=0):  # numbers per token; weights once
-        return Stage(name, 2 * tokens * weights, width * weights,
-                     width * tokens * cache, width * tokens * activations)  # fmt: skip
+    def linear(name, tokens, weights, activations, cache=0):  # per token, cache in bytes
+        return Stage(name, 2 * tokens * weights, weight_bytes(weights, width, weight_dtype),
+                     tokens * cache, width * tokens * activations)  # fmt: skip
 
-    def attend(name, each, numbers, in_cache):  # queries in or mixture out; keys or values in
-        read = width * context * numbers
+    def attend(name, each, read_bytes, in_cache):  # queries in or mixture out; keys or values in
+        read = context * read_bytes
         return Stage(name, 2 * new * n * slots * each, 0, read * in_cache,
                      read * (not in_cache) + width * new * n * each)  # fmt: skip
 
@@ -353,28 +400,32 @@ def decode_step(
     else:
         stages = [linear("q_proj", new, d * q + q * query, d + 2 * q + query)]
     if kind == "expanded_cached":
-        stages += [linear("kv_proj", new, d * latent + r * heads, d + 2 * latent, cached)]
+        stages += [linear("kv_proj", new, d * latent + r * heads, d + 2 * latent, held)]
     else:
-        stages += [linear("kv_proj", new, d * cached, d, cached)]
+        stages += [linear("kv_proj", new, d * cached, d, held)]
     if kind == "absorbed":
         stages += [linear("pattern", new, n * h * r, n * (h + r)),
-                   attend("scores", key, latent, True),
+                   attend("scores", key, held, True),
                    attend("mixing", value, 0, True),  # the latents are on the chip already
                    linear("values", new, n * r * v, n * (r + v))]  # fmt: skip
     else:
         if kind == "expanded":
-            stages += [linear("expand", context, r * heads, n * (key + value), latent)]
+            stages += [linear("expand", context, r * heads, n * (key + value), held)]
         groups = _heads(config, kind)
-        stages += [attend("scores", key, groups * key, kind != "expanded"),
-                   attend("mixing", value, groups * value, kind != "expanded")]  # fmt: skip
+        keys, values = width * groups * key, width * groups * value
+        stages += [attend("scores", key, keys, kind != "expanded"),
+                   attend("mixing", value, values, kind != "expanded")]  # fmt: skip
     return Costs(kind, (*stages, linear("o_proj", new, n * v * d, n * v + d)))
 
 
-def _sparse_step(config: MLAConfig, batch: int, queries: int, slots: int, width: int) -> Costs:
+def _sparse_step(
+    config: MLAConfig, batch: int, queries: int, slots: int, width: int,
+    narrow: dict[str, str | None],
+) -> Costs:  # fmt: skip
     """The absorbed step on K slots that each query has chosen for itself, and what chooses them."""
     (heads, keys, chosen), new = _index_widths(config), batch * queries
     attended = min(chosen, slots)
-    dense = decode_step(config, batch, queries, attended, "absorbed", width)
+    dense = decode_step(config, batch, queries, attended, "absorbed", width, **narrow)
     d, source = config.hidden_size, config.q_lora_rank or config.hidden_size
     weights = d * (keys + heads) + source * heads * keys
     stages = {stage.name: stage for stage in dense.stages}
@@ -384,7 +435,8 @@ def _sparse_step(config: MLAConfig, batch: int, queries: int, slots: int, width:
             "index_proj", 2 * new * weights, width * weights, width * new * keys, made
         )
     if attended < slots:
-        read = width * new * attended * numbers_read(config, "absorbed")
+        held = token_bytes(config, "absorbed", width, narrow["cache_dtype"])
+        read = new * attended * held
         stages["scores"] = dataclasses.replace(stages["scores"], cache_bytes=read)
         if heads:
             of_keys = 2 * new * slots * heads * keys, 0, width * batch * slots * keys
@@ -546,11 +598,13 @@ class Row:
 
 
 def table(
-    config: MLAConfig, device: Device, context: int, batch: int = 1, queries: int = 1, kinds=None
-) -> list[Row]:
+    config: MLAConfig, device: Device, context: int, batch: int = 1, queries: int = 1,
+    kinds=None, cache_dtype: str | None = None, weight_dtype: str | None = None,
+) -> list[Row]:  # fmt: skip
     """A `Row` for every kind: a bf16 step of `queries` tokens in each row on `context` slots.
 
-    `kinds` are by default `KINDS`, and "sparse" where the config says index_topk.
+    `kinds` are by default `KINDS`, and "sparse" where the config says index_topk. `cache_dtype` is
+    of MLA's latents, `weight_dtype` of all weights: see `token_bytes` and `weight_bytes`.
 
     Raises:
         ValueError: as `decode_step`.
@@ -565,9 +619,10 @@ def table(
         kinds = KINDS if config.index_topk is None else ("absorbed", "sparse", *KINDS[1:])
     rows = []
     for kind in kinds:
-        layer = decode_step(config, batch, queries, context, kind)
-        core, cache = layer.part("core"), cache_bytes(config, batch, context, kind)
-        numbers, per_token = numbers_read(config, kind), cache_bytes(config, 1, 1, kind)
+        held = {"kind": kind, "cache_dtype": cache_dtype}
+        layer = decode_step(config, batch, queries, context, **held, weight_dtype=weight_dtype)
+        core, cache = layer.part("core"), cache_bytes(config, batch, context, **held)
+        numbers, per_token = numbers_read(config, kind), cache_bytes(config, 1, 1, **held)
         times = core.seconds(device), layer.seconds(device), core.bound(device)
         fits = cache <= device.memory_bytes
         rows.append(Row(kind, numbers, per_token, cache, fits, core, layer, *times))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from mla_jax import costs, target
 from mla_jax import sharding as placing
+from mla_jax.cache import ENCODINGS, checked_dtype
 from mla_jax.config import MLAConfig
 from mla_jax.models import DecoderConfig
 from mla_jax.ops import dispatch, experts
@@ -22,6 +23,7 @@ def explain(
     length: int = 4096,
     queries: int = 1,
     dtype="bfloat16",
+    cache_dtype=None,
     device: jax.Device | target.Target | None = None,
     pages: bool = False,
     implementation: dispatch.Implementation = None,
@@ -36,6 +38,7 @@ def explain(
         length: S, slots of the cache.
         queries: T, new tokens of a step.
         dtype: of the cache and the computation.
+        cache_dtype: float8_e4m3fn or int8, where the cache holds its latents so; None is `dtype`.
         device: where, a device or a `Target`; None is what is compiled for now.
         pages: whether rows share a pool of pages.
         implementation: of the layer.
@@ -44,8 +47,8 @@ def explain(
         sharding: the rules by which the mesh splits rows, slots, heads and experts.
 
     Raises:
-        ValueError: a number below 1, a dtype that is not floating, rules without a mesh, or sizes
-            that do not divide over it.
+        ValueError: a number below 1, a dtype that is not floating, a cache_dtype that is neither
+            of these two, rules without a mesh, or sizes that do not divide over it.
 
     >>> v3, cpu = MLAConfig.from_preset("deepseek_v3"), jax.devices("cpu")[0]
     >>> explain(v3, device=cpu)  # doctest: +ELLIPSIS
@@ -70,6 +73,9 @@ def explain(
     rules = placing.Rules() if sharding is None else sharding
     if device is None and mesh is not None:
         device = mesh.abstract_mesh.abstract_device
+    encoding = None if cache_dtype is None else checked_dtype("cache_dtype", cache_dtype).name
+    if encoding not in (None, *ENCODINGS):
+        raise ValueError(f"cache_dtype={encoding}: it must be None or {' or '.join(ENCODINGS)}.")
     device = target.current() if device is None else target.of(device)
     named = dispatch.normalized(implementation)
     model = config if isinstance(config, DecoderConfig) else None
@@ -77,7 +83,7 @@ def explain(
     rates = rates_of(device.kind)
     form = costs.choose_form(config, queries, length, rates)
     crossover = costs.crossover_queries(config, length, rates)
-    print(f"{device}, {jnp.dtype(dtype).name}")
+    print(f"{device}, {jnp.dtype(dtype).name}" + (f", {encoding} latents" if encoding else ""))
     print(
         f"step of {queries} token(s) per row on {batch_size} x {length} slots: {form} "
         f"(absorbed up to {crossover:.0f} tokens, expanded above, by {rates.source})"
@@ -88,7 +94,8 @@ def explain(
     if mesh is not None:
         heads = config.num_attention_heads
         _print_parts(rules, mesh, {"B": batch_size, "S": length, "N": heads})
-    for op, what, call in _calls(config, form, batch_size, length, queries, dtype, store):
+    shapes = (batch_size, length, queries)
+    for op, what, call in _calls(config, form, *shapes, dtype, store, encoding):
         if mesh is not None:
             slots = () if op == "expanded_attention" else rules.S
             own = placing.without(rules.N, rules.B, slots)
@@ -155,7 +162,7 @@ def _print_backends(report, named):
         print(f"  implementation={named!r} raises an error")
 
 
-def _calls(config, form, batch, slots, queries, dtype, store):
+def _calls(config, form, batch, slots, queries, dtype, store, encoding):
     """The ops that a step of this form calls: name, purpose, and what is static of the call."""
     heads, name = config.num_attention_heads, jnp.dtype(dtype).name
     rope, window = config.qk_rope_head_dim, config.sliding_window
@@ -164,9 +171,11 @@ def _calls(config, form, batch, slots, queries, dtype, store):
     def call(op, of_slots, key_dim, value_dim, options, of_store):
         more = ["window"] if window else ["chosen"] if sparse and of_store == store else []
         options = tuple(sorted((*options, *more)))
+        cached = None if op == "expanded_attention" else encoding
         return dispatch.Call(
-            op, batch, queries, of_slots, heads, (key_dim, rope), value_dim, name, options, of_store
-        )
+            op, batch, queries, of_slots, heads, (key_dim, rope), value_dim, name, options,
+            of_store, encoding=cached,
+        )  # fmt: skip
 
     rank = config.kv_lora_rank
     widths = config.qk_nope_head_dim, config.v_head_dim

@@ -355,6 +355,8 @@ class DevicesAndTableTest(parameterized.TestCase):
         (lambda: costs.multiply_adds(V3, None), "kind=None"),
         (lambda: costs.cache_bytes(V3, 0, 1), "batch=0.*positive whole"),
         (lambda: costs.cache_bytes(V3, 1, 1.5), "length=1.5"),
+        (lambda: costs.cache_bytes(V3, 1, 1, cache_dtype="fp8"), "cache_dtype='fp8'.*one of flo"),
+        (lambda: costs.weight_bytes(1, weight_dtype="fp8"), "weight_dtype='fp8'.*one of flo"),
         (lambda: costs.cache_bytes(V3, 1, 1, layers=0), "layers=0"),
         (lambda: costs.cache_bytes(V3, 1, 1, width=-2), "width=-2"),
         (lambda: costs.decode_step(V3, 1, 0, 1), "queries=0"),
@@ -395,6 +397,37 @@ def test_a_sparse_step_scores_all_tokens_and_attends_to_the_chosen():
     assert costs.cache_numbers(shared, "sparse") == 576
     with pytest.raises(ValueError, match="kind='sparse': index_topk is None"):
         costs.decode_step(MLAConfig.from_preset("deepseek_v3"), 1, 1, 8, "sparse")
+
+
+class SmallNumbersTest(parameterized.TestCase):
+    @parameterized.parameters("absorbed", "expanded")
+    def test_latents_in_a_byte_a_number(self, kind):
+        options = {"kind": kind, "cache_dtype": "float8_e4m3fn"}
+        assert costs.cache_bytes(V3, 3, 5, **options) == 3 * 5 * 61 * (512 + 4 * 4 + 2 * 64)
+        step = costs.decode_step(V3, 2, 3, 100, **options)
+        plain = costs.decode_step(V3, 2, 3, 100, kind)
+        assert sum(stage.cache_bytes for stage in step.stages) == 2 * (3 + 100) * 656
+        assert [stage.flops for stage in step.stages] == [stage.flops for stage in plain.stages]
+        assert plain.bytes - step.bytes == 2 * (3 + 100) * (1152 - 656)
+        mha = [costs.decode_step(V3, 2, 3, 100, "mha", cache_dtype=d) for d in (None, "int8")]
+        assert mha[0] == mha[1]
+
+    def test_latents_of_sparse_attention_in_a_byte_a_number(self):
+        v32, options = MLAConfig.from_preset("deepseek_v32"), {"cache_dtype": "int8"}
+        assert costs.token_bytes(v32, "sparse", **options) == 656 + 2 * 128
+        plain, small = (costs.decode_step(v32, 2, 3, 9000, "sparse", **o) for o in ({}, options))
+        assert plain["index"] == small["index"]
+        assert plain["scores"].cache_bytes - small["scores"].cache_bytes == 6 * 2048 * (1152 - 656)
+
+    @parameterized.parameters(("float8_e4m3fn", 1 + 4 / 2**14), ("int8", 1), ("int4", 0.5625))
+    def test_weights_as_they_are_stored(self, dtype, size):
+        plain = costs.decode_step(V3, 2, 3, 100)
+        small = costs.decode_step(V3, 2, 3, 100, weight_dtype=dtype)
+        for one, two in zip(plain.stages, small.stages, strict=True):
+            assert two.weight_bytes == math.ceil(one.weight_bytes / 2 * size)
+            assert (two.flops, two.cache_bytes) == (one.flops, one.cache_bytes)
+        row = costs.table(V3, costs.device("h200"), context=100, weight_dtype=dtype)[0]
+        assert row.layer == costs.decode_step(V3, 1, 1, 100, weight_dtype=dtype)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,9 @@ from mla_jax.cache.dense import Dense as Dense
 from mla_jax.cache.paged import PAGE as PAGE
 from mla_jax.cache.paged import Paged as Paged
 from mla_jax.cache.paged import Pages as Pages
+from mla_jax.cache.scaled import ENCODINGS as ENCODINGS
+from mla_jax.cache.scaled import Scaled as Scaled
+from mla_jax.cache.scaled import is_encoding as is_encoding
 from mla_jax.cache.stripes import STRIPE
 from mla_jax.sharding import Rules, mesh_of, move, spec
 from mla_jax.sharding import count as parts_of
@@ -81,7 +84,8 @@ class Cache:
                 `init_store(rows, slots, dtype)` makes a store each.
             batch_size: B.
             max_length: S; a multiple of 128 where there are pages.
-            dtype: of the stores; None lets every mixer choose.
+            dtype: of the stores; None lets every mixer choose. With float8_e4m3fn and int8 latents
+                take a byte a number and have scales: see `Scaled`.
             pages: G, how many pages of 128 slots all rows share; None gives every row S slots.
             sharding: which axes of the mesh in use split rows (B) and slots (S): stores are made
                 where they lie. Lengths are whole on every device.
@@ -98,11 +102,7 @@ class Cache:
             if not (whole or jax.export.is_symbolic_dim(value)) or (whole and value < 1):
                 raise ValueError(f"{name}={value!r}: {name} must be a whole number of at least 1.")
         if dtype is not None:
-            dtype = jnp.dtype(dtype)
-            if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64):
-                raise ValueError(
-                    f"dtype={dtype.name}: a cache holds bfloat16, float16, float32 or float64."
-                )
+            dtype = checked_dtype("dtype", dtype)
         rows, slots, held = batch_size, max_length, None
         if pages is not None:
             if max_length % PAGE:
@@ -299,7 +299,7 @@ class Cache:
         slot = jnp.where(slot < row.length[0], slot, self.max_length + slot)
 
         def put(store, other):
-            new = row.view(other).block(0, row.max_length)
+            new = row.view(other).cut(0, row.max_length)
             if cache.pages is None:
                 here = {
                     name: held.at[index, : row.max_length].set(new[name][0], mode="drop")
@@ -307,11 +307,11 @@ class Cache:
                 }
                 return dataclasses.replace(store, arrays=here)
             table = cache.pages.table.at[index].get(mode="fill", fill_value=cache.pages.count)
-            return Paged(store, table[None]).write(slot, **new).pool
+            return Paged(store, table[None]).put(slot, new).pool
 
         def put_parts(store, other):
             split = mesh_of(other) is not None and row.pages is None
-            new = spread.row(other, jnp.int32(0)) if split else row.view(other).block(0, ends)
+            new = spread.row(other, jnp.int32(0)) if split else row.view(other).cut(0, ends)
             return spread.give(store, new if split else jax.tree.map(lambda x: x[0], new), chosen)
 
         ends, on_mesh = row.max_length, cache.pages is None and mesh_of(self.stores) is not None
@@ -466,7 +466,29 @@ class Cache:
             )
 
 
-for _cls in (Dense, Paged, Pages):
+def checked_dtype(name: str, dtype: Any) -> np.dtype:
+    """The dtype of a cache.
+
+    Raises:
+        ValueError: one that a cache does not hold; the message begins with `name`.
+
+    >>> checked_dtype("dtype", "float8_e4m3fn")
+    dtype(float8_e4m3fn)
+    """
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    floats = (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)
+    if found is None or (found not in floats and not is_encoding(found)):
+        raise ValueError(
+            f"{name}={dtype if found is None else found.name}: a cache holds bfloat16, float16, "
+            f"float32 or float64, or latents in {' or '.join(ENCODINGS)}."
+        )
+    return found
+
+
+for _cls in (Dense, Scaled, Paged, Pages):
     export.register_pytree_node_serialization(
         _cls,
         serialized_name=f"mla_jax.{_cls.__name__}",

@@ -21,7 +21,8 @@ from mla_jax.cache.stripes import Stripes
 
 # The letters of every array that a store may have; a mesh axis is given to letters.
 LETTERS = {
-    "latent": "BSR", "k_rope": "BSP", "index_key": "BSI", "k_nope": "BSNH", "value": "BSNV",
+    "latent": "BSR", "latent_scale": "BSG", "k_rope": "BSP", "index_key": "BSI", "k_nope": "BSNH",
+    "value": "BSNV",
 }  # fmt: skip
 _SINGLY = 8  # tokens of a step up to which a TPU writes one after the other
 
@@ -70,20 +71,42 @@ class Dense:
         letters: Any = {name: LETTERS.get(name, "BS") for name in self.arrays}
         return dataclasses.replace(self, arrays=letters)
 
+    @property
+    def encoding(self) -> str | None:
+        """What latents are held in where that is not the dtype in which they are written."""
+        return None
+
+    @property
+    def taken(self) -> dict[str, tuple[tuple[int, ...], Any]]:
+        """What `write` takes of one token: shape and dtype of every name."""
+        return {name: (held.shape[2:], held.dtype) for name, held in self.arrays.items()}
+
+    def encode(self, new: dict[str, Array]) -> dict[str, Array]:
+        """Arrays as the store holds them, of what is written; here the same."""
+        return new
+
+    def decode(self, held: dict[str, Array]) -> dict[str, Array]:
+        """What was written, or as much of it as the store keeps, of arrays as it holds them."""
+        return held
+
     def write(self, at: Int[Array, "B T"], **new: Array) -> Self:
         """The store with new [B T ...] at the slots `at`, no slot twice; S and more is nowhere.
 
         Raises:
             ValueError: names, widths or dtypes that are not this store's.
         """
-        self._check(at, new)
+        self.check(at, new)
+        return self.put(at, self.encode(new))
+
+    def put(self, at: Int[Array, "B T"], held: dict[str, Array]) -> Self:
+        """`write` of arrays as the store holds them."""
         mesh = sharding.mesh_of(self.arrays)
         if mesh is not None:
-            return self._write_parts(mesh, at, new)
-        arrays = {name: _put(held, new[name], at) for name, held in self.arrays.items()}
+            return self._put_parts(mesh, at, held)
+        arrays = {name: _put(array, held[name], at) for name, array in self.arrays.items()}
         return dataclasses.replace(self, arrays=arrays)
 
-    def _write_parts(self, mesh, at, new):
+    def _put_parts(self, mesh, at, new):
         """Every device writes what belongs to its rows and slots."""
         rows, slots = sharding.spec(next(iter(self.arrays.values())))[:2]
 
@@ -101,10 +124,16 @@ class Dense:
     def block(
         self, start: Int[Array, ""] | int, size: int, *, pages: bool = False
     ) -> dict[str, Array]:
-        """Every array's slots start to start + size, [B size ...].
+        """What was written to slots start to start + size, [B size ...] by name.
 
         `pages` says that start, known or not, is a multiple of 128, as a paged store likes it.
         """
+        return self.decode(self.cut(start, size, pages=pages))
+
+    def cut(
+        self, start: Int[Array, ""] | int, size: int, *, pages: bool = False
+    ) -> dict[str, Array]:
+        """`block` of arrays as the store holds them."""
         del pages
         if size == self.slots:
             return dict(self.arrays)
@@ -112,25 +141,27 @@ class Dense:
         return {name: cut(held) for name, held in self.arrays.items()}
 
     def at(self, slots: Int[Array, "B K"]) -> dict[str, Array]:
-        """Every array's chosen slots, [B K ...]; a slot out of range gives any that is in range."""
+        """What was written to chosen slots, [B K ...]; one out of range gives any in range."""
         row = jnp.arange(slots.shape[0], dtype=slots.dtype)[:, None]
-        return {name: held.at[row, slots].get(mode="clip") for name, held in self.arrays.items()}
+        arrays = self.arrays.items()
+        return self.decode({name: held.at[row, slots].get(mode="clip") for name, held in arrays})
 
-    def _check(self, at, new) -> None:
-        if new.keys() != self.arrays.keys():
+    def check(self, at: Int[Array, "B T"], new: dict[str, Array]) -> None:
+        """Raises ValueError where `write` cannot take these."""
+        if new.keys() != self.taken.keys():
             raise ValueError(
-                f"write was given {', '.join(new)}: this store holds {', '.join(self.arrays)}."
+                f"write was given {', '.join(new)}: this store holds {', '.join(self.taken)}."
             )
-        for name, fresh in new.items():
-            held = self.arrays[name]
-            if fresh.shape != (*at.shape, *held.shape[2:]):
+        for name, (shape, dtype) in self.taken.items():
+            fresh = new[name]
+            if fresh.shape != (*at.shape, *shape):
                 raise ValueError(
                     f"{name} has shape {fresh.shape}: this store takes [B T "
-                    f"{' '.join(map(str, held.shape[2:]))}] with [B T] = {at.shape}."
+                    f"{' '.join(map(str, shape))}] with [B T] = {at.shape}."
                 )
-            if fresh.dtype != held.dtype:
+            if fresh.dtype != dtype:
                 raise ValueError(
-                    f"{name} is {fresh.dtype}, the cache holds {held.dtype}: make the cache with "
+                    f"{name} is {fresh.dtype}, the cache holds {dtype}: make the cache with "
                     f"init_cache(..., dtype=jnp.{fresh.dtype}), or give the layer that dtype."
                 )
 

@@ -64,21 +64,44 @@ class Paged:
         pool = jax.tree.map(lambda _: "G", self.pool)
         return dataclasses.replace(self, pool=pool, table="BM")
 
+    @property
+    def encoding(self) -> str | None:
+        """As `Dense.encoding`."""
+        return self.pool.encoding
+
+    def encode(self, new: dict[str, Array]) -> dict[str, Array]:
+        """As `Dense.encode`."""
+        return self.pool.encode(new)
+
+    def decode(self, held: dict[str, Array]) -> dict[str, Array]:
+        """As `Dense.decode`."""
+        return self.pool.decode(held)
+
     def write(self, at: Int[Array, "B T"], **new: Array) -> Self:
         """As `Dense.write`; a slot whose page the row does not have is nowhere."""
-        page, slot = self._split(at)
         # Every token is a row of its own to the pool, which sees pages as rows.
-        self.pool._check(at, new)
+        self.pool.check(at, new)
+        return self.put(at, self.encode(new))
+
+    def put(self, at: Int[Array, "B T"], held: dict[str, Array]) -> Self:
+        """As `Dense.put`."""
+        page, slot = self._split(at)
         put = lambda held, fresh: jax.lax.optimization_barrier(  # noqa: E731
             held.at[page, slot].set(fresh, mode="drop")
         )
-        arrays = {name: put(held, new[name]) for name, held in self.pool.arrays.items()}
+        arrays = {name: put(array, held[name]) for name, array in self.pool.arrays.items()}
         return dataclasses.replace(self, pool=dataclasses.replace(self.pool, arrays=arrays))
 
     def block(
         self, start: Int[Array, ""] | int, size: int, *, pages: bool = False
     ) -> dict[str, Array]:
         """As `Dense.block`: slots start to start + size of every row, gathered."""
+        return self.decode(self.cut(start, size, pages=pages))
+
+    def cut(
+        self, start: Int[Array, ""] | int, size: int, *, pages: bool = False
+    ) -> dict[str, Array]:
+        """As `Dense.cut`."""
         pages = pages or (isinstance(start, int) and start % PAGE == 0)
         if pages and size % PAGE == 0:
             table = jax.lax.dynamic_slice_in_dim(self.table, start // PAGE, size // PAGE, axis=1)
@@ -89,10 +112,13 @@ class Paged:
                 for name, part in parts.items()
             }
         slots = start + jnp.arange(size, dtype=jnp.int32)[None]
-        return self.at(jnp.broadcast_to(slots, (self.batch_size, size)))
+        return self._gather(jnp.broadcast_to(slots, (self.batch_size, size)))
 
     def at(self, slots: Int[Array, "B K"]) -> dict[str, Array]:
         """As `Dense.at`."""
+        return self.decode(self._gather(slots))
+
+    def _gather(self, slots):
         place = self._split(slots)
         return {name: held.at[place].get(mode="clip") for name, held in self.pool.arrays.items()}
 

@@ -14,7 +14,7 @@ from mla_jax.checkpoint import saving, stored
 from mla_jax.checkpoint.host import THREADS, Shardings, build, each, sharding_of
 from mla_jax.checkpoint.names import AttentionTensors
 from mla_jax.checkpoint.stored import Stored
-from mla_jax.checkpoint.tensors import Entry, attention_table
+from mla_jax.checkpoint.tensors import Entry, Kept, attention_table
 from mla_jax.layers.attention import MultiHeadLatentAttention
 
 
@@ -56,6 +56,12 @@ def load_attention(
     True
     """
     table = {entry.name: entry for entry in attention_table(layer)}
+    for entry in table.values():
+        if isinstance(entry, Kept):
+            raise ValueError(
+                f"{entry.path} of this layer keeps another checkpoint's stored form: make a new "
+                "layer and load into that."
+            )
     if isinstance(tensors, AttentionTensors):
         names = {name: name for name in tensors}
         source = f" of {tensors.prefix} in {tensors.files.path}"
@@ -144,7 +150,8 @@ def attention_tensors(
     ((80, 128), (256, 64))
     """
     table = attention_table(layer)
-    return {naming.rename(entry.name, names): entry.value() for entry in table}
+    tensors = (tensor for entry in table for tensor in entry.tensors())
+    return {naming.rename(tensor.name, names): tensor.value() for tensor in tensors}
 
 
 def save_attention(
@@ -176,13 +183,11 @@ def save_attention(
     ...         load_attention(layer, files.attention(0))
     """
     tensors = [
-        saving.Tensor(
-            prefix.format(layer=index) + naming.rename(entry.name, names), entry.dtype,
-            entry.stored_shape, entry.value,
-        )
+        tensor._replace(name=prefix.format(layer=index) + naming.rename(tensor.name, names))
         for index, layer in layers.items()
         for entry in attention_table(layer)
-    ]  # fmt: skip
+        for tensor in entry.tensors()
+    ]
     saving.write(path, tensors, shard_bytes=shard_bytes)
 
 

@@ -4,10 +4,11 @@ Layer by layer, each parameter placed as soon as it is read. The block for multi
 follows the layers under the next number, and is read where it is asked for.
 """
 
+import json
 import os
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -20,6 +21,8 @@ from mla_jax.checkpoint.attention import read
 from mla_jax.checkpoint.files import Checkpoint
 from mla_jax.checkpoint.gate import refuse_unused
 from mla_jax.checkpoint.host import Shardings, sharding_of
+from mla_jax.checkpoint.kept import keep
+from mla_jax.checkpoint.scheme import QUANTIZATION
 from mla_jax.checkpoint.stored import Stored
 from mla_jax.checkpoint.tensors import (
     Entry,
@@ -34,6 +37,8 @@ from mla_jax.models.decoder import Decoder
 from mla_jax.ops import dispatch
 
 _COMPARED = 2**24  # bytes at once
+# What is no linear map of a layer, and has the parameters' dtype however it is stored.
+_DENSE = {"embed", "head", "router", "indexer"}
 
 
 def load_decoder(
@@ -42,6 +47,7 @@ def load_decoder(
     mtp: bool = False,
     dtype=jnp.bfloat16,
     param_dtype=None,
+    weights=None,
     precision=None,
     implementation: dispatch.Implementation = None,
     sharding: Shardings | None = None,
@@ -49,8 +55,10 @@ def load_decoder(
 ) -> Decoder:
     """Reads a model of DeepSeek's shape: its config.json and its safetensors.
 
-    Quantised weights are multiplied by their scales as they are read: fp8 and int8 per tensor, row
-    or block, and compressed-tensors' packed integers. Every tensor of the language model is used,
+    Quantised weights (fp8 and int8 per tensor, row or block, and compressed-tensors' packed
+    integers) are multiplied by their scales as they are read, or with weights="as stored" when they
+    are used: then linear maps and experts take the bytes that they take in the file, and have no
+    derivative. Every tensor of the language model is used,
     or refused. Left alone are: the family's vision tower, rotary buffers, scales of quantised
     activations, and blocks for drafting that nobody asked for.
 
@@ -60,12 +68,14 @@ def load_decoder(
             the embedding and the head are not kept where they equal the model's, as usual.
         dtype: of the computation.
         param_dtype: of the parameters; None is `dtype`. The router's stay float32.
+        weights: "as stored", or a dtype, which is the same as param_dtype.
         precision, implementation: as in `MultiHeadLatentAttention`.
         sharding: as in `load_attention`; paths begin with "blocks.3.attention." and the like.
         on_progress: called as parts are read, with how many there are by now and of how many.
 
     Raises:
-        ValueError: a config that is not of this shape; tensors missing, left over, or of another
+        ValueError: weights that are neither, or beside param_dtype; a config that is not of this
+            shape; tensors missing, left over, or of another
             shape; a scheme of quantisation that is not read; mtp where there is no such block. The
             message names key and file.
         FileNotFoundError: no such folder or file.
@@ -79,10 +89,18 @@ def load_decoder(
     >>> model(jnp.array([[1, 2, 3]])).shape  # doctest: +SKIP
     (1, 3, 102400)
     """
+    as_stored = isinstance(weights, str) and weights == "as stored"
+    if weights is not None and not as_stored:
+        if param_dtype is not None:
+            raise ValueError(f"weights={weights!r}: param_dtype={param_dtype!r} says it already.")
+        try:
+            param_dtype = np.dtype(weights)
+        except TypeError as error:
+            raise ValueError(f"weights={weights!r}: it must be 'as stored' or a dtype.") from error
     with Checkpoint(path) as files:
         config = decoder_config(files)
         files.check_beside()
-        loader = _Loader(files, config, sharding)
+        loader = _Loader(files, config, sharding, as_stored)
         try:
             model = nnx.eval_shape(
                 lambda: Decoder(
@@ -102,7 +120,8 @@ def save_decoder(
     """Writes a model as a Hugging Face folder: config.json, safetensors and their index.
 
     `load_decoder` reads it back bit for bit, and so does the family's own code: tensors have its
-    names and order, each in its parameter's dtype. A folder may be saved over, also while a model
+    names and order, each in its parameter's dtype, or as they were stored where they were kept so.
+    A folder may be saved over, also while a model
     is read from it: until one rename at the end it is the old model, and then the new one.
 
     Args:
@@ -141,9 +160,9 @@ def save_decoder(
     entries += [] if head is None else [head]
     if model.predictor is not None:
         entries += predictor_table(model, family) + predictor_copies(model, family)
-    tensors = [
-        saving.Tensor(entry.name, entry.dtype, entry.stored_shape, entry.value) for entry in entries
-    ]
+    tensors = [tensor for entry in entries for tensor in entry.tensors()]
+    if model.quantization is not None:
+        hf |= json.loads(model.quantization)
     saving.write(folder, tensors, shard_bytes=max_shard_bytes, config=hf)
 
 
@@ -162,11 +181,22 @@ def decoder_config(files: Checkpoint) -> DecoderConfig:
         raise ValueError(f"{files.path}: {error}") from error
 
 
+def _quantization(config: Mapping[str, Any]) -> str | None:
+    """What a config.json says of stored forms, as JSON; None where it says nothing."""
+    for part in (families.language_model(config), config):
+        found = {key: part[key] for key in QUANTIZATION if part.get(key) is not None}
+        if found:
+            return json.dumps(found)
+    return None
+
+
 class _Loader:
     """One checkpoint on its way into one model."""
 
-    def __init__(self, files: Checkpoint, config: DecoderConfig, sharding: Shardings | None):
-        self.files, self.sharding = files, sharding
+    def __init__(
+        self, files: Checkpoint, config: DecoderConfig, sharding: Shardings | None, keep: bool
+    ):
+        self.files, self.sharding, self.keep = files, sharding, keep
         self.family, self.whole = families.of_checkpoint(files.config, str(files.path))
         self.used: set[str] = set()
         self._ahead: set[str] = set()  # layers that are being read ahead
@@ -187,7 +217,7 @@ class _Loader:
         groups = list(grouped(table if head is None else [*table, head]))
         for done, group in enumerate(groups):
             on_progress(done, len(groups))
-            self._fill(group)
+            self._fill(group, model)
         on_progress(len(groups), len(groups))
         if model.predictor is not None:
             self._predictor(model)
@@ -222,7 +252,7 @@ class _Loader:
                 "for multi-token prediction; without mtp, draft by prompt lookup."
             )
         for group in grouped(predictor_table(model, self.family, self.root)):
-            self._fill(group)
+            self._fill(group, model)
         embed = model.embed
         types: dict[str, Any] = {"dtype": embed.dtype, "param_dtype": embed.param_dtype}
         words, width = self.config.vocab_size, self.config.attention.hidden_size
@@ -240,7 +270,7 @@ class _Loader:
         own = {"predictor.embed": predictor.embed, "predictor.head": predictor.head}
         for entry in predictor_copies(model, self.family, self.root):
             if own[entry.path.rpartition(".")[0]] is not None:
-                self._fill([entry])
+                self._fill([entry], model)
 
     def _differs(self, name: str, shared: str) -> bool:
         """Whether a tensor is not a copy of another, which is used."""
@@ -266,7 +296,7 @@ class _Loader:
             raise ValueError(f"{self.files.path} lacks {name}, which its config asks for.")
         return self.files.stored(name)
 
-    def _fill(self, entries: list[Entry]) -> None:
+    def _fill(self, entries: list[Entry], model: Decoder) -> None:
         """One parameter."""
         entry = entries[0]
         self._prefetch(entry)
@@ -277,6 +307,14 @@ class _Loader:
             self.used.update(found.names)
             return found
 
+        if self.keep and not _DENSE & set(entry.path.split(".")):
+            parts = [get(each.name) for each in entries]
+            if any(part.form is not None for part in parts):
+                where = self.files.where
+                keep(model, entries, parts, self.files.raw, where, self.sharding)
+                model.quantization = model.quantization or _quantization(self.files.config)
+                self.files.release()
+                return
         entry.parameter.set_value(read(entries, get, self.files.where, goal))
         self.files.release()
 

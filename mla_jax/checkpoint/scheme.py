@@ -18,6 +18,8 @@ Grain = Literal["tensor", "row", "block"]
 E4M3, E5M2 = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2)
 INT8, INT32 = np.dtype(np.int8), np.dtype(np.int32)
 _BLOCK = (128, 128)
+# Keys of a config.json that announce stored forms.
+QUANTIZATION = ("quantization_config", "compression_config", "quantization")
 # Names that say nothing of how weights are stored, such as how activations would be quantised.
 _SILENT = (
     "quant_method", "activation_scheme", "modules_to_not_convert", "ignored_layers", "scale_fmt",
@@ -76,7 +78,7 @@ def forms(config: Mapping[str, Any], where: str) -> tuple[Form, ...] | None:
     ValueError: config.json: quantization_config: quant_method='awq': its weights are not read...
     """
     for part in (language_model(config), config):
-        for key in ("quantization_config", "compression_config", "quantization"):
+        for key in QUANTIZATION:
             found = part.get(key)
             if found is None:
                 continue

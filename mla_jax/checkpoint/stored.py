@@ -101,6 +101,19 @@ class Stored:
             out[first : first + rows.stop - rows.start] = self._dequantized(rows, bounds[1])
         return out[inside]
 
+    def unscaled(self, index: Any = ...) -> np.ndarray:
+        """The values at an index in their own small type, packed ones unpacked.
+
+        >>> form = Form(np.dtype(np.int8), (1, None))
+        >>> Stored(("w",), np.array([[2, -3]], np.int8), (1, 2), np.ones((1, 1)), form).unscaled()
+        array([[ 2, -3]], dtype=int8)
+        """
+        if self.form is None or self.form.dtype != schemes.INT32:
+            return self.values[index]
+        bounds, inside = _bounds(index, self.shape)
+        dtype = ml_dtypes.int4 if self.form.bits == 4 else np.int8
+        return _unpacked(self.values, self.form.bits, *bounds).astype(dtype)[inside]
+
     def chunks(self, rows: slice, columns: slice) -> list[slice]:
         """Rows in parts of a few megabytes, whole blocks where that is possible."""
         width = max(1, columns.stop - columns.start)

@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from mla_jax.checkpoint import host
+from mla_jax.checkpoint import host, kept, saving
 from mla_jax.checkpoint.stored import Stored
 from mla_jax.families import Family
 from mla_jax.layers.attention import MultiHeadLatentAttention
 from mla_jax.layers.experts import MixtureOfExperts
 from mla_jax.layers.indexer import Indexer
+from mla_jax.layers.quantised import Quantised
 from mla_jax.models.decoder import Decoder
 from mla_jax.models.longcat import ShortcutBlock
 
@@ -142,12 +143,24 @@ class Entry:
         axes = [*(inside or [slice(None)] * len(first)), *(behind or [slice(None)] * len(last))]
         return value[tuple(axes)]
 
+    def tensors(self) -> Iterator[saving.Tensor]:
+        """What is written of it."""
+        yield saving.Tensor(self.name, self.dtype, self.stored_shape, self.value)
+
     def value(self) -> np.ndarray:
         """The tensor, from the parameter: the inverse of `fill`."""
         value = host.fetch(self.parameter[...], self.index)
         if self.inputs is None:
             return np.ascontiguousarray(value.reshape(self.stored_shape))
         return np.ascontiguousarray(value.reshape(self.stored_shape[::-1]).T)
+
+
+class Kept(Entry):
+    """A weight that is kept as it was stored: `parameter` is the `Quantised` that holds it."""
+
+    def tensors(self) -> Iterator[saving.Tensor]:
+        """Values and scale."""
+        yield from kept.written(self.name, self.parameter, self.index)
 
 
 def _flat(index: host.Index, shape: tuple[int, ...]) -> tuple[slice, host.Index | None]:
@@ -170,9 +183,7 @@ def attention_table(
             yield Entry(f"{path}{ours}.scale", f"{prefix}{theirs}.weight", module.scale)
             continue
         inputs = 2 if ours == "o_proj" else 1  # o_proj takes heads and channels
-        yield Entry(
-            f"{path}{ours}.kernel", f"{prefix}{theirs}.weight", module.kernel, inputs=inputs
-        )
+        yield _linear(path + ours, f"{prefix}{theirs}.weight", module, inputs)
         if module.bias is not None:
             yield Entry(f"{path}{ours}.bias", f"{prefix}{theirs}.bias", module.bias)
     for ours, theirs in VECTORS.items():
@@ -224,8 +235,7 @@ def predictor_table(model: Decoder, family: Family, root: str = "model.") -> lis
         Entry(f"predictor.{ours}.scale", f"{prefix}{theirs}.weight", getattr(predictor, ours).scale)
         for ours, theirs in (("enorm", "enorm"), ("hnorm", "hnorm"), ("norm", "shared_head.norm"))
     ]
-    kernel = predictor.eh_proj.kernel
-    entries.append(Entry("predictor.eh_proj.kernel", f"{prefix}eh_proj.weight", kernel, inputs=1))
+    entries.append(_linear("predictor.eh_proj", f"{prefix}eh_proj.weight", predictor.eh_proj, 1))
     entries += _block("predictor.block.", predictor.block, prefix)
     return _named(entries, family, root)
 
@@ -291,14 +301,24 @@ def _mixture(path: str, mlp: MixtureOfExperts, prefix: str) -> Iterator[Entry]:
         yield Entry(f"{path}router.bias", f"{prefix}gate.e_score_correction_bias", router.bias)
     for kernel in _MLP:
         parameter = getattr(mlp, kernel)
-        for expert in range(parameter.shape[0]):
+        stored = isinstance(parameter, Quantised)
+        for expert in range((parameter.values if stored else parameter).shape[0]):
             name = f"{prefix}experts.{expert}.{kernel}.weight"
-            yield Entry(path + kernel, name, parameter, index=expert, inputs=1)
+            if stored:
+                yield Kept(path + kernel, name, parameter, index=expert)
+            else:
+                yield Entry(path + kernel, name, parameter, index=expert, inputs=1)
     if mlp.shared is not None:
         yield from _mlp(f"{path}shared.", mlp.shared, f"{prefix}shared_experts.")
 
 
 def _mlp(path: str, mlp: Any, prefix: str) -> Iterator[Entry]:
     for kernel in _MLP:
-        parameter = getattr(mlp, kernel).kernel
-        yield Entry(f"{path}{kernel}.kernel", f"{prefix}{kernel}.weight", parameter, inputs=1)
+        yield _linear(path + kernel, f"{prefix}{kernel}.weight", getattr(mlp, kernel), 1)
+
+
+def _linear(path: str, name: str, module: Any, inputs: int) -> Entry:
+    """The entry of a linear map, of a kernel or of what is kept as it was stored."""
+    if isinstance(module, Quantised):
+        return Kept(path, name, module)
+    return Entry(f"{path}.kernel", name, module.kernel, inputs=inputs)

@@ -17,14 +17,17 @@ def costs(options: Costs) -> None:
     with judging_flags():
         config, device = MLAConfig.from_preset(options.preset), arithmetic.device(options.device)
         rows = arithmetic.table(
-            config, device, context=options.context, batch=options.batch, queries=options.queries
-        )
+            config, device, context=options.context, batch=options.batch,
+            queries=options.queries, cache_dtype=options.cache_dtype,
+            weight_dtype=options.weight_dtype,
+        )  # fmt: skip
     terminal = Terminal(quiet=options.quiet, json=options.json)
     crossover = arithmetic.crossover_queries(config, options.context)
     slower = arithmetic.queries_until_slower(config, device)
     terminal.answer_json({
         "preset": options.preset, "device": options.device, "context": options.context,
-        "batch": options.batch, "queries": options.queries,
+        "batch": options.batch, "queries": options.queries, "cache_dtype": options.cache_dtype,
+        "weight_dtype": options.weight_dtype,
         "num_hidden_layers": config.num_hidden_layers, "mla_layers": config.mla_layers,
         "crossover_queries": crossover,
         "queries_until_slower": slower if math.isfinite(slower) else None,
@@ -33,6 +36,8 @@ def costs(options: Costs) -> None:
     terminal.paragraph(
         f"{options.preset}: {options.queries:,} new token(s) in {options.batch:,} row(s) of "
         f"{options.context:,} on {options.device}, bf16, {_layers(config)}"
+        + (f", latents cached in {options.cache_dtype}" if options.cache_dtype else "")
+        + (f", weights in {options.weight_dtype}" if options.weight_dtype else "")
     )
     terminal.answer()
     headers = ("attention", "cache", "per token", "read", "operations", "op/byte", "time", "bound")

@@ -21,5 +21,5 @@ def explain(options: Explain) -> None:
             ) from error
         mla_jax.explain(
             config, batch_size=options.batch, length=options.length, queries=options.queries,
-            dtype=options.dtype,
+            dtype=options.dtype, cache_dtype=options.cache_dtype,
         )  # fmt: skip

@@ -146,9 +146,9 @@ def _check_backend(
             shallow, dtype=options.dtype, param_dtype=options.dtype,
             implementation=options.implementation, rngs=nnx.Rngs(0),
         )  # fmt: skip
-        cache = model.init_cache(len(prompts), slots).as_fresh()
+        cache = model.init_cache(len(prompts), slots, options.cache_dtype).as_fresh()
         model.extend(jnp.zeros((len(prompts), longest), jnp.int32), cache)
-        cache = model.init_cache(len(prompts), slots)
+        cache = model.init_cache(len(prompts), slots, options.cache_dtype)
         model.extend(jnp.zeros((len(prompts), 1 + options.speculate), jnp.int32), cache)
 
     jax.eval_shape(steps)
@@ -222,6 +222,7 @@ def load(
     started = time.perf_counter()
     if path is not None:
         with terminal.working("reading weights") as report:
+            given["weights"] = "as stored" if options.weights == "as-stored" else None
             model = checkpoint.load_decoder(path, on_progress=report, **given)
             source = options.checkpoint
             leaves = jax.block_until_ready(jax.tree.leaves(nnx.state(model, nnx.Param)))
@@ -273,5 +274,6 @@ def _report(
     terminal.notes(rows)
     terminal.explain(
         config.attention, batch_size=len(prompts), length=slots, queries=1 + options.speculate,
-        dtype=options.dtype, implementation=options.implementation,
+        dtype=options.dtype, cache_dtype=options.cache_dtype,
+        implementation=options.implementation,
     )  # fmt: skip

@@ -131,6 +131,12 @@ class Writing(Compiling):
     )
     block: int = _flag(16, "decode steps in one program, after which text is shown")
     dtype: str = _flag("bfloat16", "of parameters, computation and cache")
+    cache_dtype: Literal["float8_e4m3fn", "int8"] | None = _flag(
+        None, "of the cache's latents, which then have scales and take a byte a number"
+    )
+    weights: Literal["dequantised", "as-stored"] = _flag(
+        "dequantised", "what becomes of a checkpoint's quantised weights when they are read"
+    )
     implementation: str | dict[str, str] | None = _flag(
         None, _BACKENDS, type=_implementation, metavar="NAME"
     )
@@ -189,6 +195,12 @@ class Costs(Output):
     context: int = _flag(32768, "tokens that every row holds")
     batch: int = _flag(1, "rows")
     queries: int = _flag(1, "new tokens of a row")
+    cache_dtype: Literal["float8_e4m3fn", "int8"] | None = _flag(
+        None, "of MLA's cached latents, with scales"
+    )
+    weight_dtype: Literal["float8_e4m3fn", "int8", "int4"] | None = _flag(
+        None, "of all weights, with scales"
+    )
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -200,6 +212,9 @@ class Explain:
     batch: int = _flag(1, "rows")
     queries: int = _flag(1, "new tokens of a row")
     dtype: str = _flag("bfloat16", "of the cache and the computation")
+    cache_dtype: Literal["float8_e4m3fn", "int8"] | None = _flag(
+        None, "of the cache's latents, with scales"
+    )
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -326,4 +341,5 @@ def _name(field: dataclasses.Field) -> str:
 
 
 def _kinds(annotation: Any) -> tuple[Any, ...]:
-    return typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    union = typing.get_origin(annotation) in (types.UnionType, typing.Union)
+    return typing.get_args(annotation) if union else (annotation,)

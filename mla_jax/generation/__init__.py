@@ -173,10 +173,13 @@ def generate(
     slots = check_fits(model, prompts, request, cache)
     kind = drafts.MultiToken if request.draft == "mtp" else drafts.PromptLookup
     drafter = kind(request.speculate)
-    placed = {} if sharding is None else {"sharding": sharding}
+    placed: dict[str, Any] = {} if sharding is None else {"sharding": sharding}
     if cache is None:
-        paged = {} if request.pages is None else {"pages": request.pages}
-        cache = clock.call(model.init_cache, rows, slots, **paged, **placed)
+        asked = {"dtype": request.cache_dtype, "pages": request.pages}
+        asked = {name: value for name, value in asked.items() if value is not None}
+        cache = clock.call(model.init_cache, rows, slots, **asked, **placed)
+    if request.cache_dtype is not None:
+        placed["dtype"] = request.cache_dtype
     state = clock.call(drafter.init, model, rows, slots, **placed)
     cache_bytes = sum(one.nbytes for one in (cache, *drafter.caches(state)))
 

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from mla_jax.cache import checked_dtype
 from mla_jax.generation.sampling import Sampling, plain
 from mla_jax.generation.stream import StopStrings
 from mla_jax.generation.tokenizer import Tokenizer
@@ -32,6 +33,8 @@ class Request:
         block: decode steps in one program, at most. Tokens are seen per block.
         samples: continuations of every prompt.
         pages: G, how many pages of 128 slots the rows share; None gives every row slots of its own.
+        cache_dtype: of the cache, by name; float8_e4m3fn and int8 hold latents in a byte a number,
+            see `Cache.init`. None is the model's own.
         logprobs: whether the result has the log probabilities of the new tokens.
 
     Raises:
@@ -56,6 +59,7 @@ class Request:
     block: int = 16
     samples: int = 1
     pages: int | None = None
+    cache_dtype: str | None = None
     logprobs: bool = False
 
     def __post_init__(self):
@@ -80,6 +84,8 @@ class Request:
             raise ValueError(f"draft={self.draft!r:.80}: it must be 'prompt' or 'mtp'.")
         if self.draft == "mtp" and not self.speculate:
             raise ValueError("draft='mtp' drafts nothing with speculate=0: say how many tokens.")
+        if self.cache_dtype is not None:
+            self._set("cache_dtype", checked_dtype("cache_dtype", self.cache_dtype).name)
         self._set("logprobs", plain(self.logprobs))
         if not isinstance(self.logprobs, bool):
             raise ValueError(f"logprobs={self.logprobs!r:.80}: it must be True or False.")

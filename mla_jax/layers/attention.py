@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mla_jax import ops, rope, sharding, target
-from mla_jax.cache import Dense, Paged, Store
+from mla_jax.cache import Dense, Paged, Scaled, Store, is_encoding
 from mla_jax.costs import choose_form
 from mla_jax.layers.indexer import Indexer, indexer_loss
 from mla_jax.layers.maps import LatentMaps
@@ -161,9 +161,15 @@ class MultiHeadLatentAttention(LatentMaps):
     def init_store(self, batch_size: int, slots: int, dtype=None) -> Dense:
         """Slots of its own for every row: what a `Cache` keeps of this layer's tokens.
 
-        `dtype` is by default that of the computation, or of the parameters where it is None.
+        `dtype` is by default that of the computation, or of the parameters where it is None. With
+        float8_e4m3fn and int8 it is latents that are held so, the rest is as by default.
         """
-        dtype = dtype or self.dtype or self.param_dtype
+        own, widths = self.dtype or self.param_dtype, self._widths()
+        if is_encoding(dtype):
+            if "latent" in widths:
+                return Scaled.init(batch_size, slots, widths, dtype, own)
+            dtype = None
+        dtype = dtype or own
         return Dense(
             {
                 name: jnp.zeros((batch_size, slots, width), dtype)
@@ -201,6 +207,8 @@ class MultiHeadLatentAttention(LatentMaps):
         with jax.named_scope("cache_append"):
             empty = jnp.zeros((batch, tokens, 0), view.index_key.dtype) if not new else None
             own = view.write(step.place, **(new or {"index_key": empty}))
+            if "latent" in new:  # new tokens are attended to as later ones will find them
+                new |= own.decode(own.encode({"latent": new["latent"]}))
         source, relay = self._handed(own, relay)
         self._check_store(source, batch, {name: self._widths(True)[name] for name in _LATENTS})
         seen = step.seen.replace(window=self.config.sliding_window)

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mla_jax import sharding
 from mla_jax.layers.mlp import GatedMLP
+from mla_jax.layers.quantised import Quantised
 from mla_jax.ops.experts import routed_experts
 
 
@@ -190,16 +191,21 @@ class MixtureOfExperts(nnx.Module):
 
         Experts behind the E that have kernels return their input (LongCat-Flash, arXiv 2509.01322).
         """
-        dtype = self.dtype or jnp.promote_types(x.dtype, self.gate_proj.dtype)
-        x, count, identity = x.astype(dtype), self.gate_proj.shape[0], None
+        kernels = [
+            kernel.weight if isinstance(kernel, Quantised) else kernel[...]
+            for kernel in (self.gate_proj, self.up_proj, self.down_proj)
+        ]
+        held = x.dtype if isinstance(self.gate_proj, Quantised) else kernels[0].dtype
+        dtype = self.dtype or jnp.promote_types(x.dtype, held)
+        x, count, identity = x.astype(dtype), kernels[0].shape[0], None
         if self.config.zero_expert_num:
             zero = experts >= count
             identity = jnp.where(zero, weights, 0).sum(-1, keepdims=True)
             # A weight of 0 for some expert or other, spread so that none is given many tokens.
             experts, weights = experts % count, jnp.where(zero, 0, weights)
         mixed = routed_experts(
-            x, experts, weights, self.gate_proj[...], self.up_proj[...], self.down_proj[...],
-            precision=self.precision, implementation=self.implementation,
+            x, experts, weights, *kernels, precision=self.precision,
+            implementation=self.implementation,
         )  # fmt: skip
         return mixed if identity is None else mixed + (identity * x).astype(dtype)
 

@@ -24,7 +24,9 @@ from mla_jax.layers import query_scale
 from mla_jax.layers.indexer import Indexer
 from mla_jax.layers.mixer import Mixer
 from mla_jax.layers.projection import Projection, apart, kernel_of, together
+from mla_jax.layers.quantised import Quantised
 from mla_jax.ops import dispatch
+from mla_jax.ops.weights import fold_keys, unfold_values
 
 _BIASED = ("q_a_proj", "kv_a_proj", "o_proj")  # what attention_bias=True means
 # Of each kernel's axes; ranks count as D, the axis that FSDP splits.
@@ -188,11 +190,18 @@ class LatentMaps(Mixer):
     def _pattern(self, q_nope):
         """What each head looks for among the latents, [B T N R]."""
         with jax.named_scope("w_uk"):
+            if isinstance(self.kv_b_proj, Quantised):
+                return fold_keys(q_nope, self.kv_b_proj.weight, precision=self.precision)
             return self._fold("BTNH,RNH->BTNR", q_nope, self.w_uk)
 
     def _heads(self, out_latent):
         """Heads [B T N V] from mixed latents [B T N R]."""
         with jax.named_scope("w_uv"):
+            if isinstance(self.kv_b_proj, Quantised):
+                return unfold_values(
+                    out_latent, self.kv_b_proj.weight, self.config.v_head_dim,
+                    precision=self.precision,
+                )  # fmt: skip
             return self._fold("BTNR,RNV->BTNV", out_latent, self.w_uv)
 
     def _fold(self, letters, x, kernel):

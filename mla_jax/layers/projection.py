@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from mla_jax.layers.quantised import Quantised
 from mla_jax.ops import dense
 
 
@@ -51,7 +52,8 @@ def kernel_of(projection: nnx.Module, inputs: int, outputs: tuple[int, ...]) -> 
     """The kernel [R N K] that a projection, wrapped or not, multiplies with.
 
     Args:
-        projection: a `Projection`, an `nnx.LoRA` around one, or another module that maps linearly.
+        projection: a `Projection` or a `Quantised`, an `nnx.LoRA` around one, or another module
+            that maps linearly.
         inputs: R.
         outputs: N and K.
 
@@ -62,6 +64,8 @@ def kernel_of(projection: nnx.Module, inputs: int, outputs: tuple[int, ...]) -> 
     """
     if isinstance(projection, nnx.LinearGeneral):
         return projection.kernel[...]
+    if isinstance(projection, Quantised):
+        return projection.weight.dense(projection.dtype or jnp.float32).T.reshape(inputs, *outputs)
     if isinstance(projection, nnx.LoRA) and isinstance(projection.base_module, nnx.Module):
         base = kernel_of(projection.base_module, inputs, outputs)
         update = projection.lora_a[...] @ projection.lora_b[...]

@@ -91,6 +91,8 @@ class Decoder(nnx.Module):
         head = {"use_bias": False, "precision": precision, **_HEAD, **types}
         self.head = None if tied else nnx.Linear(width, config.vocab_size, **head)
         self.predictor = MultiTokenPredictor(config, **cores) if mtp else None
+        # What config.json says of weights that are kept as they were stored, as JSON.
+        self.quantization: str | None = None
 
     def __call__(self, tokens: Int[Array, "B T"], **options: Any) -> Float[Array, "B T W"]:
         """Logits [B T W] in float32, without a cache; options as in the layer's `__call__`."""

@@ -246,6 +246,7 @@ def latent_call(queries, store, seen, scale, soft_cap=None, precision=None) -> C
         _soft_cap(soft_cap),
         precision,
         Layout.of(queries, store),
+        store.encoding,
     )
 
 
@@ -289,6 +290,7 @@ def context_attention(
         None,
         precision,
         Layout.of(queries, store),
+        store.encoding,
     )
     return dispatch.attend(queries, store, seen, call, implementation, kv_b=kv_b)
 

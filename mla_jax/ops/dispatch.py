@@ -73,6 +73,7 @@ class Call:
         soft_cap: scores become soft_cap tanh(scores / soft_cap); None leaves them.
         precision: of the matmuls, as in jax.lax.dot; kernels ignore it.
         layout: how a mesh with Explicit axes splits the call; None without one.
+        encoding: in what the store holds latents, with scales; None is in the operands' dtype.
     """
 
     op: str
@@ -89,6 +90,7 @@ class Call:
     soft_cap: float | None = None
     precision: Any = None
     layout: mesh.Layout | None = None
+    encoding: str | None = None
 
     @property
     def part(self) -> "Call":

@@ -138,6 +138,7 @@ def _attend(queries, store, seen, call):
         return _whole(queries, keys, value, visible, call)
 
     checked = target.current().platform == "gpu" and call.store == "dense" and known
+    checked = checked and call.encoding is None  # else the store is copied anyway, decoded
     if not (seen.full or checked) and known:
         width = sum(call.key_dims) if shared else heads * (sum(call.key_dims) + call.value_dim)
         if batch * slots * width > _CLEAN_NUMBERS:

@@ -27,6 +27,16 @@ def test_the_table_of_deepseek_v3(run, monkeypatch):
     assert "note:" not in out
 
 
+def test_latents_in_a_byte_a_number(run):
+    out = run("costs", "deepseek_v3", "--cache-dtype", "int8", "--json").out
+    rows = {row["kind"]: row["cache_bytes_per_token"] for row in json.loads(out)["rows"]}
+    assert rows["absorbed"] == rows["expanded"] == 61 * 656
+    assert rows["mha"] == 61 * 32768 * 2
+    flags = ("--cache-dtype", "int8", "--weight-dtype", "int4")
+    out = " ".join(run("costs", "tiny", *flags).out.split())
+    assert "latents cached in int8, weights in int4" in out
+
+
 @pytest.mark.parametrize(
     ("preset", "layers", "per_token"),
     [

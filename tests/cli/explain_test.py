@@ -16,6 +16,12 @@ def test_it_prints_what_the_function_prints(run, capsys):
     assert "expanded (absorbed up to 167 tokens" in out
 
 
+def test_a_cache_of_fp8_latents(run):
+    out = run("explain", "deepseek_v3", "--cache-dtype", "float8_e4m3fn").out
+    assert out.splitlines()[0].endswith("bfloat16, float8_e4m3fn latents")
+    assert "xla: runs" in out
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [

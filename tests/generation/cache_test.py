@@ -10,7 +10,7 @@ from common import MICRO, drawn
 from flax import nnx
 
 from mla_jax import decode_loop, prefill_step
-from mla_jax.generation import generate, resume
+from mla_jax.generation import drafts, generate, resume
 from mla_jax.models import Decoder, DecoderConfig
 
 CONFIG = DecoderConfig(
@@ -43,6 +43,14 @@ def test_a_conversation_goes_on_as_if_its_whole_text_were_the_prompt(drafts, pag
         cache = result.cache
         assert cache.length.tolist() == [len(text) - 1 for text in texts]
         assert not cache.overflowed.any()
+
+
+def test_the_dtype_of_the_cache():
+    result = generate(model(), [[3, 1, 4]], max_new_tokens=2, max_length=128, cache_dtype="int8")
+    assert [store.latent.dtype for store in result.cache.stores] == ["int8"] * 2
+    assert result.cache_bytes == 2 * 128 * (16 + 4 + 4 * 4)  # latents, scales, rotary keys
+    (drafter,) = drafts.MultiToken(2).init(model(), 2, 128, "int8")
+    assert drafter.nbytes == result.cache_bytes
 
 
 def test_resume_cuts_the_cache_to_what_is_still_said():

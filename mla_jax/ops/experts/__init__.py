@@ -17,8 +17,9 @@ from jaxtyping import Array, Float, Int
 
 from mla_jax import sharding
 from mla_jax import target as targets
-from mla_jax.ops.experts import hopper, mesh, ragged, xla
+from mla_jax.ops.experts import hopper, mesh, ragged, stored, xla
 from mla_jax.ops.experts.call import Call as Call
+from mla_jax.ops.weights import Weight
 
 BACKENDS: dict[str, types.ModuleType] = {"pallas_gpu": hopper, "ragged": ragged, "xla": xla}
 IMPLEMENTATIONS = tuple(BACKENDS)
@@ -28,9 +29,9 @@ def routed_experts(
     x: Float[Array, "M D"],
     experts: Int[Array, "M K"],
     weights: Float[Array, "M K"],
-    gate: Float[Array, "E D F"],
-    up: Float[Array, "E D F"],
-    down: Float[Array, "E F D"],
+    gate: Float[Array, "E D F"] | Weight,
+    up: Float[Array, "E D F"] | Weight,
+    down: Float[Array, "E F D"] | Weight,
     *,
     precision=None,
     implementation: str | None = None,
@@ -44,7 +45,8 @@ def routed_experts(
         x: tokens [M D]; their dtype is the computation's.
         experts: each token's experts [M K], below E.
         weights: of these experts [M K].
-        gate, up: kernels [E D F] of any floating dtype; they are cast to x's.
+        gate, up: kernels [E D F] of any floating dtype; they are cast to x's. Or, all three, as a
+            checkpoint stores them: a `Weight` [E F D], and down [E D F], which XLA serves.
         down: kernels [E F D].
         precision: of the matmuls, as in jax.lax.dot; kernels ignore it.
         implementation: a backend's name ("pallas_gpu", "ragged", "xla"), or None for the first that
@@ -67,6 +69,18 @@ def routed_experts(
     Traceback (most recent call last):
     ValueError: weights has shape (5, 3): it must be [M K] = (5, 2), as experts.
     """
+    if isinstance(gate, Weight) or isinstance(up, Weight) or isinstance(down, Weight):
+        if not (isinstance(gate, Weight) and isinstance(up, Weight) and isinstance(down, Weight)):
+            raise ValueError("gate, up and down: all three must be a Weight, or none.")
+        if sharding.mesh_of(gate.values, x) is not None:
+            raise NotImplementedError("experts as a checkpoint stores them: not on a mesh yet.")
+        if implementation not in (None, "xla"):
+            raise NotImplementedError(
+                f"implementation={implementation!r} cannot serve these experts: it takes no "
+                "weights as a checkpoint stores them."
+            )
+        with jax.named_scope("routed_experts.stored"):
+            return stored.run(x, experts, weights, gate, up, down, precision=precision)
     _checked(x, experts, weights, gate, up, down)
     run = functools.partial(_run, precision=precision, implementation=implementation)
     if sharding.mesh_of(gate, x) is None:

@@ -75,6 +75,8 @@ def unsupported(call) -> str | None:
         return "takes no soft_cap"
     if call.dtype not in ("bfloat16", "float16"):
         return f"takes bfloat16 and float16, not {call.dtype}"
+    if call.encoding is not None:
+        return f"takes no {call.encoding} latents"
     options = [name for name in call.options if name != "lengths"]
     if options:
         return f"takes lengths [B] only, not {', '.join(options)}"

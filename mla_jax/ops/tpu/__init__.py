@@ -41,6 +41,8 @@ def why_not(call, device: target.Target) -> str | None:
         return "takes no soft_cap"
     if call.dtype not in ("bfloat16", "float32"):
         return f"takes bfloat16 and float32, not {call.dtype}"
+    if call.encoding is not None:
+        return f"takes no {call.encoding} latents"
     if others := set(call.options) - {"lengths", "lengths per query"}:
         return f"no {', '.join(sorted(others))}"
     if call.heads > 128:

@@ -1,0 +1,182 @@
+"""Products with weights as a checkpoint stores them: small numbers, and a scale for every block.
+
+    y[m] = sum_k x[k] values[m, k] scale[m // rows, k // columns]
+
+What multiplies is of x's dtype, but no copy of all values in it ever stands in memory:
+
+* fused: on a GPU, XLA converts the values within the product. Scales of whole rows multiply its
+  result; those of blocks multiply one result for every block of K, which are summed. That is for
+  few tokens: M numbers a block of K would outgrow the weights.
+* by tile: some rows of W at a time are dequantised and multiplied, in a loop.
+
+Letters: T tokens, M outputs, K inputs (torch's [out, in]), E experts, N heads, R latent, H and V
+channels of a head.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Num
+
+from mla_jax import target
+
+_FEW = 16  # tokens up to which a result for every block of K is smaller than the weights
+_TILE = 2**22  # numbers dequantised at once
+_ROWS = 8  # tokens that XLA multiplies as matrices: see `ops.dense`
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """A matrix, or one for every expert, in fp8, int8 or int4.
+
+    Attributes:
+        values: [*E M K].
+        scale: float32 [*E m k], of every block.
+        block: rows and columns that share a scale; None is all of that axis. The last block of an
+            axis may be a part of one.
+
+    >>> weight = Weight(jnp.array([[2, -3]], jnp.int8), jnp.array([[0.5]]), (1, None))
+    >>> weight.dense(jnp.float32), matmul(jnp.array([[1.0, 10.0]]), weight)
+    (Array([[ 1. , -1.5]], dtype=float32), Array([[-14.]], dtype=float32))
+    """
+
+    values: Num[Array, "*E M K"]
+    scale: Float[Array, "*E m k"]
+    block: tuple[int | None, int | None] = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the values."""
+        return self.values.shape
+
+    @property
+    def columns(self) -> int:
+        """Inputs that share a scale."""
+        return self.block[1] or self.shape[-1]
+
+    def dense(self, dtype) -> Float[Array, "*E M K"]:
+        """The numbers: products in float32, rounded once."""
+        step, width = self.columns, self.shape[-1]
+        factors = self.row_scales()
+        if factors.shape[-1] > 1 and step > 1:
+            factors = jnp.repeat(factors, step, axis=-1)[..., :width]
+        return (self.values.astype(jnp.float32) * factors).astype(dtype)
+
+    def row_scales(self) -> Float[Array, "*E #M k"]:
+        """The scales of every row, or of all where they are the same."""
+        step, rows = self.block[0] or self.shape[-2], self.shape[-2]
+        if self.scale.shape[-2] == 1 or step == 1:
+            return self.scale
+        return jnp.repeat(self.scale, step, axis=-2)[..., :rows, :]
+
+    def expert(self, index) -> "Weight":
+        """The matrix of one expert."""
+        return dataclasses.replace(self, values=self.values[index], scale=self.scale[index])
+
+
+def matmul(x: Float[Array, "*B K"], weight: Weight, *, precision=None) -> Float[Array, "*B M"]:
+    """X W^T, accumulated in float32, in x's dtype."""
+    lead, flat = x.shape[:-1], x.reshape(-1, x.shape[-1])
+    y = _matmul(flat, weight, precision)
+    return y.astype(x.dtype).reshape(*lead, -1)
+
+
+def _matmul(x, weight, precision):
+    gpu = target.current().platform == "gpu"
+    by_row = weight.scale.shape[-1] == 1
+    few = isinstance(x.shape[0], int) and x.shape[0] <= _FEW
+    if not gpu or not (by_row or (few and x.shape[1] % weight.columns == 0)):
+        return _by_tile(x, weight, precision)
+    count = x.shape[0]
+    if count == 1:
+        x = jnp.pad(x, ((0, _ROWS - 1), (0, 0)))
+    values = weight.values.astype(x.dtype)
+    if by_row:
+        product = _einsum("TK,MK->TM", precision)(x, values)
+        y = product * jnp.swapaxes(weight.row_scales(), -1, -2)
+    else:
+        cut = lambda array: array.reshape(array.shape[0], -1, weight.columns)  # noqa: E731
+        parts = _einsum("Tkc,Mkc->kTM", precision)(cut(x), cut(values))
+        y = (parts * weight.row_scales().T[:, None]).sum(0)
+    return y[:count]
+
+
+def _by_tile(x, weight, precision):
+    outputs, width = weight.shape
+    step = weight.block[0] or outputs
+    tile = max(1, _TILE // width // step) * step if weight.block[0] else max(1, _TILE // width)
+    tile = min(tile, outputs)
+    count, rest = divmod(outputs, tile)
+
+    held = weight.values
+    # XLA for CPUs has no fp8: it would make all values float16 before the loop. Bits it cuts.
+    as_bits = target.current().platform == "cpu" and jnp.issubdtype(held.dtype, jnp.floating)
+    bits = lax.bitcast_convert_type(held, jnp.uint8) if as_bits else held
+
+    def part(first, rows):
+        values = lax.dynamic_slice_in_dim(bits, first, rows, axis=0)
+        values = lax.bitcast_convert_type(values, held.dtype) if as_bits else values
+        scale = weight.scale
+        if scale.shape[0] > 1:
+            scale = lax.dynamic_slice_in_dim(scale, first // step, -(-rows // step), axis=0)
+        block = (min(step, rows), weight.block[1]) if weight.block[0] else weight.block
+        return _einsum("TK,MK->TM", precision)(x, Weight(values, scale, block).dense(x.dtype))
+
+    if count == 1:
+        whole = part(0, tile)
+    else:
+        starts = jnp.arange(count, dtype=jnp.int32) * tile
+        # [count T tile] to [T count tile].
+        whole = lax.map(lambda first: part(first, tile), starts)
+        whole = jnp.moveaxis(whole, 0, 1).reshape(x.shape[0], -1)
+    if rest:
+        whole = jnp.concatenate([whole, part(count * tile, rest)], axis=-1)
+    return whole
+
+
+def fold_keys(
+    query: Float[Array, "B T N H"], weight: Weight, *, precision=None
+) -> Float[Array, "B T N R"]:
+    """Queries with W_UK folded in; the weight's rows are those of every head's [H + V].
+
+    Scales multiply the queries, a copy of them for every block of R.
+    """
+    channels, (values, scales) = query.shape[-1], _of_heads(weight, query.shape[-2])
+    scaled = query[..., None] * scales[None, None, :, :channels].astype(query.dtype)
+    folded = _einsum("BTNHk,NHkc->BTNkc", precision)(
+        scaled, values[:, :channels].astype(query.dtype)
+    )
+    return folded.astype(query.dtype).reshape(*query.shape[:-1], -1)
+
+
+def unfold_values(
+    mixed: Float[Array, "B T N R"], weight: Weight, value_dim: int, *, precision=None
+) -> Float[Array, "B T N V"]:
+    """Values of every head from mixed latents; the weight's rows are each head's [H + V]."""
+    values, scales = _of_heads(weight, mixed.shape[-2])
+    values, scales = values[:, -value_dim:], scales[:, -value_dim:]
+    parts = _einsum("BTNkc,NVkc->BTNVk", precision)(
+        mixed.reshape(*mixed.shape[:-1], *values.shape[-2:]), values.astype(mixed.dtype)
+    )
+    return (parts * scales[None, None]).sum(-1).astype(mixed.dtype)
+
+
+def _of_heads(weight, heads):
+    """Values [N H+V k c] and scales [N H+V k] in blocks of R; one block where they do not fit."""
+    rows, width = weight.shape
+    if width % weight.columns:  # its last block is a part of one: dequantised
+        one = jnp.ones((heads, rows // heads, 1), jnp.float32)
+        return weight.dense(jnp.float32).reshape(heads, -1, 1, width), one
+    scales = jnp.broadcast_to(weight.row_scales(), (rows, weight.scale.shape[-1]))
+    blocks = weight.scale.shape[-1]
+    values = weight.values.reshape(heads, rows // heads, blocks, width // blocks)
+    return values, scales.reshape(heads, rows // heads, blocks)
+
+
+def _einsum(letters, precision):
+    wide = jnp.float32
+    return functools.partial(jnp.einsum, letters, precision=precision, preferred_element_type=wide)
