@@ -230,6 +230,29 @@ def test_rows_come_and_go_between_devices():
     assert_close(jax.device_get(got), jax.device_get(wanted))
 
 
+def test_sparse_attention_chooses_on_every_device_for_its_rows():
+    config = ATTENTION.replace(index_topk=8, index_n_heads=2, index_head_dim=8)
+    layer = MultiHeadLatentAttention(config, rngs=nnx.Rngs(0))
+    x = np.random.default_rng(4).normal(size=(B, 20, 24)).astype(np.float32)
+
+    @functools.partial(jax.jit, compiler_options=FAST)
+    def run(layer, cache, x):
+        y, cache = layer.prefill(x, cache)
+        return y, layer.decode(x[:, :1], cache)[0]
+
+    wanted = jax.device_get(run(layer, layer.init_cache(B, 512), x))
+    with jax.set_mesh(mesh()):
+        x = put(x, ("data",))
+        for place in (Rules(B="data", S="model"), Rules(B="data", N="model")):
+            placed = jax.device_put(layer, place.of(layer))
+            cache = layer.init_cache(B, 512, sharding=place)
+            if place.S:
+                with pytest.raises(NotImplementedError, match="sparse attention chooses among a"):
+                    run(placed, cache, x)
+            else:
+                assert_close(jax.device_get(run(placed, cache, x)), wanted)
+
+
 @pytest.mark.parametrize("rows", [8, 32])
 def test_rows_of_any_length_keep_all_devices_busy(rows):
     lengths = np.random.default_rng(rows).integers(0, 2048, rows)  # of 8192 slots, S/8 in the mean
