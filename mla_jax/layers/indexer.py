@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from mla_jax import ops, rope, sharding
+from mla_jax import ops, rope
 from mla_jax.cache import Dense, Store
 from mla_jax.config import MLAConfig
 from mla_jax.layers import query_scale
@@ -141,14 +141,9 @@ class Indexer(nnx.Module):
 
         Raises:
             ValueError: packed sequences (segments) with pools, which begin with the row.
-            NotImplementedError: on a mesh with Explicit axes.
+            NotImplementedError: a mesh splits the slots.
         """
         config, bias = self.config, None
-        if sharding.mesh_of(queries, store) is not None:
-            raise NotImplementedError(
-                f"index_topk={config.index_topk}: tokens are not chosen on a mesh yet: keep to "
-                f"{config.index_topk} slots, which are attended to without a choice."
-            )
         if config.index_kpool is not None:
             bias = self.kpool_bias[...]
             if seen.segments is not None:
