@@ -142,14 +142,15 @@ def _models():
             link = model["name"]
             if "repo" in model:
                 link = f"[{link}](https://huggingface.co/{model['repo']})"
-            cached = f"{costs.cache_bytes(config, 1, 1) / 1024:.1f} KiB"
+            kind = "absorbed" if config.index_topk is None else "sparse"
+            cached = f"{costs.cache_bytes(config, 1, 1, kind) / 1024:.1f} KiB"
             rows.append(f"| {link}<br>`{preset}` | {model['size']} | {cached} | {here} |")
         parts.append("\n".join(rows))
     return "\n\n".join(parts)
 
 
 def _loaded():
-    """How many releases are in the table."""
+    """How many released models there are."""
     return str(sum(map(len, _released().values())))
 
 
