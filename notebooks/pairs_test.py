@@ -1,5 +1,6 @@
 """Each notebook's two files agree, it opens where the project is, and runs to what it shows."""
 
+import json
 import pathlib
 import re
 import tomllib
@@ -45,6 +46,15 @@ def test_figures_of_an_accelerator_are_those_of_the_readme():
     rows = re.findall(r"^\|.*\|$", (FOLDER / "03_jitted_decoding.md").read_text(), re.MULTILINE)
     assert len(rows) == 8
     assert not [row for row in rows if row not in readme]
+
+
+def test_losses_at_equal_caches_are_the_committed_ones():
+    """Notebook 02 shows what `benchmarks/quality.py` wrote."""
+    figures = json.loads((FOLDER.parent / "benchmarks" / "quality.json").read_text())
+    text = (FOLDER / "02_plug_into_flax.md").read_text()
+    for name, model in figures["models"].items():
+        assert f'"{name}": {model["held_out"]}' in text
+        assert len(model["held_out"]) == 3
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

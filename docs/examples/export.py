@@ -1,3 +1,4 @@
+# --8<-- [start:recipe]
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -8,7 +9,6 @@ import mla_jax
 config = mla_jax.MLAConfig.from_preset("tiny")
 layer = mla_jax.MultiHeadLatentAttention(config, rngs=nnx.Rngs(0))
 
-# --8<-- [start:recipe]
 graph, state = nnx.split(layer)
 leaves, tree = jax.tree.flatten(state)
 
