@@ -28,6 +28,8 @@ import sys
 import tempfile
 import tomllib
 
+import aot_attention  # beside this file
+
 # Generation: topology, jax's device_kind, clock in GHz, HBM GB/s and bf16 TFLOP/s of a JAX device.
 GENERATIONS = {
     "v5e": ("v5e:2x2", "TPU v5 lite", 1.50, 819, 197),
@@ -51,6 +53,7 @@ KERNELS = [
     {"batch": 64, "slots": 512, "heads": 16},
 ]
 LINTED = [(8, 16, 1), (1, 16, 1), (1, 64, 2), (3, 128, 1)]  # B, N, T of the short form
+LIMIT = 300  # seconds for the profiler
 LINT = {
     "xla_tpu_enable_llo_linter": True,
     "xla_tpu_llo_linter_analyze_tpu_custom_calls": True,
@@ -126,17 +129,18 @@ def kernel(generation, *, batch, slots, heads, tokens=1, dtype="bfloat16", uneve
 
 def profile(generation, options):
     """Runs in a child: compiles the kernel under the profiler, prints what it found as JSON."""
-    folder = os.environ["AOT_FOLDER"]
-    launch, args, plan = kernel(generation, **options)
-    program = compiled(launch, args, generation)
-    found = {"vmem": vmem(program.as_text()), "block": plan.block, "cycles": None}
-    for name in glob.glob(f"{folder}/*mla_decode*profile.textproto"):
+    folder, found = os.environ["AOT_FOLDER"], {"cycles": None}
+    if "which" in options:
+        launch, args, _ = aot_attention.kernel(GENERATIONS[generation][1], **options)
+    else:
+        launch, args, plan = kernel(generation, **options)
+        found["block"] = plan.block
+    found["vmem"] = vmem(compiled(launch, args, generation).as_text())
+    for name in glob.glob(f"{folder}/*mla_*profile.textproto"):
         with open(name) as file:
-            match = re.search(
-                r'hlo_op_name: "mla_decode[^"]*"\s+estimated_cycles: (\d+)', file.read()
-            )
+            match = re.search(r'hlo_op_name: "mla_[^"]*"\s+estimated_cycles: (\d+)', file.read())
         found["cycles"] = int(match[1]) if match else None
-    for name in glob.glob(f"{folder}/*mla_decode*final_hlo-static-per-bundle-utilization.txt"):
+    for name in glob.glob(f"{folder}/*mla_*final_hlo-static-per-bundle-utilization.txt"):
         with open(name) as file:
             lines = file.read().split("\n")
         units = [unit.strip() for unit in lines[1].split(",")]
@@ -155,9 +159,9 @@ def static(generation, options):
         env = os.environ | environment(folder) | {"AOT_FOLDER": folder}
         command = [sys.executable, __file__, "--profile", generation, json.dumps(options)]
         try:
-            done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=90)
+            done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=LIMIT)
         except subprocess.TimeoutExpired:
-            return {"abort": "no end after 90 s"}
+            return {"abort": f"no end after {LIMIT} s"}
     for line in done.stdout.splitlines():
         if line.startswith("@"):
             return json.loads(line[1:])
@@ -250,6 +254,12 @@ def short(options):
             assert not cache_copies(text, batch * count, LANES)
             sizes.append(vmem(text))
         step(generation, "deepseek_v2_lite", 16, batch=64)
+        for which, tokens in aot_attention.LINTED:
+            kind, widths = GENERATIONS[generation][1], (128, 128, 128)  # 64 would be copied before
+            launch, args, _ = aot_attention.kernel(
+                kind, which, tokens, heads=1, widths=widths, known=False
+            )
+            compiled(launch, args, generation, lint=True)
         print(f"{generation}: compiles, {max(sizes)} MiB of VMEM, no copy of the cache")
 
 
@@ -311,6 +321,7 @@ def programs(options):
                 ("decode", {}),
                 ("decode on xla", {"implementation": "xla"}),
                 ("prefill 4096", {"tokens": 4096, "batch": 1}),
+                ("prefill 4096 on 28,672", {"tokens": 4096, "batch": 1, "slots": 32768}),
             ):
                 name = f"{preset}, {heads} heads, {what}"
                 try:
@@ -406,6 +417,7 @@ def main():
     parser.add_argument("generations", nargs="*", default=list(GENERATIONS))
     parser.add_argument("--short", action="store_true")
     parser.add_argument("--kernels", action="store_true", help="the kernel's table only")
+    parser.add_argument("--attention", action="store_true", help="the expanded form's table only")
     parser.add_argument("--programs", action="store_true", help="the layer's table only")
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--on-device", action="store_true")
@@ -431,10 +443,16 @@ def main():
     elif options.tune:
         tune(options)
     else:
-        if not options.programs:
+        only = options.programs or options.kernels or options.attention
+        if options.kernels or not only:
             kernels(options)
             print()
-        if not options.kernels:
+        if options.attention or not only:
+            chosen = {name: GENERATIONS[name] for name in options.generations}
+            keys = ("kind", "which", "tokens", "heads")
+            aot_attention.table(chosen, static, lambda row: record(options, "attention", keys, row))
+            print()
+        if options.programs or not only:
             programs(options)
 
 
