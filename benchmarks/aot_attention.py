@@ -86,3 +86,89 @@ def table(generations, static, record):
                 ]  # fmt: skip
                 print("|", " | ".join(map(str, columns)), "|", flush=True)
                 record({"kind": kind, "which": which, "tokens": tokens, "heads": heads, "us": us})
+
+
+SCALE = sum(WIDTHS[:2]) ** -0.5
+
+
+def forward(name, arrays):
+    """Causal self-attention by a backend."""
+    import mla_jax
+
+    return mla_jax.expanded_attention(*arrays, scale=SCALE, implementation=name)[0]
+
+
+def both(name, arrays):
+    """Its gradients."""
+    import jax
+    import jax.numpy as jnp
+
+    return jax.grad(lambda arrays: forward(name, arrays).astype(jnp.float32).sum())(arrays)
+
+
+def context(name, arrays):
+    """Attention of a chunk to latents in a cache, all of which it sees."""
+    import jax.numpy as jnp
+
+    from mla_jax import ops
+    from mla_jax.cache import Dense
+    from mla_jax.ops.seen import Seen
+
+    *queries, latent, k_rope, kv_b = arrays
+    limits = jnp.full(queries[0].shape[:2], latent.shape[1], jnp.int32)
+    store, seen = Dense({"latent": latent, "k_rope": k_rope}), Seen(limits=limits)
+    options = {"scale": SCALE, "implementation": name}
+    return ops.context_attention(tuple(queries), store, seen, kv_b, **options)[0]
+
+
+def on_device(last, rows):
+    """Checks both kernels and context attention against XLA and times them; says what was wrong.
+
+    Args:
+        last: seconds of a timed loop.
+        rows: of `table`, whose static times are printed beside.
+    """
+    import jax
+    import jax.numpy as jnp
+    from decode import timer  # beside this file
+
+    device, (nope, rope, value), wrong = jax.devices()[0], WIDTHS, []
+    native = device.platform == "tpu"
+    backend = "pallas_tpu" if native else "xla"
+    held, rank = (28672, 512) if native else (256, 32)
+    draw = lambda i, *shape: jax.random.normal(jax.random.key(i), shape, jnp.bfloat16)  # noqa: E731
+
+    def error(got, want):
+        norm = lambda x: jnp.linalg.norm(x.astype(jnp.float32).ravel())  # noqa: E731
+        pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
+        return max(float(norm(a - b) / norm(b)) for a, b in pairs)
+
+    print("| op | us | static us | error beside XLA |\n|---|---|---|---|")
+    for tokens, heads in SHAPES if native else [(128, 2)]:
+        queries = draw(0, 1, tokens, heads, nope), draw(1, 1, tokens, heads, rope)
+        own = draw(2, 1, tokens, heads, nope), draw(3, 1, tokens, rope)
+        own += (draw(4, 1, tokens, heads, value),)
+        cached = draw(5, 1, held, rank), draw(6, 1, held, rope)
+        kv_b = draw(7, rank, heads, nope + value) * rank**-0.5
+        for op, arrays in (
+            (forward, (*queries, *own)), (both, (*queries, *own)),
+            (context, (*queries, *cached, kv_b)),
+        ):  # fmt: skip
+            ours, xla = (jax.jit(functools.partial(op, name)) for name in (backend, "xla"))
+            result = ours(arrays)
+            found = error(result, xla(arrays))
+            step = lambda state, ours=ours: (state[0], ours(state[0]))  # noqa: E731
+            seconds = timer(step, 1e-3, last)((arrays, result))[0]
+            kernels = {forward: ["forward"], both: ["forward", "backward"]}.get(op, [])
+            known = [
+                row["us"] for row in rows
+                if (row["kind"], row["tokens"], row["heads"]) == (device.device_kind, tokens, heads)
+                and row["which"] in kernels
+            ]  # fmt: skip
+            expected = f"{sum(known):.0f}" if known and len(known) == len(kernels) else "-"
+            on = f" on {held}" if op is context else ""
+            title = f"{op.__name__} 1, {tokens}, {heads}{on}"
+            print(f"| {title} | {seconds * 1e6:.0f} | {expected} | {found:.1e} |", flush=True)
+            if not found < 2e-2:
+                wrong.append(title)
+    return wrong
