@@ -16,11 +16,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from mla_jax import target
+from mla_jax.cache import narrow
 
 # The letters of every array that a store may have; a mesh axis is given to letters.
 LETTERS = {"latent": "BSR", "k_rope": "BSP", "index_key": "BSI"}
-_SINGLY = 8  # tokens of a step up to which a TPU writes one after the other
 
 
 @jax.tree_util.register_dataclass
@@ -71,9 +70,8 @@ class Dense:
         row = jnp.arange(at.shape[0], dtype=at.dtype)[:, None]
 
         def put(held, fresh):
-            narrow = held.ndim == 3 and held.shape[-1] % 128
-            if narrow and target.current().platform == "tpu" and _is_few(at.shape):
-                return _write_singly(held, fresh, at)
+            if narrow.serves(held, at):
+                return narrow.write(held, fresh, at, self._place)
             held = held.at[row, at].set(fresh, mode="drop", unique_indices=True)
             # Fused into a matmul that reads the cache, the write would copy it.
             return jax.lax.optimization_barrier(held)
@@ -99,6 +97,9 @@ class Dense:
         row = jnp.arange(slots.shape[0], dtype=slots.dtype)[:, None]
         return {name: held.at[row, slots].get(mode="clip") for name, held in self.arrays.items()}
 
+    def _place(self, row, slot):
+        return row, slot, slot < self.slots
+
     def _check(self, at, new) -> None:
         if new.keys() != self.arrays.keys():
             raise ValueError(
@@ -116,27 +117,3 @@ class Dense:
                     f"{name} is {fresh.dtype}, the cache holds {held.dtype}: make the cache with "
                     f"init_cache(..., dtype=jnp.{fresh.dtype}), or give the layer that dtype."
                 )
-
-
-def _is_few(shape):
-    return all(isinstance(size, int) for size in shape) and shape[1] <= _SINGLY
-
-
-def _write_singly(held, new, slot):
-    """held.at[row, slot].set(new, mode="drop"), one token after the other.
-
-    On TPU an array narrower than 128 is laid out slot-minor, and a scatter would copy all of it to
-    another layout and back; this writes in place.
-    """
-    batch, tokens, width = new.shape
-    last = held.shape[1] - 1
-
-    def step(i, held):
-        row, token = i // tokens, i % tokens
-        to = slot[row, token]
-        at = (row, jnp.minimum(to, last), jnp.int32(0))
-        fresh = jax.lax.dynamic_slice(new, (row, token, 0), (1, 1, width))
-        kept = jax.lax.dynamic_slice(held, at, (1, 1, width))
-        return jax.lax.dynamic_update_slice(held, jnp.where(to <= last, fresh, kept), at)
-
-    return jax.lax.fori_loop(0, batch * tokens, step, held)

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from mla_jax.cache import narrow
 from mla_jax.cache.dense import Dense
 
 PAGE = 128  # slots: a step of the Hopper kernel, a lane of a TPU, the stripe of meshes
@@ -63,9 +64,12 @@ class Paged:
         page, slot = self._split(at)
         # Every token is a row of its own to the pool, which sees pages as rows.
         self.pool._check(at, new)
-        put = lambda held, fresh: jax.lax.optimization_barrier(  # noqa: E731
-            held.at[page, slot].set(fresh, mode="drop")
-        )
+
+        def put(held, fresh):
+            if narrow.serves(held, at):
+                return narrow.write(held, fresh, at, self._place)
+            return jax.lax.optimization_barrier(held.at[page, slot].set(fresh, mode="drop"))
+
         arrays = {name: put(held, new[name]) for name, held in self.pool.arrays.items()}
         return dataclasses.replace(self, pool=dataclasses.replace(self.pool, arrays=arrays))
 
@@ -89,6 +93,10 @@ class Paged:
         """As `Dense.at`."""
         place = self._split(slots)
         return {name: held.at[place].get(mode="clip") for name, held in self.pool.arrays.items()}
+
+    def _place(self, row, slot):
+        page = self.table.at[row, slot // PAGE].get(mode="fill", fill_value=self.pool.batch_size)
+        return page, slot % PAGE, page < self.pool.batch_size
 
     def _split(self, slots):
         """Page and slot within it; page G where the row has no such slot."""
