@@ -16,10 +16,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from mla_jax import sharding
 from mla_jax.cache import narrow
+from mla_jax.cache.stripes import Stripes
 
 # The letters of every array that a store may have; a mesh axis is given to letters.
-LETTERS = {"latent": "BSR", "k_rope": "BSP", "index_key": "BSI"}
+LETTERS = {
+    "latent": "BSR", "k_rope": "BSP", "index_key": "BSI", "k_nope": "BSNH", "value": "BSNV",
+}  # fmt: skip
 
 
 @jax.tree_util.register_dataclass
@@ -60,6 +64,12 @@ class Dense:
         """Bytes of all arrays."""
         return sum(array.nbytes for array in self.arrays.values())
 
+    @property
+    def letters(self) -> Self:
+        """The letters of every array in its place; of one that nobody knows, the first two."""
+        letters: Any = {name: LETTERS.get(name, "BS") for name in self.arrays}
+        return dataclasses.replace(self, arrays=letters)
+
     def write(self, at: Int[Array, "B T"], **new: Array) -> Self:
         """The store with new [B T ...] at the slots `at`, no slot twice; S and more is nowhere.
 
@@ -67,17 +77,27 @@ class Dense:
             ValueError: names, widths or dtypes that are not this store's.
         """
         self._check(at, new)
-        row = jnp.arange(at.shape[0], dtype=at.dtype)[:, None]
-
-        def put(held, fresh):
-            if narrow.serves(held, at):
-                return narrow.write(held, fresh, at, self._place)
-            held = held.at[row, at].set(fresh, mode="drop", unique_indices=True)
-            # Fused into a matmul that reads the cache, the write would copy it.
-            return jax.lax.optimization_barrier(held)
-
-        arrays = {name: put(held, new[name]) for name, held in self.arrays.items()}
+        mesh = sharding.mesh_of(self.arrays)
+        if mesh is not None:
+            return self._write_parts(mesh, at, new)
+        arrays = {name: _put(held, new[name], at) for name, held in self.arrays.items()}
         return dataclasses.replace(self, arrays=arrays)
+
+    def _write_parts(self, mesh, at, new):
+        """Every device writes what belongs to its rows and slots."""
+        rows, slots = sharding.spec(next(iter(self.arrays.values())))[:2]
+
+        def own(arrays, at, new):
+            if slots:
+                size = next(iter(arrays.values())).shape[1]
+                at = Stripes.here(rows, slots, at.shape[0]).place(at, size)
+            follow = not slots  # of a row in stripes, a device has every other 128 tokens
+            return {name: _put(held, new[name], at, follow) for name, held in arrays.items()}
+
+        whole, own_rows = sharding.pspec(rows, slots), sharding.pspec(rows)
+        at, new = jax.tree.map(lambda x: sharding.move(x, rows, mesh=mesh), (at, new))
+        island = sharding.island(own, mesh, (whole, own_rows, own_rows), whole)
+        return dataclasses.replace(self, arrays=island(self.arrays, at, new))
 
     def block(
         self, start: Int[Array, ""] | int, size: int, *, pages: bool = False
@@ -97,9 +117,6 @@ class Dense:
         row = jnp.arange(slots.shape[0], dtype=slots.dtype)[:, None]
         return {name: held.at[row, slots].get(mode="clip") for name, held in self.arrays.items()}
 
-    def _place(self, row, slot):
-        return row, slot, slot < self.slots
-
     def _check(self, at, new) -> None:
         if new.keys() != self.arrays.keys():
             raise ValueError(
@@ -117,3 +134,14 @@ class Dense:
                     f"{name} is {fresh.dtype}, the cache holds {held.dtype}: make the cache with "
                     f"init_cache(..., dtype=jnp.{fresh.dtype}), or give the layer that dtype."
                 )
+
+
+def _put(held, fresh, at, follow=True):
+    """The array with new tokens; `follow` where those of a row mostly follow each other."""
+    if narrow.serves(held, at, follow):
+        slots = held.shape[1]
+        return narrow.write(held, fresh, at, lambda row, slot: (row, slot, slot < slots))
+    # A row at a time: XLA sees that no row's tokens go to another, and on a mesh moves nothing.
+    write = lambda held, fresh, at: held.at[at].set(fresh, mode="drop", unique_indices=True)  # noqa: E731
+    # Fused into a matmul that reads the cache, the write would copy it.
+    return jax.lax.optimization_barrier(jax.vmap(write)(held, fresh, at))

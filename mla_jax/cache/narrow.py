@@ -22,13 +22,18 @@ _SINGLY = 8  # tokens of a row up to which one goes in after the other
 Place = Callable[[Int[Array, ""], Int[Array, ""]], tuple[Array, Array, Array]]
 
 
-def serves(held: Array, at: Array) -> bool:
-    """Whether an array is one that `write` is for, and so are the shapes of what comes."""
-    known = all(isinstance(size, int) for size in (*held.shape, *at.shape))
-    if not known or target.current().platform != "tpu":
+def serves(held: Array, at: Array, follow: bool = True) -> bool:
+    """Whether an array is one that `write` is for, and so is what comes.
+
+    `follow` says that the tokens of a row follow each other: else many go in by a scatter.
+    """
+    device = target.current()
+    # XLA's partitioner would gather all of it for each of these tokens.
+    if device.platform != "tpu" or device.auto or held.ndim != 3 or held.shape[2] % _LANES == 0:
         return False
-    in_lanes = held.shape[1] % _LANES == 0 or at.shape[1] <= _SINGLY
-    return held.ndim == 3 and held.shape[2] % _LANES > 0 and in_lanes
+    if not all(isinstance(size, int) for size in (*held.shape, *at.shape)):
+        return False
+    return at.shape[1] <= _SINGLY or (follow and held.shape[1] % _LANES == 0)
 
 
 def write(

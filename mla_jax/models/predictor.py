@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from mla_jax import sharding
 from mla_jax.cache import Cache
 from mla_jax.layers.step import Step
 from mla_jax.models.block import Block
@@ -50,7 +51,7 @@ class MultiTokenPredictor(nnx.Module):
         norm = functools.partial(nnx.RMSNorm, width, epsilon=config.rms_norm_eps, **types)
         self.enorm, self.hnorm, self.norm = norm(), norm(), norm()
         self.eh_proj = nnx.Linear(
-            2 * width, width, use_bias=False, precision=precision, dot_general=dense.dot_general,
+            2 * width, width, use_bias=False, precision=precision, **dense.linear("D", None),
             **types,
         )  # fmt: skip
         self.block = Block(
@@ -71,5 +72,6 @@ class MultiTokenPredictor(nnx.Module):
         with jax.named_scope("mtp"):
             joined = jnp.concatenate([self.enorm(embedded), self.hnorm(hidden)], axis=-1)
             step = Step.begin(cache, joined.shape[1], lengths)
-            x, stores, _ = self.block.extend(self.eh_proj(joined), cache.stores, step)
+            joined = sharding.beside(self.eh_proj(joined), embedded)
+            x, stores, _ = self.block.extend(joined, cache.stores, step)
             return self.norm(x), cache.end(stores, step)
