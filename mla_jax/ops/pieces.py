@@ -84,15 +84,14 @@ def context_attention(
         out, lse = dispatch.attend(queries, Dense(arrays), now, piece, {piece.op: backend})
         return out.astype(jnp.float32), lse
 
-    # Keys and values are made again for the backward pass, not kept.
+    def gradients(kept, cotangents):
+        """Of what differentiates: keys and values are made again, not kept."""
+        *operands, limits = kept
+        run = lambda queries, rows, kv_b: attend(queries, rows, kv_b, limits)  # noqa: E731
+        return *jax.vjp(run, *operands)[1](cotangents), None
+
     again = jax.custom_vjp(attend)
-    again.defvjp(
-        lambda *arguments: (attend(*arguments), arguments),
-        lambda kept, cotangents: (
-            *jax.vjp(lambda *x: attend(*x, kept[3]), *kept[:3])[1](cotangents),
-            None,
-        ),
-    )
+    again.defvjp(lambda *operands: (attend(*operands), operands), gradients)
 
     def step(size, so_far, start):
         def more():

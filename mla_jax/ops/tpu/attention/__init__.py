@@ -52,8 +52,10 @@ def why_not(call, device: target.Target) -> str | None:
 def expanded_attention(queries, store, seen, call):
     """The expanded form: see `ops.expanded_attention`."""
     causal = seen.full and call.queries == call.slots and seen.ends is not None
+    q_nope, q_rope = queries
     return attention(
-        *queries,
+        q_nope,
+        q_rope,
         store.k_nope,
         store.k_rope,
         store.value,
