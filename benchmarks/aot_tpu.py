@@ -11,7 +11,8 @@ bandwidth)).
     python benchmarks/aot_tpu.py              the tables; --json FILE keeps the rows
     python benchmarks/aot_tpu.py --short      a few shapes per generation, linted: for CI
     python benchmarks/aot_tpu.py --tune       measures block sizes for configs/tuning/tpu.toml
-    python benchmarks/aot_tpu.py --on-device  on a TPU: checks and times the same shapes
+    python benchmarks/aot_tpu.py --on-device  on a TPU: checks and times the same shapes, and
+                                              attention of the expanded form
 """
 
 import argparse
@@ -27,6 +28,8 @@ import subprocess
 import sys
 import tempfile
 import tomllib
+
+import aot_attention  # beside this file
 
 # Generation: topology, jax's device_kind, clock in GHz, HBM GB/s and bf16 TFLOP/s of a JAX device.
 GENERATIONS = {
@@ -50,7 +53,8 @@ KERNELS = [
     {"batch": 17, "slots": 4096, "heads": 128, "uneven": True},
     {"batch": 64, "slots": 512, "heads": 16},
 ]
-LINTED = [(8, 16, 1), (1, 16, 1), (1, 64, 2), (3, 128, 1)]  # B, N, T of the short form
+LINTED = [(2, 16, 1), (1, 64, 2)]  # B, N, T of the short form, on 512 slots: short blocks
+LIMIT = 300  # seconds for the profiler
 LINT = {
     "xla_tpu_enable_llo_linter": True,
     "xla_tpu_llo_linter_analyze_tpu_custom_calls": True,
@@ -126,17 +130,18 @@ def kernel(generation, *, batch, slots, heads, tokens=1, dtype="bfloat16", uneve
 
 def profile(generation, options):
     """Runs in a child: compiles the kernel under the profiler, prints what it found as JSON."""
-    folder = os.environ["AOT_FOLDER"]
-    launch, args, plan = kernel(generation, **options)
-    program = compiled(launch, args, generation)
-    found = {"vmem": vmem(program.as_text()), "block": plan.block, "cycles": None}
-    for name in glob.glob(f"{folder}/*mla_decode*profile.textproto"):
+    folder, found = os.environ["AOT_FOLDER"], {"cycles": None}
+    if "which" in options:
+        launch, args, _ = aot_attention.kernel(GENERATIONS[generation][1], **options)
+    else:
+        launch, args, plan = kernel(generation, **options)
+        found["block"] = plan.block
+    found["vmem"] = vmem(compiled(launch, args, generation).as_text())
+    for name in glob.glob(f"{folder}/*mla_*profile.textproto"):
         with open(name) as file:
-            match = re.search(
-                r'hlo_op_name: "mla_decode[^"]*"\s+estimated_cycles: (\d+)', file.read()
-            )
+            match = re.search(r'hlo_op_name: "mla_[^"]*"\s+estimated_cycles: (\d+)', file.read())
         found["cycles"] = int(match[1]) if match else None
-    for name in glob.glob(f"{folder}/*mla_decode*final_hlo-static-per-bundle-utilization.txt"):
+    for name in glob.glob(f"{folder}/*mla_*final_hlo-static-per-bundle-utilization.txt"):
         with open(name) as file:
             lines = file.read().split("\n")
         units = [unit.strip() for unit in lines[1].split(",")]
@@ -155,9 +160,9 @@ def static(generation, options):
         env = os.environ | environment(folder) | {"AOT_FOLDER": folder}
         command = [sys.executable, __file__, "--profile", generation, json.dumps(options)]
         try:
-            done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=90)
+            done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=LIMIT)
         except subprocess.TimeoutExpired:
-            return {"abort": "no end after 90 s"}
+            return {"abort": f"no end after {LIMIT} s"}
     for line in done.stdout.splitlines():
         if line.startswith("@"):
             return json.loads(line[1:])
@@ -248,13 +253,13 @@ def short(options):
     for generation in options.generations:
         sizes = []
         for batch, heads, tokens in LINTED:
-            _, args, plan = kernel(generation, batch=batch, slots=4096, heads=heads, tokens=tokens)
+            _, args, plan = kernel(generation, batch=batch, slots=512, heads=heads, tokens=tokens)
             fn = functools.partial(kernel_module.launch, scale=192**-0.5, plan=plan)
             args = [*args, jax.ShapeDtypeStruct((batch, tokens), jnp.int32)]
             text = compiled(fn, args, generation, lint=True).as_text()
-            assert not cache_copies(text, batch, 4096)
+            assert not cache_copies(text, batch, 512)
             sizes.append(vmem(text))
-            count = 4096 // LANES
+            count = 512 // LANES
             pool = [
                 jax.ShapeDtypeStruct((batch * count, LANES, x.shape[2]), x.dtype) for x in args[2:4]
             ]
@@ -264,7 +269,13 @@ def short(options):
             text = compiled(on_pages, args, generation, lint=True).as_text()
             assert not cache_copies(text, batch * count, LANES)
             sizes.append(vmem(text))
-        step(generation, "deepseek_v2_lite", 16, batch=64)
+        step(generation, "deepseek_v2_lite", 16, batch=8, slots=2048)
+        for which, tokens in aot_attention.LINTED:
+            kind, widths = GENERATIONS[generation][1], (128, 128, 128)  # 64 would be copied before
+            launch, args, _ = aot_attention.kernel(
+                kind, which, tokens, heads=1, widths=widths, known=False
+            )
+            compiled(launch, args, generation, lint=True)
         chosen = sparse(generation)["temporaries"]
         print(f"{generation}: compiles, {max(sizes)} MiB of VMEM, no copy of the cache; with a "
               f"choice among 16 x 65,536 slots {chosen} MiB of temporaries")  # fmt: skip
@@ -328,6 +339,7 @@ def programs(options):
                 ("decode", {}),
                 ("decode on xla", {"implementation": "xla"}),
                 ("prefill 4096", {"tokens": 4096, "batch": 1}),
+                ("prefill 4096 on 28,672", {"tokens": 4096, "batch": 1, "slots": 32768}),
             ):
                 name = f"{preset}, {heads} heads, {what}"
                 try:
@@ -396,6 +408,9 @@ def on_device(options):
               f"{got['lse_error']:.0e} | {got['repeatable']} |", flush=True)  # fmt: skip
         if not (got["error"] < 2**-7 and got["lse_error"] < 1e-3 and got["repeatable"]):
             wrong.append(title)
+    kept = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}
+    print()
+    wrong += aot_attention.on_device(options.last, kept.get("attention", []))
     if wrong:
         sys.exit(f"wrong: {'; '.join(wrong)}")
 
@@ -439,6 +454,7 @@ def main():
     parser.add_argument("generations", nargs="*", default=list(GENERATIONS))
     parser.add_argument("--short", action="store_true")
     parser.add_argument("--kernels", action="store_true", help="the kernel's table only")
+    parser.add_argument("--attention", action="store_true", help="the expanded form's table only")
     parser.add_argument("--programs", action="store_true", help="the layer's table only")
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--on-device", action="store_true")
@@ -464,10 +480,16 @@ def main():
     elif options.tune:
         tune(options)
     else:
-        if not options.programs:
+        only = options.programs or options.kernels or options.attention
+        if options.kernels or not only:
             kernels(options)
             print()
-        if not options.kernels:
+        if options.attention or not only:
+            chosen = {name: GENERATIONS[name] for name in options.generations}
+            keys = ("kind", "which", "tokens", "heads")
+            aot_attention.table(chosen, static, lambda row: record(options, "attention", keys, row))
+            print()
+        if options.programs or not only:
             programs(options)
 
 

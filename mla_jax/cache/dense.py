@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from mla_jax import sharding, target
+from mla_jax import sharding
+from mla_jax.cache import narrow
 from mla_jax.cache.stripes import Stripes
 
 # The letters of every array that a store may have; a mesh axis is given to letters.
@@ -24,7 +25,6 @@ LETTERS = {
     "latent": "BSR", "latent_scale": "BSG", "k_rope": "BSP", "index_key": "BSI", "k_nope": "BSNH",
     "value": "BSNV",
 }  # fmt: skip
-_SINGLY = 8  # tokens of a step up to which a TPU writes one after the other
 
 
 @jax.tree_util.register_dataclass
@@ -114,7 +114,8 @@ class Dense:
             if slots:
                 size = next(iter(arrays.values())).shape[1]
                 at = Stripes.here(rows, slots, at.shape[0]).place(at, size)
-            return {name: _put(held, new[name], at) for name, held in arrays.items()}
+            follow = not slots  # of a row in stripes, a device has every other 128 tokens
+            return {name: _put(held, new[name], at, follow) for name, held in arrays.items()}
 
         whole, own_rows = sharding.pspec(rows, slots), sharding.pspec(rows)
         at, new = jax.tree.map(lambda x: sharding.move(x, rows, mesh=mesh), (at, new))
@@ -166,37 +167,12 @@ class Dense:
                 )
 
 
-def _put(held, fresh, at):
-    narrow = held.ndim == 3 and held.shape[-1] % 128
-    device = target.current()
-    # XLA's partitioner would gather all of it for each of these tokens.
-    if narrow and device.platform == "tpu" and not device.auto and _is_few(at.shape):
-        return _write_singly(held, fresh, at)
+def _put(held, fresh, at, follow=True):
+    """The array with new tokens; `follow` where those of a row mostly follow each other."""
+    if narrow.serves(held, at, follow):
+        slots = held.shape[1]
+        return narrow.write(held, fresh, at, lambda row, slot: (row, slot, slot < slots))
     # A row at a time: XLA sees that no row's tokens go to another, and on a mesh moves nothing.
     write = lambda held, fresh, at: held.at[at].set(fresh, mode="drop", unique_indices=True)  # noqa: E731
     # Fused into a matmul that reads the cache, the write would copy it.
     return jax.lax.optimization_barrier(jax.vmap(write)(held, fresh, at))
-
-
-def _is_few(shape):
-    return all(isinstance(size, int) for size in shape) and shape[1] <= _SINGLY
-
-
-def _write_singly(held, new, slot):
-    """held.at[row, slot].set(new, mode="drop"), one token after the other.
-
-    On TPU an array narrower than 128 is laid out slot-minor, and a scatter would copy all of it to
-    another layout and back; this writes in place.
-    """
-    batch, tokens, width = new.shape
-    last = held.shape[1] - 1
-
-    def step(i, held):
-        row, token = i // tokens, i % tokens
-        to = slot[row, token]
-        at = (row, jnp.minimum(to, last), jnp.int32(0))
-        fresh = jax.lax.dynamic_slice(new, (row, token, 0), (1, 1, width))
-        kept = jax.lax.dynamic_slice(held, at, (1, 1, width))
-        return jax.lax.dynamic_update_slice(held, jnp.where(to <= last, fresh, kept), at)
-
-    return jax.lax.fori_loop(0, batch * tokens, step, held)

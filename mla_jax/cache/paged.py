@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from mla_jax.cache import narrow
 from mla_jax.cache.dense import Dense
 
 PAGE = 128  # slots: a step of the Hopper kernel, a lane of a TPU, the stripe of meshes
@@ -86,9 +87,12 @@ class Paged:
     def put(self, at: Int[Array, "B T"], held: dict[str, Array]) -> Self:
         """As `Dense.put`."""
         page, slot = self._split(at)
-        put = lambda held, fresh: jax.lax.optimization_barrier(  # noqa: E731
-            held.at[page, slot].set(fresh, mode="drop")
-        )
+
+        def put(array, fresh):
+            if narrow.serves(array, at):
+                return narrow.write(array, fresh, at, self._place)
+            return jax.lax.optimization_barrier(array.at[page, slot].set(fresh, mode="drop"))
+
         arrays = {name: put(array, held[name]) for name, array in self.pool.arrays.items()}
         return dataclasses.replace(self, pool=dataclasses.replace(self.pool, arrays=arrays))
 
@@ -121,6 +125,10 @@ class Paged:
     def _gather(self, slots):
         place = self._split(slots)
         return {name: held.at[place].get(mode="clip") for name, held in self.pool.arrays.items()}
+
+    def _place(self, row, slot):
+        page = self.table.at[row, slot // PAGE].get(mode="fill", fill_value=self.pool.batch_size)
+        return page, slot % PAGE, page < self.pool.batch_size
 
     def _split(self, slots):
         """Page and slot within it; page G where the row has no such slot."""

@@ -62,17 +62,17 @@ def context_attention(
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
     """The expanded form over cached latents: see `ops.context_attention`."""
     part, nope = piece_of(call), call.key_dims[0]
-    limits, live = seen.limits, seen.limits.max(1)
+    limits = seen.limits
     oldest = jnp.int32(0)  # the first slot that any query sees
     if seen.window is not None:
         oldest = jnp.where(limits > 0, limits - seen.window, call.slots).min()
     expand = functools.partial(jnp.einsum, "BSR,RNK->BSNK", precision=call.precision)
 
-    @functools.partial(jax.checkpoint, static_argnums=(0,))
-    def attend(size, start, queries, store, kv_b):
-        rows = store.block(start, size, pages=True)
+    def attend(queries, rows, kv_b, limits):
+        """Attention to a piece; `limits` count from its first slot."""
+        size = rows["latent"].shape[1]
         # The gradient of kv_b is a sum over slots, so what nobody sees is cleared.
-        held = (start + jnp.arange(size, dtype=jnp.int32))[None] < live[:, None]
+        held = jnp.arange(size, dtype=jnp.int32)[None] < limits.max(1, keepdims=True)
         latent = jnp.where(held[..., None], rows["latent"], jnp.zeros((), rows["latent"].dtype))
         kernel = kv_b.astype(latent.dtype)
         arrays = {
@@ -80,16 +80,25 @@ def context_attention(
             "k_rope": rows["k_rope"],
             "value": expand(latent, kernel[..., nope:]),
         }
-        now = Seen(limits=limits - start, window=seen.window)
-        piece = dataclasses.replace(part, slots=size)
+        now, piece = Seen(limits=limits, window=seen.window), dataclasses.replace(part, slots=size)
         out, lse = dispatch.attend(queries, Dense(arrays), now, piece, {piece.op: backend})
         return out.astype(jnp.float32), lse
 
+    def gradients(kept, cotangents):
+        """Of what differentiates: keys and values are made again, not kept."""
+        *operands, limits = kept
+        run = lambda queries, rows, kv_b: attend(queries, rows, kv_b, limits)  # noqa: E731
+        return *jax.vjp(run, *operands)[1](cotangents), None
+
+    again = jax.custom_vjp(attend)
+    again.defvjp(lambda *operands: (attend(*operands), operands), gradients)
+
     def step(size, so_far, start):
         def more():
-            return merge_attention(so_far, attend(size, start, queries, store, kv_b))
+            rows = store.block(start, size, pages=True)
+            return merge_attention(so_far, again(queries, rows, kv_b, limits - start))
 
-        met = (start < live.max()) & (start + size > oldest)
+        met = (start < limits.max()) & (start + size > oldest)
         return jax.lax.cond(met, more, lambda: so_far), None
 
     batch, tokens, heads = queries[0].shape[:3]

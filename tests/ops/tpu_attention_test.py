@@ -4,6 +4,7 @@ The interpreter fills uninitialised memory with NaN and raises on what lies out 
 are tiny here, so that few tokens meet whole blocks, diagonals, and blocks that are skipped.
 """
 
+import dataclasses
 import functools
 from unittest import mock
 
@@ -16,11 +17,15 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
 import mla_jax
+from mla_jax import ops, target
+from mla_jax.cache import Dense, Paged
+from mla_jax.ops import dispatch, pieces
+from mla_jax.ops.seen import Seen
 from mla_jax.ops.tpu import attention
-from mla_jax.ops.tpu.attention import plan
+from mla_jax.ops.tpu.attention import plan, tiles
 
 SCALE = 0.11
-BLOCKS = plan.Sizes(rows=16, slots=16, columns=8, piece=8, vmem_bytes=2**25)
+BLOCKS = plan.Sizes(rows=16, slots=16, columns=8, piece=16, vmem_bytes=2**25)
 # Sums of 50 products of float32, of which each rounds once, in and after an exponential.
 TOLERANCE = 64 * float(jnp.finfo(jnp.float32).eps)
 
@@ -122,15 +127,135 @@ def ragged():
     ids = np.tile((np.arange(53) // 9 % 3).astype(np.int32), (3, 1))
     ids[1] = 7
     slot = np.arange(53)[None, None]
-    seen = (slot < limits[..., None]) & (slot >= limits[..., None] - 19)
+    seen = (slot < limits[..., None]) & (slot >= limits[..., None] - 9)
     return limits, ids, seen & (ids[:, None] == ids[:, -11:, None])
 
 
 def test_limits_window_and_segments(rng):
     limits, ids, seen = ragged()
-    check(rng, draw(rng, 3, 11, 53, 1), seen, lengths=limits, window=19, segment_ids=ids)
+    check(rng, draw(rng, 3, 11, 53, 1), seen, lengths=limits, window=9, segment_ids=ids)
 
 
 def test_long_rows_take_several_passes_backward(rng):
     with mock.patch.object(attention, "_MOST_BYTES", 32 * 4 * 16):
         check(rng, draw(rng, 1, 24, 24, 1), causal(24, 24)[None])
+
+
+def with_bounds(*bounds):
+    """`tiles.masked` that knows only these bounds of a query, in the order of all three."""
+    real = tiles.masked
+    return mock.patch.object(
+        tiles, "masked",
+        lambda of, shape, *more: real(of, shape._replace(bounds=bounds), *more),
+    )  # fmt: skip
+
+
+PLANTED = {
+    "window_ignored": lambda: with_bounds("end", "", "id"),
+    "segments_ignored": lambda: with_bounds("end", "start"),
+    "off_by_one_slot": lambda: mock.patch.object(
+        tiles, "masked",
+        lambda of, shape, scores, unit, begin, diagonal, real=tiles.masked: real(
+            of, shape, scores, unit, begin + 1, diagonal
+        ),
+    ),
+    "unseen_not_cleaned": lambda: mock.patch.object(tiles, "cleaned", lambda x, scores: x),
+    "never_masked": lambda: mock.patch.object(
+        plan.blocks, "visible", lambda *a, real=plan.blocks.visible: (real(*a)[0],) * 2
+    ),
+    "last_block_forgotten": lambda: mock.patch.object(
+        tiles, "run_of", lambda *a, real=tiles.run_of: (*real(*a)[:3], real(*a)[3] - 1)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bug", PLANTED)
+def test_planted_bugs_are_noticed(bug, rng):
+    limits, ids, seen = (x[:1] for x in ragged())
+    options = {"lengths": limits, "window": 9, "segment_ids": ids, "gradients": False}
+    with PLANTED[bug](), pytest.raises(AssertionError):
+        check(rng, draw(rng, 1, 11, 53, 1), seen, **options)
+
+
+def test_a_gradient_of_lse_that_is_dropped_is_noticed(rng):
+    def dropped(*arguments, real=attention._run_backward):
+        return real(*arguments[:-1], jnp.zeros_like(arguments[-1]))
+
+    broken = mock.patch.object(attention, "_run_backward", dropped)
+    with broken, pytest.raises(AssertionError):
+        check(rng, draw(rng, 1, 8, 8, 1), causal(8, 8)[None])
+
+
+def test_context_in_pieces_of_pages(rng):
+    """Two pieces and a shorter last, pages in any order; one result and gradient with the op's."""
+    batch, tokens, slots, rank = 2, 3, 384, 16
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+    queries = draw(batch, tokens, 1, 16), draw(batch, tokens, 1, 16)
+    kv_b = draw(rank, 1, 48)
+    limits = jnp.array([[130, 256, 384], [0, 1, 90]], jnp.int32)
+    unseen = np.arange(slots)[None] >= np.asarray(limits).max(1)[:, None]
+    rows = {"latent": draw(batch, slots, rank), "k_rope": draw(batch, slots, 16)}
+    table = jnp.array([[4, 0, 2], [1, 6, 6]], jnp.int32)  # the last row has one page
+    of_row = [(0, 0), (0, 1), (0, 2), (1, 0)]
+
+    def pool(x):
+        x = jnp.where(unseen[..., None], jnp.nan, x).reshape(batch, 3, 128, -1)
+        pages = jnp.full((6, *x.shape[2:]), jnp.nan)
+        for row, page in of_row:
+            pages = pages.at[table[row, page]].set(x[row, page])
+        return pages
+
+    def attend(name, store, queries, kv_b, window):
+        seen = Seen(limits=limits, window=window)
+        out, lse = ops.context_attention(
+            queries, store, seen, kv_b, scale=SCALE, implementation=name
+        )
+        return jnp.sin(out).sum() + jnp.where(jnp.isfinite(lse), jnp.cos(lse), 0).sum(), (out, lse)
+
+    def of_pool(arrays, queries, kv_b):
+        return attend("pallas_tpu", Paged(Dense(arrays), table), queries, kv_b, 140)
+
+    def of_rows(arrays, queries, kv_b):
+        return attend("reference", Dense(arrays), queries, kv_b, 140)
+
+    more = {"argnums": (0, 1, 2), "has_aux": True}
+    wide = BLOCKS._replace(slots=128, piece=128, columns=16)  # the interpreter counts steps
+    whole = mock.patch.object(attention, "make_sizes", return_value=(wide, wide))
+    with whole, mock.patch.multiple(pieces, _WORKSPACE=1, _LEAST=256):
+        got, result = jax.grad(of_pool, **more)(
+            {n: pool(x) for n, x in rows.items()}, queries, kv_b
+        )
+    want, expected = jax.grad(of_rows, **more)(rows, queries, kv_b)
+    close(result, [np.asarray(x) for x in expected])
+    close(jax.tree.leaves(got[1:]), [np.asarray(x) for x in jax.tree.leaves(want[1:])])
+    for name, x in want[0].items():
+        gathered = np.zeros(got[0][name].shape)
+        for row, page in of_row:
+            gathered[table[row, page]] = np.asarray(x[row]).reshape(3, 128, -1)[page]
+        close([got[0][name]], [gathered])
+
+
+SPEC = dispatch.Call(
+    "expanded_attention", 1, 4096, 4096, 128, (128, 64), 128, "bfloat16", ("segment_ids",)
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dtype": "float16"}, "not float16"),
+        ({"options": ("mask",)}, "not mask"),
+        ({"soft_cap": 30.0}, "not soft_cap"),
+        ({"key_dims": (120, 64)}, "multiples of 16"),
+        ({"key_dims": (256, 64)}, "up to 256"),
+        ({"batch": 2**20}, "scalar memory"),
+    ],
+    ids=str,
+)
+def test_why_not(change, reason):
+    chip = target.Target("tpu", "TPU v6 lite")
+    assert attention.why_not(SPEC, chip) is None
+    assert reason in attention.why_not(dataclasses.replace(SPEC, **change), chip)
+    context = dataclasses.replace(SPEC, op="context_attention", slots=32768, options=("window",))
+    assert dict(dispatch.report(context, chip))["pallas_tpu"] is None
+    assert "needs a TPU" in attention.why_not(SPEC, target.Target("cpu", "cpu"))

@@ -28,6 +28,8 @@ def why_not(call, device: target.Target) -> str | None:
     """Why the kernels cannot serve `call` on `device`, or None."""
     if device.platform != "tpu" and device.interprets != "tpu":
         return f"needs a TPU, this is {device}"
+    if device.partitioned:
+        return device.partitioned
     if not all(isinstance(size, int) for size in (call.batch, call.queries, call.slots)):
         return "needs sizes that are known when it is compiled"
     if call.dtype not in ("bfloat16", "float32"):
@@ -52,8 +54,10 @@ def why_not(call, device: target.Target) -> str | None:
 def expanded_attention(queries, store, seen, call):
     """The expanded form: see `ops.expanded_attention`."""
     causal = seen.full and call.queries == call.slots and seen.ends is not None
+    q_nope, q_rope = queries
     return attention(
-        *queries,
+        q_nope,
+        q_rope,
         store.k_nope,
         store.k_rope,
         store.value,

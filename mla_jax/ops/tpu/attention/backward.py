@@ -17,9 +17,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from mla_jax.ops.tpu.attention import tiles
-from mla_jax.ops.tpu.attention.plan import Plan, Shape
+from mla_jax.ops.tpu.attention.plan import Plan, Shape, padded
 from mla_jax.ops.tpu.attention.tiles import NN, NT, TN
 from mla_jax.ops.tpu.kernel import shaped
+from mla_jax.ops.tpu.planning import LANES
 
 
 def backward(arrays: dict[str, jax.Array], plan: Plan, shape: Shape, known=None):
@@ -84,8 +85,9 @@ def backward(arrays: dict[str, jax.Array], plan: Plan, shape: Shape, known=None)
             out_specs.append(of_result(channels) if name[0] == "q" else block)
     scratch = {
         "of_queries": pltpu.VMEM((count, width, rows), jnp.float32),
-        "of_keys": pltpu.VMEM((cut, width), jnp.float32),
-        "of_values": pltpu.VMEM((cut, shape.value), jnp.float32),
+        # Whole lanes, all of which are cleared: libtpu's linter looks at every one that is loaded.
+        "of_keys": pltpu.VMEM((cut, padded(width, LANES)), jnp.float32),
+        "of_values": pltpu.VMEM((cut, padded(shape.value, LANES)), jnp.float32),
     }
 
     def kernel(table, *refs):
@@ -107,7 +109,7 @@ def backward(arrays: dict[str, jax.Array], plan: Plan, shape: Shape, known=None)
         @pl.when(i == count - 1)
         def _():
             _store(of, "d_k", of["of_keys"][...] * math.log(2), shape)
-            of["d_v"][...] = of["of_values"][...].astype(shape.dtype)
+            of["d_v"][...] = of["of_values"][:, : shape.value].astype(shape.dtype)
 
         @pl.when(j == steps - 1)
         def _():
@@ -169,6 +171,6 @@ def _attend(of, shape: Shape, kind: str, i, begin):
         weights = jnp.exp2(scores - of["statistics"][:1, at])
         d_weights = dot(value, d_out, NT)
         d_scores = (weights * (d_weights - of["statistics"][1:, at])).astype(dtype)
-        of["of_values"][part] += dot(weights.astype(dtype), d_out, NN)
-        of["of_keys"][part] += dot(d_scores, query, NN)
+        of["of_values"][part, : shape.value] += dot(weights.astype(dtype), d_out, NN)
+        of["of_keys"][part, : query.shape[1]] += dot(d_scores, query, NN)
         of["of_queries"][i, :, at] += dot(key, d_scores, TN)

@@ -24,6 +24,7 @@ from mla_jax.ops.tpu.attention import tiles
 from mla_jax.ops.tpu.attention.plan import Plan, Shape
 from mla_jax.ops.tpu.attention.tiles import MASKED, NN, NT
 from mla_jax.ops.tpu.kernel import shaped
+from mla_jax.ops.tpu.planning import TILE
 
 _ONES = 16  # rows of ones under the values: a tile of 16-bit numbers
 
@@ -78,7 +79,7 @@ def forward(arrays: dict[str, jax.Array], plan: Plan, shape: Shape, known=None):
         "lse": pl.BlockSpec((None, None, 1, rows), lambda h, b, i, j, table: (b, h, 0, i)),
     }
     scratch = {
-        "top": pltpu.VMEM((1, rows), jnp.float32),
+        "top": pltpu.VMEM((TILE, rows), jnp.float32),  # the first row is used
         "mixed": pltpu.VMEM((shape.value + _ONES, rows), jnp.float32),
         "scores": pltpu.VMEM((2, sizes.piece, sizes.columns), jnp.float32),
     }
@@ -158,12 +159,12 @@ def _attend(of, shape: Shape, kind: str, begin):
         if kind == "masked" and shape.clean:
             value = tiles.cleaned(value, scores)
         value = jnp.concatenate([value.T, jnp.ones((_ONES, size), value.dtype)])
-        before = of["top"][:, at]
+        before = of["top"][:1, at]
         top = jnp.maximum(before, largest)
         weights = jnp.exp2(scores - top)
         new = dot(value, weights.astype(value.dtype), NN)
         of["mixed"][:, at] = of["mixed"][:, at] * jnp.exp2(before - top) + new
-        of["top"][:, at] = top
+        of["top"][:1, at] = top
 
     ready = score(0)
     for turn in range(len(todo)):
@@ -175,7 +176,7 @@ def _attend(of, shape: Shape, kind: str, begin):
 
 def _finish(of, shape: Shape):
     """Normalizes what the blocks of slots left."""
-    top, total = of["top"][...], of["mixed"][shape.value : shape.value + 1]
+    top, total = of["top"][:1], of["mixed"][shape.value : shape.value + 1]
     some = top > MASKED / 2
     share = jnp.where(some, 1 / total, 0.0)
     of["out"][...] = (of["mixed"][: shape.value] * share).T.astype(of["out"].dtype)

@@ -90,18 +90,17 @@ def make_sizes(tokens: int, slots: int, itemsize: int, kind: str) -> tuple[Sizes
     for name in ("forward", "backward"):
         largest = tuned[f"{name}_block"] * 2 // itemsize
         rows, cut = _block(tokens, largest), _block(slots, largest)
-        columns = next(size for size in (512, 256, LANES) if rows % size == 0)
-        columns = min(columns, tuned[f"{name}_columns"])
+        columns = min(rows, tuned[f"{name}_columns"])
         piece = min(cut, tuned[f"{name}_piece"])
         made.append(Sizes(rows, cut, columns, piece, tuned["attention_vmem_mib"] << 20))
     return made[0], made[1]
 
 
 def _block(length, largest):
-    """The size of equal blocks that hold `length`, a power of two."""
-    size = LANES
-    while size < min(length, largest):
-        size *= 2
+    """The largest size of equal blocks that pads a length by no more than a quarter."""
+    size = largest
+    while size > LANES and 4 * padded(length, size) > 5 * padded(length, LANES):
+        size //= 2
     return size
 
 
