@@ -363,10 +363,11 @@ class MultiHeadLatentAttention(LatentMaps):
         own = ops.expanded_attention(q_nope, q_rope, k_nope, new["k_rope"], value, **options)
         if step.fresh:
             return own
-        return jax.lax.cond(
-            (step.start > 0).any(),
-            lambda: ops.merge_attention(own, context(step.before)), lambda: own,
-        )  # fmt: skip
+        held = (step.start > 0).any()
+        merged = lambda: ops.merge_attention(own, context(step.before))  # noqa: E731
+        if not isinstance(held, jax.core.Tracer):  # where `cond` would be compiled in every call
+            return merged() if held else own
+        return jax.lax.cond(held, merged, lambda: own)
 
     def _check_store(self, store, batch, widths):
         for name, width in widths.items():

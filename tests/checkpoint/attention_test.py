@@ -1,10 +1,12 @@
+import functools
 import json
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import MICRO
+from common import MICRO, drawn
 from flax import nnx
 
 from mla_jax import MLAConfig, MultiHeadLatentAttention, checkpoint
@@ -17,6 +19,18 @@ CASES = sorted(
 )
 
 
+@jax.jit
+def both_forms(layer, x, **options):
+    return [layer(x, form=form, **options) for form in ("expanded", "absorbed")]
+
+
+@functools.partial(jax.jit, static_argnames="method")
+def step(layer, x, cache, *, method, **options):
+    if method == "decode":
+        return layer.decode(x, cache, form="absorbed", **options)
+    return layer.prefill(x, cache, form="expanded", **options)
+
+
 @pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
 def test_families(path):
     z = np.load(path)
@@ -24,7 +38,7 @@ def test_families(path):
     weights = {key[2:]: z[key] for key in z.files if key.startswith("w/")}
     config = MLAConfig.from_hf(json.loads(str(z["config"])))
     assert config == MLAConfig.from_hf(json.loads(str(z["config_hub"])))
-    layer = MultiHeadLatentAttention(config, precision="highest", rngs=nnx.Rngs(0))
+    layer = drawn(lambda: MultiHeadLatentAttention(config, precision="highest", rngs=nnx.Rngs(0)))
     checkpoint.load_attention(layer, weights)
     style = {"hy_v4": "transformers_hy_v4", "axk2": "transformers_axk2"}.get(path.stem)
     back = checkpoint.attention_tensors(layer, names=style or "huggingface")
@@ -34,11 +48,8 @@ def test_families(path):
 
     x, real = z["in/hidden_states"], z["in/attention_mask"] == 1
     tolerance = {"atol": meta["atol"], "rtol": meta["rtol"]}
-    for form in ("expanded", "absorbed"):
-        y = layer(
-            jnp.asarray(x), positions=jnp.asarray(z["in/position_ids"]),
-            mask=jnp.asarray(real)[:, None, None], form=form,
-        )  # fmt: skip
+    options = {"positions": z["in/position_ids"], "mask": real[:, None, None]}
+    for y in both_forms(layer, x, **options):
         np.testing.assert_allclose(np.asarray(y)[real], z["out/full"][real], **tolerance)
 
     # The cached pass, rows moved to the left: padding comes first in the file, last in a chunk.
@@ -56,11 +67,9 @@ def test_families(path):
         positions = first + np.asarray(cache.length)[:, None] + np.arange(count)
         options = {"positions": jnp.asarray(positions) if first else None}
         if count <= 3:
-            y, cache = layer.decode(jnp.asarray(chunk), cache, form="absorbed", **options)
+            y, cache = step(layer, chunk, cache, method="decode", **options)
         else:
-            y, cache = layer.prefill(
-                jnp.asarray(chunk), cache, jnp.asarray(lengths), form="expanded", **options
-            )
+            y, cache = step(layer, chunk, cache, method="prefill", lengths=lengths, **options)
         for b, n in enumerate(lengths):
             outputs[b, end - n : end] = np.asarray(y)[b, :n]
         start = end
@@ -84,9 +93,8 @@ def test_bf16_error_is_that_of_the_expanded_form():
     z = np.load(next(path for path in CASES if "realdims" in path.stem))
     weights = {key[2:]: z[key] for key in z.files if key.startswith("w/")}
     config = MLAConfig.from_hf(json.loads(str(z["config"])))
-    layer = MultiHeadLatentAttention(
-        config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)
-    )
+    types = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
+    layer = drawn(lambda: MultiHeadLatentAttention(config, **types, rngs=nnx.Rngs(0)))
     checkpoint.load_attention(layer, weights)
     x, real = jnp.asarray(z["in/hidden_states"], jnp.bfloat16), z["in/attention_mask"] == 1
     positions, mask = jnp.asarray(z["in/position_ids"]), jnp.asarray(real)[:, None, None]
@@ -94,12 +102,9 @@ def test_bf16_error_is_that_of_the_expanded_form():
     def norm(y):
         return np.linalg.norm(np.asarray(y, np.float64)[real] - z["out/full"][real])
 
-    error = {
-        form: norm(layer(x, positions=positions, mask=mask, form=form))
-        for form in ("expanded", "absorbed")
-    }
-    assert error["absorbed"] < 1.5 * error["expanded"]
-    assert error["expanded"] < 1.5 * norm(z["out/full_bf16"])
+    expanded, absorbed = map(norm, both_forms(layer, x, positions=positions, mask=mask))
+    assert absorbed < 1.5 * expanded
+    assert expanded < 1.5 * norm(z["out/full_bf16"])
 
 
 def test_errors_name_the_tensor():
