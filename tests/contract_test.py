@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 from unittest import mock
 
 import chex
@@ -31,6 +32,10 @@ CONFIGS = {
         llama_4_scaling_beta=0.5,
         llama_4_original_max_position_embeddings=2,
         k_rope_norm=True,
+    ),
+    "sparse": MICRO.replace(index_topk=4, index_n_heads=2, index_head_dim=6, rope_scaling=None),
+    "pooled": PLAIN.replace(
+        index_topk=2, index_n_heads=2, index_head_dim=6, index_kpool=2, attention_sinks=True
     ),
     "no_norms": PLAIN.replace(
         latent_norm=False,
@@ -109,7 +114,9 @@ def test_forms_agree_in_values_and_gradients(name):
 
 
 @pytest.mark.parametrize("form", ["absorbed", "expanded"])
-@pytest.mark.parametrize("name", ["micro", "plain", "sinks_window", "gated_query", "no_norms"])
+@pytest.mark.parametrize(
+    "name", ["micro", "plain", "sinks_window", "gated_query", "no_norms", "sparse", "pooled"]
+)
 def test_any_split_is_one_full_pass(name, form):
     layer, x = make(CONFIGS[name])
     full = whole(layer, x)
@@ -243,8 +250,13 @@ def long_pass(name):
     return layer, x, np.asarray(whole(layer, x))
 
 
-@pytest.mark.parametrize("form", ["absorbed", "expanded", "auto"])
-@pytest.mark.parametrize("name", ["micro", "sinks_window"])
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        *itertools.product(["micro", "sinks_window"], ["absorbed", "expanded", "auto"]),
+        ("sparse", "absorbed"),
+    ],
+)
 def test_pages_are_one_full_pass(name, form, rng):
     layer, x, full = long_pass(name)
     cache, ends = paged(layer, len(ENDS), rng), np.array(ENDS)
@@ -260,9 +272,12 @@ def test_pages_are_one_full_pass(name, form, rng):
     assert int(cache.pages.available) == 3 * len(ENDS) - int((-(-ends // PAGE)).sum())
 
 
-@pytest.mark.parametrize("length", [*ENDS, 2 * PAGE + 1])
-def test_a_forked_row_goes_on_by_itself(length, rng):
-    layer, x, full = long_pass("micro")
+@pytest.mark.parametrize(
+    ("name", "length"),
+    [*itertools.product(["micro"], [*ENDS, 2 * PAGE + 1]), ("sparse", PAGE + 1)],
+)
+def test_a_forked_row_goes_on_by_itself(name, length, rng):
+    layer, x, full = long_pass(name)
     for cache in (paged(layer, 3, rng), poisoned(layer.init_cache(3, 3 * PAGE))):
         held = jnp.array([LONG - 1, 5, 0])
         _, cache = prefill(
@@ -282,9 +297,12 @@ def test_a_forked_row_goes_on_by_itself(length, rng):
         np.testing.assert_allclose(y[1:, 0], jnp.stack([other[1]] * 2), atol=5e-6)
 
 
-@pytest.mark.parametrize("cut", [0, 1, PAGE - 1, PAGE, PAGE + 1])
-def test_a_row_cut_within_a_shared_page_leaves_the_others_theirs(cut, rng):
-    layer, x, full = long_pass("micro")
+@pytest.mark.parametrize(
+    ("name", "cut"),
+    [*itertools.product(["micro"], [0, 1, PAGE - 1, PAGE, PAGE + 1]), ("sparse", PAGE + 1)],
+)
+def test_a_row_cut_within_a_shared_page_leaves_the_others_theirs(name, cut, rng):
+    layer, x, full = long_pass(name)
     cache = paged(layer, 2, rng)
     _, cache = prefill(layer, x[:2, : LONG - 1], cache, jnp.array([LONG - 1, 0]), "absorbed")
     cache = cache.fork(0, jnp.array([False, True]))

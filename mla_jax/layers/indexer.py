@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from mla_jax import ops, rope
+from mla_jax import ops, rope, sharding
 from mla_jax.cache import Dense, Store
 from mla_jax.config import MLAConfig
 from mla_jax.layers import query_scale
@@ -41,6 +41,12 @@ class Indexer(nnx.Module):
     Args:
         config: of the layer; index_topk is given.
         dtype, param_dtype, precision, kernel_init, rngs: as in `MultiHeadLatentAttention`.
+
+    >>> config = MLAConfig.from_preset("tiny").replace(index_topk=2, index_n_heads=4)
+    >>> indexer = Indexer(config, dtype=None, param_dtype=jnp.float32, precision=None,
+    ...                   kernel_init=nnx.initializers.lecun_normal(), rngs=nnx.Rngs(0))
+    >>> indexer.keys(jnp.ones((1, 5, 128)), by=None).shape
+    (1, 5, 128)
     """
 
     def __init__(self, config: MLAConfig, *, dtype, param_dtype, precision, kernel_init, rngs):
@@ -135,8 +141,14 @@ class Indexer(nnx.Module):
 
         Raises:
             ValueError: packed sequences (segments) with pools, which begin with the row.
+            NotImplementedError: on a mesh with Explicit axes.
         """
         config, bias = self.config, None
+        if sharding.mesh_of(queries, store) is not None:
+            raise NotImplementedError(
+                f"index_topk={config.index_topk}: tokens are not chosen on a mesh yet: keep to "
+                f"{config.index_topk} slots, which are attended to without a choice."
+            )
         if config.index_kpool is not None:
             bias = self.kpool_bias[...]
             if seen.segments is not None:

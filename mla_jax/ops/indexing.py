@@ -56,7 +56,7 @@ def index_scores(
         products = jnp.einsum(
             "BTJI,BSI->BTJS",
             query,
-            store.block(start, size)["index_key"],
+            store.block(start, size, pages=True)["index_key"],
             precision="highest",
             preferred_element_type=wide,
         )
