@@ -184,14 +184,7 @@ import numpy as np
 from mla_jax import checkpoint
 from mla_jax.checkpoint import saving
 
-for how in sys.argv[2:]:  # each in a process of its own; they share what was imported
-    if (child := os.fork()) == 0:
-        break
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, how
-else:
-    raise SystemExit
-
-folder = pathlib.Path(sys.argv[1]) / how
+folder, how = pathlib.Path(sys.argv[1]), sys.argv[2]
 BEFORE = {"one file": 1, "no index": 2, "fewer shards": 2, "more shards": 5}[how]
 
 def tensors(generation, count):
@@ -253,20 +246,19 @@ for n in itertools.count(1):
     if code == 0:
         break
 assert seen == sorted(seen) and set(seen) == {1, 2}, seen
-print("killed at", len(seen) - 1, "steps:", "".join(map(str, seen)), flush=True)
+print("killed at", len(seen) - 1, "steps:", "".join(map(str, seen)))
 """
 
 
-def test_killed_at_any_step_it_is_the_old_model_or_the_new(tmp_path):
-    before = ("one file", "no index", "fewer shards", "more shards")
+@pytest.mark.parametrize("how", ["one file", "no index", "fewer shards", "more shards"])
+def test_killed_at_any_step_it_is_the_old_model_or_the_new(how, tmp_path):
     found = subprocess.run(
-        [sys.executable, "-c", _KILLED, str(tmp_path), *before], capture_output=True, text=True,
-        check=False,
+        [sys.executable, "-c", _KILLED, str(tmp_path / "model"), how], capture_output=True,
+        text=True, check=False,
     )  # fmt: skip
     assert found.returncode == 0, found.stderr
-    steps = [int(line.split()[2]) for line in found.stdout.splitlines()]
-    assert len(steps) == len(before)
-    assert min(steps) > 15, found.stdout
+    steps = int(found.stdout.split()[2])
+    assert steps > 15, found.stdout
 
 
 _FULL = """
