@@ -327,9 +327,8 @@ class MultiHeadLatentAttention(nnx.Module):
             if config.q_lora_rank is None:
                 query = apart(self.q_proj(x), config.num_attention_heads)
             else:
-                raw = self.q_a_proj(x)
+                raw = checkpoint_name(self.q_a_proj(x), "q_latent")
                 q_latent = self.q_a_norm(raw) if config.latent_norm else raw
-                q_latent = checkpoint_name(q_latent, "q_latent")
                 if config.output_gate == "query":
                     query = self.q_b_proj(jnp.concatenate([q_latent, raw], axis=-1))
                     query = apart(query, config.num_attention_heads)
@@ -347,7 +346,7 @@ class MultiHeadLatentAttention(nnx.Module):
         if config.output_gate in ("head", "elementwise"):
             with jax.named_scope("g_proj"):
                 gate = apart(self.g_proj(x), config.num_attention_heads)
-        return q_nope, q_rope, gate
+        return checkpoint_name(q_nope, "query"), checkpoint_name(q_rope, "query"), gate
 
     def _query_scale(self, positions):
         """What queries are multiplied by at their positions, float32 [B T N 1] or smaller."""
@@ -369,7 +368,8 @@ class MultiHeadLatentAttention(nnx.Module):
         """Normalized latent [B T R] and rotated k_rope [B T P], as the cache holds them."""
         config = self.config
         with jax.named_scope("latents"):
-            latent, k_rope = jnp.split(self.kv_a_proj(x), [config.kv_lora_rank], axis=-1)
+            raw = checkpoint_name(self.kv_a_proj(x), "latent")
+            latent, k_rope = jnp.split(raw, [config.kv_lora_rank], axis=-1)
             if config.latent_norm:
                 latent = self.kv_a_norm(latent)
             if config.mla_scale_kv_lora:
@@ -378,7 +378,7 @@ class MultiHeadLatentAttention(nnx.Module):
                 k_rope = self.k_rope_norm(k_rope)
         with jax.named_scope("rope"):
             k_rope = rope.rotate(k_rope, by, config)
-        return checkpoint_name(latent, "latent"), checkpoint_name(k_rope, "k_rope")
+        return latent, k_rope
 
     def _absorbed(self, q_nope, q_rope, latent, k_rope, view, step):
         """Heads [B T N V] and lse [B T N] by the absorbed form, never making keys or values."""
@@ -440,7 +440,8 @@ class MultiHeadLatentAttention(nnx.Module):
     def _keys_values(self, latent):
         """Per-head k_nope [B T N H] and value [B T N V] from latents."""
         with jax.named_scope("kv_b_proj"):
-            both = apart(self.kv_b_proj(latent), self.config.num_attention_heads)
+            flat = checkpoint_name(self.kv_b_proj(latent), "keys_values")
+            both = apart(flat, self.config.num_attention_heads)
             return jnp.split(both, [self.config.qk_nope_head_dim], axis=-1)
 
     def _output(self, heads, lse, gate):

@@ -50,7 +50,7 @@ def kernel_of(projection: nnx.Module, inputs: int, outputs: tuple[int, ...]) -> 
     >>> kernel_of(wrapped, 16, (4, 8)).shape
     (16, 4, 8)
     """
-    if isinstance(projection, nnx.LinearGeneral):
+    if isinstance(projection, nnx.LinearGeneral | nnx.Linear):
         return projection.kernel[...]
     if isinstance(projection, nnx.LoRA) and isinstance(projection.base_module, nnx.Module):
         base = kernel_of(projection.base_module, inputs, outputs)

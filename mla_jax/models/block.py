@@ -7,11 +7,11 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from mla_jax.cache import Dense
 from mla_jax.layers.attention import MultiHeadLatentAttention
-from mla_jax.layers.experts import MixtureOfExperts
+from mla_jax.layers.experts import MixtureOfExperts, Routing
 from mla_jax.layers.mlp import GatedMLP
 from mla_jax.layers.step import Step
 from mla_jax.models.config import DecoderConfig
@@ -50,6 +50,23 @@ class Block(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"], **options: Any) -> Float[Array, "B T D"]:
         """The layer without a cache; options as in the attention's `__call__`."""
         return self._feed_forward(self._add(x, self.attention(self.attention_norm(x), **options)))
+
+    def with_routing(
+        self, x: Float[Array, "B T D"], *, valid: Bool[Array, "B T"] | None = None, **options: Any
+    ) -> tuple[Float[Array, "B T D"], Routing | None]:
+        """The same, and what the router did; None where the MLP is dense.
+
+        Args:
+            x: activations.
+            valid: tokens that count for load and balance, where some are padding.
+            options: as in the attention's `__call__`.
+        """
+        if not isinstance(self.mlp, MixtureOfExperts):
+            return self(x, **options), None
+        x = self._add(x, self.attention(self.attention_norm(x), **options))
+        with jax.named_scope("mlp"):
+            y, routing = self.mlp.with_routing(self.mlp_norm(x), valid)
+            return self._add(x, y), routing
 
     def extend(
         self, x: Float[Array, "B T D"], stores: tuple[Dense, ...], step: Step, relay: Any = None
