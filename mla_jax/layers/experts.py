@@ -92,9 +92,7 @@ class Router(nnx.Module):
         """The chosen experts of every token, best first, and their weights."""
         return self.choose(self.scores(x))
 
-    def choose(
-        self, scores: Float[Array, "M E"]
-    ) -> tuple[Int[Array, "M K"], Float[Array, "M K"]]:
+    def choose(self, scores: Float[Array, "M E"]) -> tuple[Int[Array, "M K"], Float[Array, "M K"]]:
         """The same from each token's scores."""
         config, choice = self.config, scores
         if config.scoring_func == "sigmoid":

@@ -58,7 +58,7 @@ def linear_cross_entropy(
     ((2, 3), 1.0)
     """
     words = _checked(hidden, kernel, labels, chunk)
-    *lead, tokens, width = hidden.shape
+    *lead, tokens = labels.shape
     size = max(1, min(tokens, chunk // math.prod(lead)))
     count = -(-tokens // size)
     size = -(-tokens // count)  # chunks of one size, the last one padded by less than `count`

@@ -1,4 +1,4 @@
-"""Rematerialisation by name: what a layer's backward finds, in numbers, and that nothing changes."""
+"""Rematerialisation by name: what a layer's backward finds, in numbers, and equal gradients."""
 
 import functools
 
