@@ -22,7 +22,7 @@ PUBLIC = {
 }
 
 
-@pytest.mark.parametrize("name", ["getting_started", "own_model", "export"])
+@pytest.mark.parametrize("name", ["getting_started", "own_model", "export", "training", "lora"])
 def test_an_example_prints_what_it_says(name, capsys):
     runpy.run_path(str(DOCS / "examples" / f"{name}.py"))
     assert capsys.readouterr().out == (DOCS / "examples" / f"{name}.txt").read_text()

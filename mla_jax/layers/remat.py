@@ -51,7 +51,7 @@ def remat_policy(save: Save) -> Callable[..., bool]:
     >>> layer = mla_jax.MultiHeadLatentAttention(config, rngs=nnx.Rngs(0))
     >>> policy = mla_jax.remat_policy("latents")
     >>> forward = jax.checkpoint(lambda x: x + layer(x), policy=policy)
-    >>> jax.grad(lambda x: forward(x).sum())(jnp.ones((2, 5, 128))).shape
+    >>> jax.eval_shape(jax.grad(lambda x: forward(x).sum()), jnp.ones((2, 5, 128))).shape
     (2, 5, 128)
     """
     return jax.checkpoint_policies.save_only_these_names(*saved_names(save))

@@ -23,6 +23,10 @@ class LossTerms(NamedTuple):
         balance: `sequence_balance_loss`, summed over layers; None in a model without experts.
         load: int32 [L E], how many tokens each expert was given, that block's last:
             `Decoder.balance` takes it. None in a model without experts.
+
+    >>> terms = LossTerms(jnp.ones(()), draft=None, balance=None, load=None)
+    >>> float(terms.next_token)
+    1.0
     """
 
     next_token: Float[Array, ""]
@@ -67,9 +71,9 @@ def training_loss(
     >>> from flax import nnx
     >>> from mla_jax.models import Decoder, DecoderConfig
     >>> model = Decoder(DecoderConfig.from_preset("tiny"), rngs=nnx.Rngs(0))
-    >>> loss, terms = training_loss(model, jnp.array([[3, 1, 4, 1, 5]]))
-    >>> bool(loss == terms.next_token), terms.load
-    (True, None)
+    >>> loss, terms = jax.eval_shape(training_loss, model, jnp.array([[3, 1, 4, 1, 5]]))
+    >>> loss.shape, loss == terms.next_token, terms.load
+    ((), True, None)
     """
     least = 2 if model.predictor is None else 3
     if tokens.ndim != 2 or tokens.shape[1] < least:
@@ -98,7 +102,7 @@ def training_loss(
         loss += mtp_weight * draft
     if not routings:
         return loss, LossTerms(next_token, draft, None, None)
-    balance = sum(routing.balance for routing in routings)
+    balance = jnp.stack([routing.balance for routing in routings]).sum()
     load = jnp.stack([routing.load for routing in routings])
     terms = LossTerms(next_token, draft, balance, jax.lax.stop_gradient(load))
     return loss + balance_weight * balance, terms
