@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mla_jax.generation.steps import decode_step as decode_step
     from mla_jax.generation.steps import prefill_step as prefill_step
     from mla_jax.layers.attention import MultiHeadLatentAttention as MultiHeadLatentAttention
+    from mla_jax.layers.memory import Memory as Memory
     from mla_jax.layers.remat import remat_policy as remat_policy
     from mla_jax.layers.step import Step as Step
     from mla_jax.ops import expanded_attention as expanded_attention
@@ -43,6 +44,7 @@ _HOMES = {
     "generation.sampling": ("sample",),
     "generation.steps": ("decode_loop", "decode_step", "prefill_step"),
     "layers.attention": ("MultiHeadLatentAttention",),
+    "layers.memory": ("Memory",),
     "layers.remat": ("remat_policy",),
     "layers.step": ("Step",),
     "ops": ("expanded_attention", "latent_attention", "merge_attention"),

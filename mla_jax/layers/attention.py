@@ -34,9 +34,12 @@ from mla_jax import ops, rope
 from mla_jax.cache import Cache, Dense, Paged
 from mla_jax.config import MLAConfig
 from mla_jax.costs import choose_form
+from mla_jax.layers.dropout import dropout_key
+from mla_jax.layers.memory import Memory
 from mla_jax.layers.projection import Projection, apart, kernel_of, together
-from mla_jax.layers.step import Form, Step, check_form, check_positions
+from mla_jax.layers.step import Form, Step, check_form, check_positions, row_counts
 from mla_jax.ops import dispatch
+from mla_jax.ops.weights import weighed_attention
 
 _BIASED = ("q_a_proj", "kv_a_proj", "o_proj")  # what attention_bias=True means
 
@@ -60,6 +63,8 @@ class MultiHeadLatentAttention(nnx.Module):
             serves every op that the layer calls or raises; a dict from ops to backends names them
             singly, as in {"latent_attention": "pallas_gpu"}; None chooses for the device and the
             shapes (`explain` tells what).
+        dropout_rate: of the attention weights in `__call__`, where `deterministic` is False, as
+            `model.train()` sets it: weights stand in memory then, and no backend is asked.
         rngs: for the initializers; not kept.
 
     Raises:
@@ -87,6 +92,7 @@ class MultiHeadLatentAttention(nnx.Module):
         precision=None,
         kernel_init: nnx.Initializer = nnx.initializers.lecun_normal(),  # noqa: B008
         implementation: dispatch.Implementation = None,
+        dropout_rate: float = 0.0,
         rngs: nnx.Rngs,
     ):
         if not isinstance(config, MLAConfig):
@@ -98,6 +104,10 @@ class MultiHeadLatentAttention(nnx.Module):
         self.param_dtype = param_dtype
         self.precision = precision
         self.implementation = dispatch.frozen(implementation)
+        if not 0 <= dropout_rate < 1:
+            raise ValueError(f"dropout_rate={dropout_rate}: it must be at least 0 and below 1.")
+        # What `model.train()` and `model.eval()` of Flax set.
+        self.dropout_rate, self.deterministic = dropout_rate, True
 
         bias = config.attention_bias
         biased = _BIASED if bias is True else bias or ()
@@ -149,19 +159,33 @@ class MultiHeadLatentAttention(nnx.Module):
         *,
         positions: Int[Array, "T"] | Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
-        mask: Bool[Array, "#B #N #T #T"] | None = None,
+        mask: Bool[Array, "#B #N #T #M"] | None = None,
+        causal: bool = True,
+        memory: Memory | Float[Array, "B M D"] | None = None,
         form: Form = "auto",
+        deterministic: bool | None = None,
+        rngs: Any = None,
+        sow_weights: bool = False,
     ) -> Float[Array, "B T D"]:
-        """Causal self-attention without a cache: training and scoring.
+        """Attention without a cache of its own: training, scoring, encoders, cross-attention.
 
         Args:
             x: activations [B T D].
             positions: int [T] or [B T], default 0..T-1. Causality goes by index, not by position,
-                so left-padded rows pass their own positions and a mask.
+                so left-padded rows pass their own positions and a mask. With a memory it is 0.
             segment_ids: int [B T]; tokens attend within their segment (packed sequences).
-            mask: boolean, broadcastable to [B N T T], True = may attend; combined with the causal
-                rule. A token that may attend to nothing gets zeros before o_proj.
-            form: "auto" is expanded here, which is cheaper for any T without a cache.
+            mask: boolean (or 0 and 1, as Flax's helpers make them), broadcastable to [B N T T], or
+                [B N T M] with a memory, True = may attend; combined with the causal rule. A token
+                that may attend to nothing gets zeros before o_proj.
+            causal: False lets every token attend to all of its row.
+            memory: what is attended to in place of x, by all tokens alike: states [B M D], or what
+                `remember` has made of them, once for many calls.
+            form: "auto" is expanded here, which is cheaper for any T without a cache; with a memory
+                it goes by cost.
+            deterministic: without dropout; None is what `model.train()` or `eval()` has set.
+            rngs: an `nnx.Rngs`, its stream, or a key, for dropout.
+            sow_weights: `nnx.capture` finds the weights [B N T M] as "attention_weights", an
+                `nnx.Intermediate`; they are made beside what the backend computes.
 
         Returns:
             [B T D].
@@ -171,30 +195,81 @@ class MultiHeadLatentAttention(nnx.Module):
         """
         batch, tokens = self._check_input(x)
         check_form(form)
+        slots, limits = tokens, None
+        if memory is not None:
+            memory = memory if isinstance(memory, Memory) else self.remember(memory)
+            memory.check(self.config, batch, segment_ids)
+            slots, limits, causal = memory.latent.shape[1], memory.limits(tokens), False
         if positions is None:
-            positions = jnp.arange(tokens, dtype=jnp.int32)
+            first = jnp.arange if memory is None else jnp.zeros
+            positions = first(tokens, dtype=jnp.int32)
         else:
             positions = check_positions(positions, batch, tokens)
-        if segment_ids is not None:
-            segment_ids = ops.checked_ids("segment_ids", segment_ids, (batch, tokens), "B T")
-        by = rope.rotation(positions, self.config, tokens)
+        by = rope.rotation(positions, self.config, slots)
         q_nope, q_rope, gate = self._queries(x, positions, by)
-        latent, k_rope = self._latents(x, by)
-        options: dict[str, Any] = {
-            "lengths": None, "scale": self.config.scale, "window": self.config.sliding_window,
-            "mask": mask, "segment_ids": segment_ids, "precision": self.precision,
-            "implementation": self.implementation,
-        }  # fmt: skip
-        if form == "absorbed":
-            pattern = self._pattern(q_nope)
-            out_latent, lse = ops.latent_attention(pattern, q_rope, latent, k_rope, **options)
-            heads = self._heads(out_latent)
+        if memory is None:
+            latent, k_rope = self._latents(x, by)
         else:
-            keys_values = self._keys_values(latent)
-            heads, lse = ops.expanded_attention(
-                q_nope, q_rope, keys_values[0], k_rope, keys_values[1], **options
-            )
-        return self._output(heads, lse, gate)
+            latent, k_rope = memory.latent, memory.k_rope
+        absorbed = form == "absorbed"
+        if memory is not None and form == "auto":
+            absorbed = self._form(tokens, slots) == "absorbed"
+        if absorbed:
+            queries, keys, value = (self._pattern(q_nope), q_rope), (latent, k_rope), latent
+        else:
+            k_nope, value = self._keys_values(latent)
+            queries, keys = (q_nope, q_rope), (k_nope, k_rope)
+        visible: dict[str, Any] = {
+            "window": self.config.sliding_window, "mask": mask, "segment_ids": segment_ids,
+            "causal": causal,
+        }  # fmt: skip
+        how: dict[str, Any] = {"scale": self.config.scale, "precision": self.precision}
+        named = how | {"implementation": self.implementation}
+        key = dropout_key(self, deterministic, rngs)
+
+        def weighed():
+            sizes = (batch, tokens, slots, self.config.num_attention_heads)
+            seen = ops.checked_seen(limits, *sizes, **visible)
+            dropout = {"dropout_rate": self.dropout_rate, "key": key}
+            return weighed_attention(queries, keys, value, seen, **dropout, **how)
+
+        if sow_weights:
+            self.sow(nnx.Intermediate, "attention_weights", weighed()[2])
+        if key is not None:
+            heads, lse, _ = weighed()
+        elif absorbed:
+            heads, lse = ops.latent_attention(*queries, *keys, lengths=limits, **visible, **named)
+        else:
+            operands = (*queries, *keys, value)
+            heads, lse = ops.expanded_attention(*operands, lengths=limits, **visible, **named)
+        return self._output(self._heads(heads) if absorbed else heads, lse, gate)
+
+    def remember(
+        self,
+        x: Float[Array, "B M D"],
+        lengths: Int[Array, "B"] | None = None,
+        *,
+        positions: Int[Array, "M"] | Int[Array, "B M"] | None = None,
+    ) -> Memory:
+        """What the layer keeps of a sequence that others attend to: `__call__`'s `memory`.
+
+        Args:
+            x: states of that sequence, rows right-padded.
+            lengths: int [B], tokens of each row, 0 to M; None is M for all.
+            positions: int [M] or [B M], default 0..M-1; queries stand at 0 by default.
+
+        Raises:
+            ValueError: as `__call__`; lengths that cannot be.
+        """
+        batch, tokens = self._check_input(x)
+        if positions is None:
+            positions = jnp.arange(tokens, dtype=jnp.int32)
+        by = rope.rotation(check_positions(positions, batch, tokens), self.config, tokens)
+        if lengths is not None:
+            lengths = row_counts(lengths, batch, tokens)
+            valid = jnp.arange(tokens, dtype=jnp.int32)[None] < lengths[:, None]
+            x = jnp.where(valid[..., None], x, jnp.zeros((), x.dtype))
+        return Memory(*self._latents(x, by), lengths)
 
     def init_store(self, batch_size: int, slots: int, dtype=None) -> Dense:
         """Slots of its own for every row: what a `Cache` keeps of this layer's tokens.

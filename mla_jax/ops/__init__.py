@@ -30,6 +30,7 @@ def latent_attention(
     window: int | None = None,
     mask: Bool[Array, "#B #N #T #S"] | None = None,
     segment_ids: Int[Array, "B S"] | None = None,
+    causal: bool = True,
     precision=None,
     implementation: Implementation = None,
 ) -> tuple[Float[Array, "B T N R"], Float[Array, "B T N"]]:
@@ -52,6 +53,7 @@ def latent_attention(
         mask: boolean, True = may attend, combined with the causal rule.
         segment_ids: int [B S]; a query attends to slots of its own segment. The queries' ids are
             the last T.
+        causal: False lets every query see all of its row's valid slots; it goes with no window.
         precision: of the matmuls, as in jax.lax.dot; kernels ignore it.
         implementation: a backend's name, or None for the first that can serve.
 
@@ -80,7 +82,7 @@ def latent_attention(
     _expect("latent", latent, (batch, slots, rank), "B S R")
     _expect("k_rope", k_rope, (batch, slots, rope), "B S P")
     _common_dtype(pattern=pattern, q_rope=q_rope, latent=latent, k_rope=k_rope)
-    seen = _seen(lengths, batch, tokens, slots, heads, window, mask, segment_ids)
+    seen = checked_seen(lengths, batch, tokens, slots, heads, window, mask, segment_ids, causal)
     return attend_latents(
         (pattern, q_rope),
         Dense({"latent": latent, "k_rope": k_rope}),
@@ -105,6 +107,7 @@ def expanded_attention(
     window: int | None = None,
     mask: Bool[Array, "#B #N #T #S"] | None = None,
     segment_ids: Int[Array, "B S"] | None = None,
+    causal: bool = True,
     precision=None,
     implementation: Implementation = None,
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
@@ -115,8 +118,8 @@ def expanded_attention(
         k_nope: per-head keys [B S N H].
         k_rope: the rotary key shared by all heads, rotated, [B S P].
         value: [B S N V]; V need not be H + P.
-        lengths, scale, soft_cap, window, mask, segment_ids, precision, implementation: as in
-            `latent_attention`; with lengths None and T = S this is causal self-attention.
+        lengths, scale, soft_cap, window, mask, segment_ids, causal, precision, implementation: as
+            in `latent_attention`; with lengths None and T = S this is causal self-attention.
 
     Returns:
         out [B T N V] in the operands' dtype and lse [B T N] float32.
@@ -139,7 +142,7 @@ def expanded_attention(
     _expect("k_rope", k_rope, (batch, slots, rope), "B S P")
     _expect("value", value, (batch, slots, heads, value_dim), "B S N V")
     dtype = _common_dtype(q_nope=q_nope, q_rope=q_rope, k_nope=k_nope, k_rope=k_rope, value=value)
-    seen = _seen(lengths, batch, tokens, slots, heads, window, mask, segment_ids)
+    seen = checked_seen(lengths, batch, tokens, slots, heads, window, mask, segment_ids, causal)
     call = Call(
         "expanded_attention",
         batch,
@@ -297,7 +300,9 @@ def _common_dtype(**arrays: Array) -> str:
     return next(iter(names.values()))
 
 
-def _seen(lengths, batch, tokens, slots, heads, window, mask, segment_ids) -> Seen:
+def checked_seen(
+    lengths, batch, tokens, slots, heads, window=None, mask=None, segment_ids=None, causal=True
+) -> Seen:
     """What each query sees, after a look at the arguments that say so."""
     if (isinstance(tokens, int) and not tokens) or (isinstance(slots, int) and not slots):
         raise ValueError(f"T = {tokens} query tokens, S = {slots} slots: both must be at least 1.")
@@ -313,8 +318,8 @@ def _seen(lengths, batch, tokens, slots, heads, window, mask, segment_ids) -> Se
         # numpy: under jit, jax would trace the comparison even of a constant
         if not isinstance(lengths, jax.core.Tracer) and (np.asarray(lengths) > slots).any():
             raise ValueError(f"lengths={np.asarray(lengths)} go beyond the S = {slots} slots.")
-    if window is not None and not window >= 1:
-        raise ValueError(f"window={window}: it must be at least 1, or None.")
+    if window is not None and not (window >= 1 and causal):
+        raise ValueError(f"window={window}: it must be at least 1 and causal, or None.")
     if mask is not None:
         mask = checked_mask(mask, (batch, heads, tokens, slots))
     if segment_ids is not None:
@@ -327,6 +332,7 @@ def _seen(lengths, batch, tokens, slots, heads, window, mask, segment_ids) -> Se
         window=window,
         mask=mask,
         segment_ids=segment_ids,
+        causal=causal,
     )
 
 
