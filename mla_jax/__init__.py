@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mla_jax import checkpoint as checkpoint
     from mla_jax import costs as costs
     from mla_jax import generation as generation
+    from mla_jax import sharding as sharding
     from mla_jax.cache import Cache as Cache
     from mla_jax.config import MLAConfig as MLAConfig
     from mla_jax.config import RopeScaling as RopeScaling
@@ -51,7 +52,7 @@ _HOMES = {
     "ops.cross_entropy": ("linear_cross_entropy",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
-__all__ = [*_HOME, "checkpoint", "costs", "generation"]
+__all__ = [*_HOME, "checkpoint", "costs", "generation", "sharding"]
 
 
 class _Package(types.ModuleType):

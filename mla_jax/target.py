@@ -27,6 +27,12 @@ _CAPABILITIES = (
     (r"\bV100", 7.0),
 )
 
+PARTITIONED = (
+    "XLA's partitioner cannot split a kernel, and would gather its operands on every device. Make "
+    "the mesh with Explicit axes, as jax.make_mesh does by default, and place arrays on it by "
+    "mla_jax.sharding.Rules; or call this within jax.shard_map."
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Target:
@@ -40,9 +46,10 @@ class Target:
         interpret: parameters of the Pallas interpret mode that is on (`pltpu.InterpretParams`,
             `plgpu.InterpretGPUParams`), so that kernels of another platform run on this one; None
             where kernels run natively.
+        auto: axes of the mesh in use over which XLA's partitioner may split arrays (Auto axes).
 
     >>> Target("gpu", "NVIDIA H200", 9.0, 132)
-    Target(platform='gpu', kind='NVIDIA H200', capability=9.0, cores=132, interpret=None)
+    Target(platform='gpu', kind='NVIDIA H200', capability=9.0, cores=132, interpret=None, auto=())
     """
 
     platform: str
@@ -50,6 +57,18 @@ class Target:
     capability: float | None = None
     cores: int | None = None
     interpret: Any = dataclasses.field(default=None, compare=False)
+    auto: tuple[str, ...] = ()
+
+    @property
+    def partitioned(self) -> str | None:
+        """Why no kernel runs under the mesh in use, or None.
+
+        >>> Target("tpu", "TPU v5p", auto=("x",)).partitioned
+        'the axes x of the mesh are Auto: XLA's partitioner cannot split a kernel, ...
+        """
+        if not self.auto:
+            return None
+        return f"the axes {', '.join(self.auto)} of the mesh are Auto: {PARTITIONED}"
 
     @property
     def interprets(self) -> str | None:
@@ -71,13 +90,17 @@ def current() -> Target:
     >>> current().platform in ("cpu", "gpu", "tpu")
     True
     """
-    abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    if getattr(abstract, "platform", None) is not None:
-        return of(abstract)
-    device = jax.config.jax_default_device
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    auto = tuple(
+        name for name, kind in kinds if kind == jax.sharding.AxisType.Auto and mesh.shape[name] > 1
+    )
+    device = getattr(mesh, "abstract_device", None)
+    if getattr(device, "platform", None) is None:
+        device = jax.config.jax_default_device
     if device is None or isinstance(device, str):
         device = jax.devices(device)[0]
-    return of(device)
+    return dataclasses.replace(of(device), auto=auto)
 
 
 def of(device: Any) -> Target:

@@ -10,7 +10,7 @@ import pytest
 
 collect_ignore_glob = ["testdata/*"]  # scripts that need torch made what is there
 
-jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 

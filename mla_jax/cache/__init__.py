@@ -19,11 +19,15 @@ import numpy as np
 from jax import export
 from jaxtyping import Array, Bool, Int
 
+from mla_jax.cache import spread
 from mla_jax.cache.dense import LETTERS as LETTERS
 from mla_jax.cache.dense import Dense as Dense
 from mla_jax.cache.paged import PAGE as PAGE
 from mla_jax.cache.paged import Paged as Paged
 from mla_jax.cache.paged import Pages as Pages
+from mla_jax.cache.stripes import STRIPE
+from mla_jax.sharding import Rules, mesh_of, move, spec
+from mla_jax.sharding import count as parts_of
 
 Store = Dense | Paged
 
@@ -68,6 +72,7 @@ class Cache:
         max_length: int,
         dtype=None,
         pages: int | None = None,
+        sharding: Rules | None = None,
     ) -> "Cache":
         """An empty cache of `batch_size` rows with up to `max_length` tokens each.
 
@@ -78,10 +83,13 @@ class Cache:
             max_length: S; a multiple of 128 where there are pages.
             dtype: of the stores; None lets every mixer choose.
             pages: G, how many pages of 128 slots all rows share; None gives every row S slots.
+            sharding: which axes of the mesh in use split rows (B) and slots (S): stores are made
+                where they lie. Lengths are whole on every device.
 
         Raises:
-            ValueError: a size that is not a whole number of at least 1, or a dtype that attention
-                does not compute in.
+            ValueError: a size that is not a whole number of at least 1, a dtype that attention does
+                not compute in, or sizes that do not divide over the mesh.
+            NotImplementedError: pages whose rows or slots would be split.
         """
         sizes = {"batch_size": batch_size, "max_length": max_length}
         for name, value in (sizes if pages is None else sizes | {"pages": pages}).items():
@@ -104,12 +112,31 @@ class Cache:
                 )
             rows, slots = pages, PAGE
             held = Pages.init(batch_size, max_length // PAGE, pages)
-        return cls(
-            stores=tuple(mixer.init_store(rows, slots, dtype) for mixer in mixers),
-            length=jnp.zeros((batch_size,), jnp.int32),
-            overflowed=jnp.zeros((batch_size,), bool),
-            pages=held,
-        )
+
+        def make():
+            return cls(
+                stores=tuple(mixer.init_store(rows, slots, dtype) for mixer in mixers),
+                length=jnp.zeros((batch_size,), jnp.int32),
+                overflowed=jnp.zeros((batch_size,), bool),
+                pages=held,
+            )
+
+        if sharding is None:
+            return make()
+        if pages is not None and (sharding.B or sharding.S):
+            raise NotImplementedError(
+                f"pages={pages} on a mesh: rows would share pages across devices. Give every row "
+                f"slots of its own (pages=None), or split neither B={sharding.B} nor "
+                f"S={sharding.S}."
+            )
+        places = sharding.of(jax.eval_shape(make))
+        parts = parts_of(next(iter(jax.tree.leaves(places))).mesh, sharding.S)
+        if parts > 1 and max_length % (STRIPE * parts):
+            raise ValueError(
+                f"max_length={max_length}: S={sharding.S} splits it over {parts} devices in blocks "
+                f"of {STRIPE} slots: it must be a multiple of {STRIPE * parts}."
+            )
+        return jax.jit(lambda: jax.tree.map(jax.sharding.reshard, make(), places))()
 
     @property
     def batch_size(self) -> int:
@@ -159,6 +186,19 @@ class Cache:
         if not isinstance(self.length, jax.core.Tracer) and np.asarray(self.length).all():
             raise ValueError(f"rows hold {np.asarray(self.length).tolist()} tokens: none is empty.")
         return dataclasses.replace(self, fresh=True)
+
+    @property
+    def parts(self) -> int:
+        """Over how many parts of a mesh rows are split; 0 without a mesh."""
+        mesh = mesh_of(self.stores)
+        return 0 if mesh is None else parts_of(mesh, spec(jax.tree.leaves(self.stores)[0])[0])
+
+    def beside(self, x: Array) -> Array:
+        """`x` [B ...] with its rows where the cache's rows lie, unless a mesh splits it already."""
+        mesh = mesh_of(self.stores)
+        if mesh is None or self.pages is not None or any(spec(x)):
+            return x
+        return move(x, spec(jax.tree.leaves(self.stores)[0])[0], mesh=mesh)
 
     def view(self, store: Dense) -> Store:
         """What layers and attention see of a store: itself, or its pages as rows of S slots."""
@@ -269,7 +309,13 @@ class Cache:
             table = cache.pages.table.at[index].get(mode="fill", fill_value=cache.pages.count)
             return Paged(store, table[None]).write(slot, **new).pool
 
-        stores = tuple(map(put, self.stores, row.stores))
+        def put_parts(store, other):
+            split = mesh_of(other) is not None and row.pages is None
+            new = spread.row(other, jnp.int32(0)) if split else row.view(other).block(0, ends)
+            return spread.give(store, new if split else jax.tree.map(lambda x: x[0], new), chosen)
+
+        ends, on_mesh = row.max_length, cache.pages is None and mesh_of(self.stores) is not None
+        stores = tuple(map(put_parts if on_mesh else put, self.stores, row.stores))
         return cache.replace(stores=stores)
 
     def fork(
@@ -304,6 +350,9 @@ class Cache:
         rows = rows & (jnp.arange(self.batch_size) != source)
         ends = jnp.where(rows, length, self.length)
         overflowed = jnp.where(rows, False, self.overflowed)
+        if self.pages is None and mesh_of(self.stores) is not None:
+            stores = tuple(spread.give(one, spread.row(one, source), rows) for one in self.stores)
+            return self.replace(stores=stores, length=ends, overflowed=overflowed)
         if self.pages is None:
 
             def copy(held):
@@ -327,7 +376,19 @@ class Cache:
         """The rows start to start + count as a cache of their own; pages stay in the common pool.
 
         Put them back with `with_rows` before another use of this cache.
+
+        Raises:
+            NotImplementedError: not all rows of a cache whose slots are split over devices, where a
+                row's number says on which device it begins.
         """
+        if mesh_of(self.stores) is not None:
+            if count == self.batch_size:
+                return self
+            if self.pages is None and any(spec(x)[1] for x in jax.tree.leaves(self.stores)):
+                raise NotImplementedError(
+                    f"count={count}: slots are split over devices, so take all "
+                    f"{self.batch_size} rows."
+                )
         cut = lambda array: jax.lax.dynamic_slice_in_dim(array, start, count)  # noqa: E731
         stores, pages = self.stores, self.pages
         if pages is None:

@@ -16,10 +16,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from mla_jax import target
+from mla_jax import sharding, target
+from mla_jax.cache.stripes import Stripes
 
 # The letters of every array that a store may have; a mesh axis is given to letters.
-LETTERS = {"latent": "BSR", "k_rope": "BSP", "index_key": "BSI"}
+LETTERS = {
+    "latent": "BSR", "k_rope": "BSP", "index_key": "BSI", "k_nope": "BSNH", "value": "BSNV",
+}  # fmt: skip
 _SINGLY = 8  # tokens of a step up to which a TPU writes one after the other
 
 
@@ -61,6 +64,12 @@ class Dense:
         """Bytes of all arrays."""
         return sum(array.nbytes for array in self.arrays.values())
 
+    @property
+    def letters(self) -> Self:
+        """The letters of every array in its place; of one that nobody knows, the first two."""
+        letters: Any = {name: LETTERS.get(name, "BS") for name in self.arrays}
+        return dataclasses.replace(self, arrays=letters)
+
     def write(self, at: Int[Array, "B T"], **new: Array) -> Self:
         """The store with new [B T ...] at the slots `at`, no slot twice; S and more is nowhere.
 
@@ -68,18 +77,26 @@ class Dense:
             ValueError: names, widths or dtypes that are not this store's.
         """
         self._check(at, new)
-        row = jnp.arange(at.shape[0], dtype=at.dtype)[:, None]
-
-        def put(held, fresh):
-            narrow = held.ndim == 3 and held.shape[-1] % 128
-            if narrow and target.current().platform == "tpu" and _is_few(at.shape):
-                return _write_singly(held, fresh, at)
-            held = held.at[row, at].set(fresh, mode="drop", unique_indices=True)
-            # Fused into a matmul that reads the cache, the write would copy it.
-            return jax.lax.optimization_barrier(held)
-
-        arrays = {name: put(held, new[name]) for name, held in self.arrays.items()}
+        mesh = sharding.mesh_of(self.arrays)
+        if mesh is not None:
+            return self._write_parts(mesh, at, new)
+        arrays = {name: _put(held, new[name], at) for name, held in self.arrays.items()}
         return dataclasses.replace(self, arrays=arrays)
+
+    def _write_parts(self, mesh, at, new):
+        """Every device writes what belongs to its rows and slots."""
+        rows, slots = sharding.spec(next(iter(self.arrays.values())))[:2]
+
+        def own(arrays, at, new):
+            if slots:
+                size = next(iter(arrays.values())).shape[1]
+                at = Stripes.here(rows, slots, at.shape[0]).place(at, size)
+            return {name: _put(held, new[name], at) for name, held in arrays.items()}
+
+        whole, own_rows = sharding.pspec(rows, slots), sharding.pspec(rows)
+        at, new = jax.tree.map(lambda x: sharding.move(x, rows, mesh=mesh), (at, new))
+        island = sharding.island(own, mesh, (whole, own_rows, own_rows), whole)
+        return dataclasses.replace(self, arrays=island(self.arrays, at, new))
 
     def block(self, start: Int[Array, ""] | int, size: int) -> dict[str, Array]:
         """Every array's slots start to start + size, [B size ...]."""
@@ -110,6 +127,18 @@ class Dense:
                     f"{name} is {fresh.dtype}, the cache holds {held.dtype}: make the cache with "
                     f"init_cache(..., dtype=jnp.{fresh.dtype}), or give the layer that dtype."
                 )
+
+
+def _put(held, fresh, at):
+    narrow = held.ndim == 3 and held.shape[-1] % 128
+    device = target.current()
+    # XLA's partitioner would gather all of it for each of these tokens.
+    if narrow and device.platform == "tpu" and not device.auto and _is_few(at.shape):
+        return _write_singly(held, fresh, at)
+    # A row at a time: XLA sees that no row's tokens go to another, and on a mesh moves nothing.
+    write = lambda held, fresh, at: held.at[at].set(fresh, mode="drop", unique_indices=True)  # noqa: E731
+    # Fused into a matmul that reads the cache, the write would copy it.
+    return jax.lax.optimization_barrier(jax.vmap(write)(held, fresh, at))
 
 
 def _is_few(shape):

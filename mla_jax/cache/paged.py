@@ -58,6 +58,12 @@ class Paged:
         """S, the slots that a row may have."""
         return self.table.shape[1] * PAGE
 
+    @property
+    def letters(self) -> Self:
+        """As `Dense.letters`; pages are split by nothing."""
+        pool = jax.tree.map(lambda _: "G", self.pool)
+        return dataclasses.replace(self, pool=pool, table="BM")
+
     def write(self, at: Int[Array, "B T"], **new: Array) -> Self:
         """As `Dense.write`; a slot whose page the row does not have is nowhere."""
         page, slot = self._split(at)

@@ -44,6 +44,7 @@ from mla_jax.generation.sampling import sample as sample
 from mla_jax.generation.stream import StopStrings as StopStrings
 from mla_jax.generation.stream import TextStream as TextStream
 from mla_jax.generation.tokenizer import Tokenizer as Tokenizer
+from mla_jax.sharding import Rules, whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +101,7 @@ def generate(
     cache: Cache | None = None,
     on_tokens: Callable[[int, list[int]], None] | None = None,
     on_text: Callable[[int, str], None] | None = None,
+    sharding: Rules | None = None,
     **options: Any,
 ) -> Result:
     """Continues prompts.
@@ -124,6 +126,8 @@ def generate(
             draft="mtp" begins anew with the prompts. None is an empty one.
         on_tokens: called with a row's index and its next tokens as they come.
         on_text: called with a row's index and its next text as it comes; needs a tokenizer.
+        sharding: how the mesh in use splits the rows and slots of the cache that is made; the model
+            lies where it was placed (`sharding.Rules`).
         **options: of `Request` and `Sampling`, in place of the request's.
 
     Returns:
@@ -167,10 +171,11 @@ def generate(
     slots = check_fits(model, prompts, request, cache)
     kind = drafts.MultiToken if request.draft == "mtp" else drafts.PromptLookup
     drafter = kind(request.speculate)
+    placed = {} if sharding is None else {"sharding": sharding}
     if cache is None:
         paged = {} if request.pages is None else {"pages": request.pages}
-        cache = clock.call(model.init_cache, rows, slots, **paged)
-    state = clock.call(drafter.init, model, rows, slots)
+        cache = clock.call(model.init_cache, rows, slots, **paged, **placed)
+    state = clock.call(drafter.init, model, rows, slots, **placed)
     cache_bytes = sum(one.nbytes for one in (cache, *drafter.caches(state)))
 
     ends, cache, state = _fill(bound, prompts, cache, state, drafter, held, shape, request, clock)
@@ -185,10 +190,11 @@ def generate(
             seen[row, text[row, : least[row]]] = True
     stops = np.array(request.stop_tokens, np.int32)
     static: dict[str, Any] = {"drafter": drafter, "sampling": request.sampling}
+    goal, key = least + request.max_new_tokens, jax.random.key(request.seed)
+    given = whole((text, least, held, goal, seen, stops, key), cache.length)
     writing, new = clock.call(
-        loop.begin, ends, text, least, held, least + request.max_new_tokens, seen, stops,
-        jax.random.key(request.seed), cache, state, logprobs=request.logprobs,
-        samples=request.samples, **static,
+        loop.begin, ends, *given, cache, state, logprobs=request.logprobs,
+        samples=rows // len(ends[0]), **static,
     )  # fmt: skip
     del cache, state
     texts = [text[row, : least[row]] for row in range(rows)]
@@ -402,7 +408,11 @@ def _output_shape(bound: Bound) -> Any:
 
 
 def _fill(bound, prompts, cache, state, drafter, held, shape, request, clock):
-    """The cache with all rows' prompts; logits and states of the P prompts' last tokens."""
+    """The cache with all rows' prompts; logits and states of the P prompts' last tokens.
+
+    On a mesh they are of all rows: there a row's prompt is not copied from another device.
+    """
+    prompts = prompts * request.samples if cache.parts else prompts
     ends = tuple(np.zeros((len(prompts), one.shape[-1]), one.dtype) for one in shape)
     held, rests = held[: len(prompts)], prompts
     if cache.pages is not None and not held.any() and (common := _prefill.shared_prefix(prompts)):
@@ -415,7 +425,7 @@ def _fill(bound, prompts, cache, state, drafter, held, shape, request, clock):
     ends, cache, state = clock.call(
         _prefill.prefill, bound, rests, cache, state, drafter, held, ends
     )
-    if request.samples > 1:
+    if len(prompts) < cache.batch_size:
         lengths = np.asarray(cache.length)
         for row in range(len(prompts)):
             same = np.arange(cache.batch_size) % len(prompts) == row

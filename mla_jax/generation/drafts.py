@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from mla_jax import sharding
 from mla_jax.cache import Cache
 
 _NGRAM = 3  # tokens of the text's end that a prompt lookup looks for, then fewer
@@ -30,8 +31,8 @@ class Drafter(Protocol):
 
     count: int
 
-    def init(self, model: Any, rows: int, slots: int) -> Any:
-        """The state before the prompts."""
+    def init(self, model: Any, rows: int, slots: int, **options: Any) -> Any:
+        """The state before the prompts; options as of the model's `init_cache`."""
 
     def caches(self, state: Any) -> tuple[Cache, ...]:
         """The caches in a state."""
@@ -71,7 +72,7 @@ class PromptLookup:
 
     count: int
 
-    def init(self, model, rows, slots):
+    def init(self, model, rows, slots, **options):
         return ()
 
     def caches(self, state):
@@ -107,8 +108,8 @@ class MultiToken:
 
     count: int
 
-    def init(self, model, rows, slots):
-        return (model.init_draft_cache(rows, slots),)
+    def init(self, model, rows, slots, **options):
+        return (model.init_draft_cache(rows, slots, **options),)
 
     def caches(self, state):
         return state[:1]
@@ -120,7 +121,8 @@ class MultiToken:
         return (model.draft(hidden, following, state[0], known)[1],)
 
     def begin(self, hidden, state):
-        return state[0], jnp.pad(hidden[:, None], ((0, 0), (0, self.count), (0, 0)))
+        hidden = jnp.pad(hidden[:, None], ((0, 0), (0, self.count), (0, 0)))
+        return state[0], state[0].beside(hidden)
 
     def heard(self, hidden, state):
         return state[0], hidden
@@ -137,7 +139,7 @@ class MultiToken:
         state = jnp.take_along_axis(states, last[..., None], axis=1)
 
         def guess(state):
-            return model.draft_logits(state).argmax(-1).astype(jnp.int32)
+            return sharding.move(model.draft_logits(state).argmax(-1).astype(jnp.int32))
 
         def step(carry, _):
             state, token, cache = carry

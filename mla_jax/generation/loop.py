@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from mla_jax import sharding
 from mla_jax.cache import Cache
 from mla_jax.generation.sampling import Sampling, mark_seen
 from mla_jax.generation.steps import finite
@@ -71,7 +72,7 @@ class Writing:
         count = jnp.where(stopped, lax.argmax(stopping, 1, jnp.int32) + 1, count)
         counts = offsets < count[:, None]
         place = jnp.where(counts, self.length[:, None] + offsets, self.text.shape[1])
-        wrong = counts & ~finite(logits)
+        wrong = counts & ~sharding.move(finite(logits))
         step = self.length - least + lax.argmax(wrong, 1, jnp.int32)
         changes: dict[str, Any] = {
             "text": self.text.at[rows, place].set(drawn, mode="drop"),
@@ -82,7 +83,7 @@ class Writing:
         if self.seen is not None:
             changes["seen"] = mark_seen(self.seen, drawn, count)
         if self.logprobs is not None:
-            new = log_probabilities(logits, drawn)
+            new = sharding.move(log_probabilities(logits, drawn))
             changes["logprobs"] = self.logprobs.at[rows, place].set(new, mode="drop")
         return dataclasses.replace(self, **changes)
 
@@ -95,6 +96,8 @@ def log_probabilities(
     >>> log_probabilities(jnp.zeros((1, 2, 4)), jnp.array([[0, 3]])).round(3)
     Array([[-1.386, -1.386]], dtype=float32)
     """
+    rows = sharding.spec(logits)[:2]
+    logits, tokens = sharding.move(logits, *rows), sharding.move(tokens, *rows)
     logits = logits.astype(jnp.float32)
     chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)
@@ -164,7 +167,8 @@ def run_block(bound, writing, stops, least, *, drafter, sampling, steps):
         hidden, cache = model.extend(given, writing.cache, counts)
         logits = model.logits(hidden)
         key, own = jax.random.split(writing.key)
-        drawn = _draw(sampling, logits, own, writing.seen, draft)
+        # What is written is whole on every device: the host of every process reads it.
+        drawn = sharding.move(_draw(sampling, logits, own, writing.seen, draft))
         right = jnp.cumprod(draft == drawn[:, :-1], axis=1).sum(1, dtype=jnp.int32)
         counted = jnp.stack([
             jnp.where(writing.active, jnp.int32(drafter.count), 0).sum(dtype=jnp.int32),

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from mla_jax import sharding
 from mla_jax.cache import PAGE, Cache
 from mla_jax.generation.bound import Bound
 from mla_jax.generation.drafts import Drafter
@@ -70,10 +71,17 @@ class Chunk:
     first: bool
 
 
-def chunks(prompts: Sequence[np.ndarray], tokens: int) -> Iterator[Chunk]:
-    """The chunks of prompts, of at most so many tokens each."""
+def chunks(prompts: Sequence[np.ndarray], tokens: int, parts: int = 0) -> Iterator[Chunk]:
+    """The chunks of prompts, of at most so many tokens each.
+
+    On a mesh that splits rows in so many `parts`, a chunk is of all rows and so many tokens on
+    every device: a few rows whole would leave most devices without work.
+    """
     count, longest = len(prompts), max(map(len, prompts))
-    rows = min(count, max(1, tokens // widths(longest, tokens)[0]))
+    if parts:
+        rows, tokens = count, max(tokens * parts, count)
+    else:
+        rows = min(count, max(1, tokens // widths(longest, tokens)[0]))
     plan = widths(longest, tokens // rows)
     padded = np.zeros((count, sum(plan) + 1), np.int32)
     for row, prompt in enumerate(prompts):
@@ -112,7 +120,8 @@ def prefill(
     Returns:
         logits and states of the prompts' last tokens, the cache and the drafter's state.
     """
-    for chunk in chunks(prompts, TOKENS):
+    ends = sharding.whole(ends, cache.length)
+    for chunk in chunks(prompts, TOKENS, cache.parts):
         fresh = chunk.first and not held[chunk.start : chunk.start + len(chunk.tokens)].any()
         ends, cache, state = _chunk(
             bound, chunk.tokens, chunk.following, chunk.lengths, chunk.known,
@@ -133,7 +142,7 @@ def _chunk(
     state = drafter.prefill(model, hidden, following, known, drafter.map_caches(part, state))
     last = jnp.maximum(lengths - 1, 0)[:, None, None]
     hidden = jnp.take_along_axis(hidden, last, axis=1)
-    new = model.logits(hidden)[:, 0], hidden[:, 0]
+    new = sharding.move(model.logits(hidden)[:, 0]), sharding.move(hidden[:, 0])
 
     def put(array, part):
         old = lax.dynamic_slice_in_dim(array, start, len(part))
@@ -190,7 +199,7 @@ def score_rows(bound: Bound, rows: list[np.ndarray], cache: Cache) -> tuple[Any,
     found = np.zeros((len(rows), longest), np.float32)
     bad = np.full(len(rows), -1)
     done = np.zeros(len(rows), int)
-    for chunk in chunks(rows, _SCORED):
+    for chunk in chunks(rows, _SCORED, cache.parts):
         new, fine, cache = _score_chunk(
             bound, chunk.tokens, chunk.following, chunk.lengths, np.int32(chunk.start), cache,
             fresh=chunk.first,
@@ -211,4 +220,5 @@ def _score_chunk(bound, tokens, following, lengths, start, cache, *, fresh):
     model, own = bound.model, _part(cache, start, len(tokens), fresh)
     hidden, own = model.extend(tokens, own, lengths)
     logits = model.logits(hidden)
-    return log_probabilities(logits, following), finite(logits), cache.with_rows(start, own)
+    found = sharding.move(log_probabilities(logits, following)), sharding.move(finite(logits))
+    return *found, cache.with_rows(start, own)

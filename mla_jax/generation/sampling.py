@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from mla_jax import sharding
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -112,6 +114,7 @@ def sample(
     ValueError: temperature=1.0 draws at random: give key=jax.random.key(0).
     """
     words = logits.shape[-1]
+    logits = sharding.move(logits, sharding.spec(logits)[0])  # a row's words together
     check_sampling(words, key, temperature, top_k, top_p, min_p, repetition_penalty)
     if repetition_penalty is not None and repetition_penalty != 1:
         logits = _penalized(logits, float(repetition_penalty), seen)

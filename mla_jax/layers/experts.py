@@ -17,6 +17,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from mla_jax import sharding
 from mla_jax.layers.mlp import GatedMLP
 from mla_jax.ops.experts import routed_experts
 
@@ -46,6 +47,10 @@ class ExpertsConfig(Protocol):
     @property
     def routed_scaling_factor(self) -> float: ...
     @property
+    def has_selection_bias(self) -> bool: ...
+    @property
+    def zero_expert_num(self) -> int: ...
+    @property
     def n_group(self) -> int: ...
     @property
     def topk_group(self) -> int: ...
@@ -67,8 +72,8 @@ class SelectionBias(nnx.Variable):
 class Router(nnx.Module):
     """Which experts a token goes to, and their weights: float32 throughout.
 
-    `bias` [E] (sigmoid scoring only) shifts the choice but not the weights (DeepSeek-V3,
-    arXiv 2412.19437, equation 16).
+    `bias` [E] (where the config has_selection_bias) shifts the choice but not the weights
+    (DeepSeek-V3, arXiv 2412.19437, equation 16). E counts the experts that return their input, too.
 
     Args:
         config: number of experts, groups and the way of scoring.
@@ -77,9 +82,10 @@ class Router(nnx.Module):
 
     def __init__(self, config: ExpertsConfig, *, rngs: nnx.Rngs):
         self.config = config
-        shape = (config.attention.hidden_size, config.n_routed_experts)
+        count = (config.n_routed_experts or 0) + config.zero_expert_num
+        shape = (config.attention.hidden_size, count)
         self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), shape, jnp.float32))
-        if config.scoring_func == "sigmoid":
+        if config.has_selection_bias:
             self.bias = SelectionBias(jnp.zeros(shape[1:], jnp.float32))
 
     def scores(self, x: Float[Array, "*B D"]) -> Float[Array, "*B E"]:
@@ -95,7 +101,7 @@ class Router(nnx.Module):
     def choose(self, scores: Float[Array, "M E"]) -> tuple[Int[Array, "M K"], Float[Array, "M K"]]:
         """The same from each token's scores."""
         config, choice = self.config, scores
-        if config.scoring_func == "sigmoid":
+        if config.has_selection_bias:
             choice = scores + self.bias[...][None]
         if config.n_group > 1:
             groups = choice.reshape(scores.shape[0], config.n_group, -1)
@@ -169,7 +175,8 @@ class MixtureOfExperts(nnx.Module):
         initial = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", 1, 2, (0,))
 
         def kernel(*shape):
-            return nnx.Param(initial(rngs.params(), shape, param_dtype))
+            letters = sharding.metadata("E", None, None)
+            return nnx.Param(initial(rngs.params(), shape, param_dtype), **letters)
 
         self.gate_proj = kernel(count, width, inner)
         self.up_proj = kernel(count, width, inner)
@@ -209,6 +216,7 @@ class MixtureOfExperts(nnx.Module):
         flat = x.reshape(-1, x.shape[-1])
         with jax.named_scope("experts"):
             mixed = self.routed(flat, experts, weights).reshape(x.shape)
+            mixed = sharding.beside(mixed, x)
         if self.shared is None:
             return mixed
         with jax.named_scope("shared_expert"):
@@ -217,12 +225,22 @@ class MixtureOfExperts(nnx.Module):
     def routed(
         self, x: Float[Array, "M D"], experts: Int[Array, "M K"], weights: Float[Array, "M K"]
     ) -> Float[Array, "M D"]:
-        """The routed experts alone, for a choice that is given."""
+        """The routed experts alone, for a choice that is given.
+
+        Experts behind the E that have kernels return their input (LongCat-Flash, arXiv 2509.01322).
+        """
         dtype = self.dtype or jnp.promote_types(x.dtype, self.gate_proj.dtype)
-        return routed_experts(
-            x.astype(dtype), experts, weights, self.gate_proj[...], self.up_proj[...],
-            self.down_proj[...], precision=self.precision, implementation=self.implementation,
+        x, count, identity = x.astype(dtype), self.gate_proj.shape[0], None
+        if self.config.zero_expert_num:
+            zero = experts >= count
+            identity = jnp.where(zero, weights, 0).sum(-1, keepdims=True)
+            # A weight of 0 for some expert or other, spread so that none is given many tokens.
+            experts, weights = experts % count, jnp.where(zero, 0, weights)
+        mixed = routed_experts(
+            x, experts, weights, self.gate_proj[...], self.up_proj[...], self.down_proj[...],
+            precision=self.precision, implementation=self.implementation,
         )  # fmt: skip
+        return mixed if identity is None else mixed + (identity * x).astype(dtype)
 
 
 def expert_load(

@@ -12,7 +12,6 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mla_jax.config import MLAConfig
@@ -45,11 +44,12 @@ class Memory:
 
     def check(self, config: MLAConfig, batch: int, segment_ids: Any = None) -> None:
         """Raises ValueError unless a layer of this config can attend to it from `batch` rows."""
-        if segment_ids is not None or config.sliding_window is not None:
+        wants = [key for key in ("sliding_window", "index_topk", "kv_source_layer",
+                                 "kv_store_layer") if getattr(config, key) is not None]  # fmt: skip
+        if wants or segment_ids is not None:
             raise ValueError(
-                f"sliding_window={config.sliding_window}, segment_ids="
-                f"{'None' if segment_ids is None else 'given'}: neither goes with a memory; use "
-                "mask [B N T M]."
+                f"memory goes with no {', '.join(wants or ['segment_ids'])}; what a token may see "
+                "of it is said by mask [B N T M]."
             )
         shapes = self.latent.shape, self.k_rope.shape
         tokens = self.latent.shape[1] if self.latent.ndim == 3 else 0
@@ -59,9 +59,3 @@ class Memory:
                 f"memory has latents {shapes[0]} and rotary keys {shapes[1]}: for this input and "
                 f"layer they must be ({batch}, M, {widths[0]}) and ({batch}, M, {widths[1]})."
             )
-
-    def limits(self, tokens: int) -> Int[Array, "B T"] | None:
-        """How many tokens of it each of T queries sees."""
-        if self.lengths is None:
-            return None
-        return jnp.broadcast_to(self.lengths[:, None], (self.latent.shape[0], tokens))

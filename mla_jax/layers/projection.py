@@ -4,6 +4,7 @@ Letters: R input channels, N heads, K channels of a head.
 """
 
 import math
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 from flax import nnx
@@ -20,6 +21,7 @@ class Projection(nnx.LinearGeneral):
 
     Args:
         inputs, outputs: sizes of the kernel's axes, first those that are summed over.
+        letters: of the kernel's axes, by which a mesh may split them; None is by none.
         types: as in `nnx.LinearGeneral`.
 
     >>> projection = Projection((16,), (4, 8), use_bias=False, rngs=nnx.Rngs(0))
@@ -27,9 +29,17 @@ class Projection(nnx.LinearGeneral):
     ((16, 4, 8), (2, 5, 32))
     """
 
-    def __init__(self, inputs: tuple[int, ...], outputs: tuple[int, ...], **types):
+    def __init__(
+        self,
+        inputs: tuple[int, ...],
+        outputs: tuple[int, ...],
+        *,
+        letters: Sequence[str | None] | None = None,
+        **types,
+    ):
         axes = tuple(range(-len(inputs), 0))
-        super().__init__(inputs, outputs, axis=axes, dot_general=dense.dot_general, **types)
+        own = (None,) * len(inputs + outputs) if letters is None else tuple(letters)
+        super().__init__(inputs, outputs, axis=axes, **dense.linear(*own), **types)
 
     def __call__(self, inputs: Float[Array, "*B K"], out_sharding=None) -> Float[Array, "*B K"]:
         lead = inputs.shape[:-1]

@@ -73,7 +73,7 @@ def saved_names(save: Save) -> tuple[str, ...]:
 
 
 def rematerialised(function: Callable[..., Any], save: Save | None) -> Callable[..., Any]:
-    """function(x, **options) behind `jax.checkpoint` with `remat_policy(save)`; itself for None.
+    """function(*arrays, **options) behind `jax.checkpoint` and its policy; itself for None.
 
     The function may close over parameters, whose gradients it then has as before.
 
@@ -84,7 +84,7 @@ def rematerialised(function: Callable[..., Any], save: Save | None) -> Callable[
         return function
     policy = remat_policy(save)
 
-    def again(x, **options):
-        return jax.checkpoint(functools.partial(function, **options), policy=policy)(x)
+    def again(*arrays, **options):
+        return jax.checkpoint(functools.partial(function, **options), policy=policy)(*arrays)
 
     return again

@@ -19,7 +19,7 @@ import numpy as np
 from jax.extend.core import get_opaque_trace_state
 from jaxtyping import Array, Bool, Int
 
-from mla_jax import rope
+from mla_jax import rope, sharding
 from mla_jax.cache import Cache, Dense, Paged, Pages, Store
 from mla_jax.ops import checked_ids, dispatch
 from mla_jax.ops.seen import Seen
@@ -107,12 +107,16 @@ class Step:
         token = jnp.arange(tokens, dtype=jnp.int32)[None]
         start = cache.length
         place = start[:, None] + token
-        counts = None if lengths is None else row_counts(lengths, batch, tokens)
+        # Lengths are whole on every device of a mesh, as the cache's are.
+        counts = None if lengths is None else sharding.move(row_counts(lengths, batch, tokens))
         if cache.fresh and not isinstance(start, jax.core.Tracer):
             given = np.ones(batch, bool) if counts is None else np.asarray(counts) > 0
             if (np.asarray(start) > 0)[given].any():
                 raise ValueError(f"as_fresh: rows hold {np.asarray(start).tolist()} tokens.")
-        positions = place if positions is None else check_positions(positions, batch, tokens)
+        if positions is None:
+            positions = place
+        else:
+            positions = sharding.move(check_positions(positions, batch, tokens))
         grown = cache.grow(start + (tokens if counts is None else counts))
         valid = None if counts is None else token < counts[:, None]
         limits = jnp.minimum(place + 1, grown.length[:, None])

@@ -9,10 +9,12 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from mla_jax import sharding
 from mla_jax.cache import Dense
 from mla_jax.layers.attention import MultiHeadLatentAttention
 from mla_jax.layers.experts import MixtureOfExperts, Routing
 from mla_jax.layers.mlp import GatedMLP
+from mla_jax.layers.relay import Relay
 from mla_jax.layers.step import Step
 from mla_jax.models.config import DecoderConfig
 from mla_jax.ops import dispatch
@@ -32,7 +34,7 @@ class Block(nnx.Module):
         self.scale = config.residual_scale
         self.attention_norm = nnx.RMSNorm(width, epsilon=config.rms_norm_eps, **types)
         self.attention = MultiHeadLatentAttention(
-            config.attention, precision=precision, implementation=implementation, **types
+            config.attention_of(layer), precision=precision, implementation=implementation, **types
         )
         self.mlp_norm = nnx.RMSNorm(width, epsilon=config.rms_norm_eps, **types)
         if config.is_sparse(layer):
@@ -49,28 +51,52 @@ class Block(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"], **options: Any) -> Float[Array, "B T D"]:
         """The layer without a cache; options as in the attention's `__call__`."""
-        return self._feed_forward(self._add(x, self.attention(self.attention_norm(x), **options)))
+        return self.attend(x, **options)[0]
+
+    def attend(
+        self, x: Float[Array, "B T D"], relay: Relay | None = None, **options: Any
+    ) -> tuple[Float[Array, "B T D"], Relay | None]:
+        """The layer without a cache between others: see `MultiHeadLatentAttention.attend`."""
+        y, relay = self.attention.attend(self.attention_norm(x), relay, **options)
+        return self._feed_forward(self._add(x, y)), relay
+
+    def indexer_losses(self, x: Float[Array, "B T D"], **options: Any) -> list[Float[Array, ""]]:
+        """The loss of the attention's indexer on the layer's input; none where it has none."""
+        if not self.attention.config.has_indexer:
+            return []
+        return [self.attention.indexer_loss(self.attention_norm(x), **options)]
 
     def with_routing(
-        self, x: Float[Array, "B T D"], *, valid: Bool[Array, "B T"] | None = None, **options: Any
-    ) -> tuple[Float[Array, "B T D"], Routing | None]:
-        """The same, and what the router did; None where the MLP is dense.
+        self,
+        x: Float[Array, "B T D"],
+        relay: Relay | None = None,
+        *,
+        valid: Bool[Array, "B T"] | None = None,
+        **options: Any,
+    ) -> tuple[Float[Array, "B T D"], Relay | None, Routing | None]:
+        """`attend`, and what the router did; None where the MLP is dense.
 
         Args:
             x: activations.
+            relay: of the layers before.
             valid: tokens that count for load and balance, where some are padding.
             options: as in the attention's `__call__`.
         """
         if not isinstance(self.mlp, MixtureOfExperts):
-            return self(x, **options), None
-        x = self._add(x, self.attention(self.attention_norm(x), **options))
+            return *self.attend(x, relay, **options), None
+        y, relay = self.attention.attend(self.attention_norm(x), relay, **options)
+        x = self._add(x, y)
         with jax.named_scope("mlp"):
             y, routing = self.mlp.with_routing(self.mlp_norm(x), valid)
-            return self._add(x, y), routing
+            return self._add(x, y), relay, routing
 
     def extend(
-        self, x: Float[Array, "B T D"], stores: tuple[Dense, ...], step: Step, relay: Any = None
-    ) -> tuple[Float[Array, "B T D"], tuple[Dense, ...], Any]:
+        self,
+        x: Float[Array, "B T D"],
+        stores: tuple[Dense, ...],
+        step: Step,
+        relay: Relay | None = None,
+    ) -> tuple[Float[Array, "B T D"], tuple[Dense, ...], Relay | None]:
         """The layer on the new tokens of a step: see `MultiHeadLatentAttention.extend`.
 
         `stores` are those of its `mixers`.
@@ -81,6 +107,7 @@ class Block(nnx.Module):
 
     def _add(self, x, y):
         """The sum, y scaled as MiniCPM3 does."""
+        y = sharding.beside(y, x)
         return x + (y if self.scale == 1 else y * self.scale)
 
     def _feed_forward(self, x):

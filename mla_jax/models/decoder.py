@@ -3,7 +3,8 @@
 Embedding, layers of x + attention(norm(x)) and x + mlp(norm(x)), final norm, head. The first
 layers' MLPs are dense and gated; the others' are mixtures of experts: a float32 router scores all
 experts, each token goes to its best few, and a shared expert sees every token. By their configs:
-DeepSeek-V2, V3 and R1, Kimi-K2, Moonlight, GLM-4.7-Flash, Youtu-LLM, A.X-K1, Sarvam and MiniCPM3.
+DeepSeek-V2, V3, R1 and V3.2, Kimi-K2, Moonlight, GLM-4.7-Flash, GLM-5, Youtu-LLM, A.X-K1, Sarvam
+and MiniCPM3; with layers of its own (`models.longcat`) LongCat-Flash.
 
 A `MultiTokenPredictor` may come with the model: one more block, which guesses a token further and
 so drafts for speculative decoding (`generation.generate`).
@@ -23,6 +24,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from mla_jax import sharding
 from mla_jax.cache import Cache
 from mla_jax.layers.experts import MixtureOfExperts, Routing, balance_bias
 from mla_jax.layers.projection import kernel_of
@@ -30,9 +32,13 @@ from mla_jax.layers.remat import Save, rematerialised
 from mla_jax.layers.step import Step
 from mla_jax.models.block import Block
 from mla_jax.models.config import DecoderConfig
+from mla_jax.models.longcat import ShortcutBlock
 from mla_jax.models.predictor import MultiTokenPredictor
-from mla_jax.ops import dispatch
+from mla_jax.ops import dense, dispatch, embedding
 from mla_jax.ops.cross_entropy import linear_cross_entropy
+from mla_jax.sharding import Rules
+
+_HEAD = dense.linear("D", "W", plain=True)
 
 
 class Decoder(nnx.Module):
@@ -76,15 +82,17 @@ class Decoder(nnx.Module):
         types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.config, self.precision = config, precision
         self.embed = nnx.Embed(
-            config.vocab_size, width, embedding_init=nnx.initializers.normal(width**-0.5), **types
-        )
+            config.vocab_size, width, embedding_init=nnx.initializers.normal(width**-0.5),
+            embedding_metadata=sharding.metadata("W", "D"), **types,
+        )  # fmt: skip
         cores = {"precision": precision, "implementation": implementation, **types}
+        block = ShortcutBlock if config.shortcut else Block
         self.blocks = nnx.List(
-            Block(config, layer, **cores) for layer in range(config.attention.num_hidden_layers)
+            block(config, layer, **cores) for layer in range(config.attention.num_hidden_layers)
         )
         self.norm = nnx.RMSNorm(width, epsilon=config.rms_norm_eps, **types)
         tied = config.tie_word_embeddings
-        head = {"use_bias": False, "precision": precision, **types}
+        head = {"use_bias": False, "precision": precision, **_HEAD, **types}
         self.head = None if tied else nnx.Linear(width, config.vocab_size, **head)
         self.predictor = MultiTokenPredictor(config, **cores) if mtp else None
 
@@ -105,9 +113,9 @@ class Decoder(nnx.Module):
                 `mla_jax.remat_policy`. None keeps everything.
             options: as in the layer's `__call__`.
         """
-        x = self._embed(tokens)
+        x, relay = self._embed(tokens), None
         for block in self.blocks:
-            x = rematerialised(block, remat)(x, **options)
+            x, relay = rematerialised(block.attend, remat)(x, relay, **options)
         return self.norm(x)
 
     def states_with_routing(
@@ -117,9 +125,9 @@ class Decoder(nnx.Module):
 
         Options are also `valid`, bool [B T]: tokens that count for load and balance.
         """
-        x, routings = self._embed(tokens), []
+        x, relay, routings = self._embed(tokens), None, []
         for block in self.blocks:
-            x, routing = rematerialised(block.with_routing, remat)(x, **options)
+            x, relay, routing = rematerialised(block.with_routing, remat)(x, relay, **options)
             routings += [] if routing is None else [routing]
         return self.norm(x), tuple(routings)
 
@@ -132,12 +140,42 @@ class Decoder(nnx.Module):
         """
         return self._losses(hidden, labels, self.head, chunk)
 
+    def indexer_loss(
+        self, tokens: Int[Array, "B T"], *, warmup: bool = False, **options: Any
+    ) -> Float[Array, ""]:
+        """What the indexers of sparse attention learn from: the mean over the layers that have one.
+
+        Only their parameters have a gradient. DeepSeek-V3.2 (arXiv 2512.02556, section 2.1) trains
+        them in two stages: first beside dense attention with all else frozen (`warmup`, and the
+        model is called with dense=True), then beside sparse attention with the model's own loss.
+
+        Args:
+            tokens: int [B T].
+            warmup: attention to all tokens is the target, and what the layers compute.
+            options: as in the layer's `__call__`, but for form and dense.
+
+        Raises:
+            ValueError: no layer has an indexer.
+        """
+        x, relay, losses = self._embed(tokens), None, []
+        for block in self.blocks:
+            losses += block.indexer_losses(x, warmup=warmup, **options)
+            x, relay = block.attend(x, relay, dense=warmup, **options)
+        if not losses:
+            raise ValueError("index_topk=None: no layer of this model has an indexer.")
+        return sum(losses) / len(losses)
+
     def init_cache(
-        self, batch_size: int, max_length: int, dtype=None, pages: int | None = None
+        self,
+        batch_size: int,
+        max_length: int,
+        dtype=None,
+        pages: int | None = None,
+        sharding: Rules | None = None,
     ) -> Cache:
         """An empty cache of all layers: see `Cache.init`."""
         mixers = [mixer for block in self.blocks for mixer in block.mixers]
-        return Cache.init(mixers, batch_size, max_length, dtype, pages)
+        return Cache.init(mixers, batch_size, max_length, dtype, pages, sharding)
 
     def extend(
         self,
@@ -159,7 +197,7 @@ class Decoder(nnx.Module):
             ValueError: arguments that do not go together, or, outside jit, a row that would
                 overflow (under jit its `overflowed` is set).
         """
-        x = self._embed(tokens)
+        x = self._embed(cache.beside(tokens))
         mixers = sum(len(block.mixers) for block in self.blocks)
         if len(cache.stores) != mixers or cache.batch_size != tokens.shape[0]:
             raise ValueError(
@@ -206,10 +244,16 @@ class Decoder(nnx.Module):
         return self.prefill(tokens, cache)
 
     def init_draft_cache(
-        self, batch_size: int, max_length: int, dtype=None, pages: int | None = None
+        self,
+        batch_size: int,
+        max_length: int,
+        dtype=None,
+        pages: int | None = None,
+        sharding: Rules | None = None,
     ) -> Cache:
         """An empty cache of the predictor's block."""
-        return Cache.init(self._predictor().block.mixers, batch_size, max_length, dtype, pages)
+        mixers = self._predictor().block.mixers
+        return Cache.init(mixers, batch_size, max_length, dtype, pages, sharding)
 
     def draft(
         self,
@@ -230,7 +274,7 @@ class Decoder(nnx.Module):
             states for `draft_logits`, and the new cache.
         """
         predictor = self._predictor()
-        embedded = self._embed(tokens, predictor.embed)
+        embedded = self._embed(cache.beside(tokens), predictor.embed)
         return predictor.extend(hidden, embedded, cache, lengths)
 
     def draft_logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T W"]:
@@ -266,14 +310,15 @@ class Decoder(nnx.Module):
             rate: by how much.
 
         Raises:
-            ValueError: another number of rows, or routers without a bias (softmax scoring).
+            ValueError: another number of rows, or routers without a bias.
         """
         blocks = [*self.blocks, *([] if self.predictor is None else [self.predictor.block])]
         routers = [b.mlp.router for b in blocks if isinstance(b.mlp, MixtureOfExperts)]
-        if self.config.scoring_func != "sigmoid" or len(load) != len(routers):
+        biased = self.config.has_selection_bias
+        if not biased or len(load) != len(routers):
             raise ValueError(
-                f"load has {len(load)} rows, scoring_func={self.config.scoring_func!r}: the model "
-                f"has {len(routers)} routers, and only sigmoid scoring has a bias to move."
+                f"load has {len(load)} rows: this model has {len(routers)} routers "
+                f"{'with' if biased else 'without'} a bias (has_selection_bias={biased})."
             )
         for router, own in zip(routers, load, strict=True):
             router.bias.set_value(balance_bias(router.bias[...], own, rate=rate))
@@ -301,7 +346,11 @@ class Decoder(nnx.Module):
                     "model's? Padding may be any of its tokens."
                 )
         # Under jit nothing can be raised: a token that does not exist becomes NaN, never another.
-        x = (embed or self.embed)(jnp.where(tokens < 0, jnp.full_like(tokens, words), tokens))
+        table = embed or self.embed
+        if sharding.mesh_of(table.embedding[...], tokens) is None:
+            x = table(jnp.where(tokens < 0, jnp.full_like(tokens, words), tokens))
+        else:
+            x = embedding.embed(table.embedding[...].astype(table.dtype), tokens)
         return x if self.config.embed_scale == 1 else x * self.config.embed_scale
 
     def _losses(self, hidden, labels, head, chunk):
@@ -318,5 +367,13 @@ class Decoder(nnx.Module):
 
     def _words(self, hidden, head: nnx.Linear | None):
         with jax.named_scope("head"):
-            logits = self.embed.attend(hidden) if head is None else head(hidden)
+            logits = self._tied(hidden) if head is None else head(hidden)
             return logits.astype(jnp.float32) * self.config.logit_scale
+
+    def _tied(self, hidden):
+        table = self.embed.embedding[...]
+        if sharding.mesh_of(hidden, table) is None:
+            return self.embed.attend(hidden)
+        hidden, table = self.embed.promote_dtype((hidden, table), dtype=self.embed.dtype)
+        product = dense.Product(("W", "D"), plain=True)
+        return product(hidden, table, (((hidden.ndim - 1,), (1,)), ((), ())))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from mla_jax import sharding
 from mla_jax.cache import Cache
 from mla_jax.layers.experts import Routing
 from mla_jax.layers.remat import Save, rematerialised
@@ -53,7 +54,7 @@ class MultiTokenPredictor(nnx.Module):
         norm = functools.partial(nnx.RMSNorm, width, epsilon=config.rms_norm_eps, **types)
         self.enorm, self.hnorm, self.norm = norm(), norm(), norm()
         self.eh_proj = nnx.Linear(
-            2 * width, width, use_bias=False, precision=precision, dot_general=dense.dot_general,
+            2 * width, width, use_bias=False, precision=precision, **dense.linear("D", None),
             **types,
         )  # fmt: skip
         self.block = Block(
@@ -81,7 +82,7 @@ class MultiTokenPredictor(nnx.Module):
         """
         with jax.named_scope("mtp"):
             x = self._joined(hidden, embedded)
-            x, routing = rematerialised(self.block.with_routing, remat)(x, **options)
+            x, _, routing = rematerialised(self.block.with_routing, remat)(x, **options)
             return self.norm(x), routing
 
     def extend(
@@ -99,4 +100,4 @@ class MultiTokenPredictor(nnx.Module):
 
     def _joined(self, hidden, embedded):
         both = [self.enorm(embedded), self.hnorm(hidden)]
-        return self.eh_proj(jnp.concatenate(both, axis=-1))
+        return sharding.beside(self.eh_proj(jnp.concatenate(both, axis=-1)), embedded)

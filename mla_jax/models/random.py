@@ -10,6 +10,7 @@ from jaxtyping import Array, Key
 from mla_jax.models.block import Block
 from mla_jax.models.config import DecoderConfig
 from mla_jax.models.decoder import Decoder
+from mla_jax.models.longcat import ShortcutBlock
 from mla_jax.ops import dispatch
 
 
@@ -49,7 +50,8 @@ def random_decoder(
     # block is the one behind, here as in the whole model sparse or dense.
     shallow = config.replace(
         attention=config.attention.replace(num_hidden_layers=1),
-        first_k_dense_replace=0 if config.is_sparse(len(model.blocks)) else 2,
+        indexer_types=None,
+        first_k_dense_replace=0 if config.is_sparse(len(model.blocks)) or config.shortcut else 2,
     )
 
     @jax.jit
@@ -60,10 +62,12 @@ def random_decoder(
 
     @functools.partial(jax.jit, static_argnames="layer")
     def inside(key: Key[Array, ""], *, layer: int):
-        return nnx.state(Block(config, layer, rngs=nnx.Rngs(key), **types))
+        block = ShortcutBlock if config.shortcut else Block
+        return nnx.state(block(config, layer, rngs=nnx.Rngs(key), **types))
 
     nnx.update(model, outside(keys[-1]))
-    alike = {config.is_sparse(layer): layer for layer in range(len(model.blocks))}
+    kind = lambda layer: (config.is_sparse(layer), config.attention_of(layer))  # noqa: E731
+    alike = {kind(layer): layer for layer in range(len(model.blocks))}
     for layer, block in enumerate(model.blocks):
-        nnx.update(block, inside(keys[layer], layer=alike[config.is_sparse(layer)]))
+        nnx.update(block, inside(keys[layer], layer=alike[kind(layer)]))
     return model

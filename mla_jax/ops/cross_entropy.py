@@ -10,12 +10,15 @@ Letters: B any leading axes, T tokens, D hidden size, W words, C tokens of a chu
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
+
+from mla_jax import sharding
 
 
 def linear_cross_entropy(
@@ -58,11 +61,19 @@ def linear_cross_entropy(
     ((2, 3), 1.0)
     """
     words = _checked(hidden, kernel, labels, chunk)
+    by_chunks: Any = functools.partial(_by_chunks, scale=scale, chunk=chunk, precision=precision)
+    if sharding.mesh_of(hidden, kernel, labels) is not None:  # XLA splits the loop's products
+        rows = jax.P(*sharding.spec(hidden)[:-1])
+        by_chunks = jax.sharding.auto_axes(by_chunks, out_sharding=rows)
+    losses = by_chunks(hidden, kernel, labels)
+    return jnp.where((labels >= 0) & (labels < words), losses, jnp.nan)
+
+
+def _by_chunks(hidden, kernel, labels, *, scale, chunk, precision):
     *lead, tokens = labels.shape
     size = max(1, min(tokens, chunk // math.prod(lead)))
     count = -(-tokens // size)
     size = -(-tokens // count)  # chunks of one size, the last one padded by less than `count`
-    valid = (labels >= 0) & (labels < words)
 
     def cut(x):  # [*B T ...] to [count, rows, size, ...]: every chunk has tokens of all rows
         x = x.reshape(math.prod(lead), tokens, *x.shape[len(lead) + 1 :])
@@ -71,8 +82,7 @@ def linear_cross_entropy(
 
     static = (float(scale), precision)
     losses = _losses(static, cut(hidden), _varying(kernel, hidden), cut(labels))
-    losses = jnp.moveaxis(losses, 0, 1).reshape(-1, count * size)[:, :tokens]
-    return jnp.where(valid, losses.reshape(labels.shape), jnp.nan)
+    return jnp.moveaxis(losses, 0, 1).reshape(-1, count * size)[:, :tokens].reshape(labels.shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

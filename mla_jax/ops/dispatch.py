@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 
 from mla_jax import target
 from mla_jax.cache import Store
+from mla_jax.ops import mesh
 from mla_jax.ops.seen import Seen
 
 Attended = tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]
@@ -65,6 +66,7 @@ class Call:
         scale: softmax temperature.
         soft_cap: scores become soft_cap tanh(scores / soft_cap); None leaves them.
         precision: of the matmuls, as in jax.lax.dot; kernels ignore it.
+        layout: how a mesh with Explicit axes splits the call; None without one.
     """
 
     op: str
@@ -80,6 +82,12 @@ class Call:
     scale: float = 1.0
     soft_cap: float | None = None
     precision: Any = None
+    layout: mesh.Layout | None = None
+
+    @property
+    def part(self) -> "Call":
+        """What one device is asked: all that a backend ever sees."""
+        return self if self.layout is None else self.layout.part(self)
 
 
 def normalized(implementation: Implementation) -> dict[str, str]:
@@ -120,7 +128,7 @@ def frozen(implementation: Implementation) -> str | tuple[tuple[str, str], ...] 
 
 def report(call: Call, device: target.Target) -> list[tuple[str, str | None]]:
     """Every backend of the call's op, in order of preference, and why it cannot serve, or None."""
-    return [(name, _why_not(name, call, device)) for name in _BACKENDS[call.op]]
+    return [(name, _why_not(name, call.part, device)) for name in _BACKENDS[call.op]]
 
 
 def choose(call: Call, implementation: Implementation = None) -> str:
@@ -130,7 +138,7 @@ def choose(call: Call, implementation: Implementation = None) -> str:
         ValueError: an implementation that does not exist.
         NotImplementedError: the one that is named cannot serve; the message says why.
     """
-    name = normalized(implementation).get(call.op)
+    call, name = call.part, normalized(implementation).get(call.op)
     device = target.current()
     if name is None:
         return next(name for name, reason in report(call, device) if reason is None)
@@ -155,7 +163,9 @@ def plan(seen: Seen, call: Call, implementation: Implementation = None) -> Seen:
     if seen.plan is not None or not hasattr(module, "plan"):
         return seen
     with jax.named_scope("plan"):
-        return dataclasses.replace(seen, plan=module.plan(seen, call))
+        if call.layout is None:
+            return dataclasses.replace(seen, plan=module.plan(seen, call))
+        return dataclasses.replace(seen, plan=mesh.plan(module.plan, seen, call))
 
 
 def attend(
@@ -166,7 +176,10 @@ def attend(
     implementation: Implementation = None,
     **more: Array,
 ) -> Attended:
-    """Runs the call's op by the backend that serves it."""
+    """Runs the call's op by the backend that serves it; on a mesh, on every device's own part."""
+    if call.layout is not None:
+        run = functools.partial(attend, implementation=implementation)
+        return mesh.attend(run, queries, store, seen, call, **more)
     name = choose(call, implementation)
     module = _module(_BACKENDS[call.op][name])
     with jax.named_scope(f"{call.op}.{name}"):

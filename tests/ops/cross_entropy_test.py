@@ -129,6 +129,23 @@ def test_under_shard_map_rows_are_apart_and_the_kernels_gradient_is_the_sum(rng)
         assert relative(got, want) < 1e-5
 
 
+def test_on_a_mesh_rows_and_words_may_be_split(rng):
+    """Explicit axes: gradients lie where their arrays lie."""
+    hidden, kernel, labels, weights = problem(rng, (4, 5))
+    kernel = jnp.pad(kernel, [(0, 0), (0, 1)])
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    expected = both(hidden, kernel, labels, weights)[1]
+    with jax.set_mesh(mesh):
+        arrays = (hidden, jax.P("x")), (kernel, jax.P(None, "y")), (labels, jax.P("x"))
+        placed = [jax.device_put(array, spec) for array, spec in arrays]
+        got = both(*placed, jax.device_put(weights, jax.P("x")), chunk=4)[1]
+    assert [jax.typeof(array).sharding.spec for array in got] == [
+        jax.P("x", None, None), jax.P(None, "y")
+    ]  # fmt: skip
+    for one, want in zip(got, expected, strict=True):
+        assert relative(one, want) < 1e-5
+
+
 def test_a_label_that_is_no_word_is_an_error_or_nan_and_may_be_left_out(rng):
     hidden, kernel, labels, _ = problem(rng)
     wrong = labels.at[1, 2].set(-100).at[0, 0].set(W)

@@ -7,14 +7,17 @@ one line in `BACKENDS`, which is in order of preference.
 Letters: M tokens, K experts per token, E experts, D hidden size, F inner size.
 """
 
+import dataclasses
+import functools
 import types
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from mla_jax import sharding
 from mla_jax import target as targets
-from mla_jax.ops.experts import hopper, ragged, xla
+from mla_jax.ops.experts import hopper, mesh, ragged, xla
 from mla_jax.ops.experts.call import Call as Call
 
 BACKENDS: dict[str, types.ModuleType] = {"pallas_gpu": hopper, "ragged": ragged, "xla": xla}
@@ -64,7 +67,16 @@ def routed_experts(
     Traceback (most recent call last):
     ValueError: weights has shape (5, 3): it must be [M K] = (5, 2), as experts.
     """
-    call = _checked(x, experts, weights, gate, up, down)
+    _checked(x, experts, weights, gate, up, down)
+    run = functools.partial(_run, precision=precision, implementation=implementation)
+    if sharding.mesh_of(gate, x) is None:
+        return run(x, experts, weights, gate, up, down)
+    partial = functools.partial(run, partial=bool(sharding.spec(gate)[0]))
+    return mesh.routed(partial, x, experts, weights, (gate, up, down))
+
+
+def _run(x, experts, weights, gate, up, down, *, precision, implementation, partial=False):
+    call = dataclasses.replace(_checked(x, experts, weights, gate, up, down), partial=partial)
     target = targets.current()
     backend = _choose(call, target, implementation)
     with jax.named_scope(f"routed_experts.{backend}"):

@@ -13,6 +13,7 @@ class Call:
         experts: E.
         widths: D and F, of the model and inside an expert.
         dtype: of the computation.
+        partial: whether some pairs are of no expert here, marked by the number E, and are dropped.
 
     >>> Call(tokens=8, pairs=48, experts=64, widths=(2048, 1408), dtype="bfloat16").static
     True
@@ -23,6 +24,7 @@ class Call:
     experts: int
     widths: tuple[int, int]
     dtype: str
+    partial: bool = False
 
     @property
     def static(self) -> bool:

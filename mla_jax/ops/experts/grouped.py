@@ -27,6 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
+from mla_jax.ops import guard
 from mla_jax.ops.experts.tiles import Tiles
 from mla_jax.ops.hopper.merge import like
 
@@ -434,7 +435,7 @@ def _swizzled(shape, dtype):
 
 
 def _launch(body, out_type, plan: Plan, name: str):
-    return plgpu.kernel(
+    kernel = plgpu.kernel(
         body,
         out_type=out_type,
         grid=(plan.cores,),
@@ -447,3 +448,4 @@ def _launch(body, out_type, plan: Plan, name: str):
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=True
         ),
     )
+    return guard.unsplit(kernel, name)

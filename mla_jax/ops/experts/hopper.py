@@ -57,7 +57,8 @@ def run(x, experts, weights, gate, up, down, *, precision, call: Call, target: T
     rows = tile_rows(call)
     cores = _INTERPRETED_CORES if target.interprets else multiprocessors(target)
     plan = _kernels().Plan(rows, cores, target.interpret)
-    return _mixed(plan, x, weights, gate, up, down, make_tiles(experts, call.experts, rows))
+    tiles = make_tiles(experts, call.experts, rows, call.partial)
+    return _mixed(plan, call.partial, x, weights, gate, up, down, tiles)
 
 
 def tile_rows(call: Call) -> int:
@@ -65,21 +66,21 @@ def tile_rows(call: Call) -> int:
     return _kernels().MANY if call.pairs >= call.experts * _kernels().MANY // 2 else _kernels().FEW
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _mixed(plan, x, weights, gate, up, down, tiles: Tiles):
-    return _forward(plan, x, weights, gate, up, down, tiles, save=False)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _mixed(plan, partial, x, weights, gate, up, down, tiles: Tiles):
+    return _forward(plan, partial, x, weights, gate, up, down, tiles, save=False)[0]
 
 
-def _forward(plan, x, weights, gate, up, down, tiles: Tiles, save=True):
+def _forward(plan, partial, x, weights, gate, up, down, tiles: Tiles, save=True):
     gate_, up_, down_ = (kernel.astype(x.dtype) for kernel in (gate, up, down))
     rows = tiles.rows_of(x)
     hidden, *products = _kernels().gate_up(rows, gate_, up_, tiles, plan=plan, save=save)
-    own = _kernels().product((hidden,), (down_,), tiles, plan=plan)[tiles.place]
+    own = tiles.of_pairs(_kernels().product((hidden,), (down_,), tiles, plan=plan), partial)
     mixed = (own * weights[..., None]).sum(1).astype(x.dtype)
     return mixed, (x, weights, gate, up, down, tiles, *products)
 
 
-def _backward(plan, residuals, dy):
+def _backward(plan, partial, residuals, dy):
     x, weights, gate, up, down, tiles, a, b = residuals
     wide, narrow = jnp.promote_types(x.dtype, jnp.float32), x.dtype
     gate_, up_, down_ = (kernel.astype(narrow) for kernel in (gate, up, down))
@@ -90,12 +91,12 @@ def _backward(plan, residuals, dy):
     a, b, share = a.astype(wide), b.astype(wide), share[:, None]
     s = jax.nn.sigmoid(a)
     hidden = a * s * b
-    dweights = (hidden * towards).sum(1)[tiles.place].astype(weights.dtype)
+    dweights = tiles.of_pairs((hidden * towards).sum(1), partial).astype(weights.dtype)
     towards = share * towards
     da = (towards * b * s * (1 + a * (1 - s))).astype(narrow)
     db = (towards * a * s).astype(narrow)
     dx = _kernels().product((da, db), (gate_, up_), tiles, plan=plan, transposed=True)
-    dx = dx[tiles.place].astype(wide).sum(1).astype(narrow)
+    dx = tiles.of_pairs(dx, partial).astype(wide).sum(1).astype(narrow)
     dgate, dup = _gradient(plan, tiles.rows_of(x), (da, db), tiles, (gate, up))
     (ddown,) = _gradient(plan, (share * hidden).astype(narrow), (dy,), tiles, (down,))
     return dx, dweights, dgate, dup, ddown, None

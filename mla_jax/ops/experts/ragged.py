@@ -38,7 +38,12 @@ def run(x, experts, weights, gate, up, down, *, precision, call: Call, target: T
     )
     gate, up, down = (kernel.astype(x.dtype) for kernel in (gate, up, down))
     rows = x[order // count]
+    if call.partial:  # sorted behind all groups, where a product is anything
+        rows = jnp.where((flat[order] < call.experts)[:, None], rows, 0)
     hidden = jax.nn.silu(ragged(rows, gate)) * ragged(rows, up)
     own = ragged(hidden.astype(x.dtype), down)[jnp.argsort(order)]  # back in the tokens' order
-    mixed = (own.reshape(*experts.shape, -1) * weights[..., None]).sum(1)
+    own = own.reshape(*experts.shape, -1)
+    if call.partial:
+        own = jnp.where((experts < call.experts)[..., None], own, 0)
+    mixed = (own * weights[..., None]).sum(1)
     return mixed.astype(x.dtype)

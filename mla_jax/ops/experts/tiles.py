@@ -39,9 +39,21 @@ class Tiles(NamedTuple):
         """Each row's token; rows that fill a tile up are zeros."""
         return x.at[self.token].get(mode="fill", fill_value=0)
 
+    def of_pairs(
+        self, x: Float[Array, "J*rows *D"], partial: bool = False
+    ) -> Float[Array, "M K *D"]:
+        """Each pair's row; with `partial` zeros for a pair that has none."""
+        if not partial:
+            return x[self.place]
+        return x.at[self.place].get(mode="fill", fill_value=0)
 
-def make_tiles(experts: Int[Array, "M K"], groups: int, rows: int) -> Tiles:
-    """Cuts the pairs of a router's choice into tiles of `rows` rows for `groups` = E experts."""
+
+def make_tiles(experts: Int[Array, "M K"], groups: int, rows: int, partial: bool = False) -> Tiles:
+    """Cuts the pairs of a router's choice into tiles of `rows` rows for `groups` = E experts.
+
+    With `partial` there may be pairs of the expert E, which are dropped: they have no row, and
+    their place is past all rows.
+    """
     flat = experts.reshape(-1).astype(jnp.int32)
     tokens, pairs = experts.shape[0], flat.size
     expert = np.arange(groups, dtype=np.int32)
@@ -66,6 +78,9 @@ def make_tiles(experts: Int[Array, "M K"], groups: int, rows: int) -> Tiles:
     # Each used expert has at most one tile that is not full.
     most = min(groups, pairs) if isinstance(pairs, int) else groups
     count = most + pairs // rows
+    if partial:
+        nowhere = count * rows + jnp.arange(pairs, dtype=jnp.int32)
+        place = jnp.where(flat < groups, place, nowhere)
     token = jnp.full((count * rows,), tokens, jnp.int32)
     token = token.at[place].set(
         jnp.arange(pairs, dtype=jnp.int32) // experts.shape[1], unique_indices=True

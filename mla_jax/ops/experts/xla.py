@@ -43,28 +43,33 @@ def way(call: Call) -> str:
 def run(x, experts, weights, gate, up, down, *, precision, call: Call, target: Target):
     """See `routed_experts`."""
     chosen = {"by_pair": by_pair, "all_experts": all_experts, "by_block": by_block}[way(call)]
-    mixed = chosen(x, experts, weights, (gate, up, down), precision=precision)
+    options = {"precision": precision, "partial": call.partial}
+    mixed = chosen(x, experts, weights, (gate, up, down), **options)
     return mixed.astype(x.dtype)
 
 
-def by_pair(x, experts, weights, kernels, *, precision=None):
+def by_pair(x, experts, weights, kernels, *, precision=None, partial=False):
     """Few pairs of token and expert: the kernels of just those, gathered."""
-    chosen = [kernel[experts] for kernel in kernels]
+    some = jnp.minimum(experts, len(kernels[0]) - 1) if partial else experts
+    chosen = [kernel[some] for kernel in kernels]
     own = _gated("MD,MKDF->MKF", "MKF,MKFD->MKD", x, chosen, precision)
+    if partial:
+        own = jnp.where((experts < len(kernels[0]))[..., None], own, 0)
     return (own * weights[..., None]).sum(1)
 
 
-def all_experts(x, experts, weights, kernels, *, precision=None):
+def all_experts(x, experts, weights, kernels, *, precision=None, partial=False):
     """Some tokens: all experts for all of them, kernels read once."""
+    del partial  # to a weight that has no column nothing is added
     own = _gated("MD,EDF->EMF", "EMF,EFD->EMD", x, kernels, precision)
     rows = jnp.arange(x.shape[0])[:, None]
     share = jnp.zeros((x.shape[0], len(own)), weights.dtype).at[rows, experts].add(weights)
     return jnp.einsum("EMD,ME->MD", own, share, precision=precision)
 
 
-def by_block(x, experts, weights, kernels, *, precision=None, rows=BLOCK):
+def by_block(x, experts, weights, kernels, *, precision=None, partial=False, rows=BLOCK):
     """Many tokens: sorted into tiles of `rows` rows of one expert each."""
-    tiles = make_tiles(experts, len(kernels[0]), rows)
+    tiles = make_tiles(experts, len(kernels[0]), rows, partial)
 
     def one(block):
         tokens, expert = block
@@ -75,7 +80,7 @@ def by_block(x, experts, weights, kernels, *, precision=None, rows=BLOCK):
     count = blocks.shape[0]
     together = min(_AT_ONCE, count) if isinstance(count, int) else None
     outputs = lax.map(one, (blocks, tiles.owner), batch_size=together)
-    own = outputs.reshape(-1, x.shape[1])[tiles.place]
+    own = tiles.of_pairs(outputs.reshape(-1, x.shape[1]), partial)
     return (own * weights[..., None]).sum(1)
 
 

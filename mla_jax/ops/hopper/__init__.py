@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int
 
 from mla_jax import ops, target
 from mla_jax.config import configs_dir
+from mla_jax.ops import guard
 from mla_jax.ops.hopper.schedule import BLOCK, SLACK, STEP, TILE, Schedule, make_schedule
 
 _RANKS, _ROPES = (128, 256, 384, 512), (0, 16, 32, 64)
@@ -37,6 +38,8 @@ def why_not(call, device: target.Target) -> str | None:
 
 def not_hopper(device: target.Target) -> str | None:
     """Why no kernel of this folder runs on `device`, or None."""
+    if device.partitioned:
+        return device.partitioned
     if device.interprets == "gpu":
         return None
     if device.platform != "gpu" or device.capability is None:
@@ -182,7 +185,8 @@ def decode(
 def _attention(scale, interpret, arrays, table, schedule):
     @jax.custom_batching.custom_vmap
     def call(arrays, table, schedule):
-        return _call(scale, interpret, arrays, table, schedule)
+        run = functools.partial(_call, scale, interpret)
+        return guard.unsplit(run, "pallas_gpu")(arrays, table, schedule)
 
     @call.def_vmap
     def _(size, mapped, arrays, table, schedule):

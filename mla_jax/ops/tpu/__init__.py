@@ -27,6 +27,8 @@ def why_not(call, device: target.Target) -> str | None:
     """Why the kernel cannot serve `call` on `device`, or None."""
     if device.platform != "tpu" and device.interprets != "tpu":
         return f"needs a TPU, this is {device}"
+    if device.partitioned:
+        return device.partitioned
     rank, rope = call.key_dims
     if not all(isinstance(size, int) for size in (call.batch, call.slots, call.queries)):
         return "needs sizes that are known when it is compiled"

@@ -42,6 +42,8 @@ def why_not(call, target) -> str | None:
         call: a `dispatch.Call`.
         target: a `mla_jax.target.Target`.
     """
+    if target.partitioned:
+        return target.partitioned
     if target.interprets != "gpu":
         if target.platform != "gpu" or "NVIDIA" not in target.kind.upper():
             return f"needs an NVIDIA GPU, this is {target}"

@@ -14,6 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from mla_jax.ops import guard
 from mla_jax.ops.hopper import mosaic
 from mla_jax.ops.hopper.attention.plan import ROWS, padded
 from mla_jax.ops.hopper.merge import LOG2E
@@ -344,7 +345,7 @@ def launch(kind, name, shape: Shape, operands: dict[str, Any], outputs, scratch,
         kind(named, smem, shape).run()
 
     tiles = kind.count(shape)
-    results = plgpu.kernel(
+    kernel = plgpu.kernel(
         body,
         out_type=list(outputs.values()),
         scratch_types=scratch,
@@ -357,7 +358,8 @@ def launch(kind, name, shape: Shape, operands: dict[str, Any], outputs, scratch,
         compiler_params=plgpu.CompilerParams(
             approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
         ),
-    )(*inputs.values())
+    )
+    results = guard.unsplit(kernel, name)(*inputs.values())
     return [_varying(x, next(iter(inputs.values()))) for x in results]
 
 

@@ -1,0 +1,60 @@
+"""What keeps XLA from gathering the operands of a kernel that it cannot split."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.experimental.custom_partitioning import custom_partitioning
+
+from mla_jax.target import PARTITIONED
+
+
+def unsplit(kernel: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """A function of arrays that raises where its operands are split by XLA's partitioner.
+
+    A TPU kernel refuses that itself. One for GPUs would be given all operands whole on every
+    device, each of which would then do all the work, without a word. On one device, and within
+    `jax.shard_map`, the function is what it was.
+
+    Args:
+        kernel: of positional arrays, or trees of them.
+        name: of the kernel, for the message.
+
+    Raises:
+        NotImplementedError: when the program is compiled, wrapped in jax's own error.
+    """
+
+    def partition(mesh, operands, results):
+        split = [x.sharding.spec for x in jax.tree.leaves(operands) if _is_split(x)]
+        if split:
+            raise NotImplementedError(f"{name}: operands are split as {split}. {PARTITIONED}")
+        places = [jax.tree.map(lambda x: x.sharding, tree) for tree in (results, operands)]
+        return mesh, kernel, *places
+
+    def whole(mesh, operands, results):
+        return jax.tree.map(lambda _: jax.NamedSharding(mesh, jax.P()), results)
+
+    guarded = custom_partitioning(kernel)
+    guarded.def_partition(
+        partition=partition, infer_sharding_from_operands=whole, sharding_rule=_apart
+    )
+    return guarded
+
+
+def _is_split(x) -> bool:
+    return not x.sharding.is_fully_replicated
+
+
+def _apart(mesh, operands, results) -> str:
+    """A rule by which no dimension has to do with another, so that all stay split as they are."""
+    count = 0
+
+    def letters(kinds):
+        nonlocal count
+        sides = []
+        for kind in kinds:
+            sides.append(" ".join(f"d{count + axis}" for axis in range(len(kind.shape))))
+            count += len(kind.shape)
+        return ", ".join(sides)
+
+    return f"{letters(operands)} -> {letters(results)}"
