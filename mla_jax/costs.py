@@ -38,6 +38,7 @@ import math
 import tomllib
 
 from mla_jax.config import MLAConfig, configs_dir
+from mla_jax.rates import OPERATIONS, Rates
 
 KINDS = ("absorbed", "expanded", "expanded_cached", "mha", "gqa", "mqa")
 PARTS = {  # stages by what they scale with: the context, the heads' inner widths, everything
@@ -388,12 +389,13 @@ def _sparse_step(config: MLAConfig, batch: int, queries: int, slots: int, width:
     return Costs("sparse", tuple(stages[name] for name in PARTS["layer"] if name in stages))
 
 
-def crossover_queries(config: MLAConfig, slots: int) -> float:
-    """T*, queries at which both forms cost the same operations on S cached latents.
+def crossover_queries(config: MLAConfig, slots: int, rates: Rates = OPERATIONS) -> float:
+    """T*, queries at which both forms cost the same operations, or time, on S cached latents.
 
     Per head, absorbed takes T (R(H+V) + S(2R+P)) multiply-adds and expanded S R(H+V) + T S (H+P+V):
     equal at 1/T* = 1/T0 + 1/S with T0 = R(H+V)/(2R-H-V), infinite where 2R <= H+V. Sparse attention
-    to K < S tokens mixes K latents absorbed, while expanded makes and masks all S.
+    to K < S tokens mixes K latents absorbed, while expanded makes and masks all S. With `rates`
+    (`mla_jax.rates`) every term counts by how fast the device runs it.
 
     Raises:
         ValueError: slots are not a positive whole number.
@@ -402,8 +404,9 @@ def crossover_queries(config: MLAConfig, slots: int) -> float:
     170.7
     """
     _check_counts(slots=slots)
-    fold = config.kv_lora_rank * (config.qk_nope_head_dim + config.v_head_dim)
-    ours, theirs = (multiply_adds(config, kind) for kind in ("absorbed", "expanded"))
+    fold = config.kv_lora_rank * (config.qk_nope_head_dim + config.v_head_dim) / rates.products
+    ours = multiply_adds(config, "absorbed") / rates.absorbed
+    theirs = multiply_adds(config, "expanded") / rates.expanded
     attended = slots
     if config.index_topk is not None and config.is_sparse(slots):
         attended = config.index_topk
@@ -411,8 +414,10 @@ def crossover_queries(config: MLAConfig, slots: int) -> float:
     return slots * fold / (fold + wider)
 
 
-def choose_form(config: MLAConfig, queries: int, slots: int) -> str:
-    """The form with fewer operations, "absorbed" or "expanded". One query is always absorbed.
+def choose_form(config: MLAConfig, queries: int, slots: int, rates: Rates = OPERATIONS) -> str:
+    """The form with fewer operations, "absorbed" or "expanded", or less time by a device's rates.
+
+    One query is always absorbed.
 
     Raises:
         ValueError: queries or slots are not a positive whole number.
@@ -422,7 +427,7 @@ def choose_form(config: MLAConfig, queries: int, slots: int) -> str:
     ('absorbed', 'absorbed', 'expanded')
     """
     _check_counts(queries=queries)
-    fewer = queries <= crossover_queries(config, slots)
+    fewer = queries <= crossover_queries(config, slots, rates)
     return "absorbed" if fewer or queries == 1 else "expanded"
 
 

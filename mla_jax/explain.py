@@ -7,6 +7,7 @@ from mla_jax import costs, target
 from mla_jax.config import MLAConfig
 from mla_jax.models import DecoderConfig
 from mla_jax.ops import dispatch, experts
+from mla_jax.rates import rates_of
 
 
 def explain(
@@ -57,12 +58,13 @@ def explain(
     named = dispatch.normalized(implementation)
     model = config if isinstance(config, DecoderConfig) else None
     config = config.attention if isinstance(config, DecoderConfig) else config
-    form = costs.choose_form(config, queries=queries, slots=length)
-    crossover = costs.crossover_queries(config, slots=length)
+    rates = rates_of(device.kind)
+    form = costs.choose_form(config, queries, length, rates)
+    crossover = costs.crossover_queries(config, length, rates)
     print(f"{device}, {jnp.dtype(dtype).name}")
     print(
         f"step of {queries} token(s) per row on {batch_size} x {length} slots: {form} "
-        f"(absorbed up to {crossover:.0f} tokens, expanded above)"
+        f"(absorbed up to {crossover:.0f} tokens, expanded above, by {rates.source})"
     )
     if config.index_topk is not None:
         _print_choice(config, length)

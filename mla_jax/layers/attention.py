@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from mla_jax import ops, rope, sharding
+from mla_jax import ops, rope, sharding, target
 from mla_jax.cache import Dense, Paged, Store
 from mla_jax.costs import choose_form
 from mla_jax.layers.dropout import dropout_key
@@ -41,6 +41,7 @@ from mla_jax.layers.step import Form, Step, check_form
 from mla_jax.layers.whole import whole_pass
 from mla_jax.ops.seen import Seen
 from mla_jax.ops.weights import weighed_attention
+from mla_jax.rates import rates_of
 
 _LATENTS = ("latent", "k_rope")
 
@@ -339,7 +340,8 @@ class MultiHeadLatentAttention(LatentMaps):
         """The form that is cheaper; under `jax.export` sizes may be symbols."""
         if not isinstance(queries, int):
             return "expanded"
-        return choose_form(self.config, queries, slots if isinstance(slots, int) else 2**30)
+        slots = slots if isinstance(slots, int) else 2**30
+        return choose_form(self.config, queries, slots, rates_of(target.current().kind))
 
     def _absorbed(self, q_nope, q_rope, view, seen, step):
         """Heads [B T N V] and lse [B T N] by the absorbed form, never making keys or values."""

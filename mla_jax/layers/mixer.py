@@ -65,7 +65,8 @@ class Mixer(nnx.Module):
             lengths: int [B], tokens of each row, 0 to T; None is T for all.
             positions: int [T] or [B T]; by default they continue from `cache.length`. Causality and
                 a sliding window go by cache slot all the same.
-            form: "auto" goes by cost (`costs.choose_form`): expanded for a prompt, absorbed for a
+            form: "auto" goes by time where the device's rates are known (`mla_jax.rates`), else by
+                operations (`costs.choose_form`): expanded for a prompt, absorbed for a
                 short continuation of a long cache.
 
         Returns:

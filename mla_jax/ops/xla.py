@@ -104,7 +104,7 @@ def context_attention(
         alive = jnp.broadcast_to(visible.any(axis=(1, 2)), (batch, slots))
         keys, value = load(0, slots, alive)
         return _whole(queries, keys, value, visible, call)
-    zero = _zero_of(queries, store, kv_b, seen)
+    zero = varying_zero(queries, store, kv_b, seen)
     return _blocks(queries, load, seen, store.slots, kv_b.shape[-1] - nope, False, zero, call)
 
 
@@ -120,7 +120,7 @@ def _attend(queries, store, seen, call):
 
     def by_blocks(queries, store, seen, size=None):
         load = lambda start, size, alive: pick(_clean(store.block(start, size), alive))  # noqa: E731
-        zero = _zero_of(queries, store, seen)
+        zero = varying_zero(queries, store, seen)
         return _blocks(queries, load, seen, slots, call.value_dim, shared, zero, call, size)
 
     sizes = (batch, tokens, heads, slots)
@@ -268,7 +268,7 @@ def _whole(queries, keys, value, seen, call):
     return out.astype(value.dtype), lse
 
 
-def _zero_of(*arrays):
+def varying_zero(*arrays):
     """0.0 that varies, inside shard_map, over every mesh axis over which one of the arrays does."""
     arrays = [array for array in jax.tree.leaves(arrays) if array.size]
     return sum(jnp.where(array[(0,) * array.ndim] == 0, 0.0, 0.0) for array in arrays)
@@ -288,7 +288,7 @@ def _blocks(queries, load, seen, slots, width, shared, zero, call, size=None):
     """Attention by blocks of queries and of slots, with a running maximum and sum.
 
     `load(start, size, alive [B size])` gives the keys and the value of a block of slots. `zero` is
-    `_zero_of` all operands: the carry of a loop inside shard_map must vary as its results do.
+    `varying_zero` all operands: the carry of a loop inside shard_map must vary as its results do.
     """
     batch, tokens, heads = queries[0].shape[:3]
     size = min(size or _BLOCK_SLOTS, slots)
