@@ -47,9 +47,8 @@ def linear_cross_entropy(
         precision: of the matmuls, as in jax.lax.dot.
 
     Returns:
-        Losses in nats. Tokens that do not count are left out by their caller, who may give them
-        any label:
-        `jnp.where(valid, losses, 0).sum() / valid.sum()`.
+        Losses in nats. Their caller leaves out tokens that do not count, which under jit may have
+        any label: `jnp.where(valid, losses, 0).sum() / valid.sum()`.
 
     Raises:
         ValueError: shapes or dtypes that do not go together, chunk below 1, or, outside jit, a
@@ -71,6 +70,10 @@ def linear_cross_entropy(
 
 def _by_chunks(hidden, kernel, labels, *, scale, chunk, precision):
     *lead, tokens = labels.shape
+    if lead and math.prod(lead) > chunk:  # rows are cut too, not their tokens alone
+        flat = hidden.reshape(-1, hidden.shape[-1]), kernel, labels.reshape(-1)
+        how = {"scale": scale, "chunk": chunk, "precision": precision}
+        return _by_chunks(*flat, **how).reshape(labels.shape)
     size = max(1, min(tokens, chunk // math.prod(lead)))
     count = -(-tokens // size)
     size = -(-tokens // count)  # chunks of one size, the last one padded by less than `count`

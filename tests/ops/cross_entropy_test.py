@@ -49,8 +49,8 @@ both = jax.jit(
 
 @pytest.mark.parametrize(
     ("lead", "chunk", "scale"),
-    [((3, 7), 7, 0.7), ((11,), 2048, 1.0)],
-    ids=["padded chunks, scaled", "flat, one chunk"],
+    [((3, 7), 7, 0.7), ((3, 7), 2, 1.0), ((11,), 2048, 1.0)],
+    ids=["padded chunks, scaled", "more rows than a chunk", "flat, one chunk"],
 )
 def test_losses_and_gradients_are_float64s_and_optaxs(rng, lead, chunk, scale):
     hidden, kernel, labels, weights = problem(rng, lead)
