@@ -36,7 +36,8 @@ def whole_pass(
     if not causal and config.sliding_window is not None:
         raise ValueError(f"causal=False: sliding_window={config.sliding_window} is causal.")
     if positions is None:
-        positions = jnp.arange(tokens, dtype=jnp.int32) * (memory is None)
+        place = jnp.arange if memory is None else jnp.zeros
+        positions = place(tokens, dtype=jnp.int32)
     else:
         positions = check_positions(positions, batch, tokens)
     if segment_ids is not None:
