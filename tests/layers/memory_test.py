@@ -165,5 +165,5 @@ def test_what_does_not_go_together_is_refused_by_name(x, states):
     for call, error, message in cases:
         with pytest.raises(error, match=message):
             jax.eval_shape(call)
-    with pytest.raises(ValueError, match=r"lengths=.*each must be between 0 and the 6 tokens given"):
+    with pytest.raises(ValueError, match=r"lengths=.*each must be between 0 and the 6"):
         layer.remember(states, np.array([7, 1, 1]))  # under jit nothing can be raised
