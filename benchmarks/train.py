@@ -1,11 +1,13 @@
 """Times a training step of a decoder with adamw; prints a line of a Markdown table per case.
 
 A preset's shape, cut to a few layers, with random weights: parameters and the optimizer's state in
-float32, the computation in bfloat16, the mean cross-entropy of every next token. Time is that of a
-chain of steps, each of which needs the one before, so that dispatch does not count; the median of
-five chains. TFLOP/s are the model's own: three times the forward pass's products (a token's own
-experts, causal attention), whatever is computed anew. Memory is the compiled step's, arguments
-included, as the compiler plans it, and the device's peak where it tells.
+float32, the computation in bfloat16, the loss `models.training_loss`, whose logits exist for
+--chunk tokens at once. --save says what every layer keeps for its backward pass
+(`mla_jax.remat_policy`). Time is that of a chain of steps, each of which needs the one before, so
+that dispatch does not count; the median of five chains. TFLOP/s are the model's own: three times
+the forward pass's products (a token's own experts, causal attention), whatever is computed anew.
+Memory is the compiled step's, arguments included, as the compiler plans it, and the device's peak
+where it tells.
 
 Cases: `dense` has a gated MLP in every layer, `experts` the preset's mixtures, and `packed` four
 texts in every row.
@@ -13,15 +15,18 @@ texts in every row.
 
 import argparse
 import functools
+import itertools
 import statistics
 import time
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from mla_jax.models import DecoderConfig, random_decoder
+from mla_jax.layers.remat import Save
+from mla_jax.models import DecoderConfig, random_decoder, training_loss
 
 CASES = ("dense", "experts", "dense packed", "experts packed")
 
@@ -61,13 +66,16 @@ def main():
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=5, help="of a chain")
     parser.add_argument("--cases", nargs="+", default=["dense", "experts"], choices=CASES)
+    saves = ["everything", *get_args(Save)]
+    parser.add_argument("--save", nargs="+", default=saves[:1], choices=saves)
+    parser.add_argument("--chunk", type=int, default=2048, help="tokens whose logits exist at once")
     options = parser.parse_args()
     tokens = options.batch * options.length
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {options.preset}, "
           f"{options.layers} layers, {options.batch} x {options.length} tokens\n\n"
-          "| case | ms | tokens/s | TFLOP/s | compiled GB | peak GB | loss, first and last |\n"
-          "|---|---|---|---|---|---|---|")  # fmt: skip
-    for case in options.cases:
+          "| case | saved | ms | tokens/s | TFLOP/s | compiled GB | peak GB | loss, first and last "
+          "|\n|---|---|---|---|---|---|---|---|")  # fmt: skip
+    for case, save in itertools.product(options.cases, options.save):
         config = shape(options.preset, options.layers, case)
         model = random_decoder(config, dtype=jnp.bfloat16, param_dtype=jnp.float32)
         graphdef, params, rest = nnx.split(model, nnx.Param, ...)
@@ -79,15 +87,16 @@ def main():
         )
         segments = None
         if case.endswith("packed"):
-            place = jnp.arange(options.length)[None] * 4 // options.length
-            segments = jnp.broadcast_to(place, (options.batch, options.length))
+            place = jnp.arange(options.length + 1)[None] * 4 // (options.length + 1)
+            segments = jnp.broadcast_to(place, given.shape)
+        more = {"remat": None if save == "everything" else save, "chunk": options.chunk}
 
         @functools.partial(jax.jit, donate_argnums=(0, 1))
-        def step(params, state, rest, given, graphdef=graphdef, segments=segments,
+        def step(params, state, rest, given, graphdef=graphdef, segments=segments, more=more,
                  optimizer=optimizer):  # fmt: skip
             def loss(params):
-                logits = nnx.merge(graphdef, params, rest)(given[:, :-1], segment_ids=segments)
-                return optax.softmax_cross_entropy_with_integer_labels(logits, given[:, 1:]).mean()
+                model = nnx.merge(graphdef, params, rest)
+                return training_loss(model, given, segment_ids=segments, **more)[0]
 
             value, slopes = jax.value_and_grad(loss)(params)
             updates, state = optimizer.update(slopes, state, params)
@@ -106,8 +115,9 @@ def main():
             times.append((time.perf_counter() - started) / options.steps)
         taken = statistics.median(times[1:])
         peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
-        print(f"| {case} | {taken * 1e3:.1f} | {tokens / taken:.0f} | {flops / taken / 1e12:.0f} | "
-              f"{planned / 1e9:.1f} | {peak / 1e9:.1f} | {losses[0]:.3f} {losses[-1]:.3f} |",
+        print(f"| {case} | {save} | {taken * 1e3:.1f} | {tokens / taken:.0f} | "
+              f"{flops / taken / 1e12:.0f} | {planned / 1e9:.1f} | {peak / 1e9:.1f} | "
+              f"{losses[0]:.3f} {losses[-1]:.3f} |",
               flush=True)  # fmt: skip
         del params, state
 

@@ -26,10 +26,13 @@ if TYPE_CHECKING:
     from mla_jax.generation.steps import decode_step as decode_step
     from mla_jax.generation.steps import prefill_step as prefill_step
     from mla_jax.layers.attention import MultiHeadLatentAttention as MultiHeadLatentAttention
+    from mla_jax.layers.memory import Memory as Memory
+    from mla_jax.layers.remat import remat_policy as remat_policy
     from mla_jax.layers.step import Step as Step
     from mla_jax.ops import expanded_attention as expanded_attention
     from mla_jax.ops import latent_attention as latent_attention
     from mla_jax.ops import merge_attention as merge_attention
+    from mla_jax.ops.cross_entropy import linear_cross_entropy as linear_cross_entropy
 
 __version__ = "0.1.0"
 
@@ -42,8 +45,11 @@ _HOMES = {
     "generation.sampling": ("sample",),
     "generation.steps": ("decode_loop", "decode_step", "prefill_step"),
     "layers.attention": ("MultiHeadLatentAttention",),
+    "layers.memory": ("Memory",),
+    "layers.remat": ("remat_policy",),
     "layers.step": ("Step",),
     "ops": ("expanded_attention", "latent_attention", "merge_attention"),
+    "ops.cross_entropy": ("linear_cross_entropy",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [*_HOME, "checkpoint", "costs", "generation", "sharding"]

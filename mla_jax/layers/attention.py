@@ -22,20 +22,25 @@ Letters: B batch, T query tokens, S cache slots, N heads, D hidden size, Q q_lor
 R kv_lora_rank, H qk_nope_head_dim, P qk_rope_head_dim, V v_head_dim.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from mla_jax import ops, rope, sharding, target
 from mla_jax.cache import Dense, Paged, Scaled, Store, is_encoding
 from mla_jax.costs import choose_form
+from mla_jax.layers.dropout import dropout_key
 from mla_jax.layers.indexer import Indexer, indexer_loss
 from mla_jax.layers.maps import LatentMaps
+from mla_jax.layers.memory import Memory
 from mla_jax.layers.relay import Relay
-from mla_jax.layers.step import Form, Step, check_form, check_positions
+from mla_jax.layers.step import Form, Step, check_form
+from mla_jax.layers.whole import whole_pass
 from mla_jax.ops.seen import Seen
+from mla_jax.ops.weighed import weighed_attention
 from mla_jax.rates import rates_of
 
 _LATENTS = ("latent", "k_rope")
@@ -60,6 +65,8 @@ class MultiHeadLatentAttention(LatentMaps):
             serves every op that the layer calls or raises; a dict from ops to backends names them
             singly, as in {"latent_attention": "pallas_gpu"}; None chooses for the device and the
             shapes (`explain` tells what).
+        dropout_rate: of the attention weights in `__call__`, where `deterministic` is False, as
+            `model.train()` sets it: weights stand in memory then, and no backend is asked.
         rngs: for the initializers; not kept.
 
     Raises:
@@ -84,22 +91,35 @@ class MultiHeadLatentAttention(LatentMaps):
         *,
         positions: Int[Array, "T"] | Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
-        mask: Bool[Array, "#B #N #T #T"] | None = None,
+        mask: Bool[Array, "#B #N #T #M"] | None = None,
+        causal: bool = True,
+        memory: Memory | Float[Array, "B M D"] | None = None,
         form: Form = "auto",
         dense: bool = False,
+        deterministic: bool | None = None,
+        rngs: Any = None,
+        sow_weights: bool = False,
     ) -> Float[Array, "B T D"]:
-        """Causal self-attention without a cache: training and scoring.
+        """Attention without a cache of its own: training, scoring, encoders, cross-attention.
 
         Args:
             x: activations [B T D].
             positions: int [T] or [B T], default 0..T-1. Causality goes by index, not by position,
-                so left-padded rows pass their own positions and a mask.
+                so left-padded rows pass their own positions and a mask. With a memory 0 for all.
             segment_ids: int [B T]; tokens attend within their segment (packed sequences).
-            mask: boolean, broadcastable to [B N T T], True = may attend; combined with the causal
-                rule. A token that may attend to nothing gets zeros before o_proj.
-            form: "auto" goes by cost: expanded here for any T, but for sparse attention to far
-                fewer than T tokens.
+            mask: boolean (or 0 and 1, as Flax's helpers make them), broadcastable to [B N T T], or
+                [B N T M] with a memory, True = may attend; combined with the causal rule. A token
+                that may attend to nothing gets zeros before o_proj.
+            causal: False lets every token attend to all of its row.
+            memory: what is attended to in place of x, by all tokens alike: states [B M D], or what
+                `remember` has made of them, once for many calls.
+            form: "auto" goes by cost: expanded here for any T, but for a memory, and for sparse
+                attention to far fewer than T tokens.
             dense: attend to all tokens whatever index_topk says, as while an indexer warms up.
+            deterministic: without dropout; None is what `model.train()` or `eval()` has set.
+            rngs: an `nnx.Rngs`, its stream, or a key, for dropout.
+            sow_weights: `nnx.capture` finds the weights [B N T M] as "attention_weights", an
+                `nnx.Intermediate`; they are made beside what the backend computes.
 
         Returns:
             [B T D].
@@ -108,54 +128,69 @@ class MultiHeadLatentAttention(LatentMaps):
             ValueError: x is not [B T D] of a float dtype, or another argument does not go with it;
                 or the layer needs what an earlier one hands on (`attend`).
         """
-        options = {"positions": positions, "segment_ids": segment_ids, "mask": mask}
-        return self.attend(x, form=form, dense=dense, **options)[0]
+        return self.attend(
+            x, positions=positions, segment_ids=segment_ids, mask=mask, causal=causal,
+            memory=memory, form=form, dense=dense, deterministic=deterministic, rngs=rngs,
+            sow_weights=sow_weights,
+        )[0]  # fmt: skip
 
     def attend(
         self,
         x: Float[Array, "B T D"],
         relay: Relay | None = None,
         *,
-        positions: Int[Array, "T"] | Int[Array, "B T"] | None = None,
-        segment_ids: Int[Array, "B T"] | None = None,
-        mask: Bool[Array, "#B #N #T #T"] | None = None,
+        memory: Memory | Float[Array, "B M D"] | None = None,
         form: Form = "auto",
         dense: bool = False,
+        deterministic: bool | None = None,
+        rngs: Any = None,
+        sow_weights: bool = False,
+        **seeing: Any,
     ) -> tuple[Float[Array, "B T D"], Relay | None]:
         """`__call__` between other layers: with what they have handed on, and what this one does.
 
         Args:
             x: activations [B T D].
             relay: of the layers before; None where this is the first.
-            positions, segment_ids, mask, form, dense: as in `__call__`.
+            memory, form, dense, deterministic, rngs, sow_weights: as in `__call__`.
+            seeing: positions, segment_ids, mask, causal, as there.
         """
-        tokens = self.check_input(x)[1]
+        (batch, tokens), config = self.check_input(x), self.config
         check_form(form)
-        positions, seen = self._whole_pass(x, positions, segment_ids, mask)
-        by = rope.rotation(positions, self.config, tokens)
+        if memory is not None and not isinstance(memory, Memory):
+            memory = self.remember(memory)
+        positions, seen = whole_pass(config, batch, tokens, memory=memory, **seeing)
+        slots = tokens if memory is None else memory.latent.shape[1]
+        by = rope.rotation(positions, config, slots)
         q_nope, q_rope, gate, q_latent = self._queries(x, positions, by)
-        new = {} if self.config.kv_source_layer is not None else self._latents(x, by)
-        if self.config.has_indexer:
+        if memory is not None:
+            new = {"latent": memory.latent, "k_rope": memory.k_rope}
+        else:
+            new = {} if config.kv_source_layer is not None else self._latents(x, by)
+        if config.has_indexer:
             new["index_key"] = self.indexer.keys(x, by)
-        store, relay = self._handed(Dense(new), relay)
-        if self.config.index_topk is not None and not dense:
+        held, relay = self._handed(Dense(new), relay)
+        if config.index_topk is not None and not dense:
             seen, relay = self._chosen(x, q_latent, positions, by, Dense(new), seen, relay)
         absorbed = form == "absorbed"
-        if form == "auto" and seen.chosen is not None:
-            absorbed = self._form(tokens, tokens) == "absorbed"
-        options: dict[str, Any] = {
-            "scale": self.config.scale, "precision": self.precision,
-            "implementation": self.implementation,
-        }  # fmt: skip
+        if form == "auto" and (seen.chosen is not None or memory is not None):
+            absorbed = self._form(tokens, slots) == "absorbed"
+        queries, core = (q_nope, q_rope), cast(Any, ops.attend_expanded)
         if absorbed:
-            out_latent, lse = ops.attend_latents(
-                (self._pattern(q_nope), q_rope), store, seen, **options
-            )
-            heads = self._heads(out_latent)
+            queries, core = (self._pattern(q_nope), q_rope), ops.attend_latents
         else:
-            k_nope, value = self._keys_values(store.latent)
-            keys_values = Dense({"k_nope": k_nope, "k_rope": store.k_rope, "value": value})
-            heads, lse = ops.attend_expanded((q_nope, q_rope), keys_values, seen, **options)
+            k_nope, value = self._keys_values(held.latent)
+            held = Dense({"k_nope": k_nope, "k_rope": held.k_rope, "value": value})
+        how: dict[str, Any] = {"scale": config.scale, "precision": self.precision}
+        dropout = {"rate": self.dropout_rate, "key": dropout_key(self, deterministic, rngs)}
+        if sow_weights:
+            found = weighed_attention(queries, held, seen, **how)[2]
+            self.sow(nnx.Intermediate, "attention_weights", found)
+        if dropout["key"] is None:
+            heads, lse = core(queries, held, seen, implementation=self.implementation, **how)
+        else:
+            heads, lse, _ = weighed_attention(queries, held, seen, **dropout, **how)
+        heads = self._heads(heads) if absorbed else heads
         return sharding.beside(self._output(heads, lse, gate), x), relay
 
     def init_store(self, batch_size: int, slots: int, dtype=None) -> Dense:
@@ -250,7 +285,8 @@ class MultiHeadLatentAttention(LatentMaps):
                 f"index_topk={config.index_topk}, indexer_type={config.indexer_type!r}, index_kpool"
                 f"={config.index_kpool}: the loss is of an indexer that chooses single tokens."
             )
-        positions, seen = self._whole_pass(x, positions, segment_ids, mask)
+        options = {"positions": positions, "segment_ids": segment_ids, "mask": mask}
+        positions, seen = whole_pass(config, *self.check_input(x), **options)
         x = jax.lax.stop_gradient(x)
         by = rope.rotation(positions, config, x.shape[1])
         q_nope, q_rope, _, q_latent = self._queries(x, positions, by)
@@ -269,29 +305,6 @@ class MultiHeadLatentAttention(LatentMaps):
         visible = seen.visible(jnp.arange(x.shape[1], dtype=jnp.int32))[:, 0]
         visible = jnp.broadcast_to(visible, target.shape)
         return indexer_loss(target, self.indexer.scores(queries, keys), visible)
-
-    def _whole_pass(self, x, positions, segment_ids, mask):
-        """Positions, and what every token of a pass without a cache may see."""
-        batch, tokens = self.check_input(x)
-        if positions is None:
-            positions = jnp.arange(tokens, dtype=jnp.int32)
-        else:
-            positions = check_positions(positions, batch, tokens)
-        if segment_ids is not None:
-            segment_ids = ops.checked_ids("segment_ids", segment_ids, (batch, tokens), "B T")
-        if mask is not None:
-            heads = self.config.num_attention_heads
-            mask = ops.checked_mask(mask, (batch, heads, tokens, tokens))
-            if self.config.index_topk is not None and mask.shape[1] != 1:
-                raise ValueError(
-                    f"mask has shape {mask.shape}: with index_topk={self.config.index_topk} it "
-                    "must be [B 1 T T], since all heads attend to the same chosen tokens."
-                )
-        seen = Seen.of(
-            None, batch=batch, queries=tokens, slots=tokens, window=self.config.sliding_window,
-            mask=mask, segment_ids=segment_ids,
-        )  # fmt: skip
-        return positions, seen
 
     def _widths(self, latents: bool = False) -> dict[str, int]:
         """Of the store's arrays; with `latents` also where those are another layer's."""

@@ -9,7 +9,7 @@ Letters: B batch, T tokens of a row, M tokens of all rows, D hidden size, F inne
 K experts per token.
 """
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -97,12 +97,15 @@ class Router(nnx.Module):
 
     def __call__(self, x: Float[Array, "M D"]) -> tuple[Int[Array, "M K"], Float[Array, "M K"]]:
         """The chosen experts of every token, best first, and their weights."""
-        config = self.config
-        scores = choice = self.scores(x)
+        return self.choose(self.scores(x))
+
+    def choose(self, scores: Float[Array, "M E"]) -> tuple[Int[Array, "M K"], Float[Array, "M K"]]:
+        """The same from each token's scores."""
+        config, choice = self.config, scores
         if config.has_selection_bias:
             choice = scores + self.bias[...][None]
         if config.n_group > 1:
-            groups = choice.reshape(x.shape[0], config.n_group, -1)
+            groups = choice.reshape(scores.shape[0], config.n_group, -1)
             best = 2 if config.scoring_func == "sigmoid" else 1
             worth = lax.top_k(groups, min(best, groups.shape[-1]))[0].sum(-1)
             kept = lax.top_k(worth, config.topk_group)[1]
@@ -114,6 +117,18 @@ class Router(nnx.Module):
         if config.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
         return experts, weights * config.routed_scaling_factor
+
+
+class Routing(NamedTuple):
+    """What one router did with the tokens of a step, or, with an axis more, what all of them did.
+
+    Attributes:
+        load: int32 [E], how many tokens each expert was given: `balance_bias` goes by it.
+        balance: `sequence_balance_loss` of the best K scores, without its factor.
+    """
+
+    load: Int[Array, "*L E"]
+    balance: Float[Array, "*L"]
 
 
 class MixtureOfExperts(nnx.Module):
@@ -173,9 +188,33 @@ class MixtureOfExperts(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Every token through its experts and the shared one."""
-        flat = x.reshape(-1, x.shape[-1])
         with jax.named_scope("router"):
-            experts, weights = self.router(flat)
+            experts, weights = self.router(x.reshape(-1, x.shape[-1]))
+        return self._mix(x, experts, weights)
+
+    def with_routing(
+        self, x: Float[Array, "B T D"], valid: Bool[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "B T D"], Routing]:
+        """The same, and what its router did, for training.
+
+        Args:
+            x: activations.
+            valid: tokens that count for load and balance, where some are padding.
+        """
+        with jax.named_scope("router"):
+            scores = self.router.scores(x)
+            experts, weights = self.router.choose(scores.reshape(-1, scores.shape[-1]))
+            best = lax.top_k(scores, self.config.num_experts_per_tok)[1]
+            chosen = experts.reshape(best.shape)
+            routing = Routing(
+                expert_load(chosen, scores.shape[-1], valid=valid),
+                sequence_balance_loss(scores, best, valid=valid),
+            )
+        return self._mix(x, experts, weights), routing
+
+    def _mix(self, x, experts, weights):
+        """The routed experts' sum and the shared one's."""
+        flat = x.reshape(-1, x.shape[-1])
         with jax.named_scope("experts"):
             mixed = self.routed(flat, experts, weights).reshape(x.shape)
             mixed = sharding.beside(mixed, x)

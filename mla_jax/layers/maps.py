@@ -16,15 +16,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from mla_jax import rope, sharding
 from mla_jax.config import MLAConfig
 from mla_jax.layers import query_scale
 from mla_jax.layers.indexer import Indexer
+from mla_jax.layers.memory import Memory
 from mla_jax.layers.mixer import Mixer
 from mla_jax.layers.projection import Projection, apart, kernel_of, together
 from mla_jax.layers.quantised import Quantised
+from mla_jax.layers.step import check_positions, row_counts
 from mla_jax.ops import dispatch
 from mla_jax.ops.weights import fold_keys, unfold_values
 
@@ -49,6 +51,7 @@ class LatentMaps(Mixer):
         precision=None,
         kernel_init: nnx.Initializer = nnx.initializers.lecun_normal(),  # noqa: B008
         implementation: dispatch.Implementation = None,
+        dropout_rate: float = 0.0,
         rngs: nnx.Rngs,
     ):
         if not isinstance(config, MLAConfig):
@@ -58,6 +61,10 @@ class LatentMaps(Mixer):
         self.param_dtype = param_dtype
         self.precision = precision
         self.implementation = dispatch.frozen(implementation)
+        if not 0 <= dropout_rate < 1:
+            raise ValueError(f"dropout_rate={dropout_rate}: it must be at least 0 and below 1.")
+        # What `model.train()` and `model.eval()` of Flax set.
+        self.dropout_rate, self.deterministic = dropout_rate, True
 
         bias = config.attention_bias
         biased = _BIASED if bias is True else bias or ()
@@ -136,9 +143,8 @@ class LatentMaps(Mixer):
             if config.q_lora_rank is None:
                 query = apart(self.q_proj(x), config.num_attention_heads)
             else:
-                raw = self.q_a_proj(x)
+                raw = checkpoint_name(self.q_a_proj(x), "q_latent")
                 q_latent = self.q_a_norm(raw) if config.latent_norm else raw
-                q_latent = checkpoint_name(q_latent, "q_latent")
                 if config.output_gate == "query":
                     query = self.q_b_proj(jnp.concatenate([q_latent, raw], axis=-1))
                     query = apart(query, config.num_attention_heads)
@@ -157,6 +163,7 @@ class LatentMaps(Mixer):
         if config.output_gate in ("head", "elementwise"):
             with jax.named_scope("g_proj"):
                 gate = apart(self.g_proj(x), config.num_attention_heads)
+        q_nope, q_rope = checkpoint_name(q_nope, "query"), checkpoint_name(q_rope, "query")
         return q_nope, q_rope, gate, q_latent
 
     def _query_scale(self, positions):
@@ -175,7 +182,8 @@ class LatentMaps(Mixer):
         """Normalized `latent` [B T R] and rotated `k_rope` [B T P], as the cache holds them."""
         config = self.config
         with jax.named_scope("latents"):
-            latent, k_rope = jnp.split(self.kv_a_proj(x), [config.kv_lora_rank], axis=-1)
+            raw = checkpoint_name(self.kv_a_proj(x), "latent")
+            latent, k_rope = jnp.split(raw, [config.kv_lora_rank], axis=-1)
             if config.latent_norm:
                 latent = self.kv_a_norm(latent)
             if config.mla_scale_kv_lora:
@@ -184,8 +192,37 @@ class LatentMaps(Mixer):
                 k_rope = self.k_rope_norm(k_rope)
         with jax.named_scope("rope"):
             k_rope = rope.rotate(k_rope, by, config)
-        named = {"latent": latent, "k_rope": k_rope}
-        return {name: checkpoint_name(array, name) for name, array in named.items()}
+        return {"latent": latent, "k_rope": k_rope}
+
+    def remember(
+        self,
+        x: Float[Array, "B M D"],
+        lengths: Int[Array, "B"] | None = None,
+        *,
+        positions: Int[Array, "M"] | Int[Array, "B M"] | None = None,
+    ) -> Memory:
+        """What the layer keeps of a sequence that others attend to: the call's `memory`.
+
+        Args:
+            x: states of that sequence, rows right-padded.
+            lengths: int [B], tokens of each row, 0 to M; None is M for all.
+            positions: int [M] or [B M], default 0..M-1; queries stand at 0 by default.
+
+        Raises:
+            ValueError: as the call; lengths that cannot be; or a layer that attends to the latents
+                of another.
+        """
+        batch, tokens = self.check_input(x)
+        if self.config.kv_source_layer is not None:
+            raise ValueError(f"kv_source_layer={self.config.kv_source_layer}: it has no latents.")
+        if positions is None:
+            positions = jnp.arange(tokens, dtype=jnp.int32)
+        by = rope.rotation(check_positions(positions, batch, tokens), self.config, tokens)
+        if lengths is not None:
+            lengths = row_counts(lengths, batch, tokens)
+            valid = jnp.arange(tokens, dtype=jnp.int32)[None] < lengths[:, None]
+            x = jnp.where(valid[..., None], x, jnp.zeros((), x.dtype))
+        return Memory(**self._latents(x, by), lengths=lengths)
 
     def _pattern(self, q_nope):
         """What each head looks for among the latents, [B T N R]."""
@@ -215,7 +252,8 @@ class LatentMaps(Mixer):
     def _keys_values(self, latent):
         """Per-head k_nope [B T N H] and value [B T N V] from latents."""
         with jax.named_scope("kv_b_proj"):
-            both = apart(self.kv_b_proj(latent), self.config.num_attention_heads)
+            flat = checkpoint_name(self.kv_b_proj(latent), "keys_values")
+            both = apart(flat, self.config.num_attention_heads)
             return jnp.split(both, [self.config.qk_nope_head_dim], axis=-1)
 
     def _output(self, heads, lse, gate):

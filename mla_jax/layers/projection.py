@@ -62,7 +62,7 @@ def kernel_of(projection: nnx.Module, inputs: int, outputs: tuple[int, ...]) -> 
     >>> kernel_of(wrapped, 16, (4, 8)).shape
     (16, 4, 8)
     """
-    if isinstance(projection, nnx.LinearGeneral):
+    if isinstance(projection, nnx.LinearGeneral | nnx.Linear):
         return projection.kernel[...]
     if isinstance(projection, Quantised):
         return projection.weight.dense(projection.dtype or jnp.float32).T.reshape(inputs, *outputs)

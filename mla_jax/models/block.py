@@ -7,12 +7,12 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from mla_jax import sharding
 from mla_jax.cache import Dense
 from mla_jax.layers.attention import MultiHeadLatentAttention
-from mla_jax.layers.experts import MixtureOfExperts
+from mla_jax.layers.experts import MixtureOfExperts, Routing
 from mla_jax.layers.mlp import GatedMLP
 from mla_jax.layers.relay import Relay
 from mla_jax.layers.step import Step
@@ -65,6 +65,30 @@ class Block(nnx.Module):
         if not self.attention.config.has_indexer:
             return []
         return [self.attention.indexer_loss(self.attention_norm(x), **options)]
+
+    def with_routing(
+        self,
+        x: Float[Array, "B T D"],
+        relay: Relay | None = None,
+        *,
+        valid: Bool[Array, "B T"] | None = None,
+        **options: Any,
+    ) -> tuple[Float[Array, "B T D"], Relay | None, Routing | None]:
+        """`attend`, and what the router did; None where the MLP is dense.
+
+        Args:
+            x: activations.
+            relay: of the layers before.
+            valid: tokens that count for load and balance, where some are padding.
+            options: as in the attention's `__call__`.
+        """
+        if not isinstance(self.mlp, MixtureOfExperts):
+            return *self.attend(x, relay, **options), None
+        y, relay = self.attention.attend(self.attention_norm(x), relay, **options)
+        x = self._add(x, y)
+        with jax.named_scope("mlp"):
+            y, routing = self.mlp.with_routing(self.mlp_norm(x), valid)
+            return self._add(x, y), relay, routing
 
     def extend(
         self,

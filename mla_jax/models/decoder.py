@@ -26,12 +26,16 @@ from jaxtyping import Array, Float, Int
 
 from mla_jax import sharding
 from mla_jax.cache import Cache
+from mla_jax.layers.experts import MixtureOfExperts, Routing, balance_bias
+from mla_jax.layers.projection import kernel_of
+from mla_jax.layers.remat import Save, rematerialised
 from mla_jax.layers.step import Step
 from mla_jax.models.block import Block
 from mla_jax.models.config import DecoderConfig
 from mla_jax.models.longcat import ShortcutBlock
 from mla_jax.models.predictor import MultiTokenPredictor
 from mla_jax.ops import dense, dispatch, embedding
+from mla_jax.ops.cross_entropy import linear_cross_entropy
 from mla_jax.sharding import Rules
 
 _HEAD = dense.linear("D", "W", plain=True)
@@ -76,7 +80,7 @@ class Decoder(nnx.Module):
             )
         width = config.attention.hidden_size
         types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.config = config
+        self.config, self.precision = config, precision
         self.embed = nnx.Embed(
             config.vocab_size, width, embedding_init=nnx.initializers.normal(width**-0.5),
             embedding_metadata=sharding.metadata("W", "D"), **types,
@@ -94,12 +98,49 @@ class Decoder(nnx.Module):
         # What config.json says of weights that are kept as they were stored, as JSON.
         self.quantization: str | None = None
 
-    def __call__(self, tokens: Int[Array, "B T"], **options: Any) -> Float[Array, "B T W"]:
-        """Logits [B T W] in float32, without a cache; options as in the layer's `__call__`."""
+    def __call__(
+        self, tokens: Int[Array, "B T"], *, remat: Save | None = None, **options: Any
+    ) -> Float[Array, "B T W"]:
+        """Logits [B T W] in float32, without a cache; arguments as in `states`."""
+        return self.logits(self.states(tokens, remat=remat, **options))
+
+    def states(
+        self, tokens: Int[Array, "B T"], *, remat: Save | None = None, **options: Any
+    ) -> Float[Array, "B T D"]:
+        """States after the final norm, without a cache: training and scoring.
+
+        Args:
+            tokens: int [B T].
+            remat: what every layer's backward pass finds, computing the rest again: see
+                `mla_jax.remat_policy`. None keeps everything.
+            options: as in the layer's `__call__`.
+        """
         x, relay = self._embed(tokens), None
         for block in self.blocks:
-            x, relay = block.attend(x, relay, **options)
-        return self.logits(self.norm(x))
+            x, relay = rematerialised(block.attend, remat)(x, relay, **options)
+        return self.norm(x)
+
+    def states_with_routing(
+        self, tokens: Int[Array, "B T"], *, remat: Save | None = None, **options: Any
+    ) -> tuple[Float[Array, "B T D"], tuple[Routing, ...]]:
+        """The same, and what the router of each layer with experts did.
+
+        Options are also `valid`, bool [B T]: tokens that count for load and balance.
+        """
+        x, relay, routings = self._embed(tokens), None, []
+        for block in self.blocks:
+            x, relay, routing = rematerialised(block.with_routing, remat)(x, relay, **options)
+            routings += [] if routing is None else [routing]
+        return self.norm(x), tuple(routings)
+
+    def losses(
+        self, hidden: Float[Array, "B T D"], labels: Int[Array, "B T"], *, chunk: int = 2048
+    ) -> Float[Array, "B T"]:
+        """Cross-entropy of every token in nats, from its states and the token that came next.
+
+        The logits never exist for more than `chunk` tokens: see `mla_jax.linear_cross_entropy`.
+        """
+        return self._losses(hidden, labels, self.head, chunk)
 
     def indexer_loss(
         self, tokens: Int[Array, "B T"], *, warmup: bool = False, **options: Any
@@ -243,6 +284,47 @@ class Decoder(nnx.Module):
         predictor = self._predictor()
         return self._words(hidden, predictor.head or self.head)
 
+    def draft_states(
+        self, hidden: Float[Array, "B T D"], tokens: Int[Array, "B T"], **options: Any
+    ) -> tuple[Float[Array, "B T D"], Routing | None]:
+        """`draft` without a cache, and what the block's router did: training.
+
+        Args:
+            hidden: the model's states of these positions.
+            tokens: the ones that come after these positions.
+            options: as in `states_with_routing`.
+        """
+        predictor = self._predictor()
+        return predictor(hidden, self._embed(tokens, predictor.embed), **options)
+
+    def draft_losses(
+        self, hidden: Float[Array, "B T D"], labels: Int[Array, "B T"], *, chunk: int = 2048
+    ) -> Float[Array, "B T"]:
+        """`losses` from the states that `draft_states` gives and the tokens next but one."""
+        return self._losses(hidden, labels, self._predictor().head or self.head, chunk)
+
+    def balance(self, load: Int[Array, "L E"], *, rate: float = 1e-3) -> None:
+        """Moves the biases of all routers by their loads, in place: see `layers.balance_bias`.
+
+        Args:
+            load: of a whole training step, a row for each layer with experts, the block for
+                multi-token prediction last.
+            rate: by how much.
+
+        Raises:
+            ValueError: another number of rows, or routers without a bias.
+        """
+        blocks = [*self.blocks, *([] if self.predictor is None else [self.predictor.block])]
+        routers = [b.mlp.router for b in blocks if isinstance(b.mlp, MixtureOfExperts)]
+        biased = self.config.has_selection_bias
+        if not biased or len(load) != len(routers):
+            raise ValueError(
+                f"load has {len(load)} rows: this model has {len(routers)} routers "
+                f"{'with' if biased else 'without'} a bias (has_selection_bias={biased})."
+            )
+        for router, own in zip(routers, load, strict=True):
+            router.bias.set_value(balance_bias(router.bias[...], own, rate=rate))
+
     def _predictor(self) -> MultiTokenPredictor:
         if self.predictor is None:
             raise ValueError(
@@ -272,6 +354,18 @@ class Decoder(nnx.Module):
         else:
             x = embedding.embed(table.embedding[...].astype(table.dtype), tokens)
         return x if self.config.embed_scale == 1 else x * self.config.embed_scale
+
+    def _losses(self, hidden, labels, head, chunk):
+        if head is None:
+            kernel, dtype = self.embed.embedding[...].T, self.embed.dtype
+        else:
+            words = (self.config.vocab_size,)
+            kernel, dtype = kernel_of(head, hidden.shape[-1], words), self.embed.dtype
+        dtype = dtype or jnp.promote_types(hidden.dtype, kernel.dtype)
+        return linear_cross_entropy(
+            hidden.astype(dtype), kernel, labels, scale=self.config.logit_scale, chunk=chunk,
+            precision=self.precision,
+        )  # fmt: skip
 
     def _words(self, hidden, head: nnx.Linear | None):
         with jax.named_scope("head"):

@@ -14,12 +14,12 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from mla_jax import sharding
 from mla_jax.cache import Dense
 from mla_jax.layers.attention import MultiHeadLatentAttention
-from mla_jax.layers.experts import MixtureOfExperts
+from mla_jax.layers.experts import MixtureOfExperts, Routing
 from mla_jax.layers.mlp import GatedMLP
 from mla_jax.layers.relay import Relay
 from mla_jax.layers.step import Step
@@ -68,7 +68,30 @@ class ShortcutBlock(nnx.Module):
             y, relay = self.attentions[number].attend(x, relay, **options)
             return y
 
-        return self._through(x, attend), relay
+        return self._through(x, attend, self.mlp), relay
+
+    def with_routing(
+        self,
+        x: Float[Array, "B T D"],
+        relay: Relay | None = None,
+        *,
+        valid: Bool[Array, "B T"] | None = None,
+        **options: Any,
+    ) -> tuple[Float[Array, "B T D"], Relay | None, Routing]:
+        """`attend`, and what the router did: see `Block.with_routing`."""
+        routings = []
+
+        def attend(number, x):
+            nonlocal relay
+            y, relay = self.attentions[number].attend(x, relay, **options)
+            return y
+
+        def experts(h):
+            y, routing = self.mlp.with_routing(h, valid)
+            routings.append(routing)
+            return y
+
+        return self._through(x, attend, experts), relay, routings[0]
 
     def indexer_losses(self, x: Float[Array, "B T D"], **options: Any) -> list[Float[Array, ""]]:
         """None: LongCat-Flash attends to all tokens."""
@@ -94,13 +117,13 @@ class ShortcutBlock(nnx.Module):
             grown.append(store)
             return y
 
-        return self._through(x, attend), tuple(grown), relay
+        return self._through(x, attend, self.mlp), tuple(grown), relay
 
-    def _through(self, x, attend: Callable[[int, Array], Array]):
+    def _through(self, x, attend: Callable[[int, Array], Array], experts: Callable[[Array], Array]):
         x = x + sharding.beside(attend(0, self.attention_norms[0](x)), x)
         h = self.mlp_norms[0](x)
         with jax.named_scope("shortcut"):
-            shortcut = self.mlp(h)
+            shortcut = experts(h)
         with jax.named_scope("mlp"):
             x = x + sharding.beside(self.mlps[0](h), x)
         x = x + sharding.beside(attend(1, self.attention_norms[1](x)), x)

@@ -4,6 +4,7 @@ Letters: B batch, T tokens, D hidden size.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,8 @@ from jaxtyping import Array, Float, Int
 
 from mla_jax import sharding
 from mla_jax.cache import Cache
+from mla_jax.layers.experts import Routing
+from mla_jax.layers.remat import Save, rematerialised
 from mla_jax.layers.step import Step
 from mla_jax.models.block import Block
 from mla_jax.models.config import DecoderConfig
@@ -61,6 +64,27 @@ class MultiTokenPredictor(nnx.Module):
         self.embed: nnx.Embed | None = nnx.data(None)
         self.head: nnx.Linear | None = nnx.data(None)
 
+    def __call__(
+        self,
+        hidden: Float[Array, "B T D"],
+        embedded: Float[Array, "B T D"],
+        *,
+        remat: Save | None = None,
+        **options: Any,
+    ) -> tuple[Float[Array, "B T D"], Routing | None]:
+        """States of T positions without a cache, and what the block's router did: training.
+
+        Args:
+            hidden: the model's states of these positions.
+            embedded: embeddings of the tokens next.
+            remat: what the backward pass finds: see `mla_jax.remat_policy`.
+            options: as in `Block.with_routing`.
+        """
+        with jax.named_scope("mtp"):
+            x = self._joined(hidden, embedded)
+            x, _, routing = rematerialised(self.block.with_routing, remat)(x, **options)
+            return self.norm(x), routing
+
     def extend(
         self,
         hidden: Float[Array, "B T D"],
@@ -70,8 +94,10 @@ class MultiTokenPredictor(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """States of T positions, from those of the model and the embeddings of the tokens next."""
         with jax.named_scope("mtp"):
-            joined = jnp.concatenate([self.enorm(embedded), self.hnorm(hidden)], axis=-1)
-            step = Step.begin(cache, joined.shape[1], lengths)
-            joined = sharding.beside(self.eh_proj(joined), embedded)
-            x, stores, _ = self.block.extend(joined, cache.stores, step)
+            step = Step.begin(cache, hidden.shape[1], lengths)
+            x, stores, _ = self.block.extend(self._joined(hidden, embedded), cache.stores, step)
             return self.norm(x), cache.end(stores, step)
+
+    def _joined(self, hidden, embedded):
+        both = [self.enorm(embedded), self.hnorm(hidden)]
+        return sharding.beside(self.eh_proj(jnp.concatenate(both, axis=-1)), embedded)

@@ -57,18 +57,22 @@ class Seen:
         window: int | None = None,
         mask: Bool[Array, "#B #N #T #S"] | None = None,
         segment_ids: Int[Array, "B S"] | None = None,
+        causal: bool = True,
         chosen: Int[Array, "B T K"] | None = None,
     ) -> "Seen":
         """What `lengths` of the public functions mean, the one place that says so.
 
         [B]: the queries are the last T of `lengths[b]` tokens, so query t sees lengths[b] - (T-1-t)
         slots, itself the last. [B T]: given per query. None: the queries are the last T of S.
+        Without `causal` every query sees all of the row's tokens.
         """
         segments = None if segment_ids is None else (segment_ids[:, slots - queries :], segment_ids)
         more = {"window": window, "mask": mask, "segments": segments, "full": lengths is None}
         more["chosen"] = chosen
         ends = jnp.full((batch,), slots, jnp.int32) if lengths is None else lengths
         ends = jnp.clip(jnp.asarray(ends).astype(jnp.int32), 0, slots)
+        if not causal and ends.ndim == 1:
+            ends = jnp.broadcast_to(ends[:, None], (batch, queries))
         if ends.ndim == 2:
             return cls(limits=ends, **more)
         token = jnp.arange(queries, dtype=jnp.int32)[None]

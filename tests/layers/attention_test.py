@@ -139,16 +139,6 @@ def test_training_with_nnx_optimizer():
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_named_remat():
-    graph, state = nnx.split(make())
-    policy = jax.checkpoint_policies.save_only_these_names("latent", "k_rope")
-    forward = lambda state: (nnx.merge(graph, state)(X) ** 2).sum()  # noqa: E731
-    plain = jax.jit(jax.grad(forward))(state)
-    again = jax.jit(jax.grad(jax.checkpoint(forward, policy=policy)))(state)
-    for one, two in zip(jax.tree.leaves(plain), jax.tree.leaves(again), strict=True):
-        assert relative(two, one) < 1e-5
-
-
 def test_linen():
     model = nnx.bridge.to_linen(MultiHeadLatentAttention, MICRO)
     variables = model.init(jax.random.key(0), X)

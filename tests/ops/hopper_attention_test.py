@@ -14,6 +14,7 @@ import pytest
 from common import relative
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from mla_jax import remat_policy
 from mla_jax.ops import blocks, dispatch
 from mla_jax.ops.hopper import attention
 from mla_jax.ops.hopper.attention import backend, backward, plan, tiles
@@ -506,3 +507,26 @@ def card():
 @pytest.mark.usefixtures("card")
 def test_native(case):
     compare(NATIVE.index(case), *case, repeat=True)
+
+
+def names_in(jaxpr):
+    """Names of the jitted functions that a program calls, as often as it does."""
+    for equation in jaxpr.eqns:
+        yield equation.params.get("name")
+        for inner in jax.tree.leaves(list(equation.params.values())):
+            inner = getattr(inner, "jaxpr", inner)
+            yield from names_in(inner) if hasattr(inner, "eqns") else ()
+
+
+def test_a_policy_that_keeps_heads_and_lse_does_not_attend_again():
+    arrays, _ = make(0, 1, 8, 8, 1, (32, 32, 32), jnp.bfloat16)
+
+    def forward_calls(save):
+        attend = functools.partial(attention.expanded_attention, scale=SCALE)  # traced, not run
+        again = jax.checkpoint(lambda *arrays: attend(*arrays)[0], policy=remat_policy(save))
+        loss = lambda *arrays: again(*arrays).astype(jnp.float32).sum()  # noqa: E731
+        program = jax.make_jaxpr(jax.grad(loss))(*arrays)
+        return list(names_in(program.jaxpr)).count("_run_forward")
+
+    assert forward_calls("queries") == 2
+    assert forward_calls("all") == 1

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from mla_jax.ops.hopper import multiprocessors
@@ -194,6 +195,8 @@ def _attention(static, arrays, plan):
 
 def _forward_rule(static, arrays, plan):
     out, lse = _batched(_run_forward, static, (arrays, plan))
+    # Named here too, where the backward finds them: a policy that keeps both saves this kernel.
+    out, lse = checkpoint_name(out, "heads"), checkpoint_name(lse, "lse")
     return (out, jnp.swapaxes(lse, 1, 2)[:, : out.shape[1]]), (arrays, plan, out, lse)
 
 
