@@ -1,7 +1,5 @@
 """A decoder with random weights, made where it will run: to measure speed without a checkpoint."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -11,6 +9,7 @@ from mla_jax.models.block import Block
 from mla_jax.models.config import DecoderConfig
 from mla_jax.models.decoder import Decoder
 from mla_jax.ops import dispatch
+from mla_jax.sharding import Rules
 
 
 def random_decoder(
@@ -22,6 +21,7 @@ def random_decoder(
     param_dtype=jnp.float32,
     precision=None,
     implementation: dispatch.Implementation = None,
+    sharding: Rules | None = None,
 ) -> Decoder:
     """What `Decoder(..., rngs=nnx.Rngs(seed))` is, other numbers, in a few programs.
 
@@ -32,6 +32,10 @@ def random_decoder(
         config: its shape.
         seed: of the weights; the same seed gives the same weights on the same kind of device.
         mtp, dtype, param_dtype, precision, implementation: as in `Decoder`.
+        sharding: how the mesh in use splits it; None is one device.
+
+    Raises:
+        ValueError: as `Decoder` and `sharding.Rules.of`.
 
     >>> import jax.numpy as jnp
     >>> from mla_jax.models import DecoderConfig
@@ -52,18 +56,18 @@ def random_decoder(
         first_k_dense_replace=0 if config.is_sparse(len(model.blocks)) else 2,
     )
 
-    @jax.jit
     def outside(key: Key[Array, ""]):
         made = Decoder(shallow, mtp=mtp, rngs=nnx.Rngs(key), **types)
         made.blocks = nnx.List()
         return nnx.state(made)
 
-    @functools.partial(jax.jit, static_argnames="layer")
-    def inside(key: Key[Array, ""], *, layer: int):
-        return nnx.state(Block(config, layer, rngs=nnx.Rngs(key), **types))
+    def inside(layer: int):
+        return lambda key: nnx.state(Block(config, layer, rngs=nnx.Rngs(key), **types))
 
-    nnx.update(model, outside(keys[-1]))
+    program = jax.jit if sharding is None else sharding.maker
+    nnx.update(model, program(outside)(keys[-1]))
     alike = {config.is_sparse(layer): layer for layer in range(len(model.blocks))}
+    programs = {sparse: program(inside(layer)) for sparse, layer in alike.items()}
     for layer, block in enumerate(model.blocks):
-        nnx.update(block, inside(keys[layer], layer=alike[config.is_sparse(layer)]))
+        nnx.update(block, programs[config.is_sparse(layer)](keys[layer]))
     return model
