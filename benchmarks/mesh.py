@@ -53,6 +53,7 @@ from jax import lax
 
 import mla_jax
 from mla_jax import sharding
+from mla_jax.generation import generate
 from mla_jax.models import Decoder, DecoderConfig, random_decoder
 from mla_jax.sharding import Rules
 
@@ -168,7 +169,7 @@ def off(a, b) -> float:
 def greedy(model, place: Rules | None, prompts):
     """The words that a model writes."""
     rules = {} if place is None else {"sharding": place}
-    return mla_jax.generate(model, prompts, max_new_tokens=WRITTEN, **rules).tokens
+    return generate(model, prompts, max_new_tokens=WRITTEN, **rules).tokens
 
 
 def regret(score, prompts, texts):
