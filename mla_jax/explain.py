@@ -1,12 +1,17 @@
 """What a step would run: which form, by which backend every op of it, and why not by the others."""
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from mla_jax import costs, target
+from mla_jax import sharding as placing
 from mla_jax.config import MLAConfig
 from mla_jax.models import DecoderConfig
 from mla_jax.ops import dispatch, experts
+from mla_jax.ops.mesh import Layout
 
 
 def explain(
@@ -19,6 +24,8 @@ def explain(
     device: jax.Device | target.Target | None = None,
     pages: bool = False,
     implementation: dispatch.Implementation = None,
+    mesh: Any = None,
+    sharding: placing.Rules | None = None,
 ) -> None:
     """Prints which form and backends would run for these shapes, and why the others would not.
 
@@ -31,9 +38,13 @@ def explain(
         device: where, a device or a `Target`; None is what is compiled for now.
         pages: whether rows share a pool of pages.
         implementation: of the layer.
+        mesh: of several devices, which may be abstract (`jax.sharding.AbstractMesh`); what is
+            printed then is what each of them runs.
+        sharding: the rules by which the mesh splits rows, slots, heads and experts.
 
     Raises:
-        ValueError: a number below 1, or a dtype that is not floating.
+        ValueError: a number below 1, a dtype that is not floating, rules without a mesh, or sizes
+            that do not divide over it.
 
     >>> v3, cpu = MLAConfig.from_preset("deepseek_v3"), jax.devices("cpu")[0]
     >>> explain(v3, device=cpu)  # doctest: +ELLIPSIS
@@ -47,6 +58,11 @@ def explain(
             raise ValueError(f"{key}={value!r}: it must be at least 1.")
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype={jnp.dtype(dtype).name!r}: it must be of floating numbers.")
+    if sharding is not None and mesh is None:
+        raise ValueError("sharding needs the mesh, as mesh=...")
+    rules = placing.Rules() if sharding is None else sharding
+    if device is None and mesh is not None:
+        device = mesh.abstract_mesh.abstract_device
     device = target.current() if device is None else target.of(device)
     named = dispatch.normalized(implementation)
     model = config if isinstance(config, DecoderConfig) else None
@@ -59,16 +75,41 @@ def explain(
         f"(absorbed up to {crossover:.0f} tokens, expanded above)"
     )
     store = "paged" if pages else "dense"
+    if mesh is not None:
+        heads = config.num_attention_heads
+        _print_parts(rules, mesh, {"B": batch_size, "S": length, "N": heads})
     for op, what, call in _calls(config, form, batch_size, length, queries, dtype, store):
+        if mesh is not None:
+            slots = () if op == "expanded_attention" else rules.S
+            own = placing.without(rules.N, rules.B, slots)
+            call = dataclasses.replace(call, layout=Layout(mesh, rules.B, slots, own))
         print(f"{op} ({what}):")
         _print_backends(dispatch.report(call, device), named.get(op))
     if model is not None and model.n_routed_experts is not None:
         tokens, chosen = batch_size * queries, model.num_experts_per_tok
-        widths = config.hidden_size, model.moe_intermediate_size or 0
+        widths, count = (config.hidden_size, model.moe_intermediate_size or 0), 1
         name = jnp.dtype(dtype).name
-        call = experts.Call(tokens, tokens * chosen, model.n_routed_experts, widths, name)
+        if mesh is not None:
+            _print_parts(rules, mesh, {"E": model.n_routed_experts})
+            count = placing.count(mesh, rules.E)
+            # What comes to a device is of all that share its experts.
+            tokens //= placing.count(mesh, placing.without(rules.B, rules.E))
+        of = model.n_routed_experts // count
+        call = experts.Call(tokens, tokens * chosen, of, widths, name, partial=count > 1)
         print(f"routed_experts ({chosen} of {model.n_routed_experts} for each token):")
         _print_backends(experts.report(call, device), named.get("routed_experts"))
+
+
+def _print_parts(rules, mesh, sizes):
+    """What each device of a mesh has of these letters."""
+    words = {"B": "rows", "S": "slots of each", "N": "heads' weights", "E": "experts"}
+    parts = []
+    for letter, size in sizes.items():
+        rules.sharding(letter, (size,), mesh, "the model")
+        axes = getattr(rules, letter)
+        over = f" (of {size}, over {', '.join(axes)})" if axes else ""
+        parts.append(f"{size // placing.count(mesh, axes)} {words[letter]}{over}")
+    print(f"on each of {mesh.size} devices: {', '.join(parts)}")
 
 
 def _print_backends(report, named):

@@ -262,14 +262,19 @@ def beside(x: Any, other: Any) -> Any:
 
 
 def whole(tree: Any, like: jax.Array) -> Any:
-    """Arrays of the host on every device of the mesh that another array lies on, if it does.
+    """Arrays on every device of the mesh that another array lies on, if it does.
 
     Each process gives the same. What a loop carries needs this: its types may not change.
     """
-    if mesh_of(like) is None:
+    mesh: Any = mesh_of(like)
+    if mesh is None:
         return tree
-    mesh: Any = getattr(like.sharding, "mesh", None)
-    return jax.device_put(tree, jax.NamedSharding(mesh, jax.P()))
+    if isinstance(like, jax.core.Tracer):
+        return jax.tree.map(
+            lambda x: jax.sharding.reshard(x, jax.NamedSharding(mesh, jax.P())), tree
+        )
+    place: Any = like.sharding  # whose mesh has devices
+    return jax.device_put(tree, jax.NamedSharding(place.mesh, jax.P()))
 
 
 def without(entry: Axes, *others: Axes) -> Axes:

@@ -87,14 +87,11 @@ def filled(cache, held, lengths):
 @functools.partial(jax.jit, compiler_options=FAST)
 def steps(layer, cache, x, more, held):
     """Every way of calling a layer, and a gradient."""
-    nothing = np.zeros(B, np.int32)
-    fresh = filled(cache, held, nothing).as_fresh()
-    cache, y = filled(cache, held, HELD), {}
-    y["prefill"], fresh = layer.prefill(x["prompt"], fresh, COUNTS)
+    y = {"prefill": layer.prefill(x["prompt"], cache.as_fresh(), COUNTS)[0]}
+    cache = filled(cache, held, HELD)
     y["prefill_behind"], cache = layer.prefill(x["chunk"], cache, more, form="expanded")
     y["decode_1"], cache = layer.decode(x["one"], cache)
     y["decode_3"], cache = layer.decode(x["three"], cache)
-    y["after_prefill"], _ = layer.decode(x["one"], fresh)
     ids = np.arange(7)[None] // 4 + np.arange(B)[:, None] * 0
 
     def loss(layer, chunk):

@@ -24,10 +24,9 @@ LATENT = dispatch.Call(
 EXPANDED = dispatch.Call("expanded_attention", 8, 4096, 4096, 128, (128, 64), 128, "bfloat16")
 
 
-def mesh_of(kind, platform, axis="x"):
+def mesh_of(kind, platform, axis="x", axis_type=jax.sharding.AxisType.Explicit):
     device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=132, platform=platform)
-    auto = (jax.sharding.AxisType.Auto,)
-    return AbstractMesh((4,), (axis,), axis_types=auto, abstract_device=device)
+    return AbstractMesh((4,), (axis,), axis_types=(axis_type,), abstract_device=device)
 
 
 @pytest.mark.parametrize("where", ["mesh", "jit", "shard_map"])
@@ -51,10 +50,23 @@ def test_kernels_are_chosen_for_a_device_that_is_not_there(kind, platform, laten
             jax.jit(look).trace(jax.ShapeDtypeStruct((4,), jnp.float32))
         else:
             spec = PartitionSpec("x")
+            place = jax.NamedSharding(mesh, spec)
             jax.jit(jax.shard_map(look, mesh=mesh, in_specs=spec, out_specs=spec)).trace(
-                jax.ShapeDtypeStruct((4,), jnp.float32)
+                jax.ShapeDtypeStruct((4,), jnp.float32, sharding=place)
             )
     assert chosen[-1] == (latent, expanded, kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "platform", "kernel"),
+    [("NVIDIA H200", "gpu", "pallas_gpu"), ("TPU v5", "tpu", "pallas_tpu")],
+)
+def test_kernels_refuse_a_mesh_that_xla_would_split(kind, platform, kernel):
+    mesh = mesh_of(kind, platform, axis_type=jax.sharding.AxisType.Auto)
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert dispatch.choose(LATENT) == "xla"
+        with pytest.raises(NotImplementedError, match=r"the axes x of the mesh are Auto: .*Rules"):
+            dispatch.choose(LATENT, kernel)
 
 
 @pytest.mark.parametrize(("kind", "platform", "kernel"), [

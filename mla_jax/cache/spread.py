@@ -32,7 +32,8 @@ def row(store: Dense, index: Int[Array, ""]) -> dict[str, Array]:
             bits = lax.bitcast_convert_type(held[local], f"uint{8 * held.dtype.itemsize}")
             bits = jnp.where(here[local] == index, bits, jnp.zeros_like(bits))
             bits = jnp.zeros((store.slots, *bits.shape[1:]), bits.dtype).at[ids].set(bits)
-            return lax.bitcast_convert_type(lax.psum(bits, rows + slots), held.dtype)
+            bits = lax.psum(bits, rows + slots) if rows + slots else bits
+            return lax.bitcast_convert_type(bits, held.dtype)
 
         return jax.tree.map(whole, arrays)
 

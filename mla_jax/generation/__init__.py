@@ -11,6 +11,8 @@ A model is whatever has
     extend(tokens, cache, lengths=None) -> (hidden, cache)
     logits(hidden)
 
+and, to be placed on a mesh, the argument sharding=None of `init_cache` too.
+
 The way of a token: `request` makes rows of the prompts; `prefill` puts them into the cache in
 chunks of a few widths; `loop` draws, verifies and writes on the device, in blocks of steps that are
 one compiled program with the cache donated; `drafts` guess ahead. The host hears of tokens a block
@@ -236,13 +238,20 @@ def generate(
     )  # fmt: skip
 
 
-def score(model: Any, tokens: Any, *, tokenizer: Tokenizer | None = None) -> list[list[float]]:
+def score(
+    model: Any,
+    tokens: Any,
+    *,
+    tokenizer: Tokenizer | None = None,
+    sharding: Rules | None = None,
+) -> list[list[float]]:
     """Log probabilities of given texts, each token after those before it.
 
     Args:
         model: as in `generate`.
         tokens: as the prompts of `generate`.
         tokenizer: of the model; needed for texts.
+        sharding: as in `generate`.
 
     Returns:
         per row a number for every token but the first.
@@ -262,7 +271,8 @@ def score(model: Any, tokens: Any, *, tokenizer: Tokenizer | None = None) -> lis
     longest, limit = max(map(len, rows)), positions(bound.model)
     if limit is not None and longest > limit:
         raise ValueError(f"tokens: a row has {longest}, and the model {limit} positions.")
-    cache = bound.model.init_cache(len(rows), _request.cache_length(longest, limit))
+    placed = {} if sharding is None else {"sharding": sharding}
+    cache = bound.model.init_cache(len(rows), _request.cache_length(longest, limit), **placed)
     found, bad = _prefill.score_rows(bound, rows, cache)
     steps.check_finite(bad)
     return [found[number, 1 : len(row)].tolist() for number, row in enumerate(rows)]

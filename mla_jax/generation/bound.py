@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from mla_jax.cache import Cache
+from mla_jax.sharding import Rules
 
 
 class _Structure:
@@ -75,10 +76,15 @@ class Bound:
         return jax.tree.unflatten(self.structure.tree, self.leaves)
 
     def init_cache(
-        self, batch_size: int, max_length: int, dtype=None, pages: int | None = None
+        self,
+        batch_size: int,
+        max_length: int,
+        dtype=None,
+        pages: int | None = None,
+        sharding: Rules | None = None,
     ) -> Cache:
         """The model's `init_cache`."""
-        options = {"dtype": dtype, "pages": pages}
+        options = {"dtype": dtype, "pages": pages, "sharding": sharding}
         given = {name: value for name, value in options.items() if value is not None}
         return self.model.init_cache(batch_size, max_length, **given)
 

@@ -19,6 +19,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from mla_jax import sharding
 from mla_jax.cache import Cache
 from mla_jax.generation import bound as _bound
 from mla_jax.generation.request import stop_ids
@@ -176,14 +177,17 @@ def _loop(model, tokens, cache, key, *, steps, sampling, stop_tokens):
         number, step_key = given
         lengths = active.astype(jnp.int32) if stop_tokens else None
         logits, cache = _bound.prefill(model, token[:, None], cache, lengths)
-        drawn = sampling.draw(logits[:, 0], step_key)
+        drawn = sharding.move(sampling.draw(logits[:, 0], step_key))
         token = jnp.where(active, drawn, token)
-        bad = jnp.where((bad < 0) & active & ~finite(logits[:, 0]), number, bad)
+        fine = sharding.move(finite(logits[:, 0]))
+        bad = jnp.where((bad < 0) & active & ~fine, number, bad)
         return (token, active & ~ended(token), cache, bad), (token, active)
 
     keys = None if key is None else jax.random.split(key, steps)
     token = tokens.astype(jnp.int32)
-    carry = (token, ~ended(token), cache, jnp.full(tokens.shape, -1, jnp.int32))
+    state = token, ~ended(token), jnp.full(tokens.shape, -1, jnp.int32)
+    token, active, bad = sharding.whole(state, cache.length)
+    carry = (token, active, cache, bad)
     numbers = jnp.arange(steps, dtype=jnp.int32)
     (_, _, cache, bad), (drawn, counted) = lax.scan(step, carry, (numbers, keys))
     return drawn.T, counted.sum(0, dtype=jnp.int32), cache, bad

@@ -228,17 +228,15 @@ def _exchange(axes: Axes, out: Float[Array, "B T N V"], lse: Float[Array, "B T N
     return _unpacked(packed, out.shape[-1], out.dtype, lse.dtype)
 
 
-def _exchange_back(axes, like, cotangents):
-    out, lse = like
-    packed = lax.all_to_all(_packed(*cotangents), axes, split_axis=0, concat_axis=2)
-    d_out, d_lse = _unpacked(packed, out.shape[-1], out.dtype, lse.dtype)
-    return d_out.reshape(out.shape), d_lse.reshape(lse.shape)
+def _exchange_back(axes, _, cotangents):
+    out, lse = cotangents
+    packed = lax.all_to_all(_packed(out, lse), axes, split_axis=0, concat_axis=2)
+    out, lse = _unpacked(packed, out.shape[-1], out.dtype, lse.dtype)
+    batch, tokens = out.shape[:2]
+    return out.reshape(batch, tokens, -1, out.shape[-1]), lse.reshape(batch, tokens, -1)
 
 
-_exchange.defvjp(
-    lambda axes, out, lse: (_exchange(axes, out, lse), (out, lse)),
-    _exchange_back,
-)
+_exchange.defvjp(lambda axes, out, lse: (_exchange(axes, out, lse), None), _exchange_back)
 
 
 def _packed(out, lse):

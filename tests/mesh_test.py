@@ -1,0 +1,281 @@
+"""Experts, whole models and texts on a mesh of eight devices, and what moves between these.
+
+Letters: B rows, T tokens, D hidden size, N heads, R latent, P rotary channels, W words.
+"""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from sharding_test import BOTH, FAST, LAYOUTS, B, assert_close, mesh, put
+
+import mla_jax
+from mla_jax import MLAConfig, MultiHeadLatentAttention, explain, sharding
+from mla_jax.cache.stripes import Stripes
+from mla_jax.generation import generate
+from mla_jax.layers.experts import MixtureOfExperts
+from mla_jax.models import Decoder, DecoderConfig
+from mla_jax.sharding import Rules
+
+ATTENTION = MLAConfig(
+    hidden_size=24, num_attention_heads=4, q_lora_rank=12, kv_lora_rank=16, qk_nope_head_dim=8,
+    qk_rope_head_dim=4, v_head_dim=8, num_hidden_layers=1, max_position_embeddings=2048,
+)  # fmt: skip
+CONFIG = DecoderConfig(
+    attention=ATTENTION, vocab_size=64, intermediate_size=32, moe_intermediate_size=8,
+    n_routed_experts=16, num_experts_per_tok=3, n_shared_experts=1, scoring_func="sigmoid",
+    n_group=4, topk_group=2, num_nextn_predict_layers=1,
+)  # fmt: skip
+EXPERTS = {
+    "each_its_tokens_and_all_experts": Rules(B="data", D="data"),
+    "gathered": LAYOUTS["experts"],
+    "gathered_in_columns": LAYOUTS["experts_tensor"],
+    "all_tokens_everywhere": Rules(E=BOTH),
+    "exchanged": Rules(B=BOTH, E=("model", "data"), F="model"),
+}
+
+
+@functools.partial(jax.jit, compiler_options=FAST)
+def mixed(layer, x):
+    """A mixture of experts, and its gradients."""
+
+    def loss(layer, x):
+        y = layer(x)
+        return (jnp.sin(y) ** 2).sum(), y
+
+    return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(layer, x)
+
+
+@functools.cache
+def mixture(tokens):
+    """On one device. Most of many tokens want the same three experts, which lie on one device."""
+    layer = MixtureOfExperts(CONFIG, rngs=nnx.Rngs(0))
+    if tokens > 1:
+        layer.router.bias[...] = layer.router.bias[...].at[:3].set(10.0)
+    x = np.random.default_rng(0).normal(size=(B, tokens, 24)).astype(np.float32)
+    return layer, x, jax.device_get(mixed(layer, x))
+
+
+@pytest.mark.parametrize(
+    ("layout", "tokens"), [*((name, 1) for name in EXPERTS), ("exchanged", 50), ("gathered", 50)]
+)
+def test_experts_on_a_mesh_are_the_experts(layout, tokens):
+    place, (layer, x, wanted) = EXPERTS[layout], mixture(tokens)
+    with jax.set_mesh(mesh()):
+        got = mixed(jax.device_put(layer, place.of(layer)), put(x, place.B))
+    assert sharding.spec(got[0][1])[0] == place.B
+    kernels = got[1][0]
+    assert sharding.spec(kernels.gate_proj[...])[0] == place.E
+    for tree in (got, wanted):
+        tree[1][0].router.bias = None  # the choice has no derivative
+    assert_close(jax.device_get(got), wanted)
+
+
+def test_kernels_of_experts_that_are_split_otherwise_are_refused():
+    layer, x, _ = mixture(1)
+    with jax.set_mesh(mesh()):
+        layer = jax.device_put(layer, Rules().of(layer))
+        layer.gate_proj.set_value(put(layer.gate_proj[...], (), (), "model"))
+        with pytest.raises(NotImplementedError, match="only E may be, and alike for all three"):
+            layer(x)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_split_vocabulary_has_the_same_gradients(tied):
+    model = Decoder(CONFIG.replace(tie_word_embeddings=tied), rngs=nnx.Rngs(0))
+    tokens = np.random.default_rng(1).integers(0, 64, (B, 3)).astype(np.int32)
+    tokens[0, 0] = 64  # no word: NaN, as on one device
+
+    @functools.partial(jax.jit, compiler_options=FAST)
+    def run(model, tokens):
+        def loss(model):
+            logits = model(tokens % 64)
+            return (jax.nn.logsumexp(logits, -1) - logits[..., 3]).mean()
+
+        return model(tokens), jax.grad(loss)(model)
+
+    wanted = jax.device_get(run(model, tokens))
+    place = Rules(B=BOTH, D="data", N="model", F="model", W="model", E=BOTH)
+    with jax.set_mesh(mesh()):
+        got = jax.device_get(run(jax.device_put(model, place.of(model)), put(tokens, BOTH)))
+    assert np.isnan(got[0][0]).all()
+    for tree in (got, wanted):
+        tree[1].blocks[0].mlp.router.bias = None
+    assert_close((got[0][1:], got[1]), (wanted[0][1:], wanted[1]))
+
+
+PROMPTS = [np.arange(1, n + 1) * 7 % 64 for n in (3, 130, 17, 1, 64, 5, 9, 40)]
+TEXTS = {
+    "helix_drafts": (
+        Rules(B="data", S="model", N="model", F="model", E=BOTH, W="model"),
+        {"speculate": 2, "logprobs": True},
+    ),
+    "data_multi_token": (
+        Rules(B=BOTH, D="data", E=BOTH, W="model"),
+        {"speculate": 2, "draft": "mtp", "temperature": 1.0, "top_k": 20, "samples": 2},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_texts_are_those_of_one_device(name):
+    place, options = TEXTS[name]
+    options |= {"max_new_tokens": 6, "block": 3, "max_length": 512}
+    model = Decoder(CONFIG, mtp=True, rngs=nnx.Rngs(0))
+    wanted = generate(model, PROMPTS, **options)
+    with jax.set_mesh(mesh()):
+        placed = jax.device_put(model, place.of(model))
+        got = generate(placed, PROMPTS, sharding=place, **options)
+    assert got.tokens == wanted.tokens
+    assert got.accepted == wanted.accepted
+    assert sharding.spec(got.cache.stores[0].latent)[:2] == (place.B, place.S)
+    if options.get("logprobs"):
+        for ours, theirs in zip(got.logprobs, wanted.logprobs, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+
+# What moves in a decode step of the layer, as kind and shape on a device. Rows are 8, over 2 or 8;
+# R + P = 20 is what a head asks, R + 1 = 17 what it found, 4 heads go to 4 devices.
+MOVES = {
+    "data": [],
+    "tensor": [("all-reduce", "f32[4,1,24]")],
+    "helix": [
+        ("all-gather", "f32[4,1,4,20]"), ("all-to-all", "u32[1,4,1,1,1,17]"),
+        ("all-reduce", "f32[4,1,24]"),
+    ],
+    "context": [("all-to-all", "u32[1,4,1,1,1,17]"), ("all-gather", "f32[4,1,4,16]")],
+    "fsdp": [
+        ("all-gather", shape)
+        for shape in ("f32[24,12]", "f32[12,4,12]", "f32[24,20]", "f32[16,4,16]", "f32[4,8,24]")
+    ],
+}  # fmt: skip
+_MOVE = (
+    r"= \(?(\w+\[[\d,]*\])[^=]*? (all-\w+(?:-\w+)*|collective-permute|reduce-scatter)(?:-start)?\("
+)
+
+
+def moves(program):
+    found = re.findall(_MOVE, program)
+    return sorted((kind.removesuffix("-start"), shape) for shape, kind in found)
+
+
+@pytest.mark.parametrize("layout", MOVES)
+def test_a_step_moves_what_its_layout_says_and_nothing_else(layout):
+    place = LAYOUTS[layout]
+    with jax.set_mesh(mesh()):
+        layer = MultiHeadLatentAttention(ATTENTION, rngs=nnx.Rngs(0))
+        layer = jax.device_put(layer, place.of(layer))
+        cache = layer.init_cache(B, 1024, sharding=place)
+        x = put(np.ones((B, 1, 24), np.float32), place.B)
+        step = jax.jit(lambda layer, x, cache: layer.decode(x, cache), donate_argnums=2)
+        program = step.lower(layer, x, cache).compile().as_text()
+    assert moves(program) == sorted(MOVES[layout])
+    loops = re.findall(r"body=%(\S+?)[,\s]", program)
+    for loop in loops:
+        body = program.split(f"%{loop} ", 1)[1].split("\n}", 1)[0]
+        assert not moves(body)
+
+
+@pytest.mark.parametrize("heads", [4, 3])  # which the four devices share out, and cannot
+def test_parts_of_large_scores_are_merged(heads):
+    """Whole numbers, so that scores up to 400 are exact in any order; exp(400) is not finite."""
+    draw = lambda *shape: np.random.default_rng(3).integers(-5, 6, shape).astype(np.float32)  # noqa: E731
+    arrays = draw(2, 3, heads, 8), draw(2, 3, heads, 2), draw(2, 512, 8), draw(2, 512, 2)
+    lengths = np.array([512, 130], np.int32)
+    attend = jax.jit(functools.partial(mla_jax.latent_attention, lengths=lengths, scale=2.0))
+    wanted = attend(*arrays)
+    assert wanted[1].max() > 200
+    with jax.set_mesh(mesh()):
+        queries = [put(x, ("data",), (), ("model",) if heads == 4 else ()) for x in arrays[:2]]
+        held = [put(striped(x, 4), ("data",), ("model",)) for x in arrays[2:]]
+        got = attend(*queries, *held)
+    assert_close(jax.device_get(got), jax.device_get(wanted))
+
+
+def striped(x, n):
+    """Slots [B S ...] in the order in which n devices have them."""
+    blocks = x.reshape(x.shape[0], -1, n, 128, *x.shape[2:])  # round, turn
+    rows = []
+    for row, own in enumerate(blocks):
+        turns = [own[:, (device - row) % n] for device in range(n)]
+        rows.append(np.concatenate(turns).reshape(x.shape[1:]))
+    return np.stack(rows)
+
+
+def test_rows_come_and_go_between_devices():
+    """`fork` and `insert` where rows and their slots lie on several devices."""
+    place = Rules(B="data", S="model")
+    layer = MultiHeadLatentAttention(ATTENTION, rngs=nnx.Rngs(0))
+    x = np.random.default_rng(2).normal(size=(B, 200, 24)).astype(np.float32)
+    lengths = np.array([200, 3, 0, 128, 129, 1, 199, 50], np.int32)
+
+    @jax.jit
+    def run(layer, cache, row):
+        _, cache = layer.prefill(x, cache, lengths, form="absorbed")
+        _, row = layer.prefill(x[:1, :140] * 2, row, form="absorbed")
+        cache = cache.fork(6, np.arange(B) % 3 == 2, 150).insert(row, 3)
+        return layer.decode(x[:, :1], cache)[0], cache.length
+
+    wanted = run(layer, layer.init_cache(B, 512), layer.init_cache(1, 512))
+    with jax.set_mesh(mesh()):
+        placed = jax.device_put(layer, place.of(layer))
+        cache = layer.init_cache(B, 512, sharding=place)
+        got = run(placed, cache, layer.init_cache(1, 512, sharding=Rules(S="model")))
+    assert_close(jax.device_get(got), jax.device_get(wanted))
+
+
+@pytest.mark.parametrize("rows", [8, 32])
+def test_rows_of_any_length_keep_all_devices_busy(rows):
+    lengths = np.random.default_rng(rows).integers(0, 2048, rows)  # of 8192 slots, S/8 in the mean
+    live = []
+    for device in range(8):
+        stripes = Stripes(np.arange(rows), device, 8)
+        live.append(np.asarray(stripes.seen(lengths[:, None]))[:, 0])
+        slots = np.asarray(stripes.slots(1024))
+        np.testing.assert_array_equal((slots < lengths[:, None]).sum(1), live[-1])
+        np.testing.assert_array_equal(
+            stripes.place(slots, 1024), np.broadcast_to(np.arange(1024), slots.shape)
+        )
+    live = np.array(live)
+    np.testing.assert_array_equal(live.sum(0), lengths)
+    assert live.sum(1).max() <= 1.15 * live.sum(1).mean()
+
+
+def test_a_kernel_s_operands_are_not_gathered_without_a_word():
+    axes = (jax.sharding.AxisType.Auto,)
+    split = jax.NamedSharding(jax.make_mesh((2,), ("x",), axis_types=axes), jax.P("x"))
+    arrays = [np.ones(shape, jnp.bfloat16) for shape in ((2, 1, 4, 128), (2, 1, 4, 16))]
+    arrays += [np.ones(shape, jnp.bfloat16) for shape in ((2, 64, 128), (2, 64, 16))]
+    lengths = np.array([64, 3], np.int32)
+
+    @jax.jit
+    def attend(*arrays):
+        return mla_jax.latent_attention(
+            *arrays, lengths=lengths, scale=0.1, implementation="pallas_gpu"
+        )
+
+    refused = pytest.raises(jax.errors.JaxRuntimeError, match="pallas_gpu: operands are split")
+    with plgpu.force_gpu_interpret_mode(), refused:
+        attend(*(jax.device_put(array, split) for array in arrays))
+
+
+def test_explain_tells_what_each_device_of_a_mesh_runs(capsys):
+    kinds = (jax.sharding.AxisType.Explicit,) * 2
+    device = jax.sharding.AbstractDevice("NVIDIA H200", 132, "gpu")
+    abstract = jax.sharding.AbstractMesh((4, 8), BOTH, axis_types=kinds, abstract_device=device)
+    config = DecoderConfig.from_preset("deepseek_v3")
+    place = Rules(B="data", S="model", N="model", E=BOTH)
+    explain(config, batch_size=8, length=131072, mesh=abstract, sharding=place)
+    text = capsys.readouterr().out
+    assert "on each of 32 devices: 2 rows (of 8, over data), 16384 slots" in text
+    assert "8 experts (of 256, over data, model)" in text
+    assert text.count("pallas_gpu: runs") == 2
+    with pytest.raises(ValueError, match="B = 6 does not divide over the 4 devices"):
+        explain(config, batch_size=6, mesh=abstract, sharding=place)
+    with pytest.raises(ValueError, match="sharding needs the mesh"):
+        explain(config, sharding=place)
