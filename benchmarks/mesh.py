@@ -225,7 +225,7 @@ class Wanted:
             found = logits_of(model, place, self.given, run.n)
             text = greedy(model, place, self.prompts)
         error = off(found, self.logits)
-        same = sum(a == b for a, b in zip(sum(text, []), sum(self.text, []), strict=True))
+        same = int((np.array(text) == np.array(self.text)).sum())
         lost = regret(self.score, self.prompts, text)
         say(f"{part}, {name}: error {error:.2e} (one device {self.own:.2e}); {same} of "
             f"{len(self.prompts) * WRITTEN} words as one device's, all within {lost:.2e} of the "
@@ -389,9 +389,7 @@ def large(run: Run) -> None:
     with jax.set_mesh(run.mesh):
         started = time.perf_counter()
         model = jax.block_until_ready(
-            random_decoder(
-                config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, sharding=place
-            )
+            random_decoder(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, sharding=place)
         )
     held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(nnx.state(model)))
     say(f"large: {options.large} with {layers} layers, {held / 1e9:.2f} GB a device, made in "

@@ -38,9 +38,10 @@ def load_attention(
             softmax_scaling.{scale,bias}. Other families' names of these are known too
             (`families.styles`). Weights in fp8 or int8 come with their scales, by which they are
             multiplied. `Checkpoint.attention` gives such a mapping.
-        sharding: where parameters go: one for all, by parameter ("q_b_proj.kernel"), or a function
-            of the parameter's path and shape. Each device gets only its part. None is the default
-            device, also for parameters that a mapping leaves out.
+        sharding: where parameters go: `mla_jax.sharding.Rules` for the mesh in use, one
+            `jax.sharding.Sharding` for all, by parameter ("q_b_proj.kernel"), or a function of the
+            parameter's path and shape. Each process reads only what its devices hold. None is the
+            default device, also for parameters that a mapping leaves out.
 
     Raises:
         ValueError: a name missing or left over (a scale that nothing is multiplied by, too), or a
@@ -76,7 +77,7 @@ def load_attention(
         tensors.prefetch()
     loaded = {}
     for name, entry in table.items():
-        goal = sharding_of(sharding, entry.path, entry.parameter.shape)
+        goal = sharding_of(sharding, entry.path, entry.parameter)
         loaded[name] = read(
             [entry], lambda name: get(names[name]), lambda name: where(names[name]), goal
         )
@@ -175,15 +176,16 @@ def save_attention(
     ...     with mla_jax.checkpoint.Checkpoint(folder) as files:
     ...         load_attention(layer, files.attention(0))
     """
+    table = [(i, entry) for i, layer in layers.items() for entry in attention_table(layer)]
     tensors = [
         saving.Tensor(
             prefix.format(layer=index) + naming.rename(entry.name, names), entry.dtype,
             entry.stored_shape, entry.value,
         )
-        for index, layer in layers.items()
-        for entry in attention_table(layer)
+        for index, entry in table
     ]  # fmt: skip
-    saving.write(path, tensors, shard_bytes=shard_bytes)
+    together = any(entry.spans for _, entry in table)
+    saving.write(path, tensors, shard_bytes=shard_bytes, together=together)
 
 
 def save_tensors(
