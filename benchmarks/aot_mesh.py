@@ -18,18 +18,15 @@ Layouts, on axes data and model (8 wide; on tpu7x, whose 64 chips are 128 device
     helix    rows over data, slots over model, weights as above. 8 rows of 131072 slots in all
     prefill  wide, with 8 rows for each of data, 512 tokens each
 
-Closed form of a decode step, bytes that one device sends in one layer, 2 bytes a number. b rows of
-a device, m devices of model, d of data, f(s) = s (m-1)/m:
+Closed form of a decode step (`mla_jax.placement`), numbers of 2 bytes that one device sends in one
+layer: b rows of a device, m devices of model, d of data, f(s) = s (m-1)/m.
     wide     queries' latents gathered f(m b Q); absorbed queries there and mixed latents back
-             f(b N (R+P)) + f(b N R); sums of o_proj f(m b D). A gated MLP (dense or shared): input
-             gathered and sums scattered, 2 f(m b D)
+             f(b N (R+P)) + f(b N R); sums of o_proj scattered f(m b D). Gated MLP (dense or
+             shared): inputs gathered, sums scattered, 2 f(m b D). Experts exchanged, K b D each way
+             at most, and the choices of all, 4 (n-1) b K. Once: as a gated MLP, and logits 2 f(b W)
     helix    queries gathered f(b N (R+P)); mixed latents with their lse exchanged f(b N (R+2));
-             sums of o_proj all-reduced 2 f(b D), and as much for the gated MLP
-    experts  exchanged: K b D each way, at most, and all tokens' choices gathered, n b K 8;
-             gathered over the g devices of the group that have other rows: g-1 times b (D + 4 K),
-             sums back as many times b D, and added up over the others, 2 f(b D)
-    once     sums of the embedding and the head's input like a gated MLP's; the words' logits
-             (4 bytes) of own rows f(b W)
+             sums of o_proj 2 f(b D), and of a gated MLP. Experts gathered: (d-1) b (2 D + 4 K), and
+             sums 2 f(b D). Once: sums of the embedding 2 f(b D), logits 2 f(b W)
 """
 
 import argparse
@@ -61,6 +58,7 @@ from jax.experimental import topologies  # noqa: E402
 
 from mla_jax import sharding  # noqa: E402
 from mla_jax.models import Decoder, DecoderConfig  # noqa: E402
+from mla_jax.placement import placement  # noqa: E402
 from mla_jax.sharding import Rules  # noqa: E402
 
 # Topology, axes (data, model), HBM of a device in GB.
@@ -150,34 +148,12 @@ def program(mesh, what: str, config: DecoderConfig):
 
 
 def closed_form(mesh, what: str, config: DecoderConfig) -> dict[str, float]:
-    """Bytes that one device sends in a decode step, by part of the model: see the module."""
-    attention, (d, m), rows = config.attention, mesh.devices.shape, sizes_of(what, mesh)[0]
-    width, heads, rank = (
-        attention.hidden_size,
-        attention.num_attention_heads,
-        attention.kv_lora_rank,
+    """Bytes that one device sends in a decode step, by part of the model."""
+    rows, slots, _ = sizes_of(what, mesh)
+    found = placement(
+        config, mesh=dict(mesh.shape), sharding=LAYOUTS[what], batch_size=rows, length=slots
     )
-    layers, chosen = attention.num_hidden_layers, config.num_experts_per_tok
-    sparse = sum(config.is_sparse(layer) for layer in range(layers))
-    over = lambda numbers: 2 * numbers * (m - 1) / m  # noqa: E731
-    asked = heads * (rank + attention.qk_rope_head_dim)
-    if what == "wide":
-        b = rows // (d * m)
-        each = over(m * b * attention.q_lora_rank) + over(b * asked) + over(b * heads * rank)
-        each += over(m * b * width)
-        gated = 2 * over(m * b * width)
-        experts = 2 * (2 * chosen * b * width) + d * m * b * chosen * 8
-        once = gated + over(m * b * width) + 2 * over(b * config.vocab_size)
-    else:
-        b = rows // d
-        each = over(b * asked) + over(b * heads * (rank + 2)) + 2 * over(b * width)
-        gated = 2 * over(b * width)
-        experts = (d - 1) * b * (2 * width + 8 * chosen + 2 * width) + 2 * over(b * width)
-        once = 2 * over(b * width) + 2 * over(b * config.vocab_size)
-    return {
-        "attention": layers * each, "gated": layers * gated, "experts": sparse * experts,
-        "once": once,
-    }  # fmt: skip
+    return dict(found.link_bytes)
 
 
 def look(target: str, mesh, name: str, what: str, layers: int | None) -> dict[str, Any]:

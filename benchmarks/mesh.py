@@ -6,8 +6,8 @@ Four parts, each printed as it goes:
              weights in float32), and a greedy text, every word of which must be one device's best
              or as good within that error;
     steps    milliseconds of a decode step at every batch behind --context tokens, of one device
-             and of every layout; what it sends over the links, by its compiled program; and
-             efficiency, the time of one device over n times that of n;
+             and of every layout; what it sends over the links, by its compiled program and by the
+             closed form (`mla_jax.placement`); and efficiency, the time of one device over n times that of n;
     large    DeepSeek-V3's shape with as many layers as fit: its split rows' logits against those
              of split slots, and the same times;
     long     one row of --long slots, split over the devices, and on one device where that fits.
@@ -55,6 +55,7 @@ import mla_jax
 from mla_jax import sharding
 from mla_jax.generation import generate
 from mla_jax.models import Decoder, DecoderConfig, random_decoder
+from mla_jax.placement import placement
 from mla_jax.sharding import Rules
 
 STARTED = time.perf_counter()
@@ -272,6 +273,11 @@ def block(bound, cache, token, *, steps: int):
 def timed(run: Run, model, rows: int, slots: int, held: int, place: Rules | None):
     """Seconds of a step (median of --blocks blocks), and what one device sends in a step."""
     steps, blocks = run.options.steps, run.options.blocks
+    form = {}
+    if place is not None:
+        form = placement(
+            model.config, mesh=dict(run.mesh.shape), sharding=place, batch_size=rows, length=slots
+        ).link_bytes
     bound = mla_jax.bind(model)
     cache = filled(model, rows, slots, held, place)
     token = cache.beside(jnp.zeros((rows, 1), jnp.int32))
@@ -292,7 +298,7 @@ def timed(run: Run, model, rows: int, slots: int, held: int, place: Rules | None
     return {
         "seconds": statistics.median(taken), "best": min(taken), "compile_s": compiling,
         "moved": {kind: (count / steps, sent / steps) for kind, (count, sent) in moved.items()},
-        "temporaries": memory.temp_size_in_bytes, "arguments": memory.argument_size_in_bytes,
+        "least": sum(form.values()), "form": dict(form), "temporaries": memory.temp_size_in_bytes, "arguments": memory.argument_size_in_bytes,
     }  # fmt: skip
 
 
@@ -334,7 +340,7 @@ def tell(part, name, rows, found, efficiency, options) -> None:
         + f"; temporaries {found['temporaries'] / 1e6:.0f} MB, compiled in "
         f"{found['compile_s']:.1f} s"
         + (f"; sends {sent / 1e6:.3f} MB a step, {sent / options.link * 1e3:.3f} ms at the links' "
-           f"rate: {kinds}" if found["moved"] else ""))  # fmt: skip
+           f"rate, {found['least'] / 1e6:.3f} MB by the closed form: {kinds}" if found["moved"] else ""))  # fmt: skip
 
 
 def small(run: Run) -> None:
@@ -437,7 +443,7 @@ def summary(run: Run) -> None:
     for part in dict.fromkeys(row["part"] for row in rows):
         mine = [row for row in rows if row["part"] == part]
         batches = sorted({row["batch"] for row in mine})
-        print(f"\n| {part} | " + " | ".join(f"batch {b}: ms, MB sent, efficiency" for b in batches)
+        print(f"\n| {part} | " + " | ".join(f"batch {b}: ms, MB sent (closed form), efficiency" for b in batches)
               + " |\n|---|" + "---|" * len(batches))  # fmt: skip
         for name in dict.fromkeys(row["layout"] for row in mine):
             cells = []
@@ -449,7 +455,8 @@ def summary(run: Run) -> None:
                 row = found[-1]
                 sent = sum(sent for _, sent in row["moved"].values()) / 1e6
                 share = row.get("efficiency")
-                cells.append(f"{row['seconds'] * 1e3:.3f}, {sent:.2f}, "
+                cells.append(f"{row['seconds'] * 1e3:.3f}, {sent:.2f} "
+                             f"({row['least'] / 1e6:.2f}), "
                              + (f"{share:.2f}" if share else "-"))  # fmt: skip
             print(f"| {name} | {' | '.join(cells)} |")
     values = [row for row in run.report.kept["rows"] if "own" in row]

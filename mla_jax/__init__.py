@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from mla_jax.ops import expanded_attention as expanded_attention
     from mla_jax.ops import latent_attention as latent_attention
     from mla_jax.ops import merge_attention as merge_attention
+    from mla_jax.placement import placement as placement
 
 __version__ = "0.1.0"
 
@@ -44,6 +45,7 @@ _HOMES = {
     "layers.attention": ("MultiHeadLatentAttention",),
     "layers.step": ("Step",),
     "ops": ("expanded_attention", "latent_attention", "merge_attention"),
+    "placement": ("placement",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [*_HOME, "checkpoint", "costs", "generation", "sharding"]

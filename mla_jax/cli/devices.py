@@ -1,9 +1,10 @@
 """Where a command runs: the processes that work together, the mesh, and what it splits."""
 
 import contextlib
+import math
 import os
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from typing import Any
 
 import jax
@@ -48,29 +49,39 @@ def mesh_of(options: Generate) -> tuple[Any, sharding.Rules | None]:
         if jax.process_count() > 1:
             raise ValueError("--distributed needs --mesh and --place: what do the others do?")
         return None, None
-    count = 1
-    for size in options.mesh.values():
-        count *= size
+    count = math.prod(options.mesh.values())
     if count != jax.device_count():
         axes = ",".join(f"{name}={size}" for name, size in options.mesh.items())
         raise ValueError(
             f"--mesh {axes} has {count} devices: here are {jax.device_count()} of "
             f"{jax.process_count()} process(es)."
         )
-    place = options.place or {}
+    rules = rules_of(options.mesh, options.place)
+    return jax.make_mesh(tuple(options.mesh.values()), tuple(options.mesh)), rules
+
+
+def rules_of(
+    mesh: Mapping[str, int], place: Mapping[str, tuple[str, ...]] | None
+) -> sharding.Rules:
+    """The rules that --place gives for the axes of --mesh.
+
+    Raises:
+        ValueError: a letter or an axis that there is not.
+    """
+    place = place or {}
     unknown = sorted(set(place) - set(sharding.LETTERS))
     if unknown:
         raise ValueError(
             f"--place: {', '.join(unknown)} is no letter: those that may be split are "
             f"{', '.join(sharding.LETTERS)}."
         )
-    rules = sharding.Rules(**place)
     for letter, axes in place.items():
         for axis in axes:
-            if axis not in options.mesh:
-                have = ", ".join(options.mesh)
-                raise ValueError(f"--place {letter}={axis}: the mesh has the axes {have}.")
-    return jax.make_mesh(tuple(options.mesh.values()), tuple(options.mesh)), rules
+            if axis not in mesh:
+                raise ValueError(
+                    f"--place {letter}={axis}: the mesh has the axes {', '.join(mesh)}."
+                )
+    return sharding.Rules(**place)
 
 
 @contextlib.contextmanager

@@ -229,6 +229,14 @@ class Costs(Output):
     context: int = _flag(32768, "tokens that every row holds")
     batch: int = _flag(1, "rows")
     queries: int = _flag(1, "new tokens of a row")
+    mesh: dict[str, int] | None = _flag(
+        None, "what each device of a mesh holds and sends, such as data=8,model=8", type=_sizes,
+        metavar="AXIS=SIZE,...",
+    )  # fmt: skip
+    place: dict[str, tuple[str, ...]] | None = _flag(
+        None, "the axes that letters are split over, as in `mla-jax generate`", type=_axes,
+        metavar="LETTER=AXIS+...,...",
+    )  # fmt: skip
 
 
 @dataclasses.dataclass(kw_only=True)
