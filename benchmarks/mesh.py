@@ -7,7 +7,8 @@ Four parts, each printed as it goes:
              or as good within that error;
     steps    milliseconds of a decode step at every batch behind --context tokens, of one device
              and of every layout; what it sends over the links, by its compiled program and by the
-             closed form (`mla_jax.placement`); and efficiency, the time of one device over n times that of n;
+             closed form (`mla_jax.placement`); and efficiency, the time of one device over n times
+             that of n;
     large    DeepSeek-V3's shape with as many layers as fit: its split rows' logits against those
              of split slots, and the same times;
     long     one row of --long slots, split over the devices, and on one device where that fits.
@@ -298,7 +299,8 @@ def timed(run: Run, model, rows: int, slots: int, held: int, place: Rules | None
     return {
         "seconds": statistics.median(taken), "best": min(taken), "compile_s": compiling,
         "moved": {kind: (count / steps, sent / steps) for kind, (count, sent) in moved.items()},
-        "least": sum(form.values()), "form": dict(form), "temporaries": memory.temp_size_in_bytes, "arguments": memory.argument_size_in_bytes,
+        "least": sum(form.values()), "form": dict(form),
+        "temporaries": memory.temp_size_in_bytes, "arguments": memory.argument_size_in_bytes,
     }  # fmt: skip
 
 
@@ -340,7 +342,8 @@ def tell(part, name, rows, found, efficiency, options) -> None:
         + f"; temporaries {found['temporaries'] / 1e6:.0f} MB, compiled in "
         f"{found['compile_s']:.1f} s"
         + (f"; sends {sent / 1e6:.3f} MB a step, {sent / options.link * 1e3:.3f} ms at the links' "
-           f"rate, {found['least'] / 1e6:.3f} MB by the closed form: {kinds}" if found["moved"] else ""))  # fmt: skip
+           f"rate, {found['least'] / 1e6:.3f} MB by the closed form: {kinds}"
+           if found["moved"] else ""))  # fmt: skip
 
 
 def small(run: Run) -> None:
@@ -443,7 +446,8 @@ def summary(run: Run) -> None:
     for part in dict.fromkeys(row["part"] for row in rows):
         mine = [row for row in rows if row["part"] == part]
         batches = sorted({row["batch"] for row in mine})
-        print(f"\n| {part} | " + " | ".join(f"batch {b}: ms, MB sent (closed form), efficiency" for b in batches)
+        heads = (f"batch {b}: ms, MB sent (closed form), efficiency" for b in batches)
+        print(f"\n| {part} | " + " | ".join(heads)
               + " |\n|---|" + "---|" * len(batches))  # fmt: skip
         for name in dict.fromkeys(row["layout"] for row in mine):
             cells = []

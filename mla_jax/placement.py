@@ -204,7 +204,7 @@ class _Links:
         return 2 * chosen * self._rows() * width * self.width + choices + sums
 
     def _words(self) -> float:
-        width, words = self.config.attention.hidden_size, self.config.vocab_size
+        words = self.config.vocab_size
         parts = self._count(self.rules.W)
         logits = 4 * self._rows() * words * (parts - 1) / parts
         return self._there_and_back(self.rules.W) + logits

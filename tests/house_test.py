@@ -11,7 +11,8 @@ ROOT = pathlib.Path(mla_jax.__file__).parent
 # Arrows go one way: a layer may import those before it, and modules of its own.
 ORDER = [
     ["check", "config", "target", "sharding"], ["rope", "costs"], ["cache"], ["ops"], ["layers"],
-    ["models"], ["families"], ["checkpoint"], ["generation"], ["training", "explain", "placement"], ["cli"],
+    ["models"], ["families"], ["checkpoint"], ["generation"],
+    ["training", "explain", "placement"], ["cli"],
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 # A config's `from_hf` reads what a family's entry says, which comes later.

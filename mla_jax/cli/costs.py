@@ -113,8 +113,8 @@ def _tell_placed(terminal: Terminal, options: Costs, placed: dict[str, Any], dev
     terminal.answer()
     verdict = "fits" if placed["fits"] else "does not fit"
     terminal.paragraph(
-        f"This {verdict} into 9/10 of {size(device.memory_bytes)}; {placed['rows_that_fit']:,} rows "
-        f"of {options.context:,} would. links: what a device sends in a step, at least."
+        f"This {verdict} into 9/10 of {size(device.memory_bytes)}; {placed['rows_that_fit']:,} "
+        f"rows of {options.context:,} would. links: what a device sends in a step, at least."
     )
 
 
