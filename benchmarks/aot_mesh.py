@@ -58,7 +58,7 @@ from jax.experimental import topologies  # noqa: E402
 
 from mla_jax import sharding  # noqa: E402
 from mla_jax.models import Decoder, DecoderConfig  # noqa: E402
-from mla_jax.placement import placement  # noqa: E402
+from mla_jax.placing import placement  # noqa: E402
 from mla_jax.sharding import Rules  # noqa: E402
 
 # Topology, axes (data, model), HBM of a device in GB.

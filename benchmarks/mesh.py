@@ -56,7 +56,7 @@ import mla_jax
 from mla_jax import sharding
 from mla_jax.generation import generate
 from mla_jax.models import Decoder, DecoderConfig, random_decoder
-from mla_jax.placement import placement
+from mla_jax.placing import placement
 from mla_jax.sharding import Rules
 
 STARTED = time.perf_counter()

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from mla_jax.ops import expanded_attention as expanded_attention
     from mla_jax.ops import latent_attention as latent_attention
     from mla_jax.ops import merge_attention as merge_attention
-    from mla_jax.placement import placement as placement
+    from mla_jax.placing import Placement as Placement
+    from mla_jax.placing import placement as placement
 
 __version__ = "0.1.0"
 
@@ -45,7 +46,7 @@ _HOMES = {
     "layers.attention": ("MultiHeadLatentAttention",),
     "layers.step": ("Step",),
     "ops": ("expanded_attention", "latent_attention", "merge_attention"),
-    "placement": ("placement",),
+    "placing": ("Placement", "placement"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [*_HOME, "checkpoint", "costs", "generation", "sharding"]

@@ -87,7 +87,7 @@ def _placed(options: Costs) -> dict[str, Any] | None:
     # Only this needs JAX.
     from mla_jax.cli.devices import rules_of
     from mla_jax.models.config import DecoderConfig
-    from mla_jax.placement import placement
+    from mla_jax.placing import placement
 
     found = placement(
         DecoderConfig.from_preset(options.preset), mesh=options.mesh,

@@ -37,6 +37,10 @@ class Placement:
         cache_bytes: of a device.
         link_bytes: that a device sends in a step: "attention", "mlp" (dense ones and shared
             experts), "experts", "words" (embedding, head, logits), "kernels" (FSDP's gathers).
+
+    >>> half = Placement(2, 8, 2, weight_bytes=60, cache_bytes=40, link_bytes={})
+    >>> half.bytes
+    100
     """
 
     devices: int
@@ -93,9 +97,9 @@ def placement(
     >>> found = placement(config, mesh={"data": 8, "model": 8}, sharding=rules,
     ...                   batch_size=512, length=8192)
     >>> round(found.weight_bytes / 1e9, 1), round(found.cache_bytes / 1e9, 1)
-    (25.5, 4.6)
+    (26.7, 4.6)
     >>> found.rows_that_fit(95e9)
-    6784
+    6528
     """
     axes = (jax.sharding.AxisType.Explicit,) * len(mesh)
     devices = jax.sharding.AbstractMesh(tuple(mesh.values()), tuple(mesh), axis_types=axes)
