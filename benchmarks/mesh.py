@@ -23,7 +23,8 @@ Layouts, all on one axis of n devices ("-" in the table: the rows do not divide)
 A part that fails is reported, the others run, and the exit code is 1.
 
     python benchmarks/mesh.py --json mesh.json
-    python benchmarks/mesh.py --simulated 8 --preset tiny --batches 1 8 --context 100 --long 2048
+    python benchmarks/mesh.py --simulated 8 --preset tiny --heads 8 --layers 2 --batches 1 8 \
+        --context 100 --steps 2 --blocks 2 --long 2048 --large tiny --large-layers 2 --large-batches 8
 
 NVLink multicast is switched off, and XLA's own collective kernels stay off.
 """
@@ -349,7 +350,7 @@ def tell(part, name, rows, found, efficiency, options) -> None:
 def small(run: Run) -> None:
     """The parts `values` and `steps`, and `long`."""
     options, report = run.options, run.report
-    config = shortened(DecoderConfig.from_preset(options.preset), options.layers)
+    config = shortened(DecoderConfig.from_preset(options.preset), options.layers, options.heads)
     model = jax.block_until_ready(
         random_decoder(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
     )
@@ -394,7 +395,7 @@ def large(run: Run) -> None:
     config, place = DecoderConfig.from_preset(options.large), LAYOUTS["wide"]
     limit = options.memory or (run.mesh.devices.flat[0].memory_stats() or {}).get("bytes_limit")
     layers = options.large_layers or fitting(run, config, place, limit)
-    config = shortened(config, layers)
+    config = shortened(config, layers, options.heads)
     with jax.set_mesh(run.mesh):
         started = time.perf_counter()
         model = jax.block_until_ready(
@@ -420,7 +421,9 @@ def fitting(run: Run, config: DecoderConfig, place: Rules, limit: float | None) 
 
     def held(layers):
         shapes = nnx.eval_shape(
-            lambda: Decoder(shortened(config, layers), param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+            lambda: Decoder(
+                shortened(config, layers, None), param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)
+            )
         )
         with jax.set_mesh(run.mesh):
             spots = place.of(nnx.state(shapes))
@@ -433,11 +436,11 @@ def fitting(run: Run, config: DecoderConfig, place: Rules, limit: float | None) 
     return max(dense + 1, min(whole, dense + 1 + int((0.8 * limit - base) // each)))
 
 
-def shortened(config: DecoderConfig, layers: int | None) -> DecoderConfig:
-    """The config with fewer layers."""
-    if not layers:
-        return config
-    return config.replace(attention=config.attention.replace(num_hidden_layers=layers))
+def shortened(config: DecoderConfig, layers: int | None, heads: int | None) -> DecoderConfig:
+    """The config with fewer layers, or other heads."""
+    changes = {"num_hidden_layers": layers, "num_attention_heads": heads}
+    given = {name: value for name, value in changes.items() if value}
+    return config.replace(attention=config.attention.replace(**given))
 
 
 def summary(run: Run) -> None:
@@ -485,6 +488,7 @@ def main() -> None:
     add("--layouts", nargs="+", default=list(LAYOUTS), choices=list(LAYOUTS))
     add("--preset", default="deepseek_v2_lite")
     add("--layers", type=int, help="fewer than the preset has")
+    add("--heads", type=int, help="instead of the preset's, which n may not divide")
     add("--batches", type=int, nargs="+", default=[1, 8, 64])
     add("--context", type=int, default=4096, help="tokens that every row holds")
     add("--steps", type=int, default=32, help="decode steps in one program")
