@@ -24,7 +24,7 @@ A part that fails is reported, the others run, and the exit code is 1.
 
     python benchmarks/mesh.py --json mesh.json
     python benchmarks/mesh.py --simulated 8 --preset tiny --heads 8 --layers 2 --batches 1 8 \
-        --context 100 --steps 2 --blocks 2 --long 2048 --large tiny --large-layers 2 --large-batches 8
+        --context 100 --steps 2 --blocks 2 --long 2048 --large tiny --large-layers 2
 
 NVLink multicast is switched off, and XLA's own collective kernels stay off.
 """
