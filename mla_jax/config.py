@@ -22,15 +22,16 @@ _ROPE_TYPES = (*YARN, "longrope", "linear")
 _PROJECTIONS = ("q_a_proj", "q_proj", "q_b_proj", "kv_a_proj", "o_proj")
 _POSITIVE_INTEGERS = (
     "hidden_size", "num_attention_heads", "kv_lora_rank", "v_head_dim", "num_hidden_layers",
-    "max_position_embeddings",
+    "max_position_embeddings", "index_head_dim",
 )  # fmt: skip
 _OPTIONAL_INTEGERS = (
     "q_lora_rank", "num_mla_layers", "sliding_window", "llama_4_original_max_position_embeddings",
-    "index_topk",
+    "index_topk", "index_n_heads", "index_kpool",
 )  # fmt: skip
 _SWITCHES = (
     "rope_interleave", "mla_use_nope", "latent_norm", "k_rope_norm", "mla_scale_q_lora",
-    "mla_scale_kv_lora", "attention_sinks", "query_scale_ssmax",
+    "mla_scale_kv_lora", "attention_sinks", "query_scale_ssmax", "indexer_rope_interleave",
+    "index_rope_last", "index_query_scale_ssmax", "index_kpool_always_select_tail",
 )  # fmt: skip
 # Releases that share another's shapes.
 _PRESET_ALIASES = {
@@ -200,8 +201,22 @@ class MLAConfig:
         llama_4_original_max_position_embeddings: that original length, in tokens.
         query_scale_ssmax: queries times s ln(position + 1) + b, s and b learned per head (SSMax,
             Mistral Large 4).
-        index_topk: tokens that a sparse-attention query attends to. Data for presets and costs:
-            the layer refuses it.
+        index_topk: K, tokens that a query of sparse attention attends to, the best by an indexer's
+            scores (DeepSeek-V3.2, arXiv 2512.02556); None attends to all.
+        index_n_heads: heads of the indexer's queries.
+        index_head_dim: I, width of its keys, one of which the cache holds per token.
+        indexer_type: "full" has an indexer, "shared" attends to what the last layer with one before
+            it has chosen (GLM-5.2, Hy4).
+        indexer_rope_interleave: `rope_interleave` of the indexer's own weights.
+        index_rope_last: the last P of the I channels are rotated (Hy4), not the first.
+        index_norm_eps: epsilon of the LayerNorm on the indexer's keys.
+        index_query_scale_ssmax: SSMax on the indexer's queries (Mistral Large 4).
+        index_kpool: tokens that are pooled to one index key, so that whole pools are chosen
+            (GLM-5.3-Flash); None chooses single tokens.
+        index_kpool_always_select_tail: the tokens behind the last whole pool are attended to too.
+        kv_source_layer: the layer has no kv_a_proj and attends to the cache that the layer of this
+            number has handed on (Mistral Large 4); None has its own.
+        kv_store_layer: the number under which the layer hands its cache on; None does not.
         softmax_scale: overrides the softmax temperature that `scale` would derive.
 
     Raises:
@@ -240,6 +255,17 @@ class MLAConfig:
     llama_4_original_max_position_embeddings: int | None = None
     query_scale_ssmax: bool = False
     index_topk: int | None = None
+    index_n_heads: int | None = None
+    index_head_dim: int = 128
+    indexer_type: Literal["full", "shared"] = "full"
+    indexer_rope_interleave: bool = False
+    index_rope_last: bool = False
+    index_norm_eps: float = 1e-6
+    index_query_scale_ssmax: bool = False
+    index_kpool: int | None = None
+    index_kpool_always_select_tail: bool = True
+    kv_source_layer: int | None = None
+    kv_store_layer: int | None = None
     softmax_scale: float | None = None
 
     def __post_init__(self):
@@ -258,7 +284,8 @@ class MLAConfig:
         for key in _SWITCHES:
             value = getattr(self, key)
             _check(isinstance(value, bool), key, value, "True or False")
-        for key in ("rope_theta", "latent_norm_eps", "softmax_scale", "llama_4_scaling_beta"):
+        for key in ("rope_theta", "latent_norm_eps", "index_norm_eps", "softmax_scale",
+                    "llama_4_scaling_beta"):  # fmt: skip
             value = getattr(self, key)
             if value is None and key in ("softmax_scale", "llama_4_scaling_beta"):
                 continue
@@ -282,6 +309,7 @@ class MLAConfig:
         )
         self._check_rope()
         self._check_together()
+        self._check_sparse()
 
     def _check_rope(self) -> None:
         half = self.qk_rope_head_dim // 2
@@ -342,6 +370,45 @@ class MLAConfig:
             "given if and only if llama_4_scaling_beta is",
         )
 
+    def _check_sparse(self) -> None:
+        """What sparse attention and a cache of another layer ask."""
+        _check(
+            self.indexer_type in ("full", "shared"),
+            "indexer_type",
+            self.indexer_type,
+            "'full' or 'shared'",
+        )
+        for key in ("kv_source_layer", "kv_store_layer"):
+            value = getattr(self, key)
+            allowed = "a layer's number or None"
+            _check(value is None or (_is_int(value) and value >= 0), key, value, allowed)
+        both = self.kv_source_layer is not None and self.kv_store_layer is not None
+        needless = "None where kv_source_layer is given: a cache is handed on by its own layer"
+        _check(not both, "kv_store_layer", self.kv_store_layer, needless)
+        if self.index_topk is None:
+            shared = self.indexer_type == "shared"
+            _check(not shared, "indexer_type", "shared", "'full' where index_topk is None")
+            _check(self.index_kpool is None, "index_kpool", self.index_kpool,
+                   "None where index_topk is None")  # fmt: skip
+            return
+        heads = self.index_n_heads
+        _check(heads is not None, "index_n_heads", heads, "given where index_topk is")
+        _check(
+            self.index_head_dim >= self.qk_rope_head_dim,
+            "index_head_dim",
+            self.index_head_dim,
+            f"at least qk_rope_head_dim={self.qk_rope_head_dim}, channels that are rotated",
+        )
+        _check(self.sliding_window is None, "sliding_window", self.sliding_window,
+               "None where index_topk is given")  # fmt: skip
+        pool = self.index_kpool or 1
+        _check(
+            self.index_topk % pool == 0,
+            "index_topk",
+            self.index_topk,
+            f"a multiple of index_kpool={pool}",
+        )
+
     @property
     def qk_head_dim(self) -> int:
         """H + P, the width of a query and of an expanded key."""
@@ -357,15 +424,27 @@ class MLAConfig:
         return self.num_hidden_layers if self.num_mla_layers is None else self.num_mla_layers
 
     @property
-    def refusal(self) -> str | None:
-        """Why `MultiHeadLatentAttention` refuses this config, None where it does not.
+    def has_indexer(self) -> bool:
+        """Whether the layer chooses tokens itself: sparse attention whose choice is not shared.
 
-        >>> MLAConfig.from_preset("deepseek_v32").refusal
-        'index_topk=2048: sparse attention is not supported yet.'
+        >>> MLAConfig.from_preset("deepseek_v32").has_indexer
+        True
         """
-        if self.index_topk is not None:
-            return f"index_topk={self.index_topk}: sparse attention is not supported yet."
-        return None
+        return self.index_topk is not None and self.indexer_type == "full"
+
+    def is_sparse(self, slots: int) -> bool:
+        """Whether a query may be kept from any of `slots` tokens before it.
+
+        >>> [MLAConfig.from_preset("deepseek_v32").is_sparse(slots) for slots in (2048, 2049)]
+        [False, True]
+        """
+        if self.index_topk is None:
+            return False
+        if self.index_kpool is None:
+            return self.index_topk < slots
+        if not self.index_kpool_always_select_tail:
+            return True
+        return self.index_topk // self.index_kpool < slots // self.index_kpool
 
     @property
     def scale(self) -> float:

@@ -13,6 +13,7 @@ Kinds of attention, all with the config's N query heads (DeepSeek-V2, arXiv 2405
     absorbed         MLA on cached latents, W_UK folded into the query: the form for decoding
     expanded         MLA on cached latents, expanded to keys and values of every head in each step
     expanded_cached  MLA that caches the expanded keys (H+P) and values (V) of every head
+    sparse           absorbed on K tokens that an indexer chooses by keys of its own (index_topk)
     mha, gqa, mqa    keys H wide and values V wide, projected from D, for G = N, gcd(N, 8) and 1
                      heads; gqa4 has G = 4, and so on
 
@@ -37,13 +38,15 @@ import math
 import tomllib
 
 from mla_jax.config import MLAConfig, configs_dir
+from mla_jax.rates import OPERATIONS, Rates
 
 KINDS = ("absorbed", "expanded", "expanded_cached", "mha", "gqa", "mqa")
 PARTS = {  # stages by what they scale with: the context, the heads' inner widths, everything
-    "core": ("expand", "scores", "mixing"),
-    "attention": ("pattern", "expand", "scores", "mixing", "values"),
-    "layer": ("q_proj", "kv_proj", "pattern", "expand", "scores", "mixing", "values", "o_proj"),
-}
+    "core": ("expand", "index", "scores", "mixing"),
+    "attention": ("pattern", "expand", "index", "scores", "mixing", "values"),
+    "layer": ("q_proj", "kv_proj", "index_proj", "pattern", "expand", "index", "scores", "mixing",
+              "values", "o_proj"),
+}  # fmt: skip
 
 
 def _check_choice(key: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -133,6 +136,14 @@ def _widths(config: MLAConfig, kind: str) -> tuple[int, int]:
     return key, config.v_head_dim
 
 
+def _index_widths(config: MLAConfig) -> tuple[int, int, int]:
+    """Index heads, numbers of a token's index key, and tokens that a query attends to."""
+    if config.index_topk is None:
+        raise ValueError("kind='sparse': index_topk is None: the layer attends to all tokens.")
+    heads, keys = config.index_n_heads or 0, config.index_head_dim
+    return (heads, keys, config.index_topk) if config.has_indexer else (0, 0, config.index_topk)
+
+
 def multiply_adds(config: MLAConfig, kind: str) -> int:
     """Multiply-adds per query, head and context token: 2R+P absorbed, H+P+V expanded, else H+V.
 
@@ -150,7 +161,7 @@ def numbers_read(config: MLAConfig, kind: str) -> int:
     """Numbers that scores and mixing read per context token in one layer, for all heads.
 
     Absorbed R+P (one pass over the latents serves all heads, scores and mixing), expanded N(H+P+V),
-    else G(H+V); N*H of MHA's are keys.
+    else G(H+V); N*H of MHA's are keys. Sparse: of the index key; K (R+P) a query do not grow.
 
     Raises:
         ValueError: as `multiply_adds`.
@@ -161,11 +172,15 @@ def numbers_read(config: MLAConfig, kind: str) -> int:
     """
     if kind == "absorbed":
         return config.kv_lora_rank + config.qk_rope_head_dim
+    if kind == "sparse":
+        return _index_widths(config)[1]
     return _heads(config, kind) * multiply_adds(config, kind)
 
 
 def cache_numbers(config: MLAConfig, kind: str = "absorbed") -> int:
     """Numbers cached per token in one layer: R+P for the layer's two forms, else all that is read.
+
+    Sparse: the index key beside these, in a layer with an indexer.
 
     Raises:
         ValueError: as `multiply_adds`.
@@ -173,6 +188,8 @@ def cache_numbers(config: MLAConfig, kind: str = "absorbed") -> int:
     >>> cache_numbers(MLAConfig.from_preset("deepseek_v3"), "expanded")
     576
     """
+    if kind == "sparse":
+        return numbers_read(config, "absorbed") + numbers_read(config, "sparse")
     return numbers_read(config, "absorbed" if kind == "expanded" else kind)
 
 
@@ -224,8 +241,8 @@ class Stage:
 class Costs:
     """One layer's step, by stage: `costs["scores"].flops`. A kind has the stages that it needs.
 
-    q_proj, kv_proj, pattern (W_UK into the query), expand (kv_b_proj on S latents), scores, mixing,
-    values (W_UV out of the mixed latents), o_proj.
+    q_proj, kv_proj, index_proj, pattern (W_UK into the query), expand (kv_b_proj on S latents),
+    index (an indexer's scores), scores, mixing, values (W_UV out of the mixed latents), o_proj.
 
     >>> step = decode_step(MLAConfig.from_preset("deepseek_v3"), 1, 1, 32768)
     >>> [stage.name for stage in step.part("attention").stages]
@@ -294,11 +311,17 @@ def decode_step(
     """One layer's step: T = `queries` new tokens in each of B rows, on S = `slots` cache slots.
 
     A pass over whole sequences is queries == slots. Norms, rotary embedding, softmax and biases are
-    left out. Every number is `width` bytes wide.
+    left out, and so is what chooses the best of a sparse layer's scores. Every number is `width`
+    bytes wide.
 
     Raises:
-        ValueError: as `multiply_adds`, or a count that is not a positive whole number.
+        ValueError: as `multiply_adds`, or a count that is not a positive whole number; or "sparse"
+            for a config without index_topk.
 
+    >>> v32 = MLAConfig.from_preset("deepseek_v32")
+    >>> [round(decode_step(v32, 16, 1, 65536, kind).part("core").seconds(device("h200")) * 1e6)
+    ...  for kind in ("absorbed", "sparse")]
+    [295, 65]
     >>> costs = decode_step(MLAConfig.from_preset("deepseek_v3"), 1, 1, 32768)
     >>> costs["pattern"].flops, costs["scores"].flops, costs["mixing"].flops
     (16777216, 4831838208, 4294967296)
@@ -306,6 +329,8 @@ def decode_step(
     (37748736, 240)
     """
     _check_counts(batch=batch, queries=queries, slots=slots, width=width)
+    if kind == "sparse":
+        return _sparse_step(config, batch, queries, slots, width)
     key, value = _widths(config, kind)
     d, n, q, r = (config.hidden_size, config.num_attention_heads, config.q_lora_rank,
                   config.kv_lora_rank)  # fmt: skip
@@ -345,11 +370,32 @@ def decode_step(
     return Costs(kind, (*stages, linear("o_proj", new, n * v * d, n * v + d)))
 
 
-def crossover_queries(config: MLAConfig, slots: int) -> float:
-    """T*, queries at which both forms cost the same operations on S cached latents.
+def _sparse_step(config: MLAConfig, batch: int, queries: int, slots: int, width: int) -> Costs:
+    """The absorbed step on K slots that each query has chosen for itself, and what chooses them."""
+    (heads, keys, chosen), new = _index_widths(config), batch * queries
+    attended = min(chosen, slots)
+    dense = decode_step(config, batch, queries, attended, "absorbed", width)
+    d, source = config.hidden_size, config.q_lora_rank or config.hidden_size
+    weights = d * (keys + heads) + source * heads * keys
+    written = width * new * keys
+    stages = {stage.name: stage for stage in dense.stages}
+    stages["index_proj"] = Stage("index_proj", 2 * new * weights, width * weights, written,
+                                 width * new * (d + source + heads * (keys + 1)))  # fmt: skip
+    if attended < slots:
+        of_keys = 2 * new * slots * heads * keys, 0, width * batch * slots * keys
+        stages["index"] = Stage("index", *of_keys, width * new * heads * keys)
+        read = width * new * attended * numbers_read(config, "absorbed")
+        stages["scores"] = dataclasses.replace(stages["scores"], cache_bytes=read)
+    return Costs("sparse", tuple(stages[name] for name in PARTS["layer"] if name in stages))
+
+
+def crossover_queries(config: MLAConfig, slots: int, rates: Rates = OPERATIONS) -> float:
+    """T*, queries at which both forms cost the same operations, or time, on S cached latents.
 
     Per head, absorbed takes T (R(H+V) + S(2R+P)) multiply-adds and expanded S R(H+V) + T S (H+P+V):
-    equal at 1/T* = 1/T0 + 1/S with T0 = R(H+V)/(2R-H-V), infinite where 2R <= H+V.
+    equal at 1/T* = 1/T0 + 1/S with T0 = R(H+V)/(2R-H-V), infinite where 2R <= H+V. Sparse attention
+    to K < S tokens mixes K latents absorbed, while expanded makes and masks all S. With `rates`
+    (`mla_jax.rates`) every term counts by how fast the device runs it.
 
     Raises:
         ValueError: slots are not a positive whole number.
@@ -358,13 +404,20 @@ def crossover_queries(config: MLAConfig, slots: int) -> float:
     170.7
     """
     _check_counts(slots=slots)
-    fold = config.kv_lora_rank * (config.qk_nope_head_dim + config.v_head_dim)
-    wider = max(0, 2 * config.kv_lora_rank - config.qk_nope_head_dim - config.v_head_dim)
-    return slots * fold / (fold + slots * wider)
+    fold = config.kv_lora_rank * (config.qk_nope_head_dim + config.v_head_dim) / rates.products
+    ours = multiply_adds(config, "absorbed") / rates.absorbed
+    theirs = multiply_adds(config, "expanded") / rates.expanded
+    attended = slots
+    if config.index_topk is not None and config.is_sparse(slots):
+        attended = config.index_topk
+    wider = max(0, attended * ours - slots * theirs)
+    return slots * fold / (fold + wider)
 
 
-def choose_form(config: MLAConfig, queries: int, slots: int) -> str:
-    """The form with fewer operations, "absorbed" or "expanded". One query is always absorbed.
+def choose_form(config: MLAConfig, queries: int, slots: int, rates: Rates = OPERATIONS) -> str:
+    """The form with fewer operations, "absorbed" or "expanded", or less time by a device's rates.
+
+    One query is always absorbed.
 
     Raises:
         ValueError: queries or slots are not a positive whole number.
@@ -374,7 +427,7 @@ def choose_form(config: MLAConfig, queries: int, slots: int) -> str:
     ('absorbed', 'absorbed', 'expanded')
     """
     _check_counts(queries=queries)
-    fewer = queries <= crossover_queries(config, slots)
+    fewer = queries <= crossover_queries(config, slots, rates)
     return "absorbed" if fewer or queries == 1 else "expanded"
 
 
@@ -421,8 +474,9 @@ def slower_contexts(
 ) -> list[tuple[int, int | None]]:
     """Context lengths S >= T at which absorbed MLA has a longer roofline time than `against`, bf16.
 
-    `part`: "layer"; "attention", as if all other projections cost the same; or "core". Returns the
-    first and last length of every interval, None where it has no end; [] where MLA is never slower.
+    `part`: "layer"; "attention", as if all other projections cost the same; or "core". With
+    against="sparse" these are the contexts at which choosing tokens pays. Returns the first and
+    last length of every interval, None where it has no end; [] where MLA is never slower.
     One that spans less than a twentieth of its own length may be overlooked.
 
     Raises:
@@ -431,6 +485,10 @@ def slower_contexts(
     >>> v3, h100 = MLAConfig.from_preset("deepseek_v3"), device("h100")
     >>> slower_contexts(v3, h100), slower_contexts(v3, h100, part="attention")
     ([], [(1, 529)])
+    >>> v32 = MLAConfig.from_preset("deepseek_v32")
+    >>> [slower_contexts(v32, device("h200"), batch, part="core", against="sparse")
+    ...  for batch in (1, 16)]
+    [[(2542, None)], [(2542, None)]]
     """
     _check_counts(batch=batch, queries=queries)
 
@@ -485,9 +543,11 @@ class Row:
 
 
 def table(
-    config: MLAConfig, device: Device, context: int, batch: int = 1, queries: int = 1, kinds=KINDS
+    config: MLAConfig, device: Device, context: int, batch: int = 1, queries: int = 1, kinds=None
 ) -> list[Row]:
     """A `Row` for every kind: a bf16 step of `queries` tokens in each row on `context` slots.
+
+    `kinds` are by default `KINDS`, and "sparse" where the config says index_topk.
 
     Raises:
         ValueError: as `decode_step`.
@@ -498,6 +558,8 @@ def table(
     ('absorbed', 'memory', 70272, 91)
     """
     _check_counts(context=context, batch=batch, queries=queries)
+    if kinds is None:
+        kinds = KINDS if config.index_topk is None else ("absorbed", "sparse", *KINDS[1:])
     rows = []
     for kind in kinds:
         layer = decode_step(config, batch, queries, context, kind)

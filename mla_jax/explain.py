@@ -12,6 +12,7 @@ from mla_jax.config import MLAConfig
 from mla_jax.models import DecoderConfig
 from mla_jax.ops import dispatch, experts
 from mla_jax.ops.mesh import Layout
+from mla_jax.rates import rates_of
 
 
 def explain(
@@ -52,6 +53,12 @@ def explain(
     step of 1 token(s) per row on 1 x 4096 slots: absorbed (absorbed up to ...
     latent_attention (new tokens to all cached ones):
     ...
+    >>> explain(MLAConfig.from_preset("deepseek_v32"), length=2048, device=cpu)
+    ... # doctest: +ELLIPSIS
+    cpu (cpu), bfloat16
+    ...
+    index_topk=2048: every one of 2048 slots can be chosen, so attention is dense and nothing is ...
+    ...
     """
     for key, value in (("batch_size", batch_size), ("length", length), ("queries", queries)):
         if value < 1:
@@ -67,13 +74,16 @@ def explain(
     named = dispatch.normalized(implementation)
     model = config if isinstance(config, DecoderConfig) else None
     config = config.attention if isinstance(config, DecoderConfig) else config
-    form = costs.choose_form(config, queries=queries, slots=length)
-    crossover = costs.crossover_queries(config, slots=length)
+    rates = rates_of(device.kind)
+    form = costs.choose_form(config, queries, length, rates)
+    crossover = costs.crossover_queries(config, length, rates)
     print(f"{device}, {jnp.dtype(dtype).name}")
     print(
         f"step of {queries} token(s) per row on {batch_size} x {length} slots: {form} "
-        f"(absorbed up to {crossover:.0f} tokens, expanded above)"
+        f"(absorbed up to {crossover:.0f} tokens, expanded above, by {rates.source})"
     )
+    if config.index_topk is not None:
+        _print_choice(config, length)
     store = "paged" if pages else "dense"
     if mesh is not None:
         heads = config.num_attention_heads
@@ -112,6 +122,23 @@ def _print_parts(rules, mesh, sizes):
     print(f"on each of {mesh.size} devices: {', '.join(parts)}")
 
 
+def _print_choice(config, slots):
+    """What sparse attention attends to of this many slots, and what chooses it."""
+    if not config.is_sparse(slots):
+        print(
+            f"index_topk={config.index_topk}: every one of {slots} slots can be chosen, so "
+            "attention is dense and nothing is scored"
+        )
+        return
+    print(f"index_topk={config.index_topk}: attention to chosen slots of {slots}")
+    if config.has_indexer:
+        heads, width = config.index_n_heads, config.index_head_dim
+        print(f"choose_slots ({heads} index heads of {width} channels, then the best):")
+        print("  xla: runs")
+    else:
+        print("choose_slots: not here, the choice is that of the last layer with an indexer")
+
+
 def _print_backends(report, named):
     chosen = False
     for backend, reason in report:
@@ -132,9 +159,11 @@ def _calls(config, form, batch, slots, queries, dtype, store):
     """The ops that a step of this form calls: name, purpose, and what is static of the call."""
     heads, name = config.num_attention_heads, jnp.dtype(dtype).name
     rope, window = config.qk_rope_head_dim, config.sliding_window
+    sparse = config.is_sparse(slots)
 
     def call(op, of_slots, key_dim, value_dim, options, of_store):
-        options = tuple(sorted((*options, *(["window"] if window else []))))
+        more = ["window"] if window else ["chosen"] if sparse and of_store == store else []
+        options = tuple(sorted((*options, *more)))
         return dispatch.Call(
             op, batch, queries, of_slots, heads, (key_dim, rope), value_dim, name, options, of_store
         )
@@ -143,10 +172,12 @@ def _calls(config, form, batch, slots, queries, dtype, store):
     widths = config.qk_nope_head_dim, config.v_head_dim
     if form == "absorbed":
         latent = call("latent_attention", slots, rank, rank, ("lengths",), store)
-        yield "latent_attention", "new tokens to all cached ones", latent
+        what = "new tokens to chosen ones" if sparse else "new tokens to all cached ones"
+        yield "latent_attention", what, latent
         return
-    if window is None:
+    if window is None and not sparse:
         own = call("expanded_attention", queries, *widths, (), "dense")
         yield "expanded_attention", "new tokens among themselves", own
     context = call("context_attention", slots, *widths, ("lengths per query",), store)
-    yield "context_attention", "new tokens to what was cached before", context
+    what = "new tokens to chosen ones" if sparse else "new tokens to what was cached before"
+    yield "context_attention", what, context

@@ -30,6 +30,24 @@ def test_a_notebook_names_the_repository(path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_code_of_figures_is_folded(path):
+    """In Colab by its own tag, in Jupyter by Jupyter's, and by the title on the site."""
+    for cell in jupytext.read(path).cells:
+        if cell.cell_type == "code" and "plt.show()" in cell.source:
+            assert cell.source.startswith("# @title Figure: ")
+            assert cell.metadata.get("cellView") == "form"
+            assert cell.metadata.get("jupyter") == {"source_hidden": True}
+
+
+def test_figures_of_an_accelerator_are_those_of_the_readme():
+    """Notebook 03 draws the committed figures without the repository at hand."""
+    readme = (FOLDER.parent / "README.md").read_text()
+    rows = re.findall(r"^\|.*\|$", (FOLDER / "03_jitted_decoding.md").read_text(), re.MULTILINE)
+    assert len(rows) == 8
+    assert not [row for row in rows if row not in readme]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_outputs_are_kept_and_small(path):
     cells = [cell for cell in jupytext.read(path).cells if cell.cell_type == "code"]
     outputs = [output for cell in cells for output in cell.outputs]

@@ -1,8 +1,10 @@
-"""What the pages promise: the example of "Getting started", and no public name without its docs."""
+"""What the pages promise: examples print what they say, no public name or preset lacks its docs."""
 
 import inspect
 import pathlib
+import re
 import runpy
+import tomllib
 
 import pytest
 
@@ -10,6 +12,7 @@ import mla_jax
 from mla_jax import checkpoint, costs, generation, models
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
+EXAMPLES = sorted((DOCS / "examples").glob("*.py"))
 # What a package gathers is its own; of a module's names, those that it defines.
 PUBLIC = {
     f"{module.__name__}.{name}": value
@@ -22,15 +25,26 @@ PUBLIC = {
 }
 
 
-@pytest.mark.parametrize("name", ["getting_started", "own_model", "export"])
-def test_an_example_prints_what_it_says(name, capsys):
-    runpy.run_path(str(DOCS / "examples" / f"{name}.py"))
-    assert capsys.readouterr().out == (DOCS / "examples" / f"{name}.txt").read_text()
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_prints_what_it_says(path, capsys):
+    runpy.run_path(str(path))
+    assert capsys.readouterr().out == path.with_suffix(".txt").read_text()
+
+
+def test_the_ten_lines_run():
+    text = (DOCS.parent / "README.md").read_text()
+    exec(re.search(r"start:ten.*?```python\n(.*?)```", text, re.DOTALL)[1], {})
+
+
+def test_released_models_are_the_presets():
+    released = tomllib.loads((DOCS / "models.toml").read_text())
+    listed = [preset for models in released.values() for preset in models]
+    assert sorted(listed) == sorted({*mla_jax.presets()} - {"tiny", "deepseek_tiny"})
 
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_a_public_name_has_an_example_and_a_place_in_the_reference(name):
     assert ">>>" in (inspect.getdoc(PUBLIC[name]) or ""), f"{name} has no example"
-    lines = (DOCS / "reference.md").read_text().splitlines()
+    lines = "\n".join(path.read_text() for path in DOCS.glob("reference/*.md")).splitlines()
     module = name.rpartition(".")[0]  # one that is documented whole has all its names there
-    assert f"::: {name}" in lines or f"::: {module}" in lines, f"{name} is not in reference.md"
+    assert f"::: {name}" in lines or f"::: {module}" in lines, f"{name} is not in docs/reference"

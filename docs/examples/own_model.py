@@ -29,8 +29,25 @@ class Model(nnx.Module):
 
 # --8<-- [end:model]
 
+
+# --8<-- [start:use]
 config = mla_jax.MLAConfig.from_preset("tiny")
 model = Model(config, layers=3, words=50, rngs=nnx.Rngs(0))
+result = mla_jax.generation.generate(model, [[3, 1, 4], [9]], max_new_tokens=5, speculate=2)
+print("new tokens:", [len(row) for row in result.tokens], "rows hold:", result.cache.length)
+# --8<-- [end:use]
+
+# --8<-- [start:loop]
+step = mla_jax.bind(model)
+logits, cache = step.prefill(jnp.array([[3, 1, 4]]), step.init_cache(1, 128))
+text = []
+for _ in range(5):
+    token = logits[:, -1:].argmax(-1)
+    text.append(int(token[0, 0]))
+    logits, cache = step.decode(token, cache)
+print("the same by a loop of one's own:", text == result.tokens[0])
+# --8<-- [end:loop]
+
 tokens = jnp.array([[3, 1, 4, 1, 5], [9, 2, 6, 0, 0]])
 whole, _ = model.extend(tokens, model.init_cache(2, 8))
 hidden, cache = model.extend(tokens[:, :3], model.init_cache(2, 128, pages=2))
@@ -43,13 +60,4 @@ result = mla_jax.generation.generate(
     model, [[3, 1, 4], [9]], max_new_tokens=5, speculate=2,
     on_tokens=lambda row, tokens: seen[row].extend(tokens),
 )  # fmt: skip
-print("new tokens:", [len(row) for row in result.tokens], "all seen:", seen == result.tokens)
-
-step = mla_jax.bind(model)
-logits, cache = step.prefill(jnp.array([[3, 1, 4]]), step.init_cache(1, 128))
-text = []
-for _ in range(5):
-    token = logits[:, -1:].argmax(-1)
-    text.append(int(token[0, 0]))
-    logits, cache = step.decode(token, cache)
-print("the same by a loop of one's own:", text == result.tokens[0])
+print("all tokens are seen:", seen == result.tokens)

@@ -98,8 +98,14 @@ class Dense:
         island = sharding.island(own, mesh, (whole, own_rows, own_rows), whole)
         return dataclasses.replace(self, arrays=island(self.arrays, at, new))
 
-    def block(self, start: Int[Array, ""] | int, size: int) -> dict[str, Array]:
-        """Every array's slots start to start + size, [B size ...]."""
+    def block(
+        self, start: Int[Array, ""] | int, size: int, *, pages: bool = False
+    ) -> dict[str, Array]:
+        """Every array's slots start to start + size, [B size ...].
+
+        `pages` says that start, known or not, is a multiple of 128, as a paged store likes it.
+        """
+        del pages
         if size == self.slots:
             return dict(self.arrays)
         cut = lambda held: jax.lax.dynamic_slice_in_dim(held, start, size, axis=1)  # noqa: E731

@@ -75,12 +75,15 @@ class Paged:
         arrays = {name: put(held, new[name]) for name, held in self.pool.arrays.items()}
         return dataclasses.replace(self, pool=dataclasses.replace(self.pool, arrays=arrays))
 
-    def block(self, start: Int[Array, ""] | int, size: int) -> dict[str, Array]:
+    def block(
+        self, start: Int[Array, ""] | int, size: int, *, pages: bool = False
+    ) -> dict[str, Array]:
         """As `Dense.block`: slots start to start + size of every row, gathered."""
-        if isinstance(start, int) and start % PAGE == 0 and size % PAGE == 0:
-            pages = self.table[:, start // PAGE : (start + size) // PAGE]
-            parts = {name: held.at[pages] for name, held in self.pool.arrays.items()}
-            whole = (pages.shape[0], size)
+        pages = pages or (isinstance(start, int) and start % PAGE == 0)
+        if pages and size % PAGE == 0:
+            table = jax.lax.dynamic_slice_in_dim(self.table, start // PAGE, size // PAGE, axis=1)
+            parts = {name: held.at[table] for name, held in self.pool.arrays.items()}
+            whole = (table.shape[0], size)
             return {
                 name: part.get(mode="clip").reshape(*whole, *self.pool.arrays[name].shape[2:])
                 for name, part in parts.items()

@@ -272,7 +272,7 @@ class Checkpoint:
 
 def _layer_count(config: Mapping[str, Any]) -> int | None:
     model = language_model(config)
-    for key in ("num_hidden_layers", "num_layers"):
+    for key in ("num_layers", "num_hidden_layers"):  # LongCat's second one counts attentions
         if isinstance(model.get(key), int):
             return model[key]
     return None

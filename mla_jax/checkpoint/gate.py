@@ -50,7 +50,9 @@ def refuse_unused(
     layers = root + family.tensor_name("layers")
     count = config.attention.num_hidden_layers
     behind = set() if drafts else _drafts(files, f"{layers}.", count, config, family)
+    behind |= {root + prefix for prefix in family.skipped}
     left = [name for name in left if not name.startswith(tuple(behind))]
+    left = [name for name in left if not _returns_its_input(name, f"{layers}.", config)]
     if not left:
         return
     name = left[0]
@@ -66,6 +68,13 @@ def _is_vision(name: str, whole: Family, root: str) -> bool:
         return False
     top = root.split(".")[0] + "."
     return name.startswith(whole.beside) or name.removeprefix(top).startswith(whole.beside)
+
+
+def _returns_its_input(name: str, layers: str, config: DecoderConfig) -> bool:
+    """Whether a tensor is of an expert that has no use for it."""
+    match = re.match(rf"{re.escape(layers)}\d+\.mlp\.experts\.(\d+)\.", name)
+    first = config.n_routed_experts or 0
+    return match is not None and first <= int(match[1]) < first + config.zero_expert_num
 
 
 def _drafts(

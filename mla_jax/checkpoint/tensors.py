@@ -22,7 +22,9 @@ from mla_jax.checkpoint.stored import Stored
 from mla_jax.families import Family
 from mla_jax.layers.attention import MultiHeadLatentAttention
 from mla_jax.layers.experts import MixtureOfExperts
+from mla_jax.layers.indexer import Indexer
 from mla_jax.models.decoder import Decoder
+from mla_jax.models.longcat import ShortcutBlock
 
 # Modules of the layer by Hugging Face's names for DeepSeek's, without ".weight" or ".bias".
 MODULES = {
@@ -36,6 +38,17 @@ MODULES = {
     "kv_b_proj": "kv_b_proj",
     "g_proj": "g_proj",
     "o_proj": "o_proj",
+}
+INDEXER = {  # of the layer's indexer, behind "indexer."
+    "wq_b": "wq_b",
+    "wk": "wk",
+    "k_norm": "k_norm",
+    "weights_proj": "weights_proj",
+    "q_input_norm": "q_input_norm",
+    "ssmax_scale": "softmax_scaling.scale",
+    "ssmax_bias": "softmax_scaling.bias",
+    "kpool_bias": "index_kpool_compress_ape",
+    "kpool_gate": "index_kpool_compress_gate",
 }
 VECTORS = {  # whole names: these have no ".weight"
     "sinks": "sinks",
@@ -88,7 +101,7 @@ class Entry:
     def stored_shape(self) -> tuple[int, ...]:
         """Of the tensor."""
         if self.inputs is None:
-            matrix = self.path.endswith("embedding")
+            matrix = self.path.endswith(("embedding", "kpool_bias"))
             return self.shape if matrix else (math.prod(self.shape),)
         return math.prod(self.shape[self.inputs :]), math.prod(self.shape[: self.inputs])
 
@@ -170,6 +183,22 @@ def attention_table(
     for ours, theirs in VECTORS.items():
         if hasattr(layer, ours):
             yield Entry(path + ours, prefix + theirs, getattr(layer, ours))
+    if layer.config.has_indexer:
+        yield from _indexer(layer.indexer, f"{path}indexer.", f"{prefix}indexer.")
+
+
+def _indexer(indexer: Indexer, path: str, prefix: str) -> Iterator[Entry]:
+    for ours, theirs in INDEXER.items():
+        part = getattr(indexer, ours, None)
+        name = prefix + theirs
+        if isinstance(part, nnx.LayerNorm):
+            yield Entry(f"{path}{ours}.scale", f"{name}.weight", part.scale)
+            yield Entry(f"{path}{ours}.bias", f"{name}.bias", part.bias)
+        elif isinstance(part, nnx.Param):
+            yield Entry(path + ours, name, part)
+        elif part is not None:
+            name = name if ours == "kpool_gate" else f"{name}.weight"
+            yield Entry(f"{path}{ours}.kernel", name, part.kernel, inputs=1)
 
 
 def decoder_table(model: Decoder, family: Family, root: str = "model.") -> list[Entry]:
@@ -240,8 +269,18 @@ def _named(entries: list[Entry], family: Family, root: str) -> list[Entry]:
 
 
 def _block(path: str, block: Any, prefix: str) -> Iterator[Entry]:
-    for norm, theirs in (("attention_norm", "input_layernorm"),
-                         ("mlp_norm", "post_attention_layernorm")):  # fmt: skip
+    norms = (("attention_norm", "input_layernorm"), ("mlp_norm", "post_attention_layernorm"))
+    if isinstance(block, ShortcutBlock):
+        for nth in range(2):
+            for norm, theirs in norms:
+                scale = getattr(block, f"{norm}s")[nth].scale
+                yield Entry(f"{path}{norm}s.{nth}.scale", f"{prefix}{theirs}.{nth}.weight", scale)
+            own = f"{path}attentions.{nth}.", f"{prefix}self_attn.{nth}."
+            yield from attention_table(block.attentions[nth], *own)
+            yield from _mlp(f"{path}mlps.{nth}.", block.mlps[nth], f"{prefix}mlps.{nth}.")
+        yield from _mixture(f"{path}mlp.", block.mlp, f"{prefix}mlp.")
+        return
+    for norm, theirs in norms:
         yield Entry(f"{path}{norm}.scale", f"{prefix}{theirs}.weight", getattr(block, norm).scale)
     yield from attention_table(block.attention, f"{path}attention.", f"{prefix}self_attn.")
     if isinstance(block.mlp, MixtureOfExperts):

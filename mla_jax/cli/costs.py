@@ -27,7 +27,7 @@ def costs(options: Costs) -> None:
         "preset": options.preset, "device": options.device, "context": options.context,
         "batch": options.batch, "queries": options.queries,
         "num_hidden_layers": config.num_hidden_layers, "mla_layers": config.mla_layers,
-        "refusal": config.refusal, "crossover_queries": crossover,
+        "crossover_queries": crossover,
         "queries_until_slower": slower if math.isfinite(slower) else None,
         "rows": [_row_json(row, device) for row in rows], "placement": placed,
     })  # fmt: skip
@@ -127,7 +127,7 @@ def presets(options: Presets) -> None:
         ("preset", "makes", "layers", "MLA", "heads", "latent", "rotary", "cache per token"),
         [
             (
-                preset["name"], preset["makes"] or "refused", str(preset["num_hidden_layers"]),
+                preset["name"], preset["makes"], str(preset["num_hidden_layers"]),
                 str(preset["mla_layers"]), str(preset["num_attention_heads"]),
                 str(preset["kv_lora_rank"]), str(preset["qk_rope_head_dim"]),
                 quantity(preset["cache_bytes_per_token"], BYTES, 1024),
@@ -138,12 +138,9 @@ def presets(options: Presets) -> None:
     terminal.answer()
     terminal.paragraph(
         "makes: model, for `generate --random-weights` and `mla_jax.models.Decoder`; layer, for "
-        "`mla_jax.MultiHeadLatentAttention`, whatever the rest of the model is; refused, for "
-        "`costs` alone. MLA: attentions of this kind in the whole model. Cache in bf16."
+        "`mla_jax.MultiHeadLatentAttention`, whatever the rest of the model is. MLA: attentions of "
+        "this kind in the whole model. Cache in bf16, with index keys where attention is sparse."
     )
-    for preset in found:
-        if preset["refusal"]:
-            terminal.paragraph(f"{preset['name']} is refused: {preset['refusal']}")
     for preset in found:
         if preset["aliases"]:
             terminal.paragraph(f"{preset['name']} is also {', '.join(preset['aliases'])}")
@@ -181,8 +178,7 @@ def _preset(name: str) -> dict[str, Any]:
     whole = "decoder" in tomllib.loads(file.read_text(encoding="utf-8"))
     return {
         "name": name,
-        "makes": None if config.refusal else "model" if whole else "layer",
-        "refusal": config.refusal,
+        "makes": "model" if whole else "layer",
         "aliases": aliases(name),
         "num_hidden_layers": config.num_hidden_layers,
         "mla_layers": config.mla_layers,
@@ -194,7 +190,9 @@ def _preset(name: str) -> dict[str, Any]:
         "qk_rope_head_dim": config.qk_rope_head_dim,
         "v_head_dim": config.v_head_dim,
         "max_position_embeddings": config.max_position_embeddings,
-        "cache_bytes_per_token": arithmetic.cache_bytes(config, 1, 1),
+        "cache_bytes_per_token": arithmetic.cache_bytes(
+            config, 1, 1, "absorbed" if config.index_topk is None else "sparse"
+        ),
     }
 
 
@@ -217,11 +215,9 @@ def _remarks(config: MLAConfig, context: int) -> list[str]:
         )
     if config.index_topk is not None:
         remarks.append(
-            f"the model attends to {config.index_topk:,} chosen tokens; these are the numbers of "
-            "attention to all, without the keys that choose."
+            f"the model attends to {config.index_topk:,} chosen tokens: sparse is its row, with "
+            "the index keys that choose as if every layer had them; absorbed attends to all."
         )
-    if config.refusal is not None:
-        remarks.append(f"the layer refuses this preset: {config.refusal}")
     if context > config.max_position_embeddings:
         remarks.append(f"the model has {config.max_position_embeddings:,} positions.")
     return remarks

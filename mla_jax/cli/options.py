@@ -252,7 +252,7 @@ class Explain:
 
 @dataclasses.dataclass(kw_only=True)
 class Presets(Output):
-    """The released models that are built in: what each makes, and what is refused and why."""
+    """The released models that are built in, and what each makes."""
 
 
 @dataclasses.dataclass(kw_only=True)

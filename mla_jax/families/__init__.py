@@ -137,7 +137,8 @@ def decoder_fields(hf: Mapping[str, Any], attention: Any, where: str) -> dict[st
 def config_json(config: Any, dtype: str) -> dict[str, Any]:
     """The config.json of a `DecoderConfig`, as its family's own code and `from_hf` read it.
 
-    A config of no family becomes DeepSeek-V2's or V3's, by how its router scores. Fields that the
+    A config of no family becomes DeepSeek-V2's or V3's, by how its router scores, V3.2's or GLM-5's
+    with sparse attention, LongCat's with its layers. Fields that the
     family's code does not know (softmax_scale, mla_scale_q_lora and the like) stand there by their
     own names: only this package reads them.
 
@@ -157,11 +158,17 @@ def config_json(config: Any, dtype: str) -> dict[str, Any]:
     if name is None:
         softmax = config.n_routed_experts is not None and config.scoring_func == "softmax"
         name = "deepseek_v2" if softmax else "deepseek_v3"
+        if config.shortcut:
+            name = "longcat_flash"
+        elif config.attention.index_topk is not None:
+            name = "glm_moe_dsa" if config.indexer_types is not None else "deepseek_v32"
     family = find(name)
     assert family is not None
     if family.saved_as is not None:
         name, family = family.saved_as, FAMILIES[family.saved_as]
     hf = decoders.written(config, name, dtype)
+    if "index_topk" in family.defaults:
+        hf["index_topk"] = config.attention.index_topk
     if family.architecture is not None:
         hf = {"architectures": [family.architecture]} | hf
     return hf if family.written is None else family.written(config, hf)

@@ -16,7 +16,7 @@ _TWO = {  # AXK2Config
     "vocab_size": 163840, "hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32,
     "kv_lora_rank": 128, "q_lora_rank": 384, "qk_rope_head_dim": 32, "v_head_dim": 64,
     "qk_nope_head_dim": 64, "max_position_embeddings": 131072, "index_topk": 2048,
-    "output_gate": "query",
+    "index_n_heads": 16, "index_head_dim": 128, "output_gate": "query",
 }  # fmt: skip
 FAMILIES = (
     Family(

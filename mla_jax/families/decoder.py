@@ -112,6 +112,9 @@ def written(config: Any, model_type: str, dtype: str) -> dict[str, Any]:
         if value != field.default or field.name in ("rope_theta", "num_hidden_layers",
                                                     "max_position_embeddings"):  # fmt: skip
             hf[field.name] = list(value) if isinstance(value, tuple) else value
+    if attention.index_topk is not None:  # families' defaults differ
+        for key in ("index_head_dim", "indexer_rope_interleave"):
+            hf[key] = getattr(attention, key)
     hf["q_lora_rank"] = attention.q_lora_rank
     hf["num_key_value_heads"] = attention.num_attention_heads
     hf.setdefault("attention_bias", False)

@@ -22,6 +22,10 @@ V3 = {
     "num_experts_per_tok": 8, "first_k_dense_replace": 3, "norm_topk_prob": True,
     "max_position_embeddings": 4096, "eos_token_id": 1,
 }  # fmt: skip
+V32 = {  # DeepseekV32Config of transformers
+    "max_position_embeddings": 163840, "index_topk": 2048, "index_n_heads": 64,
+    "index_head_dim": 128,
+}  # fmt: skip
 # DeepSeek's own inference code.
 NAMES = {
     "q_proj": "wq", "q_a_proj": "wq_a", "q_a_layernorm": "q_norm", "q_b_proj": "wq_b",
@@ -55,8 +59,8 @@ FAMILIES = (
         adjust=transmla, decoder=_v2_decoder,
     ),
     Family(
-        model_types=("deepseek_v32",),
-        defaults=V3 | {"max_position_embeddings": 163840, "index_topk": 2048},
+        model_types=("deepseek_v32",), architecture="DeepseekV32ForCausalLM",
+        defaults=V3 | V32, decoder=lambda hf, attention, where: mixture(hf, where),
     ),
     # It nests DeepSeek-V2's config, and leaves out what equals the defaults above.
     Family(

@@ -10,6 +10,7 @@ _NOTE = {  # Dots3NoteTextConfig of transformers, and what its code does
     "vocab_size": 152064, "hidden_size": 5120, "num_hidden_layers": 46, "num_attention_heads": 128,
     "q_lora_rank": 1024, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
     "v_head_dim": 128, "max_position_embeddings": 524288, "rms_norm_eps": 1e-5, "index_topk": 2048,
+    "index_n_heads": 64, "index_head_dim": 128, "indexer_rope_interleave": True,
     "rope_theta": 80_000_000.0, "k_rope_norm": True, "mla_scale_q_lora": True,
     "mla_scale_kv_lora": True, "output_gate": "head",
 }  # fmt: skip

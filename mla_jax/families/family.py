@@ -38,6 +38,8 @@ class Family:
             config.json that says it in DeepSeek's keys; returns the family's.
         architecture: the class that its config.json names; serving engines go by it.
         saved_as: the model_type under which its language model is saved; None is its own.
+        skipped: prefixes, behind the language model's own, of tensors that nothing reads, such as a
+            block for drafting of another shape.
         beside: prefixes of tensors that are no part of the language model.
         learned: tensors that change the attention where they are not zero, and what to do then.
 
@@ -58,6 +60,7 @@ class Family:
     written: Callable[[Any, dict[str, Any]], dict[str, Any]] | None = None
     architecture: str | None = None
     saved_as: str | None = None
+    skipped: tuple[str, ...] = ()
     beside: tuple[str, ...] = VISION
     learned: Mapping[str, str] = dataclasses.field(default_factory=dict)
 

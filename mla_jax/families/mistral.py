@@ -7,7 +7,7 @@ from typing import Any
 
 from mla_jax.families.deepseek import NAMES
 from mla_jax.families.family import Family
-from mla_jax.families.per_layer import count, one_of
+from mla_jax.families.per_layer import count, indexed, kv_source, one_of
 
 _SMALL = {  # Mistral4Config of transformers
     "vocab_size": 131072, "hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32,
@@ -39,6 +39,7 @@ def _small(hf: dict[str, Any], where: str, layer: int | None) -> dict[str, Any]:
 def _large(hf: dict[str, Any], where: str, layer: int | None) -> dict[str, Any]:
     """Layers without rotation have no rotary channels, only wider others."""
     hf.setdefault("latent_norm_eps", hf.get("rms_norm_eps", 1e-5))
+    hf = kv_source(indexed(hf, where, layer), where, layer)
     rotated = hf.get("no_rope_layers")  # 1 where the layer does rotate
     if rotated is None:
         every = hf.get("no_rope_layer_interval", 4)
@@ -60,7 +61,11 @@ FAMILIES = (
     ),
     Family(
         model_types=("mistral_large4", "mistral_large4_text"), adjust=_large,
-        defaults={"q_lora_rank": None, "query_scale_ssmax": True, "index_topk": 2048},
+        defaults={
+            "q_lora_rank": None, "query_scale_ssmax": True, "index_topk": 2048,
+            "index_n_heads": 32, "index_head_dim": 128, "indexer_rope_interleave": True,
+            "index_query_scale_ssmax": True, "kv_source_layers": None,
+        },
         learned={"lerope.alpha": _LEARNED, "model.language_model.rotary_emb.alpha": _LEARNED},
     ),
 )  # fmt: skip

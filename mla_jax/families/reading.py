@@ -156,26 +156,31 @@ def attention_fields(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
         fields["sliding_window"] = None
     if hf.get("use_mla_nope"):  # SGLang's Ling: no rotary channels at all
         fields["qk_rope_head_dim"] = 0
-    if fields.get("index_topk") is not None:  # each layer attends to all, or it was refused
-        del fields["index_topk"]
+    if not fields.get("index_topk") or _attends_to_all(hf):
+        fields = {key: value for key, value in fields.items() if not key.startswith("index")}
     return fields | _rope_fields(hf, where)
+
+
+def _attends_to_all(hf: Mapping[str, Any]) -> bool:
+    """Whether a config of a sparse family says that its layers attend to all tokens."""
+    kinds = hf.get("layer_types")
+    return isinstance(kinds, Sequence) and set(map(str, kinds)) == {"full_attention"}
 
 
 def _refuse(hf: Mapping[str, Any], family: Family | None, where: str) -> None:
     """Raises where a key asks for attention that the layer does not compute."""
     sparse = hf.get("index_topk")
-    kinds = hf.get("layer_types")
-    dense = isinstance(kinds, Sequence) and set(map(str, kinds)) == {"full_attention"}
-    usual = family is not None and "index_topk" in family.defaults
-    if sparse and not (dense and usual):
-        raise ValueError(f"{where}: index_topk={sparse!r}: sparse attention is not supported yet.")
-    sources = hf.get("kv_source_layers")
-    if sources is not None and (
-        not isinstance(sources, list) or sources != list(range(len(sources)))
-    ):
+    if sparse and not (family is not None and "index_n_heads" in family.defaults):
         raise ValueError(
-            f"{where}: kv_source_layers={sources!r}: attention to another layer's cache is not "
-            "supported yet."
+            f"{where}: index_topk={sparse!r}: model_type={hf.get('model_type')!r} is not known to "
+            "have an indexer; deepseek_v32 is DeepSeek-V3 with one."
+        )
+    sources, shared = hf.get("kv_source_layers"), "kv_source_layers"
+    own = sources is None or (isinstance(sources, list) and sources == list(range(len(sources))))
+    if not own and not (family is not None and shared in family.defaults):
+        raise ValueError(
+            f"{where}: kv_source_layers={sources!r}: model_type={hf.get('model_type')!r} is not "
+            "known to attend to another layer's cache."
         )
     cap = hf.get("attn_logit_softcapping")
     if cap is not None:

@@ -15,47 +15,40 @@ all the cache holds. From one set of parameters two equal forms of the attention
     heads -- sinks, gate -- o_proj --> y [B T D]
 
 What only some families have (sinks, gates, query scales, more norms) is a line where it belongs in
-this flow, switched on by the config.
+this flow, switched on by the config. Sparse attention (`layers.indexer`) chooses which slots a
+query attends to; a layer may also take an earlier one's choice, or its cache, out of the `Relay`.
 
 Letters: B batch, T query tokens, S cache slots, N heads, D hidden size, Q q_lora_rank,
 R kv_lora_rank, H qk_nope_head_dim, P qk_rope_head_dim, V v_head_dim.
 """
 
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from mla_jax import ops, rope, sharding
-from mla_jax.cache import Cache, Dense, Paged
-from mla_jax.config import MLAConfig
+from mla_jax import ops, rope, sharding, target
+from mla_jax.cache import Dense, Paged, Store
 from mla_jax.costs import choose_form
-from mla_jax.layers.projection import Projection, apart, kernel_of, together
+from mla_jax.layers.indexer import Indexer, indexer_loss
+from mla_jax.layers.maps import LatentMaps
+from mla_jax.layers.relay import Relay
 from mla_jax.layers.step import Form, Step, check_form, check_positions
-from mla_jax.ops import dispatch
-from mla_jax.sharding import Rules
+from mla_jax.ops.seen import Seen
+from mla_jax.rates import rates_of
 
-_BIASED = ("q_a_proj", "kv_a_proj", "o_proj")  # what attention_bias=True means
-# Of each kernel's axes; ranks count as D, the axis that FSDP splits.
-_LETTERS = {
-    "q_proj": ("D", "N", None), "q_a_proj": ("D", None), "q_b_proj": ("D", "N", None),
-    "kv_a_proj": ("D", None), "kv_b_proj": ("D", "N", None), "g_proj": ("D", "N", None),
-    "o_proj": ("N", None, "D"),
-}  # fmt: skip
+_LATENTS = ("latent", "k_rope")
 
 
-class MultiHeadLatentAttention(nnx.Module):
+class MultiHeadLatentAttention(LatentMaps):
     """Causal self-attention whose cache holds one latent per token.
 
     Holds parameters only, no random state and no tables. Kernels: `q_a_proj` [D Q], `q_a_norm` [Q],
     `q_b_proj` [Q N H+P] (or `q_proj` [D N H+P] where q_lora_rank is None), `kv_a_proj` [D R+P],
     `kv_a_norm` [R], `kv_b_proj` [R N H+V], `o_proj` [N V D]. Where the config asks for them:
     `k_rope_norm` [P], `g_proj` [D N 1] or [D N V] (output_gate; "query" widens q_b_proj to
-    [2Q N H+P+V]), `sinks` [N], `ssmax_scale` [N], `ssmax_bias` [N].
+    [2Q N H+P+V]), `sinks` [N], `ssmax_scale` [N], `ssmax_bias` [N], `indexer` (an `Indexer`).
 
     Args:
         config: the widths, rotary embedding and scale factors.
@@ -70,7 +63,7 @@ class MultiHeadLatentAttention(nnx.Module):
         rngs: for the initializers; not kept.
 
     Raises:
-        ValueError: an implementation that does not exist, or a config with index_topk.
+        ValueError: an implementation that does not exist.
 
     >>> from flax import nnx
     >>> import jax.numpy as jnp, mla_jax
@@ -85,72 +78,6 @@ class MultiHeadLatentAttention(nnx.Module):
     ((2, 1, 128), Array([6, 6], dtype=int32))
     """
 
-    def __init__(
-        self,
-        config: MLAConfig,
-        *,
-        dtype=None,
-        param_dtype=jnp.float32,
-        precision=None,
-        kernel_init: nnx.Initializer = nnx.initializers.lecun_normal(),  # noqa: B008
-        implementation: dispatch.Implementation = None,
-        rngs: nnx.Rngs,
-    ):
-        if not isinstance(config, MLAConfig):
-            raise ValueError(f"config={config!r}: it must be an MLAConfig.")
-        if config.refusal is not None:
-            raise ValueError(config.refusal)
-        self.config = config
-        self.dtype = dtype
-        self.param_dtype = param_dtype
-        self.precision = precision
-        self.implementation = dispatch.frozen(implementation)
-
-        bias = config.attention_bias
-        biased = _BIASED if bias is True else bias or ()
-
-        def linear(name, inputs, outputs):
-            return Projection(
-                inputs, outputs, letters=_LETTERS[name], use_bias=name in biased, dtype=dtype,
-                param_dtype=param_dtype, kernel_init=kernel_init, precision=precision, rngs=rngs,
-            )  # fmt: skip
-
-        def norm(width):
-            return nnx.RMSNorm(
-                width, epsilon=config.latent_norm_eps, dtype=dtype, param_dtype=param_dtype,
-                rngs=rngs,
-            )  # fmt: skip
-
-        width, heads, value = config.hidden_size, config.num_attention_heads, config.v_head_dim
-        rank, rope = config.kv_lora_rank, config.qk_rope_head_dim
-        if config.q_lora_rank is None:
-            self.q_proj = linear("q_proj", (width,), (heads, config.qk_head_dim))
-        else:
-            gated = config.output_gate == "query"
-            channels = config.qk_head_dim + value if gated else config.qk_head_dim
-            self.q_a_proj = linear("q_a_proj", (width,), (config.q_lora_rank,))
-            if config.latent_norm:
-                self.q_a_norm = norm(config.q_lora_rank)
-            self.q_b_proj = linear(
-                "q_b_proj", ((2 if gated else 1) * config.q_lora_rank,), (heads, channels)
-            )
-        self.kv_a_proj = linear("kv_a_proj", (width,), (rank + rope,))
-        if config.latent_norm:
-            self.kv_a_norm = norm(rank)
-        if config.k_rope_norm:
-            self.k_rope_norm = norm(rope)
-        self.kv_b_proj = linear("kv_b_proj", (rank,), (heads, config.qk_nope_head_dim + value))
-        if config.output_gate in ("head", "elementwise"):
-            gates = 1 if config.output_gate == "head" else value
-            self.g_proj = linear("g_proj", (width,), (heads, gates))
-        if config.attention_sinks:
-            self.sinks = nnx.Param(jnp.zeros((heads,), param_dtype), **sharding.metadata("N"))
-        if config.query_scale_ssmax:
-            of_heads = sharding.metadata("N")
-            self.ssmax_scale = nnx.Param(jnp.zeros((heads,), param_dtype), **of_heads)
-            self.ssmax_bias = nnx.Param(jnp.ones((heads,), param_dtype), **of_heads)
-        self.o_proj = linear("o_proj", (heads, value), (width,))
-
     def __call__(
         self,
         x: Float[Array, "B T D"],
@@ -159,6 +86,7 @@ class MultiHeadLatentAttention(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         mask: Bool[Array, "#B #N #T #T"] | None = None,
         form: Form = "auto",
+        dense: bool = False,
     ) -> Float[Array, "B T D"]:
         """Causal self-attention without a cache: training and scoring.
 
@@ -169,40 +97,66 @@ class MultiHeadLatentAttention(nnx.Module):
             segment_ids: int [B T]; tokens attend within their segment (packed sequences).
             mask: boolean, broadcastable to [B N T T], True = may attend; combined with the causal
                 rule. A token that may attend to nothing gets zeros before o_proj.
-            form: "auto" is expanded here, which is cheaper for any T without a cache.
+            form: "auto" goes by cost: expanded here for any T, but for sparse attention to far
+                fewer than T tokens.
+            dense: attend to all tokens whatever index_topk says, as while an indexer warms up.
 
         Returns:
             [B T D].
 
         Raises:
-            ValueError: x is not [B T D] of a float dtype, or another argument does not go with it.
+            ValueError: x is not [B T D] of a float dtype, or another argument does not go with it;
+                or the layer needs what an earlier one hands on (`attend`).
         """
-        batch, tokens = self._check_input(x)
+        options = {"positions": positions, "segment_ids": segment_ids, "mask": mask}
+        return self.attend(x, form=form, dense=dense, **options)[0]
+
+    def attend(
+        self,
+        x: Float[Array, "B T D"],
+        relay: Relay | None = None,
+        *,
+        positions: Int[Array, "T"] | Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        mask: Bool[Array, "#B #N #T #T"] | None = None,
+        form: Form = "auto",
+        dense: bool = False,
+    ) -> tuple[Float[Array, "B T D"], Relay | None]:
+        """`__call__` between other layers: with what they have handed on, and what this one does.
+
+        Args:
+            x: activations [B T D].
+            relay: of the layers before; None where this is the first.
+            positions, segment_ids, mask, form, dense: as in `__call__`.
+        """
+        tokens = self.check_input(x)[1]
         check_form(form)
-        if positions is None:
-            positions = jnp.arange(tokens, dtype=jnp.int32)
-        else:
-            positions = check_positions(positions, batch, tokens)
-        if segment_ids is not None:
-            segment_ids = ops.checked_ids("segment_ids", segment_ids, (batch, tokens), "B T")
+        positions, seen = self._whole_pass(x, positions, segment_ids, mask)
         by = rope.rotation(positions, self.config, tokens)
-        q_nope, q_rope, gate = self._queries(x, positions, by)
-        latent, k_rope = self._latents(x, by)
+        q_nope, q_rope, gate, q_latent = self._queries(x, positions, by)
+        new = {} if self.config.kv_source_layer is not None else self._latents(x, by)
+        if self.config.has_indexer:
+            new["index_key"] = self.indexer.keys(x, by)
+        store, relay = self._handed(Dense(new), relay)
+        if self.config.index_topk is not None and not dense:
+            seen, relay = self._chosen(x, q_latent, positions, by, Dense(new), seen, relay)
+        if form == "auto":
+            sparse = seen.chosen is not None
+            form = self._form(tokens, tokens) if sparse else "expanded"
         options: dict[str, Any] = {
-            "lengths": None, "scale": self.config.scale, "window": self.config.sliding_window,
-            "mask": mask, "segment_ids": segment_ids, "precision": self.precision,
+            "scale": self.config.scale, "precision": self.precision,
             "implementation": self.implementation,
         }  # fmt: skip
         if form == "absorbed":
-            pattern = self._pattern(q_nope)
-            out_latent, lse = ops.latent_attention(pattern, q_rope, latent, k_rope, **options)
+            out_latent, lse = ops.attend_latents(
+                (self._pattern(q_nope), q_rope), store, seen, **options
+            )
             heads = self._heads(out_latent)
         else:
-            keys_values = self._keys_values(latent)
-            heads, lse = ops.expanded_attention(
-                q_nope, q_rope, keys_values[0], k_rope, keys_values[1], **options
-            )
-        return sharding.beside(self._output(heads, lse, gate), x)
+            k_nope, value = self._keys_values(store.latent)
+            keys_values = Dense({"k_nope": k_nope, "k_rope": store.k_rope, "value": value})
+            heads, lse = ops.attend_expanded((q_nope, q_rope), keys_values, seen, **options)
+        return sharding.beside(self._output(heads, lse, gate), x), relay
 
     def init_store(self, batch_size: int, slots: int, dtype=None) -> Dense:
         """Slots of its own for every row: what a `Cache` keeps of this layer's tokens.
@@ -210,228 +164,191 @@ class MultiHeadLatentAttention(nnx.Module):
         `dtype` is by default that of the computation, or of the parameters where it is None.
         """
         dtype = dtype or self.dtype or self.param_dtype
-        widths = {"latent": self.config.kv_lora_rank, "k_rope": self.config.qk_rope_head_dim}
         return Dense(
-            {name: jnp.zeros((batch_size, slots, width), dtype) for name, width in widths.items()}
+            {
+                name: jnp.zeros((batch_size, slots, width), dtype)
+                for name, width in self._widths().items()
+            }
         )
 
-    def init_cache(
-        self,
-        batch_size: int,
-        max_length: int,
-        dtype=None,
-        pages: int | None = None,
-        sharding: Rules | None = None,
-    ) -> Cache:
-        """An empty cache of this layer alone: see `Cache.init`."""
-        return Cache.init([self], batch_size, max_length, dtype, pages, sharding)
-
-    def prefill(
-        self,
-        x: Float[Array, "B T D"],
-        cache: Cache,
-        lengths: Int[Array, "B"] | None = None,
-        *,
-        positions: Int[Array, "T"] | Int[Array, "B T"] | None = None,
-        form: Form = "auto",
-    ) -> tuple[Float[Array, "B T D"], Cache]:
-        """Appends `lengths[b]` tokens to row b, behind what the cache holds, and attends to all.
-
-        A long prompt may come in chunks, and rows of different lengths share a batch.
-
-        Args:
-            x: activations [B T D], rows right-padded.
-            cache: of this layer, B rows.
-            lengths: int [B], tokens of each row, 0 to T; None is T for all.
-            positions: int [T] or [B T]; by default they continue from `cache.length`. Causality and
-                a sliding window go by cache slot all the same.
-            form: "auto" goes by cost (`costs.choose_form`): expanded for a prompt, absorbed for a
-                short continuation of a long cache.
-
-        Returns:
-            outputs [B T D], zeros past a row's length, and the new cache.
-
-        Raises:
-            ValueError: arguments that do not go together, or, outside jit, a row that would
-                overflow (under jit its `overflowed` is set).
-        """
-        batch, tokens = self._check_input(x)
-        if len(cache.stores) != 1 or cache.batch_size != batch:
-            raise ValueError(
-                f"cache has {len(cache.stores)} stores of {cache.batch_size} rows: this layer and "
-                f"input take one of {batch} rows, of layer.init_cache({batch}, ...)."
-            )
-        step = Step.begin(cache, tokens, lengths, positions=positions, form=form)
-        y, store, _ = self.extend(x, cache.stores[0], step)
-        return y, cache.end([store], step)
-
-    def decode(
-        self,
-        x: Float[Array, "B T D"],
-        cache: Cache,
-        *,
-        positions: Int[Array, "T"] | Int[Array, "B T"] | None = None,
-        form: Form = "auto",
-    ) -> tuple[Float[Array, "B T D"], Cache]:
-        """Appends T new tokens (1, or a few drafts) to every row; causal among themselves.
-
-        Args, returns and errors are those of `prefill` without `lengths`.
-        """
-        return self.prefill(x, cache, positions=positions, form=form)
-
     def extend(
-        self, x: Float[Array, "B T D"], store: Dense, step: Step, relay: Any = None
-    ) -> tuple[Float[Array, "B T D"], Dense, Any]:
+        self, x: Float[Array, "B T D"], store: Dense, step: Step, relay: Relay | None = None
+    ) -> tuple[Float[Array, "B T D"], Dense, Relay | None]:
         """The layer on the new tokens of a step, which all layers of a model share.
 
         Args:
             x: activations [B T D].
             store: this layer's, of the cache that the step began with.
             step: of `Step.begin`.
-            relay: what earlier layers hand to later ones; this layer passes it on.
+            relay: what earlier layers have handed on; None where this is the first.
 
         Returns:
-            outputs [B T D], zeros where a token does not count; the new store; and the relay.
+            outputs [B T D], zeros where a token does not count; the new store; and the relay for
+            the layers behind, None where nothing has been handed on.
 
         Raises:
-            ValueError: a store of other widths or another dtype than the layer computes in.
+            ValueError: a store of other widths or another dtype than the layer computes in, or one
+                without index keys; a relay that lacks what the layer takes from it.
         """
-        batch, _ = self._check_input(x)
+        batch, tokens = self.check_input(x)
         view = step.view(store)
-        self._check_store(view, batch)
-        form = step.form
-        if form == "auto":
-            form = self._form(x.shape[1], step.slots)
+        self._check_store(view, batch, self._widths())
         x, by = step.clear(x), step.rotation(self.config)
-        q_nope, q_rope, gate = self._queries(x, step.positions, by)
-        latent, k_rope = self._latents(x, by)
+        q_nope, q_rope, gate, q_latent = self._queries(x, step.positions, by)
+        new = {} if self.config.kv_source_layer is not None else self._latents(x, by)
+        if self.config.has_indexer:
+            new["index_key"] = self.indexer.keys(x, by)
         with jax.named_scope("cache_append"):
-            view = view.write(step.place, latent=latent, k_rope=k_rope)
-        attend = self._absorbed if form == "absorbed" else self._expanded
-        heads, lse = attend(q_nope, q_rope, latent, k_rope, view, step)
+            empty = jnp.zeros((batch, tokens, 0), view.index_key.dtype) if not new else None
+            own = view.write(step.place, **(new or {"index_key": empty}))
+        source, relay = self._handed(own, relay)
+        self._check_store(source, batch, {name: self._widths(True)[name] for name in _LATENTS})
+        seen = step.seen.replace(window=self.config.sliding_window)
+        if self.config.index_topk is not None:
+            seen, relay = self._chosen(x, q_latent, step.positions, by, own, seen, relay)
+        form = self._form(tokens, step.slots) if step.form == "auto" else step.form
+        if form == "absorbed":
+            heads, lse = self._absorbed(q_nope, q_rope, source, seen, step)
+        else:
+            heads, lse = self._expanded(q_nope, q_rope, new, source, seen, step)
         y = step.clear(sharding.beside(self._output(heads, lse, gate), x))
-        return y, view.pool if isinstance(view, Paged) else view, relay
+        return y, own.pool if isinstance(own, Paged) else own, relay
 
-    @property
-    def w_uk(self) -> Float[Array, "R N H"]:
-        """W_UK, the part of kv_b_proj that makes keys: folded into the query when absorbed."""
-        return self._kv_b()[..., : self.config.qk_nope_head_dim]
+    def indexer_loss(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        positions: Int[Array, "T"] | Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        mask: Bool[Array, "#B 1 #T #T"] | None = None,
+        warmup: bool = False,
+    ) -> Float[Array, ""]:
+        """What the layer's indexer is trained by: see `layers.indexer.indexer_loss`.
 
-    @property
-    def w_uv(self) -> Float[Array, "R N V"]:
-        """W_UV, the part of kv_b_proj that makes values: applied after mixing when absorbed."""
-        return self._kv_b()[..., self.config.qk_nope_head_dim :]
+        The target is the softmax of this layer's own attention, summed over heads. Only the
+        indexer's parameters have a gradient.
+
+        Args:
+            x: the layer's input.
+            positions, segment_ids, mask: as in `__call__`.
+            warmup: the target is attention to all tokens; otherwise to the chosen ones.
+
+        Raises:
+            ValueError: the layer has no indexer, or pools its keys.
+        """
+        config = self.config
+        if not config.has_indexer or config.index_kpool is not None:
+            raise ValueError(
+                f"index_topk={config.index_topk}, indexer_type={config.indexer_type!r}, index_kpool"
+                f"={config.index_kpool}: the loss is of an indexer that chooses single tokens."
+            )
+        positions, seen = self._whole_pass(x, positions, segment_ids, mask)
+        x = jax.lax.stop_gradient(x)
+        by = rope.rotation(positions, config, x.shape[1])
+        q_nope, q_rope, _, q_latent = self._queries(x, positions, by)
+        new = self._latents(x, by) if config.kv_source_layer is None else {}
+        if not new:
+            raise ValueError(f"kv_source_layer={config.kv_source_layer}: the loss needs latents.")
+        keys = self.indexer.keys(x, by)
+        queries = self.indexer.queries(x, q_latent, positions, by)
+        if not warmup and config.is_sparse(x.shape[1]):
+            seen = seen.replace(
+                chosen=self.indexer.choose(queries, Dense({"index_key": keys}), seen)
+            )
+        target = ops.attention_weights(
+            (self._pattern(q_nope), q_rope), Dense(new), seen, scale=config.scale
+        )
+        visible = seen.visible(jnp.arange(x.shape[1], dtype=jnp.int32))[:, 0]
+        visible = jnp.broadcast_to(visible, target.shape)
+        return indexer_loss(target, self.indexer.scores(queries, keys), visible)
+
+    def _whole_pass(self, x, positions, segment_ids, mask):
+        """Positions, and what every token of a pass without a cache may see."""
+        batch, tokens = self.check_input(x)
+        if positions is None:
+            positions = jnp.arange(tokens, dtype=jnp.int32)
+        else:
+            positions = check_positions(positions, batch, tokens)
+        if segment_ids is not None:
+            segment_ids = ops.checked_ids("segment_ids", segment_ids, (batch, tokens), "B T")
+        if mask is not None:
+            heads = self.config.num_attention_heads
+            mask = ops.checked_mask(mask, (batch, heads, tokens, tokens))
+            if self.config.index_topk is not None and mask.shape[1] != 1:
+                raise ValueError(
+                    f"mask has shape {mask.shape}: with index_topk={self.config.index_topk} it "
+                    "must be [B 1 T T], since all heads attend to the same chosen tokens."
+                )
+        seen = Seen.of(
+            None, batch=batch, queries=tokens, slots=tokens, window=self.config.sliding_window,
+            mask=mask, segment_ids=segment_ids,
+        )  # fmt: skip
+        return positions, seen
+
+    def _widths(self, latents: bool = False) -> dict[str, int]:
+        """Of the store's arrays; with `latents` also where those are another layer's."""
+        config, widths = self.config, {}
+        if config.kv_source_layer is None or latents:
+            widths = {"latent": config.kv_lora_rank, "k_rope": config.qk_rope_head_dim}
+        if config.has_indexer:
+            widths["index_key"] = Indexer.width(config)
+        # Of a layer that keeps nothing there is an array without channels, which has slots.
+        return widths or {"index_key": 0}
+
+    def _handed(self, own: Store, relay: Relay | None):
+        """The store that the layer attends to, its own or an earlier layer's; the relay behind."""
+        config = self.config
+        if config.kv_source_layer is not None:
+            return (relay or Relay()).store(config.kv_source_layer), relay
+        if config.kv_store_layer is not None:
+            relay = (relay or Relay()).with_store(config.kv_store_layer, own)
+        return own, relay
+
+    def _chosen(self, x, q_latent, positions, by, store: Store, seen: Seen, relay: Relay | None):
+        """What queries see after the choice, this layer's or the last one's; the relay behind.
+
+        Where all slots can be chosen, nothing is.
+        """
+        config, relay = self.config, relay or Relay()
+        if not config.has_indexer:
+            return seen.replace(chosen=relay.choice()), relay
+        slots, chosen = store.slots, None
+        if not isinstance(slots, int):
+            raise ValueError(
+                f"index_topk={config.index_topk}: the number of slots to choose among must be "
+                f"known, and not the symbol {slots}: export the program for one number."
+            )
+        if config.is_sparse(slots):
+            queries = self.indexer.queries(x, q_latent, positions, by)
+            chosen = self.indexer.choose(queries, store, seen)
+        return seen.replace(chosen=chosen), relay.with_choice(chosen)
 
     def _form(self, queries, slots):
         """The form that is cheaper; under `jax.export` sizes may be symbols."""
         if not isinstance(queries, int):
             return "expanded"
-        return choose_form(self.config, queries, slots if isinstance(slots, int) else 2**30)
+        slots = slots if isinstance(slots, int) else 2**30
+        return choose_form(self.config, queries, slots, rates_of(target.current().kind))
 
-    def _kv_b(self):
-        config = self.config
-        heads = (config.num_attention_heads, config.qk_nope_head_dim + config.v_head_dim)
-        kernel = kernel_of(self.kv_b_proj, config.kv_lora_rank, heads)
-        return sharding.move(kernel, (), sharding.spec(kernel)[1])  # FSDP splits R
-
-    def _queries(self, x, positions, by):
-        """q_nope [B T N H], rotated q_rope [B T N P], the gate's logits [B T N 1 or V] or None."""
-        config, gate = self.config, None
-        with jax.named_scope("queries"):
-            if config.q_lora_rank is None:
-                query = apart(self.q_proj(x), config.num_attention_heads)
-            else:
-                raw = self.q_a_proj(x)
-                q_latent = self.q_a_norm(raw) if config.latent_norm else raw
-                q_latent = checkpoint_name(q_latent, "q_latent")
-                if config.output_gate == "query":
-                    query = self.q_b_proj(jnp.concatenate([q_latent, raw], axis=-1))
-                    query = apart(query, config.num_attention_heads)
-                    query, gate = jnp.split(query, [config.qk_head_dim], axis=-1)
-                else:
-                    query = apart(self.q_b_proj(q_latent), config.num_attention_heads)
-                if config.mla_scale_q_lora:
-                    query = query * math.sqrt(config.hidden_size / config.q_lora_rank)
-            q_nope, q_rope = jnp.split(query, [config.qk_nope_head_dim], axis=-1)
-        with jax.named_scope("rope"):
-            q_rope = rope.rotate(q_rope, by, config)
-        if config.llama_4_scaling_beta is not None or config.query_scale_ssmax:
-            scale = self._query_scale(positions).astype(query.dtype)
-            q_nope, q_rope = q_nope * scale, q_rope * scale
-        if config.output_gate in ("head", "elementwise"):
-            with jax.named_scope("g_proj"):
-                gate = apart(self.g_proj(x), config.num_attention_heads)
-        return q_nope, q_rope, gate
-
-    def _query_scale(self, positions):
-        """What queries are multiplied by at their positions, float32 [B T N 1] or smaller."""
-        config = self.config
-        position = positions.reshape((-1, positions.shape[-1]))[..., None, None]
-        scale = jnp.ones(position.shape, jnp.float32)
-        if config.llama_4_scaling_beta is not None:
-            turns = position // config.llama_4_original_max_position_embeddings
-            scale = 1 + config.llama_4_scaling_beta * jnp.log1p(turns.astype(jnp.float32))
-        if config.query_scale_ssmax:
-            slope, offset = (
-                parameter[...].astype(jnp.float32)[None, None, :, None]
-                for parameter in (self.ssmax_scale, self.ssmax_bias)
-            )
-            scale = scale * (slope * jnp.log1p(position.astype(jnp.float32)) + offset)
-        return scale
-
-    def _latents(self, x, by):
-        """Normalized latent [B T R] and rotated k_rope [B T P], as the cache holds them."""
-        config = self.config
-        with jax.named_scope("latents"):
-            latent, k_rope = jnp.split(self.kv_a_proj(x), [config.kv_lora_rank], axis=-1)
-            if config.latent_norm:
-                latent = self.kv_a_norm(latent)
-            if config.mla_scale_kv_lora:
-                latent = latent * math.sqrt(config.hidden_size / config.kv_lora_rank)
-            if config.k_rope_norm:
-                k_rope = self.k_rope_norm(k_rope)
-        with jax.named_scope("rope"):
-            k_rope = rope.rotate(k_rope, by, config)
-        return checkpoint_name(latent, "latent"), checkpoint_name(k_rope, "k_rope")
-
-    def _absorbed(self, q_nope, q_rope, latent, k_rope, view, step):
+    def _absorbed(self, q_nope, q_rope, view, seen, step):
         """Heads [B T N V] and lse [B T N] by the absorbed form, never making keys or values."""
-        del latent, k_rope  # the view holds them
         queries = (self._pattern(q_nope), q_rope)
         options = {"scale": self.config.scale, "precision": self.precision}
-        seen = step.seen.replace(window=self.config.sliding_window)
-        call = ops.latent_call(queries, view, seen, **options)
-        seen = step.planned(seen, call, self.implementation)
+        if seen.chosen is None:  # a plan is of all layers, a choice of one
+            call = ops.latent_call(queries, view, seen, **options)
+            seen = step.planned(seen, call, self.implementation)
         out_latent, lse = ops.attend_latents(
             queries, view, seen, implementation=self.implementation, **options
         )
         return self._heads(out_latent), lse
 
-    def _pattern(self, q_nope):
-        """What each head looks for among the latents, [B T N R]."""
-        with jax.named_scope("w_uk"):
-            return self._fold("BTNH,RNH->BTNR", q_nope, self.w_uk)
-
-    def _heads(self, out_latent):
-        """Heads [B T N V] from mixed latents [B T N R]."""
-        with jax.named_scope("w_uv"):
-            return self._fold("BTNR,RNV->BTNV", out_latent, self.w_uv)
-
-    def _fold(self, letters, x, kernel):
-        """An einsum with a slice of kv_b_proj that accumulates in float32 for any T."""
-        y = jnp.einsum(
-            letters, x, kernel.astype(x.dtype), precision=self.precision,
-            preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
-        )  # fmt: skip
-        return y.astype(x.dtype)
-
-    def _expanded(self, q_nope, q_rope, latent, k_rope, view, step):
+    def _expanded(self, q_nope, q_rope, new, view, seen, step):
         """Heads and lse by the expanded form, over new tokens and what the rows held before.
 
-        Under a sliding window every token has its own first slot, so all of it goes through the
-        cache, which holds the new tokens too.
+        Under a sliding window every token has its own first slot, under sparse attention its own
+        slots, so all of it goes through the cache, which holds the new tokens too; so it does where
+        the cache is another layer's.
         """
-        window = self.config.sliding_window
         options: dict[str, Any] = {
             "scale": self.config.scale, "precision": self.precision,
             "implementation": self.implementation,
@@ -440,10 +357,10 @@ class MultiHeadLatentAttention(nnx.Module):
         def context(seen):
             return ops.context_attention((q_nope, q_rope), view, seen, self._kv_b(), **options)
 
-        if window is not None:
-            return context(step.seen.replace(window=window))
-        k_nope, value = self._keys_values(latent)
-        own = ops.expanded_attention(q_nope, q_rope, k_nope, k_rope, value, **options)
+        if seen.window is not None or seen.chosen is not None or "latent" not in new:
+            return context(seen)
+        k_nope, value = self._keys_values(new["latent"])
+        own = ops.expanded_attention(q_nope, q_rope, k_nope, new["k_rope"], value, **options)
         if step.fresh:
             return own
         return jax.lax.cond(
@@ -451,41 +368,7 @@ class MultiHeadLatentAttention(nnx.Module):
             lambda: ops.merge_attention(own, context(step.before)), lambda: own,
         )  # fmt: skip
 
-    def _keys_values(self, latent):
-        """Per-head k_nope [B T N H] and value [B T N V] from latents."""
-        with jax.named_scope("kv_b_proj"):
-            both = apart(self.kv_b_proj(latent), self.config.num_attention_heads)
-            return jnp.split(both, [self.config.qk_nope_head_dim], axis=-1)
-
-    def _output(self, heads, lse, gate):
-        """Y [B T D] from heads [B T N V], their lse [B T N] and the gate's logits."""
-        dtype = heads.dtype
-        if self.config.attention_sinks:
-            with jax.named_scope("sinks"):
-                # exp(sink) more in the denominator: heads * exp(lse) / (exp(lse) + exp(sink)).
-                sinks = self.sinks[...].astype(lse.dtype)[None, None]
-                heads = heads * jax.nn.sigmoid(lse - sinks)[..., None]
-        if gate is not None:
-            with jax.named_scope("gate"):
-                heads = heads * jax.nn.sigmoid(gate.astype(lse.dtype))
-        with jax.named_scope("o_proj"):
-            return self.o_proj(together(checkpoint_name(heads.astype(dtype), "heads")))
-
-    def _check_input(self, x):
-        width = self.config.hidden_size
-        if x.ndim != 3 or x.shape[-1] != width or not x.shape[0] or not x.shape[1]:
-            raise ValueError(
-                f"x has shape {x.shape}: it must be [B T D] with B >= 1, T >= 1 and "
-                f"D = hidden_size = {width}."
-            )
-        if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64):
-            raise ValueError(
-                f"x is {x.dtype}: it must be bfloat16, float16, float32 or float64; cast it first."
-            )
-        return x.shape[:2]
-
-    def _check_store(self, store, batch):
-        widths = {"latent": self.config.kv_lora_rank, "k_rope": self.config.qk_rope_head_dim}
+    def _check_store(self, store, batch, widths):
         for name, width in widths.items():
             held = getattr(store, name, None)
             if held is None or held.shape[-1] != width or store.batch_size != batch:

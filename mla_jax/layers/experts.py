@@ -47,6 +47,10 @@ class ExpertsConfig(Protocol):
     @property
     def routed_scaling_factor(self) -> float: ...
     @property
+    def has_selection_bias(self) -> bool: ...
+    @property
+    def zero_expert_num(self) -> int: ...
+    @property
     def n_group(self) -> int: ...
     @property
     def topk_group(self) -> int: ...
@@ -68,8 +72,8 @@ class SelectionBias(nnx.Variable):
 class Router(nnx.Module):
     """Which experts a token goes to, and their weights: float32 throughout.
 
-    `bias` [E] (sigmoid scoring only) shifts the choice but not the weights (DeepSeek-V3,
-    arXiv 2412.19437, equation 16).
+    `bias` [E] (where the config has_selection_bias) shifts the choice but not the weights
+    (DeepSeek-V3, arXiv 2412.19437, equation 16). E counts the experts that return their input, too.
 
     Args:
         config: number of experts, groups and the way of scoring.
@@ -78,9 +82,10 @@ class Router(nnx.Module):
 
     def __init__(self, config: ExpertsConfig, *, rngs: nnx.Rngs):
         self.config = config
-        shape = (config.attention.hidden_size, config.n_routed_experts)
+        count = (config.n_routed_experts or 0) + config.zero_expert_num
+        shape = (config.attention.hidden_size, count)
         self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), shape, jnp.float32))
-        if config.scoring_func == "sigmoid":
+        if config.has_selection_bias:
             self.bias = SelectionBias(jnp.zeros(shape[1:], jnp.float32))
 
     def scores(self, x: Float[Array, "*B D"]) -> Float[Array, "*B E"]:
@@ -93,7 +98,7 @@ class Router(nnx.Module):
         """The chosen experts of every token, best first, and their weights."""
         config = self.config
         scores = choice = self.scores(x)
-        if config.scoring_func == "sigmoid":
+        if config.has_selection_bias:
             choice = scores + self.bias[...][None]
         if config.n_group > 1:
             groups = choice.reshape(x.shape[0], config.n_group, -1)
@@ -181,12 +186,22 @@ class MixtureOfExperts(nnx.Module):
     def routed(
         self, x: Float[Array, "M D"], experts: Int[Array, "M K"], weights: Float[Array, "M K"]
     ) -> Float[Array, "M D"]:
-        """The routed experts alone, for a choice that is given."""
+        """The routed experts alone, for a choice that is given.
+
+        Experts behind the E that have kernels return their input (LongCat-Flash, arXiv 2509.01322).
+        """
         dtype = self.dtype or jnp.promote_types(x.dtype, self.gate_proj.dtype)
-        return routed_experts(
-            x.astype(dtype), experts, weights, self.gate_proj[...], self.up_proj[...],
-            self.down_proj[...], precision=self.precision, implementation=self.implementation,
+        x, count, identity = x.astype(dtype), self.gate_proj.shape[0], None
+        if self.config.zero_expert_num:
+            zero = experts >= count
+            identity = jnp.where(zero, weights, 0).sum(-1, keepdims=True)
+            # A weight of 0 for some expert or other, spread so that none is given many tokens.
+            experts, weights = experts % count, jnp.where(zero, 0, weights)
+        mixed = routed_experts(
+            x, experts, weights, self.gate_proj[...], self.up_proj[...], self.down_proj[...],
+            precision=self.precision, implementation=self.implementation,
         )  # fmt: skip
+        return mixed if identity is None else mixed + (identity * x).astype(dtype)
 
 
 def expert_load(

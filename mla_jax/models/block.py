@@ -14,6 +14,7 @@ from mla_jax.cache import Dense
 from mla_jax.layers.attention import MultiHeadLatentAttention
 from mla_jax.layers.experts import MixtureOfExperts
 from mla_jax.layers.mlp import GatedMLP
+from mla_jax.layers.relay import Relay
 from mla_jax.layers.step import Step
 from mla_jax.models.config import DecoderConfig
 from mla_jax.ops import dispatch
@@ -33,7 +34,7 @@ class Block(nnx.Module):
         self.scale = config.residual_scale
         self.attention_norm = nnx.RMSNorm(width, epsilon=config.rms_norm_eps, **types)
         self.attention = MultiHeadLatentAttention(
-            config.attention, precision=precision, implementation=implementation, **types
+            config.attention_of(layer), precision=precision, implementation=implementation, **types
         )
         self.mlp_norm = nnx.RMSNorm(width, epsilon=config.rms_norm_eps, **types)
         if config.is_sparse(layer):
@@ -50,11 +51,28 @@ class Block(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"], **options: Any) -> Float[Array, "B T D"]:
         """The layer without a cache; options as in the attention's `__call__`."""
-        return self._feed_forward(self._add(x, self.attention(self.attention_norm(x), **options)))
+        return self.attend(x, **options)[0]
+
+    def attend(
+        self, x: Float[Array, "B T D"], relay: Relay | None = None, **options: Any
+    ) -> tuple[Float[Array, "B T D"], Relay | None]:
+        """The layer without a cache between others: see `MultiHeadLatentAttention.attend`."""
+        y, relay = self.attention.attend(self.attention_norm(x), relay, **options)
+        return self._feed_forward(self._add(x, y)), relay
+
+    def indexer_losses(self, x: Float[Array, "B T D"], **options: Any) -> list[Float[Array, ""]]:
+        """The loss of the attention's indexer on the layer's input; none where it has none."""
+        if not self.attention.config.has_indexer:
+            return []
+        return [self.attention.indexer_loss(self.attention_norm(x), **options)]
 
     def extend(
-        self, x: Float[Array, "B T D"], stores: tuple[Dense, ...], step: Step, relay: Any = None
-    ) -> tuple[Float[Array, "B T D"], tuple[Dense, ...], Any]:
+        self,
+        x: Float[Array, "B T D"],
+        stores: tuple[Dense, ...],
+        step: Step,
+        relay: Relay | None = None,
+    ) -> tuple[Float[Array, "B T D"], tuple[Dense, ...], Relay | None]:
         """The layer on the new tokens of a step: see `MultiHeadLatentAttention.extend`.
 
         `stores` are those of its `mixers`.

@@ -21,7 +21,7 @@ class DecoderConfig:
         intermediate_size: F of the dense layers; None makes it 8 D / 3, rounded down.
         moe_intermediate_size: F of one expert.
         n_routed_experts: E; None has dense layers only.
-        num_experts_per_tok: K.
+        num_experts_per_tok: K, of these and of zero_expert_num.
         n_shared_experts: experts' widths that every token's shared expert has; 0 is none.
         first_k_dense_replace: dense layers before the first mixture.
         scoring_func: how the router scores: "softmax" (V2) or "sigmoid" (V3).
@@ -35,6 +35,12 @@ class DecoderConfig:
         embed_scale, residual_scale, logit_scale: MiniCPM3's factors on embeddings, on what a layer
             adds, and on logits.
         num_nextn_predict_layers: blocks for multi-token prediction behind the layers.
+        indexer_types: of sparse attention, "full" or "shared" for every layer (`MLAConfig`'s
+            indexer_type); None is full for all.
+        selection_bias: the router's choice has a bias that its weights have not; None is so where
+            scoring_func is "sigmoid".
+        zero_expert_num: experts behind the E others that return their input (LongCat).
+        shortcut: every layer has two attentions, two MLPs, and experts beside them (LongCat).
         eos_token_ids: tokens that end a text.
         model_type: the family, as config.json names it; it is what a saved model is called, and
             not compared. None is DeepSeek's.
@@ -68,6 +74,10 @@ class DecoderConfig:
     residual_scale: float = 1.0
     logit_scale: float = 1.0
     num_nextn_predict_layers: int = 0
+    indexer_types: tuple[str, ...] | None = None
+    selection_bias: bool | None = None
+    zero_expert_num: int = 0
+    shortcut: bool = False
     eos_token_ids: tuple[int, ...] = ()
     model_type: str | None = dataclasses.field(default=None, compare=False)
 
@@ -82,7 +92,8 @@ class DecoderConfig:
             value = getattr(self, key)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{key}={value!r}: {key} must be a positive whole number.")
-        for key in ("n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers"):
+        for key in ("n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers",
+                    "zero_expert_num"):  # fmt: skip
             value = getattr(self, key)
             if not isinstance(value, int) or value < 0:
                 raise ValueError(f"{key}={value!r}: {key} must be a whole number >= 0.")
@@ -96,7 +107,9 @@ class DecoderConfig:
             raise ValueError(f"eos_token_id={self.eos_token_ids!r}: these must be tokens.")
         if self.scoring_func not in ("softmax", "sigmoid"):
             raise ValueError(f"scoring_func={self.scoring_func!r}: must be softmax or sigmoid.")
+        self._check_layers()
         experts = self.n_routed_experts or self.num_experts_per_tok
+        experts += self.zero_expert_num
         inside = self.topk_group * (experts // self.n_group)
         if experts % self.n_group or self.topk_group > self.n_group:
             raise ValueError(
@@ -107,6 +120,46 @@ class DecoderConfig:
             raise ValueError(
                 f"num_experts_per_tok={self.num_experts_per_tok}: only {inside} can be chosen from."
             )
+
+    def _check_layers(self) -> None:
+        count, types = self.attention.num_hidden_layers, self.indexer_types
+        if types is not None:
+            object.__setattr__(self, "indexer_types", tuple(types))
+            known = all(kind in ("full", "shared") for kind in types)
+            if len(types) != count or not known or types[0] != "full":
+                raise ValueError(
+                    f"indexer_types={types!r}: it must have 'full' or 'shared' for each of "
+                    f"num_hidden_layers={count}, the first of them 'full'."
+                )
+            if self.attention.index_topk is None and "shared" in types:
+                raise ValueError(f"indexer_types={types!r}: index_topk is None: none is chosen.")
+        if self.shortcut and (self.n_routed_experts is None or self.first_k_dense_replace):
+            raise ValueError(
+                f"shortcut=True: n_routed_experts={self.n_routed_experts}, first_k_dense_replace="
+                f"{self.first_k_dense_replace}: every layer must have experts."
+            )
+        if self.shortcut and (self.residual_scale != 1 or self.num_nextn_predict_layers):
+            raise ValueError(
+                f"shortcut=True: residual_scale={self.residual_scale}, num_nextn_predict_layers="
+                f"{self.num_nextn_predict_layers}: they must be 1 and 0."
+            )
+
+    @property
+    def has_selection_bias(self) -> bool:
+        """Whether the router's choice has a bias of its own."""
+        given = self.selection_bias
+        return self.scoring_func == "sigmoid" if given is None else given
+
+    def attention_of(self, layer: int) -> MLAConfig:
+        """The attention of a layer; the block for multi-token prediction, behind the last, is full.
+
+        >>> DecoderConfig.from_preset("glm_5_2").attention_of(3).indexer_type
+        'shared'
+        """
+        types = self.indexer_types
+        if types is None or layer >= len(types):
+            return self.attention
+        return self.attention.replace(indexer_type=types[layer])
 
     def is_sparse(self, layer: int) -> bool:
         """Whether a layer's MLP is a mixture of experts."""

@@ -3,7 +3,8 @@
 Embedding, layers of x + attention(norm(x)) and x + mlp(norm(x)), final norm, head. The first
 layers' MLPs are dense and gated; the others' are mixtures of experts: a float32 router scores all
 experts, each token goes to its best few, and a shared expert sees every token. By their configs:
-DeepSeek-V2, V3 and R1, Kimi-K2, Moonlight, GLM-4.7-Flash, Youtu-LLM, A.X-K1, Sarvam and MiniCPM3.
+DeepSeek-V2, V3, R1 and V3.2, Kimi-K2, Moonlight, GLM-4.7-Flash, GLM-5, Youtu-LLM, A.X-K1, Sarvam
+and MiniCPM3; with layers of its own (`models.longcat`) LongCat-Flash.
 
 A `MultiTokenPredictor` may come with the model: one more block, which guesses a token further and
 so drafts for speculative decoding (`generation.generate`).
@@ -28,6 +29,7 @@ from mla_jax.cache import Cache
 from mla_jax.layers.step import Step
 from mla_jax.models.block import Block
 from mla_jax.models.config import DecoderConfig
+from mla_jax.models.longcat import ShortcutBlock
 from mla_jax.models.predictor import MultiTokenPredictor
 from mla_jax.ops import dense, dispatch, embedding
 from mla_jax.sharding import Rules
@@ -80,8 +82,9 @@ class Decoder(nnx.Module):
             embedding_metadata=sharding.metadata("W", "D"), **types,
         )  # fmt: skip
         cores = {"precision": precision, "implementation": implementation, **types}
+        block = ShortcutBlock if config.shortcut else Block
         self.blocks = nnx.List(
-            Block(config, layer, **cores) for layer in range(config.attention.num_hidden_layers)
+            block(config, layer, **cores) for layer in range(config.attention.num_hidden_layers)
         )
         self.norm = nnx.RMSNorm(width, epsilon=config.rms_norm_eps, **types)
         tied = config.tie_word_embeddings
@@ -91,10 +94,35 @@ class Decoder(nnx.Module):
 
     def __call__(self, tokens: Int[Array, "B T"], **options: Any) -> Float[Array, "B T W"]:
         """Logits [B T W] in float32, without a cache; options as in the layer's `__call__`."""
-        x = self._embed(tokens)
+        x, relay = self._embed(tokens), None
         for block in self.blocks:
-            x = block(x, **options)
+            x, relay = block.attend(x, relay, **options)
         return self.logits(self.norm(x))
+
+    def indexer_loss(
+        self, tokens: Int[Array, "B T"], *, warmup: bool = False, **options: Any
+    ) -> Float[Array, ""]:
+        """What the indexers of sparse attention learn from: the mean over the layers that have one.
+
+        Only their parameters have a gradient. DeepSeek-V3.2 (arXiv 2512.02556, section 2.1) trains
+        them in two stages: first beside dense attention with all else frozen (`warmup`, and the
+        model is called with dense=True), then beside sparse attention with the model's own loss.
+
+        Args:
+            tokens: int [B T].
+            warmup: attention to all tokens is the target, and what the layers compute.
+            options: as in the layer's `__call__`, but for form and dense.
+
+        Raises:
+            ValueError: no layer has an indexer.
+        """
+        x, relay, losses = self._embed(tokens), None, []
+        for block in self.blocks:
+            losses += block.indexer_losses(x, warmup=warmup, **options)
+            x, relay = block.attend(x, relay, dense=warmup, **options)
+        if not losses:
+            raise ValueError("index_topk=None: no layer of this model has an indexer.")
+        return sum(losses) / len(losses)
 
     def init_cache(
         self,

@@ -8,6 +8,7 @@ from jaxtyping import Array, Key
 from mla_jax.models.block import Block
 from mla_jax.models.config import DecoderConfig
 from mla_jax.models.decoder import Decoder
+from mla_jax.models.longcat import ShortcutBlock
 from mla_jax.ops import dispatch
 from mla_jax.sharding import Rules
 
@@ -53,7 +54,8 @@ def random_decoder(
     # block is the one behind, here as in the whole model sparse or dense.
     shallow = config.replace(
         attention=config.attention.replace(num_hidden_layers=1),
-        first_k_dense_replace=0 if config.is_sparse(len(model.blocks)) else 2,
+        indexer_types=None,
+        first_k_dense_replace=0 if config.is_sparse(len(model.blocks)) or config.shortcut else 2,
     )
 
     def outside(key: Key[Array, ""]):
@@ -62,12 +64,14 @@ def random_decoder(
         return nnx.state(made)
 
     def inside(layer: int):
-        return lambda key: nnx.state(Block(config, layer, rngs=nnx.Rngs(key), **types))
+        block = ShortcutBlock if config.shortcut else Block
+        return lambda key: nnx.state(block(config, layer, rngs=nnx.Rngs(key), **types))
 
     program = jax.jit if sharding is None else sharding.maker
     nnx.update(model, program(outside)(keys[-1]))
-    alike = {config.is_sparse(layer): layer for layer in range(len(model.blocks))}
-    programs = {sparse: program(inside(layer)) for sparse, layer in alike.items()}
+    kind = lambda layer: (config.is_sparse(layer), config.attention_of(layer))  # noqa: E731
+    alike = {kind(layer): layer for layer in range(len(model.blocks))}
+    programs = {key: program(inside(layer)) for key, layer in alike.items()}
     for layer, block in enumerate(model.blocks):
-        nnx.update(block, programs[config.is_sparse(layer)](keys[layer]))
+        nnx.update(block, programs[kind(layer)](keys[layer]))
     return model

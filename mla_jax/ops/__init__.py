@@ -12,6 +12,9 @@ from jaxtyping import Array, Bool, Float, Int
 from mla_jax.cache import Dense, Paged, Store
 from mla_jax.ops import dispatch
 from mla_jax.ops.dispatch import Attended, Call, Implementation
+from mla_jax.ops.indexing import attention_weights as attention_weights
+from mla_jax.ops.indexing import choose_slots as choose_slots
+from mla_jax.ops.indexing import index_scores as index_scores
 from mla_jax.ops.merge import merge_attention as merge_attention
 from mla_jax.ops.mesh import Layout
 from mla_jax.ops.seen import Seen
@@ -31,6 +34,7 @@ def latent_attention(
     window: int | None = None,
     mask: Bool[Array, "#B #N #T #S"] | None = None,
     segment_ids: Int[Array, "B S"] | None = None,
+    chosen: Int[Array, "B T K"] | None = None,
     precision=None,
     implementation: Implementation = None,
 ) -> tuple[Float[Array, "B T N R"], Float[Array, "B T N"]]:
@@ -53,6 +57,8 @@ def latent_attention(
         mask: boolean, True = may attend, combined with the causal rule.
         segment_ids: int [B S]; a query attends to slots of its own segment. The queries' ids are
             the last T.
+        chosen: int [B T K], the slots that each query attends to, of those that it sees (sparse
+            attention, `choose_slots`); no slot twice, S and more is none. None is all.
         precision: of the matmuls, as in jax.lax.dot; kernels ignore it.
         implementation: a backend's name, or None for the first that can serve.
 
@@ -81,7 +87,7 @@ def latent_attention(
     _expect("latent", latent, (batch, slots, rank), "B S R")
     _expect("k_rope", k_rope, (batch, slots, rope), "B S P")
     _common_dtype(pattern=pattern, q_rope=q_rope, latent=latent, k_rope=k_rope)
-    seen = _seen(lengths, batch, tokens, slots, heads, window, mask, segment_ids)
+    seen = _seen(lengths, batch, tokens, slots, heads, window, mask, segment_ids, chosen)
     return attend_latents(
         (pattern, q_rope),
         Dense({"latent": latent, "k_rope": k_rope}),
@@ -106,6 +112,7 @@ def expanded_attention(
     window: int | None = None,
     mask: Bool[Array, "#B #N #T #S"] | None = None,
     segment_ids: Int[Array, "B S"] | None = None,
+    chosen: Int[Array, "B T K"] | None = None,
     precision=None,
     implementation: Implementation = None,
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
@@ -116,8 +123,8 @@ def expanded_attention(
         k_nope: per-head keys [B S N H].
         k_rope: the rotary key shared by all heads, rotated, [B S P].
         value: [B S N V]; V need not be H + P.
-        lengths, scale, soft_cap, window, mask, segment_ids, precision, implementation: as in
-            `latent_attention`; with lengths None and T = S this is causal self-attention.
+        lengths, scale, soft_cap, window, mask, segment_ids, chosen, precision, implementation: as
+            in `latent_attention`; with lengths None and T = S this is causal self-attention.
 
     Returns:
         out [B T N V] in the operands' dtype and lse [B T N] float32.
@@ -139,26 +146,48 @@ def expanded_attention(
     _expect("k_nope", k_nope, (batch, slots, heads, nope), "B S N H")
     _expect("k_rope", k_rope, (batch, slots, rope), "B S P")
     _expect("value", value, (batch, slots, heads, value_dim), "B S N V")
-    dtype = _common_dtype(q_nope=q_nope, q_rope=q_rope, k_nope=k_nope, k_rope=k_rope, value=value)
-    seen = _seen(lengths, batch, tokens, slots, heads, window, mask, segment_ids)
-    store = Dense({"k_nope": k_nope, "k_rope": k_rope, "value": value})
+    _common_dtype(q_nope=q_nope, q_rope=q_rope, k_nope=k_nope, k_rope=k_rope, value=value)
+    seen = _seen(lengths, batch, tokens, slots, heads, window, mask, segment_ids, chosen)
+    return attend_expanded(
+        (q_nope, q_rope),
+        Dense({"k_nope": k_nope, "k_rope": k_rope, "value": value}),
+        seen,
+        scale=scale,
+        soft_cap=soft_cap,
+        precision=precision,
+        implementation=implementation,
+    )
+
+
+def attend_expanded(
+    queries: tuple[Float[Array, "B T N H"], Float[Array, "B T N P"]],
+    store: Dense,
+    seen: Seen,
+    *,
+    scale: float,
+    soft_cap: float | None = None,
+    precision=None,
+    implementation: Implementation = None,
+) -> Attended:
+    """`expanded_attention` over k_nope, k_rope and value, by what a `Seen` says."""
+    (batch, tokens, heads, nope), rope = queries[0].shape, queries[1].shape[-1]
     call = Call(
         "expanded_attention",
         batch,
         tokens,
-        slots,
+        store.slots,
         heads,
         (nope, rope),
-        value_dim,
-        dtype,
+        store.value.shape[-1],
+        jnp.dtype(queries[0].dtype).name,
         seen.options,
         "dense",
         float(scale),
         _soft_cap(soft_cap),
         precision,
-        Layout.of((q_nope, q_rope), store),
+        Layout.of(queries, store),
     )
-    return dispatch.attend((q_nope, q_rope), store, seen, call, implementation)
+    return dispatch.attend(queries, store, seen, call, implementation)
 
 
 def attend_latents(
@@ -301,7 +330,7 @@ def _common_dtype(**arrays: Array) -> str:
     return next(iter(names.values()))
 
 
-def _seen(lengths, batch, tokens, slots, heads, window, mask, segment_ids) -> Seen:
+def _seen(lengths, batch, tokens, slots, heads, window, mask, segment_ids, chosen) -> Seen:
     """What each query sees, after a look at the arguments that say so."""
     if (isinstance(tokens, int) and not tokens) or (isinstance(slots, int) and not slots):
         raise ValueError(f"T = {tokens} query tokens, S = {slots} slots: both must be at least 1.")
@@ -323,6 +352,9 @@ def _seen(lengths, batch, tokens, slots, heads, window, mask, segment_ids) -> Se
         mask = checked_mask(mask, (batch, heads, tokens, slots))
     if segment_ids is not None:
         segment_ids = checked_ids("segment_ids", segment_ids, (batch, slots), "B S")
+    if chosen is not None:
+        count = chosen.shape[-1] if chosen.ndim == 3 else 0
+        chosen = checked_ids("chosen", chosen, (batch, tokens, count), "B T K")
     return Seen.of(
         lengths,
         batch=batch,
@@ -331,6 +363,7 @@ def _seen(lengths, batch, tokens, slots, heads, window, mask, segment_ids) -> Se
         window=window,
         mask=mask,
         segment_ids=segment_ids,
+        chosen=chosen,
     )
 
 

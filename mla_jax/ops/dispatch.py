@@ -34,12 +34,18 @@ _BACKENDS: dict[str, dict[str, str]] = {
     },
     "expanded_attention": {
         "cudnn": "mla_jax.ops.cudnn",
+        "pallas_tpu": "mla_jax.ops.tpu.attention",
         "xla": "mla_jax.ops.xla",
         # Where it is named only: its last revision has not run on a GPU yet.
         "pallas_gpu": "mla_jax.ops.hopper.attention.backend",
         "reference": "mla_jax.ops.reference",
     },
-    "context_attention": {"xla": "mla_jax.ops.xla", "reference": "mla_jax.ops.reference"},
+    "context_attention": {
+        "pallas_tpu": "mla_jax.ops.tpu.context",
+        "xla": "mla_jax.ops.xla",
+        "pallas_gpu": "mla_jax.ops.hopper.context",  # where it is named only, as above
+        "reference": "mla_jax.ops.reference",
+    },
 }
 OPS = tuple(_BACKENDS)
 IMPLEMENTATIONS = tuple(dict.fromkeys(name for names in _BACKENDS.values() for name in names))

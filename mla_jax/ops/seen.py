@@ -24,6 +24,8 @@ class Seen:
             then these are the row's last tokens, and the others see nothing. None is all.
         segments: ids of the queries [B T] and of the slots [B S]; a query sees its own segment's.
         mask: boolean, broadcastable to [B N T S], True = may attend.
+        chosen: int32 [B T K], the slots that each query attends to, of those that the rest lets it
+            see; no slot twice, S and more is none. None is all.
         plan: how the backend that was chosen cuts its work, made of these limits by
             `dispatch.plan`; None makes it within the call.
         window: a query sees only the last `window` slots below its limit; None is all.
@@ -39,6 +41,7 @@ class Seen:
     counts: Int[Array, "B"] | None = None
     segments: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None = None
     mask: Bool[Array, "#B #N #T #S"] | None = None
+    chosen: Int[Array, "B T K"] | None = None
     plan: Any = None
     window: int | None = dataclasses.field(default=None, metadata={"static": True})
     full: bool = dataclasses.field(default=False, metadata={"static": True})
@@ -54,6 +57,7 @@ class Seen:
         window: int | None = None,
         mask: Bool[Array, "#B #N #T #S"] | None = None,
         segment_ids: Int[Array, "B S"] | None = None,
+        chosen: Int[Array, "B T K"] | None = None,
     ) -> "Seen":
         """What `lengths` of the public functions mean, the one place that says so.
 
@@ -62,6 +66,7 @@ class Seen:
         """
         segments = None if segment_ids is None else (segment_ids[:, slots - queries :], segment_ids)
         more = {"window": window, "mask": mask, "segments": segments, "full": lengths is None}
+        more["chosen"] = chosen
         ends = jnp.full((batch,), slots, jnp.int32) if lengths is None else lengths
         ends = jnp.clip(jnp.asarray(ends).astype(jnp.int32), 0, slots)
         if ends.ndim == 2:
@@ -78,6 +83,7 @@ class Seen:
             "lengths per query": self.ends is None and self.limits.shape[1] != 1,
             "window": self.window is not None,
             "mask": self.mask is not None,
+            "chosen": self.chosen is not None,
             "segment_ids": self.segments is not None,
         }
         return tuple(sorted(name for name, is_used in used.items() if is_used))
@@ -92,9 +98,36 @@ class Seen:
 
     def visible(self, slots: Int[Array, "S"]) -> Bool[Array, "B #N T S"]:
         """Whether each query sees each of all S `slots`."""
-        return visible(
+        seen = visible(
             self.limits, slots, window=self.window, segment_ids=self.segments, mask=self.mask
         )
+        if self.chosen is None:
+            return seen
+        return seen & members(self.chosen, slots.shape[0])
+
+    def queries(self, first: Int[Array, ""] | int, count: int) -> Self:
+        """The same for the `count` queries from `first` on."""
+        cut = lambda array, axis=1: jax.lax.dynamic_slice_in_dim(array, first, count, axis)  # noqa: E731
+        segments, mask, chosen = self.segments, self.mask, self.chosen
+        if segments is not None:
+            segments = (cut(segments[0]), segments[1])
+        if mask is not None and mask.shape[2] > 1:
+            mask = cut(mask, 2)
+        return self.replace(
+            limits=cut(self.limits),
+            ends=None,
+            counts=None,
+            segments=segments,
+            mask=mask,
+            chosen=None if chosen is None else cut(chosen),
+        )
+
+    def masked(self, slots: int) -> Self:
+        """The same with a mask in place of the chosen ones of S `slots`."""
+        if self.chosen is None:
+            return self
+        mask = members(self.chosen, slots)
+        return self.replace(chosen=None, mask=mask if self.mask is None else mask & self.mask)
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields replaced; a plan does not outlive the limits it was made of."""
@@ -112,6 +145,19 @@ class Seen:
     def _shift(self):
         tokens = self.limits.shape[1]
         return None if self.counts is None or tokens == 1 else tokens - self.counts
+
+
+def members(chosen: Int[Array, "B T K"], slots: int) -> Bool[Array, "B 1 T S"]:
+    """Which of S slots are chosen.
+
+    >>> members(jnp.array([[[2, 4]]]), 4)
+    Array([[[[False, False,  True, False]]]], dtype=bool)
+    """
+    batch, tokens, _ = chosen.shape
+    row = jnp.arange(batch, dtype=jnp.int32)[:, None, None]
+    token = jnp.arange(tokens, dtype=jnp.int32)[None, :, None]
+    none = jnp.zeros((batch, tokens, slots), bool)
+    return none.at[row, token, chosen].set(True, mode="drop")[:, None]
 
 
 def visible(

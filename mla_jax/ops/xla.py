@@ -35,6 +35,7 @@ _BLOCK_SLOTS = 1024
 # Rows up to here are one fused softmax kernel on a GPU; for longer ones XLA takes three passes, and
 # dividing the output instead of the weights saves one of them.
 _FUSED_ROW = 8192
+_GATHERED = 2**26  # numbers of chosen slots in memory at once, 128 MiB in bfloat16
 _MASKED = -1e30  # finite, so that a fully masked row is not NaN
 
 
@@ -60,7 +61,11 @@ def latent_attention(
     call,
 ) -> tuple[Float[Array, "B T N R"], Float[Array, "B T N"]]:
     """The absorbed form: see `ops.latent_attention`. The expanded form differs in its store."""
-    return _attend(queries, store, seen, call)
+    if seen.chosen is None:
+        return _attend(queries, store, seen, call)
+    if call.op == "latent_attention":
+        return _over_chosen(queries, store, seen, call)
+    return _attend(queries, store, seen.masked(store.slots), call)
 
 
 expanded_attention = latent_attention
@@ -80,7 +85,7 @@ def context_attention(
     They are expanded to keys and values block by block, so that these never stand in memory for all
     S at once; blocks that no query sees are neither expanded nor computed.
     """
-    nope = queries[0].shape[-1]
+    nope, seen = queries[0].shape[-1], seen.masked(store.slots)
 
     def load(start, size, alive):
         held = _clean(store.block(start, size), alive)
@@ -99,7 +104,7 @@ def context_attention(
         alive = jnp.broadcast_to(visible.any(axis=(1, 2)), (batch, slots))
         keys, value = load(0, slots, alive)
         return _whole(queries, keys, value, visible, call)
-    zero = _zero_of(queries, store, kv_b, seen)
+    zero = varying_zero(queries, store, kv_b, seen)
     return _blocks(queries, load, seen, store.slots, kv_b.shape[-1] - nope, False, zero, call)
 
 
@@ -115,7 +120,7 @@ def _attend(queries, store, seen, call):
 
     def by_blocks(queries, store, seen, size=None):
         load = lambda start, size, alive: pick(_clean(store.block(start, size), alive))  # noqa: E731
-        zero = _zero_of(queries, store, seen)
+        zero = varying_zero(queries, store, seen)
         return _blocks(queries, load, seen, slots, call.value_dim, shared, zero, call, size)
 
     sizes = (batch, tokens, heads, slots)
@@ -154,6 +159,54 @@ def _attend(queries, store, seen, call):
         return jax.jvp(blocks, (queries, store), tangents[:2])
 
     return cached(queries, store, seen)
+
+
+def _over_chosen(queries, store, seen, call):
+    """The absorbed form over the chosen slots alone, gathered for some queries at a time."""
+    batch, tokens, heads = queries[0].shape[:3]
+    chosen = seen.chosen
+    count = chosen.shape[-1]
+    if seen.segments is not None or seen.mask is not None or seen.window is not None:
+        slots = jnp.arange(store.slots, dtype=jnp.int32)
+        rest = jnp.broadcast_to(
+            seen.replace(chosen=None).visible(slots)[:, 0], (batch, tokens, store.slots)
+        )
+        inside = jnp.minimum(chosen, store.slots - 1)
+        alive = (chosen < store.slots) & jnp.take_along_axis(rest, inside, axis=-1)
+    else:
+        alive = chosen < seen.limits[..., None]
+
+    @jax.checkpoint
+    def attend(pattern, q_rope, chosen, alive):
+        rows = batch * chosen.shape[1]
+        held = store.at(chosen.reshape(batch, -1))
+        own = {
+            name: array.reshape(rows, count, *array.shape[2:])
+            for name, array in held.items()
+            if name in ("latent", "k_rope")
+        }
+        own = _clean(own, alive.reshape(rows, count))
+        fold = lambda array: array.reshape(rows, 1, *array.shape[2:])  # noqa: E731
+        keys = (own["latent"], own["k_rope"])
+        seen = alive.reshape(rows, 1, 1, count)
+        out, lse = _whole((fold(pattern), fold(q_rope)), keys, own["latent"], seen, call)
+        return out.reshape(pattern.shape), lse.reshape(pattern.shape[:3])
+
+    arrays = (*queries, chosen, alive)
+    if not all(isinstance(size, int) for size in (batch, tokens, heads)):
+        return attend(*arrays)
+    numbers = batch * count * max(sum(call.key_dims), 2 * heads)  # float32 scores count twice
+    rows = max(1, _GATHERED // numbers)
+    if rows >= tokens:
+        return attend(*arrays)
+
+    def some(first):
+        first = jnp.minimum(first, tokens - rows)
+        return attend(*(lax.dynamic_slice_in_dim(array, first, rows, axis=1) for array in arrays))
+
+    starts = jnp.arange(math.ceil(tokens / rows), dtype=jnp.int32) * rows
+    out, lse = lax.map(some, starts)
+    return _join(out, tokens), _join(lse, tokens)
 
 
 def _scores(queries, keys, shared, call):
@@ -215,7 +268,7 @@ def _whole(queries, keys, value, seen, call):
     return out.astype(value.dtype), lse
 
 
-def _zero_of(*arrays):
+def varying_zero(*arrays):
     """0.0 that varies, inside shard_map, over every mesh axis over which one of the arrays does."""
     arrays = [array for array in jax.tree.leaves(arrays) if array.size]
     return sum(jnp.where(array[(0,) * array.ndim] == 0, 0.0, 0.0) for array in arrays)
@@ -235,7 +288,7 @@ def _blocks(queries, load, seen, slots, width, shared, zero, call, size=None):
     """Attention by blocks of queries and of slots, with a running maximum and sum.
 
     `load(start, size, alive [B size])` gives the keys and the value of a block of slots. `zero` is
-    `_zero_of` all operands: the carry of a loop inside shard_map must vary as its results do.
+    `varying_zero` all operands: the carry of a loop inside shard_map must vary as its results do.
     """
     batch, tokens, heads = queries[0].shape[:3]
     size = min(size or _BLOCK_SLOTS, slots)

@@ -54,10 +54,11 @@ def test_small_models_have_small_units(run):
 
 
 @pytest.mark.parametrize("preset", ["deepseek_v32", "glm_5", "glm_5_2"])
-def test_what_the_layer_refuses_is_marked(run, preset):
-    out = " ".join(run("costs", preset).out.split())
-    assert "note: the layer refuses this preset: index_topk=2048: sparse attention" in out
-    assert "the model attends to 2,048 chosen tokens; these are the numbers of" in out
+def test_sparse_attention_is_a_row(run, preset):
+    out = run("costs", preset, "--context", 65536).out
+    assert float(table(out)["sparse"][3].replace(",", "")) == 128
+    assert "the model attends to 2,048 chosen tokens: sparse is its row" in " ".join(out.split())
+    assert "sparse" not in table(run("costs", "deepseek_v3").out)
 
 
 def test_a_context_beyond_the_model_is_said(run):
@@ -111,8 +112,7 @@ def test_presets_say_what_they_make(run):
     rows = table(out)
     assert rows["deepseek_v3"][1:] == ["model", "61", "61", "128", "512", "64", "68.6 KiB"]
     assert rows["kimi_linear"][1:5] == ["layer", "27", "7", "32"]
-    assert rows["deepseek_v32"][1] == "refused"
-    assert "deepseek_v32 is refused: index_topk=2048: sparse attention is not supported" in out
+    assert rows["deepseek_v32"][1:] == ["model", "61", "61", "128", "512", "64", "83.9 KiB"]
     assert "deepseek_v3 is also deepseek_r1, deepseek_v3_1" in out
 
 
@@ -123,10 +123,9 @@ def test_presets_as_json_agree_with_the_models(run):
     assert whole == set(models.decoder_presets())
     for name, row in found.items():
         preset = MLAConfig.from_preset(name)
-        assert row["refusal"] == preset.refusal
-        assert (row["makes"] is None) == (preset.refusal is not None)
         assert row["mla_layers"] == preset.mla_layers
-        assert row["cache_bytes_per_token"] == costs.cache_bytes(preset, 1, 1)
+        kind = "absorbed" if preset.index_topk is None else "sparse"
+        assert row["cache_bytes_per_token"] == costs.cache_bytes(preset, 1, 1, kind)
         for alias in row["aliases"]:
             assert MLAConfig.from_preset(alias) == preset
 

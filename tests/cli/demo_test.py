@@ -162,7 +162,6 @@ def test_a_thread_cannot_take_signals_and_does_without():
     ("args", "message"),
     [
         (("--preset", "nothing"), "unknown preset 'nothing'"),
-        (("--preset", "deepseek_v32"), "index_topk=2048: sparse attention"),
         (("--preset", "deepseek_v3"), "takes about [0-9,]+ GiB"),
         (("--implementation", "cuda"), "implementation='cuda' is not known"),
         (("--load", "/nonexistent/model"), "/nonexistent/model holds no model"),

@@ -171,8 +171,12 @@ def test_layers_that_differ():
     assert (sliding.qk_nope_head_dim, sliding.qk_rope_head_dim) == (192, 64)
     assert (sliding.sliding_window, sliding.rope_theta) == (513, 50000.0)
     assert (sliding.k_rope_norm, sliding.latent_norm_eps) == (True, 1e-5)
-    with pytest.raises(ValueError, match="index_topk=2048: sparse attention is not supported yet"):
-        MLAConfig.from_hf(DOTS, layer=5)
+    sparse = MLAConfig.from_hf(DOTS, layer=5)
+    assert (sparse.index_topk, sparse.index_n_heads, sparse.indexer_rope_interleave) == (
+        2048,
+        64,
+        True,
+    )
     dense = MLAConfig.from_hf(DOTS | {"use_dsa": False}, layer=5)
     assert (dense.num_attention_heads, dense.sliding_window) == (128, None)
     with pytest.raises(ValueError, match=r"layer_types.*give layer="):
@@ -189,9 +193,31 @@ def test_layers_that_differ():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"index_topk": 2048}, "index_topk=2048: sparse attention is not supported yet"),
-        ({"model_type": "deepseek_v32"}, "index_topk=2048: sparse attention"),
-        ({"model_type": "glm_moe_dsa", "index_topk": 512}, "index_topk=512: sparse"),
+        ({"index_topk": 2048}, "index_topk=2048: model_type='deepseek_v3' is not known to have"),
+        ({"model_type": "deepseek_v32", "index_n_heads": None}, "index_n_heads=None"),
+        (
+            {"model_type": "deepseek_v32", "index_head_dim": 32},
+            "index_head_dim=32.*at least qk_rope",
+        ),
+        ({"model_type": "deepseek_v32", "sliding_window": 5}, "sliding_window=5"),
+        ({"model_type": "glm_moe_dsa", "indexer_types": ["full"]}, "indexer_types=.*num_hidden"),
+        (
+            {"model_type": "glm_moe_dsa", "index_topk_pattern": "SF" * 40},
+            "first layer must be 'full'",
+        ),
+        ({"model_type": "glm_moe_dsa", "index_topk_freq": "4"}, "index_topk_freq='4'"),
+        (
+            {"model_type": "glm5_next", "index_topk": 100},
+            "index_topk=100.*multiple of index_kpool=16",
+        ),
+        (
+            {"model_type": "mistral_large4", "kv_source_layers": [0, 2, 2]},
+            "kv_source_layers.*earlier",
+        ),
+        (
+            {"model_type": "mistral_large4", "kv_source_layers": [0, 0]},
+            "kv_source_layers.*give layer",
+        ),
         ({"model_type": "llama"}, "model_type='llama'"),
         ({"model_type": "deepseek_v4"}, "model_type='deepseek_v4' needs shared-KV"),
         ({"model_type": ["deepseek_v3"]}, r"model_type=\['deepseek_v3'\]"),

@@ -26,6 +26,8 @@ YARN = {"type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32, "
 LONG = {"type": "longrope", "original_max_position_embeddings": 8,
         "short_factor": [1.0, 1.1, 1.3, 1.6], "long_factor": [1.0, 1.5, 3.0, 7.0]}  # fmt: skip
 DIRECT = {"q_lora_rank": None}
+J, Z = 2, 11
+INDEX = {"index_topk": 4, "index_n_heads": J, "index_head_dim": Z}
 PANGU = {"attention_q_lora_dim": Q, "attention_kv_lora_dim": R, "attention_qk_dim": H,
          "attention_qk_rope_dim": P, "attention_v_dim": V}  # fmt: skip
 MISTRAL = {
@@ -104,6 +106,21 @@ CASES = {
         "swa_qk_rope_head_dim": P,
     }, {"scaled": ("q", "kv"), "gate": "g_proj", "gates": "head", "k_norm": True, "window": 4,
         "eps": 0.03}),
+    # Sparse attention: (index heads, channels), what its families' code does.
+    "deepseek_v32": (INDEX | {"rope_scaling": YARN}, {"index": {}}),
+    "glm_moe_dsa": (INDEX, {"index": {"pairs": True}}),
+    "hy_v4 sparse": (INDEX, {"half": True, "gate": "linear_gate", "gates": "elementwise",
+                             "sinks": True, "index": {"last": True, "eps": 0.03}}),
+    "axk2 sparse": (INDEX, {"fused": True, "index": {}}),
+    "mistral_large4 sparse": (INDEX | DIRECT | {"no_rope_layers": [1] * 4}, {
+        "ssmax": True, "eps": 0.03, "index": {"pairs": True, "ssmax": True}}),
+    "mistral_large4 sparse, unrotated": (INDEX | DIRECT | {"no_rope_layers": [0] * 4}, {
+        "ssmax": True, "eps": 0.03, "nope": H + P, "rope": 0, "index": {"ssmax": True}}),
+    "dots3_note sparse": (INDEX | {"layer_types": ["indexed_attention"] * 4}, {
+        "scaled": ("q", "kv"), "gate": "g_proj", "gates": "head", "k_norm": True, "eps": 0.03,
+        "index": {"pairs": True}}),
+    "glm5_next": (INDEX | {"index_topk": 6, "index_kpool": 3}, {
+        "still": True, "eps": 0.03, "index": {"pool": 3}}),
     "mistral": (MISTRAL, {"llama4": (0.1, 8)}),
     "mistral unscaled": (MISTRAL | {"yarn": MISTRAL["yarn"] | {"apply_scale": False}},
                          {"llama4": (0.1, 8), "unscaled": True}),
@@ -125,7 +142,11 @@ def styles(name):
     scaling = dict(hub.get("rope_scaling") or {"type": "default"})
     rope = {"rope_type": scaling.pop("type"), "rope_theta": hub["rope_theta"], **scaling}
     if family == "dots3_note":
-        rope = {"full_attention": rope, "sliding_attention": rope | {"rope_theta": 5000.0}}
+        rope = {
+            "indexed_attention": rope,
+            "full_attention": rope,
+            "sliding_attention": rope | {"rope_theta": 5000.0},
+        }
     five.setdefault("rope_parameters", rope)
     nested = {"model_type": "kimi_vl", "vision_config": {"hidden_size": 7}, "text_config": hub}
     read = BASE | ({} if family == "pangu_ultra_moe" else changes)
@@ -185,6 +206,21 @@ def weights(hf, traits, rng):
     norms = norms if traits.get("norms", True) else {}
     norms |= {"k_rope_only_layernorm": p} if traits.get("k_norm") else {}
     w |= {f"{k}.weight": 1 + 0.3 * rng.standard_normal(n) for k, n in norms.items()}
+    if "index" in traits:
+        own = {"wq_b": (J * Z, D if q is None else q), "wk": (Z, D), "weights_proj": (J, D)}
+        for name, shape in own.items():
+            w[f"indexer.{name}.weight"] = rng.standard_normal(shape) * shape[1] ** -0.5
+        for name, n in ({"k_norm": Z} | ({"q_input_norm": D} if q is None else {})).items():
+            w[f"indexer.{name}.weight"] = 1 + 0.3 * rng.standard_normal(n)
+            w[f"indexer.{name}.bias"] = 0.3 * rng.standard_normal(n)
+        if traits["index"].get("ssmax"):
+            for name in ("scale", "bias"):
+                w[f"indexer.softmax_scaling.{name}"] = rng.standard_normal(J)
+        if "pool" in traits["index"]:
+            w["indexer.index_kpool_compress_ape"] = rng.standard_normal(
+                (traits["index"]["pool"], Z)
+            )
+            w["indexer.index_kpool_compress_gate"] = rng.standard_normal((Z, D)) * D**-0.5
     if traits.get("sinks"):
         w["learnable_sink_param"] = rng.standard_normal(N)
     if traits.get("ssmax"):
@@ -235,6 +271,10 @@ def expected(hf, traits, w, x):
         turned = (first + 1j * second) * np.exp(1j * t * inverse) * factor
         return np.concatenate([turned.real, turned.imag])
 
+    chosen = None
+    if "index" in traits:
+        turn = lambda y, t: y if traits.get("still") else rotated(y, t, inverse, factor, p, traits)  # noqa: E731
+        chosen = choose(hf, traits["index"], w, x, x if q_rank is None else low, turn)
     out = np.zeros((length, N, v))
     for t, n in np.ndindex(length, N):
         query = np.concatenate([q[t, n, :h], rotate(q[t, n, h:], t)])
@@ -245,6 +285,7 @@ def expected(hf, traits, w, x):
             query = query * (w["softmax_scaling.scale"][n] * math.log(t + 1)
                              + w["softmax_scaling.bias"][n])  # fmt: skip
         seen = [s for s in position[: t + 1] if s > t - traits.get("window", length)]
+        seen = seen if chosen is None else chosen[t]
         logits = np.array([scale * query @ np.concatenate([kv[s, n, :h], rotate(k_rope[s], s)])
                            for s in seen])  # fmt: skip
         p_s = np.exp(logits - logits.max())
@@ -253,6 +294,50 @@ def expected(hf, traits, w, x):
     if "gate" in traits:
         gate = 1 / (1 + np.exp(-linear(traits["gate"], x).reshape(length, N, -1)))
     return linear("o_proj", (out * gate).reshape(length, -1))
+
+
+def rotated(y, t, inverse, factor, p, traits):
+    """An index key or query: its first or last p channels turned."""
+    last = traits["index"].get("last")
+    part = y[len(y) - p :] if last else y[:p]
+    first, second = (part[0::2], part[1::2]) if traits["index"].get("pairs") else np.split(part, 2)
+    turned = (first + 1j * second) * np.exp(1j * t * inverse) * factor if p else np.zeros(0)
+    turned = np.concatenate([turned.real, turned.imag])
+    return np.concatenate([y[: len(y) - p], turned] if last else [turned, y[p:]])
+
+
+def choose(hf, index, w, x, low, turn):
+    """The tokens that each attends to, from the weights below "indexer."."""
+    w = {k.removeprefix("indexer."): v for k, v in w.items() if k.startswith("indexer.")}
+    norm = lambda y, eps: (y - y.mean(-1, keepdims=True)) / np.sqrt(y.var(-1, keepdims=True) + eps)  # noqa: E731
+    if "q_input_norm.weight" in w:
+        low = norm(x, 1e-6) * w["q_input_norm.weight"] + w["q_input_norm.bias"]
+    key = norm(x @ w["wk.weight"].T, index.get("eps", 1e-6))
+    key = key * w["k_norm.weight"] + w["k_norm.bias"]
+    query = (low @ w["wq_b.weight"].T).reshape(len(x), J, Z)
+    share = x @ w["weights_proj.weight"].T * J**-0.5
+    key = np.stack([turn(row, t) for t, row in enumerate(key)])
+    pool, chosen = index.get("pool", 1), []
+    if pool > 1:
+        gate = np.exp(x @ w["index_kpool_compress_gate"].T)
+        whole = len(x) // pool
+        gate = gate[: whole * pool].reshape(whole, pool, Z) * np.exp(w["index_kpool_compress_ape"])
+        key = (gate / gate.sum(1, keepdims=True) * key[: whole * pool].reshape(gate.shape)).sum(1)
+    for t in range(len(x)):
+        scores = []
+        for s in range((t + 1) // pool):
+            products = []
+            for j in range(J):
+                q = query[t, j]
+                if index.get("ssmax"):
+                    q = q * (w["softmax_scaling.scale"][j] * math.log(t + 1)
+                             + w["softmax_scaling.bias"][j])  # fmt: skip
+                products.append(max(turn(q, t) @ key[s] * Z**-0.5, 0))
+            scores.append(share[t] @ products)
+        best = sorted(range(len(scores)), key=lambda s: (-scores[s], s))[: hf["index_topk"] // pool]
+        tail = range((t + 1) // pool * pool, t + 1)
+        chosen.append([s * pool + i for s in best for i in range(pool)] + list(tail))
+    return chosen
 
 
 def same(a, b):

@@ -241,7 +241,7 @@ BAD = [
     (lambda layer: layer.prefill(X, layer.init_cache(2, 8), jnp.array([6, 1])), "each must"),
     (lambda layer: layer.prefill(X, layer.init_cache(2, 4)), "max_length=4"),
     (lambda layer: make(implementation="triton"), "implementation='triton'"),
-    (lambda layer: make(MICRO.replace(index_topk=4)), "index_topk=4: sparse attention is not supp"),
+    (lambda layer: make(MICRO.replace(index_topk=4)), "index_n_heads=None: index_n_heads must"),
     (lambda layer: MultiHeadLatentAttention({"hidden_size": 3}, rngs=nnx.Rngs(0)), "MLAConfig"),
 ]  # fmt: skip
 

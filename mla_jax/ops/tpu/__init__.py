@@ -19,7 +19,7 @@ from mla_jax import ops, target
 from mla_jax.ops.merge import merge_attention
 from mla_jax.ops.tpu.planning import LANES, Plan, make_plan, vmem_limit
 
-_MOST_QUERIES = 8  # T; more tokens than this are a prefill, which another form serves
+_MOST_ROWS = 1024  # T N of a call of the kernel; of more, T is cut into groups
 _MOST_PAGES = 2**17  # B M; the table lies in scalar memory, which is 1 MiB
 
 
@@ -43,8 +43,6 @@ def why_not(call, device: target.Target) -> str | None:
         return f"takes bfloat16 and float32, not {call.dtype}"
     if others := set(call.options) - {"lengths", "lengths per query"}:
         return f"no {', '.join(sorted(others))}"
-    if call.queries > _MOST_QUERIES:
-        return f"decodes up to {_MOST_QUERIES} tokens at once, not {call.queries}"
     if call.heads > 128:
         return f"takes up to 128 heads on one chip, not {call.heads}: shard them"
     if rank % LANES or rank > 512:
@@ -54,7 +52,7 @@ def why_not(call, device: target.Target) -> str | None:
     if call.slots % LANES:
         return f"the cache's slots must be a multiple of 128, not {call.slots}"
     size = jnp.dtype(call.dtype).itemsize
-    shape = call.batch, call.queries * call.heads, call.slots
+    shape = call.batch, _group(call) * call.heads, call.slots
     needed = make_plan(*shape, size, device.kind).vmem_bytes >> 20
     limit = vmem_limit(device.kind)
     if needed > limit and device.platform == "tpu":
@@ -64,11 +62,36 @@ def why_not(call, device: target.Target) -> str | None:
 
 def latent_attention(queries, store, seen, call):
     """The absorbed form: see `ops.latent_attention`. Its backward is XLA's."""
+    table = store.table if call.store == "paged" else None
+    attend = functools.partial(_attention, scale=call.scale)
+    if call.queries > _group(call):
+        return _by_groups(attend, queries, store, seen.limits, table, _group(call))
     lengths = None if seen.full else seen.limits
     if seen.ends is not None and seen.counts is None and not seen.full:
         lengths = seen.ends  # one number a row
-    table = store.table if call.store == "paged" else None
-    return _attention(*queries, store.latent, store.k_rope, lengths, table, call.scale)
+    return attend(*queries, store.latent, store.k_rope, lengths, table)
+
+
+def _group(call):
+    """How many tokens a call of the kernel takes."""
+    return min(call.queries, max(_MOST_ROWS // call.heads, 1))
+
+
+def _by_groups(attend, queries, store, limits, table, size):
+    """A call of the kernel for each group of tokens, all of which read the cache."""
+    batch, tokens = limits.shape
+    count = -(-tokens // size)
+
+    def cut(x):  # [B T ...] to [groups B size ...], with queries that see nothing at the end
+        x = jnp.pad(x, [(0, 0), (0, count * size - tokens), *[(0, 0)] * (x.ndim - 2)])
+        return jnp.moveaxis(x.reshape(batch, count, size, *x.shape[2:]), 1, 0)
+
+    def group(part):
+        return attend(part[0], part[1], store.latent, store.k_rope, part[2], table)
+
+    made = jax.lax.map(group, tuple(map(cut, (*queries, limits))))
+    join = lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, -1, *x.shape[3:])[:, :tokens]  # noqa: E731
+    return join(made[0]), join(made[1])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))

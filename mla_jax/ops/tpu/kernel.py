@@ -73,15 +73,15 @@ def launch(pattern, q_rope, latent, k_rope, lengths, scale, plan: Plan, known=No
         x if name in scalars else pltpu.with_memory_space_constraint(x, pltpu.HBM)
         for name, x in arrays.items()
     ]
-    shaped = _shaped(arrays.values())
+    make = shaped(arrays.values())
     results = {
-        "out": shaped((batch, rows // TILE, TILE, rank), dtype),
-        "lse": shaped((batch, groups, LANES), jnp.float32),
+        "out": make((batch, rows // TILE, TILE, rank), dtype),
+        "lse": make((batch, groups, LANES), jnp.float32),
     }
     if plan.cores > 1:  # each core's part of the row that they share
         results |= {
-            "part": shaped((plan.cores, rows, rank), jnp.float32),
-            "part_lse": shaped((plan.cores, groups, LANES), jnp.float32),
+            "part": make((plan.cores, rows, rank), jnp.float32),
+            "part_lse": make((plan.cores, groups, LANES), jnp.float32),
         }
     vmem, pieces = pltpu.VMEM, plan.block // plan.piece
     held = rows_held(batch, pieces, plan.ring)
@@ -278,7 +278,7 @@ def _either(flag, do):
     return lax.cond(flag, lambda: do(True), lambda: do(False))
 
 
-def _shaped(operands):
+def shaped(operands):
     """jax.ShapeDtypeStruct for results that vary over the mesh axes that some operand does."""
     manual: Any = [getattr(jax.typeof(x), "manual_axis_type", None) for x in operands]
     axes = frozenset().union(*(m.varying for m in manual if m is not None))

@@ -1,11 +1,7 @@
 """Which blocks of slots a tile of queries meets, and which of these need no mask.
 
-A query sees the slots from its start to its end that carry its segment's id. Tiles and blocks are
-summed up by their smallest and largest start, end and id, so that whole blocks that cannot see each
-other are never visited, and blocks that see each other in full are never masked. Of every tile the
-plan keeps a hull, the blocks from `first` to `last`, and within it a run that needs no mask, from
-`open` to `close`; blocks outside the run are masked element by element, which is right for any ids.
-All of it is arithmetic on [B T] integers: once a step for all layers and heads.
+A query sees the slots from its start to its end that carry its segment's id; `ops/blocks.py` sums
+that up by blocks, once a step for all layers and heads.
 
 Letters: B batch, T query tokens, S slots.
 """
@@ -14,11 +10,12 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Int
+
+from mla_jax.ops import blocks
 
 ROWS = 64  # rows of a matrix product: of queries, or of slots in the gradient of keys
 TILE = 2 * ROWS  # rows of a thread block
-FAR = 2**30
 
 
 class Sizes(NamedTuple):
@@ -70,8 +67,9 @@ def make_plan(
         window: a query sees only the last `window` slots below its limit.
         segment_ids: of queries and of slots.
     """
-    end = jnp.clip(limits.astype(jnp.int32), 0, slots)
-    start = jnp.zeros_like(end) if window is None else jnp.maximum(end - window, 0)
+    limits = limits.astype(jnp.int32)
+    end = jnp.clip(limits, 0, slots)  # of a piece of the slots, limits may lie beyond
+    start = jnp.zeros_like(end) if window is None else jnp.maximum(limits - window, 0)
     tokens = end.shape[1]
     # Rows past the last token repeat it: they are never stored, and no tile is masked for them.
     wide = [(0, 0), (0, padded(tokens) - tokens)]
@@ -86,10 +84,10 @@ def make_plan(
     live = end.max(1)
 
     def ranges(query_rows: int, slot_rows: int, transposed: bool = False):
-        some, whole = _visible(rows, ids, slots, query_rows, slot_rows)
+        some, whole = blocks.visible(rows, ids, slots, query_rows, slot_rows)
         if transposed:
             some, whole = some.swapaxes(1, 2), whole.swapaxes(1, 2)
-        return _runs(some, whole, live)
+        return blocks.runs(some, whole, live)
 
     start, end = rows[:2]
     return Plan(
@@ -98,48 +96,8 @@ def make_plan(
         forward=ranges(TILE, sizes.forward),
         queries=ranges(TILE, sizes.queries),
         keys=ranges(ROWS, sizes.keys, transposed=True),
-        dead=_blocks(start >= end, ROWS).any(-1).astype(jnp.int32),
+        dead=blocks.cut(start >= end, ROWS).any(-1).astype(jnp.int32),
     )
-
-
-def _blocks(x, size):
-    """[b n] to [b n/size size]; the last block repeats its last entry."""
-    more = -x.shape[1] % size
-    x = jnp.pad(x, [(0, 0), (0, more)], mode="edge")
-    return x.reshape(x.shape[0], -1, size)
-
-
-def _visible(rows, ids, slots, query_rows, slot_rows):
-    """Per pair of blocks: whether any, and whether every query may see any, every slot."""
-    start, end, *of_query = (_blocks(x, query_rows) for x in rows)
-    alive = start < end
-    first = jnp.arange(-(-slots // slot_rows), dtype=jnp.int32)[None, None] * slot_rows
-    past = first + slot_rows
-    column = lambda x: x[:, :, None]  # noqa: E731
-    some = column(jnp.where(alive, end, 0).max(2)) > first
-    some &= column(jnp.where(alive, start, FAR).min(2)) < past
-    whole = (column(jnp.where(alive, end, 0).min(2)) >= past) & (column(start.max(2)) <= first)
-    if ids is not None:
-        low, high = of_query[0].min(2), of_query[0].max(2)
-        block = _blocks(ids, slot_rows)[:, : first.shape[2]]
-        slot_low, slot_high = block.min(2)[:, None], block.max(2)[:, None]
-        some &= (column(low) <= slot_high) & (column(high) >= slot_low)
-        whole &= (column(high) == slot_low) & (column(low) == slot_high)
-    return some, whole & some
-
-
-def _runs(some: Bool[Array, "b tiles n"], whole: Bool[Array, "b tiles n"], live):
-    """first, open, close, last and `live` of each tile: the first run of whole blocks is kept."""
-    count = some.shape[2]
-    index = jnp.arange(count, dtype=jnp.int32)[None, None]
-    first = jnp.where(some, index, count).min(2)
-    last = jnp.where(some, index + 1, 0).max(2)
-    first = jnp.minimum(first, last)
-    opened = jnp.where(whole, index, count).min(2)
-    close = jnp.where(~whole & (index >= opened[..., None]), index, count).min(2)
-    opened, close = jnp.minimum(opened, last), jnp.minimum(close, last)
-    live = jnp.broadcast_to(live[:, None], first.shape)
-    return jnp.stack([first, opened, close, last, live], axis=2)
 
 
 def limits_of(

@@ -1,0 +1,238 @@
+"""The parameters of an attention layer, and the maps that they make of single tokens.
+
+    x [B T D] > q_nope [B T N H], q_rope [B T N P], latent [B T R], k_rope [B T P]
+    q_nope -- w_uk --> pattern [B T N R]        latent -- kv_b_proj --> k_nope, value
+    out_latent -- w_uv --> heads [B T N V] -- sinks, gate -- o_proj --> y [B T D]
+
+Tokens meet in `layers.attention`.
+
+Letters: B batch, T query tokens, N heads, D hidden size, Q q_lora_rank, R kv_lora_rank,
+H qk_nope_head_dim, P qk_rope_head_dim, V v_head_dim.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from mla_jax import rope, sharding
+from mla_jax.config import MLAConfig
+from mla_jax.layers import query_scale
+from mla_jax.layers.indexer import Indexer
+from mla_jax.layers.mixer import Mixer
+from mla_jax.layers.projection import Projection, apart, kernel_of, together
+from mla_jax.ops import dispatch
+
+_BIASED = ("q_a_proj", "kv_a_proj", "o_proj")  # what attention_bias=True means
+# Of each kernel's axes; ranks count as D, the axis that FSDP splits.
+_LETTERS = {
+    "q_proj": ("D", "N", None), "q_a_proj": ("D", None), "q_b_proj": ("D", "N", None),
+    "kv_a_proj": ("D", None), "kv_b_proj": ("D", "N", None), "g_proj": ("D", "N", None),
+    "o_proj": ("N", None, "D"),
+}  # fmt: skip
+
+
+class LatentMaps(Mixer):
+    """What `MultiHeadLatentAttention` computes of every token alone; see there for arguments."""
+
+    def __init__(
+        self,
+        config: MLAConfig,
+        *,
+        dtype=None,
+        param_dtype=jnp.float32,
+        precision=None,
+        kernel_init: nnx.Initializer = nnx.initializers.lecun_normal(),  # noqa: B008
+        implementation: dispatch.Implementation = None,
+        rngs: nnx.Rngs,
+    ):
+        if not isinstance(config, MLAConfig):
+            raise ValueError(f"config={config!r}: it must be an MLAConfig.")
+        self.config = config
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.precision = precision
+        self.implementation = dispatch.frozen(implementation)
+
+        bias = config.attention_bias
+        biased = _BIASED if bias is True else bias or ()
+
+        def linear(name, inputs, outputs):
+            return Projection(
+                inputs, outputs, letters=_LETTERS[name], use_bias=name in biased, dtype=dtype,
+                param_dtype=param_dtype, kernel_init=kernel_init, precision=precision, rngs=rngs,
+            )  # fmt: skip
+
+        def norm(width):
+            return nnx.RMSNorm(
+                width, epsilon=config.latent_norm_eps, dtype=dtype, param_dtype=param_dtype,
+                rngs=rngs,
+            )  # fmt: skip
+
+        width, heads, value = config.hidden_size, config.num_attention_heads, config.v_head_dim
+        rank, rope = config.kv_lora_rank, config.qk_rope_head_dim
+        if config.q_lora_rank is None:
+            self.q_proj = linear("q_proj", (width,), (heads, config.qk_head_dim))
+        else:
+            gated = config.output_gate == "query"
+            channels = config.qk_head_dim + value if gated else config.qk_head_dim
+            self.q_a_proj = linear("q_a_proj", (width,), (config.q_lora_rank,))
+            if config.latent_norm:
+                self.q_a_norm = norm(config.q_lora_rank)
+            self.q_b_proj = linear(
+                "q_b_proj", ((2 if gated else 1) * config.q_lora_rank,), (heads, channels)
+            )
+        if config.kv_source_layer is None:
+            self.kv_a_proj = linear("kv_a_proj", (width,), (rank + rope,))
+            if config.latent_norm:
+                self.kv_a_norm = norm(rank)
+            if config.k_rope_norm:
+                self.k_rope_norm = norm(rope)
+        self.kv_b_proj = linear("kv_b_proj", (rank,), (heads, config.qk_nope_head_dim + value))
+        if config.output_gate in ("head", "elementwise"):
+            gates = 1 if config.output_gate == "head" else value
+            self.g_proj = linear("g_proj", (width,), (heads, gates))
+        if config.attention_sinks:
+            self.sinks = nnx.Param(jnp.zeros((heads,), param_dtype), **sharding.metadata("N"))
+        if config.query_scale_ssmax:
+            of_heads = sharding.metadata("N")
+            self.ssmax_scale = nnx.Param(jnp.zeros((heads,), param_dtype), **of_heads)
+            self.ssmax_bias = nnx.Param(jnp.ones((heads,), param_dtype), **of_heads)
+        self.o_proj = linear("o_proj", (heads, value), (width,))
+        if config.has_indexer:
+            self.indexer = Indexer(
+                config, dtype=dtype, param_dtype=param_dtype, precision=precision,
+                kernel_init=kernel_init, rngs=rngs,
+            )  # fmt: skip
+
+    @property
+    def w_uk(self) -> Float[Array, "R N H"]:
+        """W_UK, the part of kv_b_proj that makes keys: folded into the query when absorbed."""
+        return self._kv_b()[..., : self.config.qk_nope_head_dim]
+
+    @property
+    def w_uv(self) -> Float[Array, "R N V"]:
+        """W_UV, the part of kv_b_proj that makes values: applied after mixing when absorbed."""
+        return self._kv_b()[..., self.config.qk_nope_head_dim :]
+
+    def _kv_b(self):
+        config = self.config
+        heads = (config.num_attention_heads, config.qk_nope_head_dim + config.v_head_dim)
+        kernel = kernel_of(self.kv_b_proj, config.kv_lora_rank, heads)
+        return sharding.move(kernel, (), sharding.spec(kernel)[1])  # FSDP splits R
+
+    def _queries(self, x, positions, by):
+        """q_nope [B T N H], rotated q_rope [B T N P], the gate's logits [B T N 1 or V] or None.
+
+        And what an indexer reads: the query latent [B T Q], scaled as it is, or x.
+        """
+        config, gate, q_latent = self.config, None, x
+        with jax.named_scope("queries"):
+            if config.q_lora_rank is None:
+                query = apart(self.q_proj(x), config.num_attention_heads)
+            else:
+                raw = self.q_a_proj(x)
+                q_latent = self.q_a_norm(raw) if config.latent_norm else raw
+                q_latent = checkpoint_name(q_latent, "q_latent")
+                if config.output_gate == "query":
+                    query = self.q_b_proj(jnp.concatenate([q_latent, raw], axis=-1))
+                    query = apart(query, config.num_attention_heads)
+                    query, gate = jnp.split(query, [config.qk_head_dim], axis=-1)
+                else:
+                    query = apart(self.q_b_proj(q_latent), config.num_attention_heads)
+                if config.mla_scale_q_lora:
+                    scale = math.sqrt(config.hidden_size / config.q_lora_rank)
+                    query, q_latent = query * scale, q_latent * scale
+            q_nope, q_rope = jnp.split(query, [config.qk_nope_head_dim], axis=-1)
+        with jax.named_scope("rope"):
+            q_rope = rope.rotate(q_rope, by, config)
+        if config.llama_4_scaling_beta is not None or config.query_scale_ssmax:
+            scale = self._query_scale(positions).astype(query.dtype)
+            q_nope, q_rope = q_nope * scale, q_rope * scale
+        if config.output_gate in ("head", "elementwise"):
+            with jax.named_scope("g_proj"):
+                gate = apart(self.g_proj(x), config.num_attention_heads)
+        return q_nope, q_rope, gate, q_latent
+
+    def _query_scale(self, positions):
+        """What queries are multiplied by at their positions, float32 [B T N 1] or smaller."""
+        config = self.config
+        scale = jnp.ones((), jnp.float32)
+        if config.llama_4_scaling_beta is not None:
+            original = config.llama_4_original_max_position_embeddings or 1
+            scale = query_scale.llama_4(positions, config.llama_4_scaling_beta, original)
+        if config.query_scale_ssmax:
+            parameters = self.ssmax_scale[...], self.ssmax_bias[...]
+            scale = scale * query_scale.ssmax(positions, *parameters)
+        return scale
+
+    def _latents(self, x, by):
+        """Normalized `latent` [B T R] and rotated `k_rope` [B T P], as the cache holds them."""
+        config = self.config
+        with jax.named_scope("latents"):
+            latent, k_rope = jnp.split(self.kv_a_proj(x), [config.kv_lora_rank], axis=-1)
+            if config.latent_norm:
+                latent = self.kv_a_norm(latent)
+            if config.mla_scale_kv_lora:
+                latent = latent * math.sqrt(config.hidden_size / config.kv_lora_rank)
+            if config.k_rope_norm:
+                k_rope = self.k_rope_norm(k_rope)
+        with jax.named_scope("rope"):
+            k_rope = rope.rotate(k_rope, by, config)
+        named = {"latent": latent, "k_rope": k_rope}
+        return {name: checkpoint_name(array, name) for name, array in named.items()}
+
+    def _pattern(self, q_nope):
+        """What each head looks for among the latents, [B T N R]."""
+        with jax.named_scope("w_uk"):
+            return self._fold("BTNH,RNH->BTNR", q_nope, self.w_uk)
+
+    def _heads(self, out_latent):
+        """Heads [B T N V] from mixed latents [B T N R]."""
+        with jax.named_scope("w_uv"):
+            return self._fold("BTNR,RNV->BTNV", out_latent, self.w_uv)
+
+    def _fold(self, letters, x, kernel):
+        """An einsum with a slice of kv_b_proj that accumulates in float32 for any T."""
+        y = jnp.einsum(
+            letters, x, kernel.astype(x.dtype), precision=self.precision,
+            preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
+        )  # fmt: skip
+        return y.astype(x.dtype)
+
+    def _keys_values(self, latent):
+        """Per-head k_nope [B T N H] and value [B T N V] from latents."""
+        with jax.named_scope("kv_b_proj"):
+            both = apart(self.kv_b_proj(latent), self.config.num_attention_heads)
+            return jnp.split(both, [self.config.qk_nope_head_dim], axis=-1)
+
+    def _output(self, heads, lse, gate):
+        """Y [B T D] from heads [B T N V], their lse [B T N] and the gate's logits."""
+        dtype = heads.dtype
+        if self.config.attention_sinks:
+            with jax.named_scope("sinks"):
+                # exp(sink) more in the denominator: heads * exp(lse) / (exp(lse) + exp(sink)).
+                sinks = self.sinks[...].astype(lse.dtype)[None, None]
+                heads = heads * jax.nn.sigmoid(lse - sinks)[..., None]
+        if gate is not None:
+            with jax.named_scope("gate"):
+                heads = heads * jax.nn.sigmoid(gate.astype(lse.dtype))
+        with jax.named_scope("o_proj"):
+            return self.o_proj(together(checkpoint_name(heads.astype(dtype), "heads")))
+
+    def check_input(self, x: Float[Array, "B T D"]) -> tuple[int, int]:
+        """B and T, or ValueError: x is not [B T D] of a float dtype."""
+        width = self.config.hidden_size
+        if x.ndim != 3 or x.shape[-1] != width or not x.shape[0] or not x.shape[1]:
+            raise ValueError(
+                f"x has shape {x.shape}: it must be [B T D] with B >= 1, T >= 1 and "
+                f"D = hidden_size = {width}."
+            )
+        if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64):
+            raise ValueError(
+                f"x is {x.dtype}: it must be bfloat16, float16, float32 or float64; cast it first."
+            )
+        return x.shape[:2]

@@ -1,0 +1,136 @@
+"""Attention of the expanded form on TPU, in the interpreter, against a float64 loop over queries.
+
+The interpreter fills uninitialised memory with NaN and raises on what lies out of bounds. Blocks
+are tiny here, so that few tokens meet whole blocks, diagonals, and blocks that are skipped.
+"""
+
+import functools
+from unittest import mock
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax.experimental.pallas import tpu as pltpu
+
+import mla_jax
+from mla_jax.ops.tpu import attention
+from mla_jax.ops.tpu.attention import plan
+
+SCALE = 0.11
+BLOCKS = plan.Sizes(rows=16, slots=16, columns=8, piece=8, vmem_bytes=2**25)
+# Sums of 50 products of float32, of which each rounds once, in and after an exponential.
+TOLERANCE = 64 * float(jnp.finfo(jnp.float32).eps)
+
+
+@pytest.fixture(autouse=True)
+def interpreter():
+    """Tiny blocks, and nothing traced before or after with other ones."""
+    clear = (attention._run_forward.clear_cache, attention._run_backward.clear_cache)
+    [each() for each in clear]
+    params = pltpu.InterpretParams(detect_races=True)
+    small = mock.patch.object(attention, "make_sizes", return_value=(BLOCKS, BLOCKS))
+    with small, pltpu.force_tpu_interpret_mode(params):
+        yield
+    [each() for each in clear]
+    pltpu.reset_tpu_interpret_mode_state()
+
+
+def oracle(arrays, seen, d_out, d_lse):
+    """out, lse and the gradients of the five arrays, in float64, one query after the other.
+
+    `seen` [B T S] is what each query sees; nothing else is read.
+    """
+    q_nope, q_rope, k_nope, k_rope, value = arrays = [np.asarray(x, np.float64) for x in arrays]
+    gradients = [np.zeros_like(x) for x in arrays]
+    batch, tokens, heads, _ = q_nope.shape
+    out = np.zeros((batch, tokens, heads, value.shape[-1]))
+    lse = np.full((batch, tokens, heads), -np.inf)
+    for b, t, n in np.ndindex(batch, tokens, heads):
+        s = np.flatnonzero(seen[b, t])
+        if not s.size:
+            continue
+        keys = np.concatenate([k_nope[b, s, n], k_rope[b, s]], axis=1)
+        query = np.concatenate([q_nope[b, t, n], q_rope[b, t, n]])
+        scores = SCALE * keys @ query
+        lse[b, t, n] = np.log(np.exp(scores).sum())
+        weights = np.exp(scores - lse[b, t, n])
+        out[b, t, n] = weights @ value[b, s, n]
+        d_scores = value[b, s, n] @ d_out[b, t, n] - out[b, t, n] @ d_out[b, t, n] + d_lse[b, t, n]
+        d_scores *= weights * SCALE
+        nope = q_nope.shape[-1]
+        gradients[0][b, t, n] = d_scores @ keys[:, :nope]
+        gradients[1][b, t, n] = d_scores @ keys[:, nope:]
+        gradients[2][b, s, n] += np.outer(d_scores, query[:nope])
+        gradients[3][b, s] += np.outer(d_scores, query[nope:])
+        gradients[4][b, s, n] += np.outer(weights, d_out[b, t, n])
+    return out, lse, *gradients
+
+
+def draw(rng, batch, tokens, slots, heads, widths=(16, 16, 32)):
+    nope, rope, value = widths
+    shapes = [(batch, tokens, heads, nope), (batch, tokens, heads, rope)]
+    shapes += [(batch, slots, heads, nope), (batch, slots, rope), (batch, slots, heads, value)]
+    return [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+
+
+def close(got, want):
+    """Within the tolerance of the largest number that is wanted; the same infinities."""
+    for one, two in zip(got, want, strict=True):
+        finite = np.isfinite(two)
+        chex.assert_trees_all_equal(np.isfinite(np.asarray(one)), finite)
+        top = np.abs(two[finite]).max(initial=1e-30)
+        np.testing.assert_allclose(np.asarray(one)[finite] / top, two[finite] / top, atol=TOLERANCE)
+    assert not interpret_pallas_call.races.races_found
+
+
+def check(rng, arrays, seen, gradients=True, **options):
+    """The kernels on arrays with NaN in every slot that nobody sees, against `oracle`."""
+    batch, tokens, heads, _ = arrays[0].shape
+    d_out = rng.standard_normal((batch, tokens, heads, arrays[4].shape[-1])).astype(np.float32)
+    d_lse = rng.standard_normal((batch, tokens, heads)).astype(np.float32)
+    want = oracle(arrays, seen, d_out, d_lse)
+    unseen = ~seen.any(axis=1)
+    given = [*arrays[:2], *(np.where(unseen.reshape(*unseen.shape, *[1] * (x.ndim - 2)),
+                                     np.nan, x) for x in arrays[2:])]  # fmt: skip
+    attend = functools.partial(
+        mla_jax.expanded_attention, scale=SCALE, implementation="pallas_tpu", **options
+    )
+    if not gradients:
+        close(attend(*given), want[:2])
+        return
+    results, pull = jax.vjp(attend, *map(jnp.asarray, given))
+    d_lse = np.where(np.isfinite(want[1]), d_lse, 0)
+    close((*results, *pull((jnp.asarray(d_out), jnp.asarray(d_lse)))), want)
+
+
+def causal(tokens, slots):
+    return np.arange(slots)[None] <= np.arange(tokens)[:, None] + slots - tokens
+
+
+def test_causal_self_attention(rng):
+    """Whole blocks, diagonals and a last block that is cut."""
+    check(rng, draw(rng, 1, 41, 41, 2), causal(41, 41)[None])
+
+
+def ragged():
+    """Limits of 11 queries of three rows on 53 slots: some, all and none; ids; who sees what."""
+    limits = np.stack([np.arange(20, 31), np.arange(43, 54), np.zeros(11, int)]).astype(np.int32)
+    limits[0, 4] = 0
+    ids = np.tile((np.arange(53) // 9 % 3).astype(np.int32), (3, 1))
+    ids[1] = 7
+    slot = np.arange(53)[None, None]
+    seen = (slot < limits[..., None]) & (slot >= limits[..., None] - 19)
+    return limits, ids, seen & (ids[:, None] == ids[:, -11:, None])
+
+
+def test_limits_window_and_segments(rng):
+    limits, ids, seen = ragged()
+    check(rng, draw(rng, 3, 11, 53, 1), seen, lengths=limits, window=19, segment_ids=ids)
+
+
+def test_long_rows_take_several_passes_backward(rng):
+    with mock.patch.object(attention, "_MOST_BYTES", 32 * 4 * 16):
+        check(rng, draw(rng, 1, 24, 24, 1), causal(24, 24)[None])
