@@ -90,6 +90,8 @@ def placement(
 
     Raises:
         ValueError: sizes that do not divide over the mesh, or axes that it does not have.
+        NotImplementedError: a model with sparse attention or with shortcuts, whose layers move
+            other things.
 
     >>> config = DecoderConfig.from_preset("deepseek_v3")
     >>> both = ("data", "model")
@@ -101,6 +103,11 @@ def placement(
     >>> found.rows_that_fit(95e9)
     6528
     """
+    for name, other in (("index_topk", config.attention.index_topk), ("shortcut", config.shortcut)):
+        if other:
+            raise NotImplementedError(
+                f"{name}={other}: what such a layer moves between devices is not counted."
+            )
     axes = (jax.sharding.AxisType.Explicit,) * len(mesh)
     devices = jax.sharding.AbstractMesh(tuple(mesh.values()), tuple(mesh), axis_types=axes)
     dtype = jnp.dtype(dtype)
