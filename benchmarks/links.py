@@ -2,7 +2,8 @@
 
 Bytes are those that one device sends, at least: of a result of s bytes on n devices an all-gather
 sends s (n-1)/n, an all-reduce 2 s (n-1)/n, a reduce-scatter s (n-1), an exchange (all-to-all)
-s (n-1)/n and a permutation s. A ragged exchange counts as if its result were full.
+s (n-1)/n and a permutation s. A ragged exchange counts as if the smaller of what it takes and of
+what it gives were full.
 """
 
 import collections
@@ -19,6 +20,7 @@ _OPENED = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_MADE = re.compile(r"%?([\w.\-]+) = (\S+\[[\d,]*\])")
 _MOVED = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(")
 
 
@@ -43,13 +45,14 @@ class Moved:
     @property
     def sent(self) -> float:
         """Bytes that one device sends, all times together."""
-        n, size = self.devices, sum(map(_bytes, self.shapes))
+        n, size = self.devices, _total(self.shapes)
         share = {"all-reduce": 2 * (n - 1) / n, "reduce-scatter": n - 1, "collective-permute": 1}
         return self.times * size * share.get(self.kind, (n - 1) / n)
 
 
 def collectives(text: str, devices: int) -> list[Moved]:
     """All collectives of a compiled module that runs on so many devices."""
+    sizes = {made[1]: (made[2],) for made in map(_MADE.search, text.splitlines()) if made}
     computations: dict[str, list[str]] = collections.defaultdict(list)
     inside = entry = ""
     for line in text.splitlines():
@@ -64,6 +67,9 @@ def collectives(text: str, devices: int) -> list[Moved]:
             moved = _MOVED.search(line)
             if moved:
                 shapes = _results(moved[1], moved[2], bool(moved[3]))
+                if moved[2] == "ragged-all-to-all":
+                    taken = line[moved.end() :].split(",")[0].split()[-1].lstrip("%")
+                    shapes = min((shapes, sizes.get(taken, shapes)), key=_total)
                 count = _group(line, devices)
                 if count > 1 and shapes:
                     found.append(Moved(moved[2], shapes, count, times, looped))
@@ -89,6 +95,10 @@ def by_kind(moved: list[Moved]) -> dict[str, tuple[int, float]]:
     return table
 
 
+def _total(shapes: tuple[str, ...]) -> int:
+    return sum(map(_bytes, shapes))
+
+
 def _bytes(shape: str) -> int:
     kind, sizes = re.fullmatch(r"(\w+)\[([\d,]*)\]", shape).groups()  # pyrefly: ignore
     width = _WIDTHS.get(kind) or max(1, int(re.sub(r"\D", "", kind[1:3]) or 8) // 8)
@@ -106,6 +116,9 @@ def _results(result: str, kind: str, started: bool) -> tuple[str, ...]:
 
 def _group(line: str, devices: int) -> int:
     """How many devices of a collective take part together."""
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
+        sizes = dict(axis.split("=") for axis in named[1].split(","))
+        return math.prod(int(sizes[axis.strip()]) for axis in named[2].split(","))
     if several := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", line):
         return int(several[2])
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
