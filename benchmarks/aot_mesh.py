@@ -7,7 +7,7 @@ form; seconds to compile. Checked: nothing that moves is as large as the cache o
 decode step moves at most 1.3 times the closed form.
 
     python benchmarks/aot_mesh.py v6e h200 --what wide    some targets, some programs
-    python benchmarks/aot_mesh.py --short                 two layers each: for CI
+    python benchmarks/aot_mesh.py --short                 two narrow layers on 8 chips: for CI
 
 The TPUs need `libtpu` (pip install --group tpu-aot), the H200s jax's CUDA plugin and a CUDA
 toolkit; a target whose tools are missing is left out with a word.
@@ -76,6 +76,7 @@ LAYOUTS = {
     "prefill": Rules(B=ALL, **WEIGHTS),
 }
 MODELS = ("deepseek_v3", "kimi_k2")
+SHORT = ("v6e:2x4", (2, 4), 32)
 
 
 def mesh_for(target: str):
@@ -92,6 +93,17 @@ def mesh_for(target: str):
     devices = np.array(topology.devices).reshape(sizes)
     kinds = (jax.sharding.AxisType.Explicit,) * 2
     return jax.sharding.Mesh(devices, ALL, axis_types=kinds)
+
+
+def narrow(config: DecoderConfig) -> DecoderConfig:
+    """Two layers, the first one dense, of small widths."""
+    attention = config.attention.replace(
+        num_hidden_layers=2, num_attention_heads=8, hidden_size=256, q_lora_rank=128
+    )
+    return config.replace(
+        attention=attention, first_k_dense_replace=1, vocab_size=1024, n_routed_experts=32,
+        moe_intermediate_size=128, intermediate_size=256,
+    )  # fmt: skip
 
 
 def sizes_of(what: str, mesh) -> tuple[int, int, int]:
@@ -156,7 +168,9 @@ def closed_form(mesh, what: str, config: DecoderConfig) -> dict[str, float]:
     return dict(found.link_bytes)
 
 
-def look(target: str, mesh, name: str, what: str, layers: int | None) -> dict[str, Any]:
+def look(
+    target: str, mesh, name: str, what: str, layers: int | None, short: bool = False
+) -> dict[str, Any]:
     """Compiles one program; prints its row of the table.
 
     Raises:
@@ -167,6 +181,8 @@ def look(target: str, mesh, name: str, what: str, layers: int | None) -> dict[st
         config = config.replace(
             attention=config.attention.replace(num_hidden_layers=layers), first_k_dense_replace=1
         )
+    if short:
+        config = narrow(config)
     compiled, lowering, seconds, held = program(mesh, what, config)
     memory, text = compiled.memory_analysis(), compiled.as_text()
     moved = links.collectives(text, mesh.size)
@@ -215,13 +231,12 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--what", nargs="+", default=list(LAYOUTS), choices=list(LAYOUTS))
     parser.add_argument("--layers", type=int, help="fewer, the first one dense")
-    parser.add_argument(
-        "--short", action="store_true", help="two layers of DeepSeek-V3, no prefill"
-    )
+    parser.add_argument("--short", action="store_true", help="two narrow layers on 8 v6e")
     parser.add_argument("--json", type=pathlib.Path)
     options = parser.parse_args()
     if options.short:
-        options.layers, options.models, options.what = 2, ["deepseek_v3"], ["wide", "helix"]
+        options.models, options.what, options.targets = ["deepseek_v3"], ["wide", "helix"], ["v6e"]
+        TARGETS["v6e"] = SHORT
     print(
         "| target | program | HBM of a device, GB: arguments + temporaries | MB sent in it, by "
         "kind | closed form MB, ratio | lower + compile s |\n|---|---|---|---|---|---|", flush=True,
@@ -235,7 +250,7 @@ def main() -> None:
         for name in options.models:
             for what in options.what:
                 try:
-                    rows.append(look(target, mesh, name, what, options.layers))
+                    rows.append(look(target, mesh, name, what, options.layers, options.short))
                 except Exception as error:  # the compilers' and ours: the others still run
                     first = f"{type(error).__name__}: {error}".splitlines()[0][:400]
                     print(f"| {target} | {name}, {what} | {first} | | | |", flush=True)
