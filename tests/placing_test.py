@@ -1,6 +1,11 @@
 """What a device of a mesh holds, against arrays that lie on one, and what moves, by hand."""
 
+import importlib.util
 import math
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -71,3 +76,19 @@ def test_a_device_sends_what_the_layout_asks_for(name):
     assert sent.keys() == wanted.keys()
     assert all(math.isclose(sent[part], wanted[part]) for part in sent)
     assert found.rows_that_fit(found.weight_bytes / 0.9 - 1) == 0
+
+
+LIBTPU = pathlib.Path(sys.prefix, "tpu-aot")  # where `./run test` puts it
+
+
+@pytest.mark.skipif(
+    not (LIBTPU / "libtpu").exists() and importlib.util.find_spec("libtpu") is None,
+    reason="libtpu is not installed: ./run test does it, where there is one",
+)
+def test_what_a_tpu_s_program_moves_is_near_the_closed_form():
+    command = [sys.executable, "benchmarks/aot_mesh.py", "--short"]
+    paths = [os.environ.get("PYTHONPATH"), str(LIBTPU)]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("| v6e | deepseek_v3, 2 layers, ") == 2, done.stdout
