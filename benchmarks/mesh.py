@@ -3,8 +3,8 @@
 Four parts, each printed as it goes:
     values   every layout against one device: logits of ragged prompts and of three steps that
              follow, whose error in bfloat16 may be twice one device's own (both against the same
-             weights in float32), and a greedy text, every word of which must be one device's best
-             or as good within that error;
+             weights in float32), and a greedy text, whose words, all but the few where rounding
+             chose another expert, must be one device's best or as good within that error;
     steps    milliseconds of a decode step at every batch behind --context tokens, of one device
              and of every layout; what it sends over the links, by its compiled program and by the
              closed form (`mla_jax.placement`); and efficiency, the time of one device over n times
@@ -70,6 +70,7 @@ LAYOUTS = {
     "helix": Rules(S="x", **SPLIT),
 }
 WRITTEN = 24  # words of the greedy text
+FLIPS = 0.05  # of its words: where two experts score alike, rounding chooses, and logits jump
 
 
 def say(text: str) -> None:
@@ -175,15 +176,15 @@ def greedy(model, place: Rules | None, prompts):
     return generate(model, prompts, max_new_tokens=WRITTEN, **rules).tokens
 
 
-def regret(score, prompts, texts):
-    """How far words are from the best by `score`, a jitted model; at most over all places."""
-    worst = 0.0
+def regrets(score, prompts, texts):
+    """How far every word is from the best by `score`, a jitted model, given the words before it."""
+    found = []
     for prompt, text in zip(prompts, texts, strict=True):
         tokens = np.array([[*prompt, *text]], np.int32)
         logits = np.asarray(score(tokens))[0, len(prompt) - 1 : -1]
         chosen = np.take_along_axis(logits, np.array(text)[:, None], axis=1)[:, 0]
-        worst = max(worst, float((logits.max(1) - chosen).max()))
-    return worst
+        found.append(logits.max(1) - chosen)
+    return np.concatenate(found)
 
 
 @dataclasses.dataclass
@@ -229,13 +230,14 @@ class Wanted:
             text = greedy(model, place, self.prompts)
         error = off(found, self.logits)
         same = int((np.array(text) == np.array(self.text)).sum())
-        lost = regret(self.score, self.prompts, text)
+        lost = regrets(self.score, self.prompts, text)
+        beyond = float((lost > 4 * self.most).mean())
         say(f"{part}, {name}: error {error:.2e} (one device {self.own:.2e}); {same} of "
-            f"{len(self.prompts) * WRITTEN} words as one device's, all within {lost:.2e} of the "
-            "best")  # fmt: skip
-        run.report.add(part=part, layout=name, error=error, own=self.own, same=same, lost=lost)
-        if not (error <= 2 * self.own and lost <= 4 * self.most):
-            raise ArithmeticError(f"{name} is wrong: error {error:.2e}, {lost:.2e} from the best")
+            f"{len(self.prompts) * WRITTEN} words as one device's, {beyond:.1%} of them "
+            f"farther from the best than its error, {lost.max():.2e} at most")  # fmt: skip
+        run.report.add(part=part, layout=name, error=error, own=self.own, same=same, beyond=beyond)
+        if not (error <= 2 * self.own and beyond <= FLIPS):
+            raise ArithmeticError(f"{name} is wrong: error {error:.2e}, {beyond:.1%} of the words")
 
 
 def filled(model, rows: int, slots: int, held: int, place: Rules | None):
@@ -468,11 +470,11 @@ def summary(run: Run) -> None:
             print(f"| {name} | {' | '.join(cells)} |")
     values = [row for row in run.report.kept["rows"] if "own" in row]
     if values:
-        print("\n| values | error | one device's | words alike | from the best |\n"
+        print("\n| values | error | one device's | words alike | beyond the error |\n"
               "|---|---|---|---|---|")  # fmt: skip
         for row in values:
             print(f"| {row['part']}, {row['layout']} | {row['error']:.2e} | {row['own']:.2e} | "
-                  f"{row['same']} | {row['lost']:.2e} |")  # fmt: skip
+                  f"{row['same']} | {row['beyond']:.1%} |")  # fmt: skip
 
 
 def main() -> None:
