@@ -172,7 +172,8 @@ def off(a, b) -> float:
 
 def greedy(model, place: Rules | None, prompts):
     """The words that a model writes."""
-    rules = {} if place is None else {"sharding": place}
+    rules: dict[str, Any] = {"max_length": 128 * max(2, len(prompts))}  # a block for every device
+    rules |= {} if place is None else {"sharding": place}
     return generate(model, prompts, max_new_tokens=WRITTEN, **rules).tokens
 
 
