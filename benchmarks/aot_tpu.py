@@ -219,6 +219,21 @@ def step(generation, preset, heads, *, implementation=None, batch=64, slots=8192
     }  # fmt: skip
 
 
+def sparse(generation, *, batch=16, slots=65536, tokens=None):
+    """A step of DeepSeek-V3.2's layer that chooses tokens, on XLA: temporaries are asserted."""
+    from mla_jax import MLAConfig
+
+    row = step(
+        generation, "deepseek_v32", 128, implementation="xla", batch=batch, slots=slots,
+        tokens=tokens,
+    )  # fmt: skip
+    heads = MLAConfig.from_preset("deepseek_v32").index_n_heads
+    products = batch * (tokens or 1) * heads * slots * 4 / 2**20  # of all index heads and slots
+    # A prompt's patterns and mixed latents, 1 GiB here, and what is gathered for some queries.
+    assert row["temporaries"] < max(512, products / 16), (row, products)
+    return row
+
+
 def short(options):
     """A few shapes per generation, with the linter and dynamic lengths; for CI.
 
@@ -250,7 +265,9 @@ def short(options):
             assert not cache_copies(text, batch * count, LANES)
             sizes.append(vmem(text))
         step(generation, "deepseek_v2_lite", 16, batch=64)
-        print(f"{generation}: compiles, {max(sizes)} MiB of VMEM, no copy of the cache")
+        chosen = sparse(generation)["temporaries"]
+        print(f"{generation}: compiles, {max(sizes)} MiB of VMEM, no copy of the cache; with a "
+              f"choice among 16 x 65,536 slots {chosen} MiB of temporaries")  # fmt: skip
 
 
 def record(options, name, keys, row):
@@ -324,6 +341,22 @@ def programs(options):
                       flush=True)  # fmt: skip
                 row = {"generation": generation, "program": name, **found}
                 record(options, "programs", ("generation", "program"), row)
+        for what, changes in (
+            ("decode, 16 x 65536", {}),
+            ("prefill 4096 on 28672", {"tokens": 4096, "batch": 1, "slots": 32768}),
+        ):
+            name = f"deepseek_v32, 128 heads, a choice of 2048, {what}"
+            try:
+                found = sparse(generation, **changes)
+            except Exception as error:
+                refused.append(f"{generation} {name}: {error}")
+                print(f"| {generation} | {name} | refused |", flush=True)
+                continue
+            columns = ("arguments", "aliased", "temporaries", "vmem", "copies")
+            print(f"| {generation} | {name} | {' | '.join(str(found[c]) for c in columns)} |",
+                  flush=True)  # fmt: skip
+            row = {"generation": generation, "program": name, **found}
+            record(options, "programs", ("generation", "program"), row)
     if refused:
         sys.exit("\n".join(refused))
 

@@ -135,27 +135,23 @@ def _models():
         for preset, model in released.items():
             config = mla_jax.MLAConfig.from_preset(preset)
             family = families.find(model["model_type"])
-            if config.refusal is not None:
-                here = f"refused: {config.refusal.split(': ', 1)[-1].rstrip('.')}"
-            else:
-                here = "layer" if family.decoder is None else "whole model"
+            here = "layer" if family.decoder is None else "whole model"
             if config.mla_layers != config.num_hidden_layers:
                 kept = f"{config.mla_layers} attentions in {config.num_hidden_layers} layers"
                 here = f"{here} ({kept})"
             link = model["name"]
             if "repo" in model:
                 link = f"[{link}](https://huggingface.co/{model['repo']})"
-            cached = f"{costs.cache_bytes(config, 1, 1) / 1024:.1f} KiB"
+            kind = "absorbed" if config.index_topk is None else "sparse"
+            cached = f"{costs.cache_bytes(config, 1, 1, kind) / 1024:.1f} KiB"
             rows.append(f"| {link}<br>`{preset}` | {model['size']} | {cached} | {here} |")
         parts.append("\n".join(rows))
     return "\n\n".join(parts)
 
 
 def _loaded():
-    """How many of the released models are not refused."""
-    presets = [preset for released in _released().values() for preset in released]
-    refused = [mla_jax.MLAConfig.from_preset(preset).refusal for preset in presets]
-    return str(refused.count(None))
+    """How many released models there are."""
+    return str(sum(map(len, _released().values())))
 
 
 def _others():

@@ -377,15 +377,18 @@ def _sparse_step(config: MLAConfig, batch: int, queries: int, slots: int, width:
     dense = decode_step(config, batch, queries, attended, "absorbed", width)
     d, source = config.hidden_size, config.q_lora_rank or config.hidden_size
     weights = d * (keys + heads) + source * heads * keys
-    written = width * new * keys
     stages = {stage.name: stage for stage in dense.stages}
-    stages["index_proj"] = Stage("index_proj", 2 * new * weights, width * weights, written,
-                                 width * new * (d + source + heads * (keys + 1)))  # fmt: skip
+    if heads:  # none where the choice is another layer's
+        made = width * new * (d + source + heads * (keys + 1))
+        stages["index_proj"] = Stage(
+            "index_proj", 2 * new * weights, width * weights, width * new * keys, made
+        )
     if attended < slots:
-        of_keys = 2 * new * slots * heads * keys, 0, width * batch * slots * keys
-        stages["index"] = Stage("index", *of_keys, width * new * heads * keys)
         read = width * new * attended * numbers_read(config, "absorbed")
         stages["scores"] = dataclasses.replace(stages["scores"], cache_bytes=read)
+        if heads:
+            of_keys = 2 * new * slots * heads * keys, 0, width * batch * slots * keys
+            stages["index"] = Stage("index", *of_keys, width * new * heads * keys)
     return Costs("sparse", tuple(stages[name] for name in PARTS["layer"] if name in stages))
 
 

@@ -50,6 +50,17 @@ def _train_step(graphdef, params, rest, state, tokens, optimizer):
     return optax.apply_updates(params, updates), state, value
 
 
+@functools.cache  # one object for equal arguments, of which `_train_step` is compiled once
+def _optimizer(steps: int, learning_rate: float, done: int) -> optax.GradientTransformation:
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, learning_rate, max(1, steps // 10), max(2, steps), learning_rate / 10
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(lambda step: schedule(step + done), b2=0.98, weight_decay=0.05),
+    )
+
+
 def train(
     model: nnx.Module,
     text: np.ndarray,
@@ -81,13 +92,7 @@ def train(
         raise ValueError(
             f"text has {len(text)} bytes: it must have more than length+1={length + 1}."
         )
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, learning_rate, max(1, steps // 10), max(2, steps), learning_rate / 10
-    )
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(lambda step: schedule(step + done), b2=0.98, weight_decay=0.05),
-    )
+    optimizer = _optimizer(steps, learning_rate, done)
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)  # the rest does not train
     params = jax.tree.map(jnp.copy, params)  # donated below: the model's own stay valid
     state = optimizer.init(params)

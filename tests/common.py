@@ -2,7 +2,9 @@
 
 import math
 
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from mla_jax import MLAConfig
 
@@ -19,6 +21,24 @@ PLAIN = MICRO.replace(
     q_lora_rank=None, mla_scale_q_lora=False, mla_scale_kv_lora=False, attention_bias=False,
     rope_scaling=None, rope_interleave=False, mla_use_nope=False,
 )  # fmt: skip
+
+
+def drawn(make, seed=0):
+    """What `make()` is, other numbers: without its initialisers, which take seconds to compile.
+
+    Kernels are normal, a column of about length 1; the rest is as constructors make it.
+    """
+    random, module = np.random.default_rng(seed), nnx.eval_shape(make)
+    for path, leaf in nnx.to_flat_state(nnx.state(module)):
+        name, shape = path[-1], leaf.shape
+        if len(shape) > 1:
+            inputs = shape[1] if "mlp" in path and len(shape) == 3 else shape[0]
+            inputs = inputs * shape[1] if "o_proj" in path else inputs
+            value = random.standard_normal(shape) * inputs**-0.5
+        else:
+            value = np.ones(shape) if name in ("scale", "ssmax_bias") else np.zeros(shape)
+        leaf.set_value(jnp.asarray(value.astype(leaf.dtype)))
+    return module
 
 
 def relative(actual, expected) -> float:

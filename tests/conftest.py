@@ -3,6 +3,11 @@ import os
 # The GPU kernels' interpreter runs every warpgroup in a thread of XLA's pool: more than small
 # machines have.
 os.environ.setdefault("NPROC", "16")
+# The tests compile many small programs and run each once or twice: compiling is what they wait for.
+os.environ["XLA_FLAGS"] = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    + os.environ.get("XLA_FLAGS", "")  # what the user has set comes last and wins
+)
 
 import jax
 import numpy as np

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 from unittest import mock
 
 import chex
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import MICRO, PLAIN, relative
+from common import MICRO, PLAIN, drawn, relative
 from flax import nnx
 
 import mla_jax
@@ -32,6 +33,10 @@ CONFIGS = {
         llama_4_original_max_position_embeddings=2,
         k_rope_norm=True,
     ),
+    "sparse": MICRO.replace(index_topk=4, index_n_heads=2, index_head_dim=6, rope_scaling=None),
+    "pooled": PLAIN.replace(
+        index_topk=2, index_n_heads=2, index_head_dim=6, index_kpool=2, attention_sinks=True
+    ),
     "no_norms": PLAIN.replace(
         latent_norm=False,
         output_gate="elementwise",
@@ -43,7 +48,7 @@ T = 7
 
 
 def make(config=MICRO, **options):
-    layer = MultiHeadLatentAttention(config, rngs=nnx.Rngs(0), **options)
+    layer = drawn(lambda: MultiHeadLatentAttention(config, rngs=nnx.Rngs(0), **options))
     for name in ("sinks", "ssmax_scale", "ssmax_bias"):  # which start at 0 and 1
         if hasattr(layer, name):
             noise = jax.random.normal(jax.random.key(len(name)), (config.num_attention_heads,))
@@ -79,30 +84,42 @@ def cached_outputs(layer, x, form, splits):
 
 
 @functools.partial(jax.jit, static_argnames="form")
-def prefill(layer, x, cache, lengths, form):
-    return layer.prefill(x, cache, lengths, form=form)
+def prefill(layer, x, cache, lengths, form, positions=None):
+    return layer.prefill(x, cache, lengths, positions=positions, form=form)
+
+
+@functools.partial(jax.jit, static_argnames="form")
+def whole(layer, x, form="auto", positions=None):
+    return layer(x, positions=positions, form=form)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_forms_agree_in_values_and_gradients(name):
     layer, x = make(CONFIGS[name])
 
-    @functools.partial(jax.value_and_grad, argnums=(0, 1))
     def loss(layer, x, form):
-        return (jnp.sin(layer(x, form=form)) * jnp.arange(x.size).reshape(x.shape)).sum()
+        y = layer(x, form=form)
+        return (jnp.sin(y) * jnp.arange(x.size).reshape(x.shape)).sum(), y
 
-    expanded, absorbed = loss(layer, x, "expanded"), loss(layer, x, "absorbed")
-    assert relative(layer(x, form="absorbed"), layer(x, form="expanded")) < 1e-6
+    @jax.jit
+    def both(layer, x):
+        of = jax.grad(loss, (0, 1), has_aux=True)
+        return [of(layer, x, form) for form in ("absorbed", "expanded")]
+
+    (absorbed, y), (expanded, other) = both(layer, x)
+    assert relative(y, other) < 1e-6
     chex.assert_trees_all_close(
-        jax.tree.leaves(absorbed[1]), jax.tree.leaves(expanded[1]), rtol=1e-4, atol=1e-3
+        jax.tree.leaves(absorbed), jax.tree.leaves(expanded), rtol=1e-4, atol=1e-3
     )
 
 
 @pytest.mark.parametrize("form", ["absorbed", "expanded"])
-@pytest.mark.parametrize("name", ["micro", "plain", "sinks_window", "gated_query", "no_norms"])
+@pytest.mark.parametrize(
+    "name", ["micro", "plain", "sinks_window", "gated_query", "no_norms", "sparse", "pooled"]
+)
 def test_any_split_is_one_full_pass(name, form):
     layer, x = make(CONFIGS[name])
-    full = layer(x)
+    full = whole(layer, x)
     for split in range(T + 1):
         got = cached_outputs(layer, x, form, [split, T - split])
         np.testing.assert_allclose(got, full, atol=3e-6)
@@ -110,11 +127,11 @@ def test_any_split_is_one_full_pass(name, form):
 
 def test_chunks_of_any_size(rng):
     layer, x = make()
-    full = layer(x)
+    full = whole(layer, x)
     for form in ("absorbed", "expanded", "auto"):
         cache, outputs = layer.init_cache(2, 16), []
         for start, end in ((0, 3), (3, 5), (5, 7)):
-            y, cache = layer.decode(x[:, start:end], cache, form=form)
+            y, cache = prefill(layer, x[:, start:end], cache, None, form)
             outputs.append(y)
         np.testing.assert_allclose(jnp.concatenate(outputs, 1), full, atol=3e-6)
 
@@ -130,11 +147,11 @@ def test_accuracy_against_float64(form):
         graph, state = nnx.split(layer)
         double = nnx.merge(graph, jax.tree.map(lambda p: jnp.asarray(p, jnp.float64), state))
         double.precision, double.implementation = "highest", "reference"
-        exact = np.asarray(double(jnp.asarray(x), form=form))
+        exact = np.asarray(whole(double, jnp.asarray(x), form))
         assert exact.dtype == np.float64
-    got = layer(jnp.asarray(x, jnp.float32), form=form)
+    got = whole(layer, jnp.asarray(x, jnp.float32), form)
     assert relative(got, exact) < 2e-6
-    cached, _ = layer.prefill(jnp.asarray(x, jnp.float32), layer.init_cache(2, 40), form=form)
+    cached, _ = prefill(layer, jnp.asarray(x, jnp.float32), layer.init_cache(2, 40), None, form)
     assert relative(cached, exact) < 2e-6
 
 
@@ -223,15 +240,23 @@ def paged(layer, batch, rng, spare=0):
     return poisoned(cache.replace(pages=dataclasses.replace(cache.pages, free=free)))
 
 
+_fork, _truncate = jax.jit(Cache.fork), jax.jit(Cache.truncate)
+
+
 @functools.cache
 def long_pass(name):
     layer, _ = make(CONFIGS[name])
     x = jax.random.normal(jax.random.key(5), (len(ENDS), LONG, layer.config.hidden_size))
-    return layer, x, np.asarray(layer(x))
+    return layer, x, np.asarray(whole(layer, x))
 
 
-@pytest.mark.parametrize("form", ["absorbed", "expanded", "auto"])
-@pytest.mark.parametrize("name", ["micro", "sinks_window"])
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        *itertools.product(["micro", "sinks_window"], ["absorbed", "expanded", "auto"]),
+        ("sparse", "absorbed"),
+    ],
+)
 def test_pages_are_one_full_pass(name, form, rng):
     layer, x, full = long_pass(name)
     cache, ends = paged(layer, len(ENDS), rng), np.array(ENDS)
@@ -247,18 +272,23 @@ def test_pages_are_one_full_pass(name, form, rng):
     assert int(cache.pages.available) == 3 * len(ENDS) - int((-(-ends // PAGE)).sum())
 
 
-@pytest.mark.parametrize("length", [*ENDS, 2 * PAGE + 1])
-def test_a_forked_row_goes_on_by_itself(length, rng):
-    layer, x, full = long_pass("micro")
+@pytest.mark.parametrize(
+    ("name", "length"),
+    [*itertools.product(["micro"], [*ENDS, 2 * PAGE + 1]), ("sparse", PAGE + 1)],
+)
+def test_a_forked_row_goes_on_by_itself(name, length, rng):
+    layer, x, full = long_pass(name)
     for cache in (paged(layer, 3, rng), poisoned(layer.init_cache(3, 3 * PAGE))):
         held = jnp.array([LONG - 1, 5, 0])
         _, cache = prefill(
             layer, jnp.stack([x[0], x[1], x[2]])[:, : LONG - 1], cache, held, "absorbed"
         )
-        cache = jax.jit(Cache.fork)(cache, 0, jnp.array([False, True, True]), length)
+        cache = _fork(cache, 0, jnp.array([False, True, True]), length)
         assert cache.length.tolist() == [LONG - 1, length, length]
         # The source and both copies go on: the copies with a text of their own.
-        other = layer(jnp.concatenate([x[0, :length], x[3, :2]])[None])[0, length:]
+        # Of one length, so that it is one program; what comes behind is not seen.
+        text = np.concatenate([x[0, :length], x[3, :2], np.zeros_like(x[0, length:])])
+        other = whole(layer, jnp.asarray(text)[None])[0, length : length + 2]
         new = jnp.stack([x[0, -1:], x[3, :1], x[3, :1]])
         y, cache = prefill(layer, new, cache, None, "absorbed")
         np.testing.assert_allclose(y[0, 0], full[0, -1], atol=5e-6)
@@ -267,13 +297,16 @@ def test_a_forked_row_goes_on_by_itself(length, rng):
         np.testing.assert_allclose(y[1:, 0], jnp.stack([other[1]] * 2), atol=5e-6)
 
 
-@pytest.mark.parametrize("cut", [0, 1, PAGE - 1, PAGE, PAGE + 1])
-def test_a_row_cut_within_a_shared_page_leaves_the_others_theirs(cut, rng):
-    layer, x, full = long_pass("micro")
+@pytest.mark.parametrize(
+    ("name", "cut"),
+    [*itertools.product(["micro"], [0, 1, PAGE - 1, PAGE, PAGE + 1]), ("sparse", PAGE + 1)],
+)
+def test_a_row_cut_within_a_shared_page_leaves_the_others_theirs(name, cut, rng):
+    layer, x, full = long_pass(name)
     cache = paged(layer, 2, rng)
     _, cache = prefill(layer, x[:2, : LONG - 1], cache, jnp.array([LONG - 1, 0]), "absorbed")
     cache = cache.fork(0, jnp.array([False, True]))
-    cache = jax.jit(Cache.truncate)(cache, jnp.array([LONG, cut]))
+    cache = _truncate(cache, jnp.array([LONG, cut]))
     new = jnp.stack([x[0, -1:], x[0, cut : cut + 1]])
     y, cache = prefill(layer, new, cache, None, "absorbed")
     np.testing.assert_allclose(y[:, 0], full[0, [LONG - 1, cut]], atol=5e-6)
@@ -359,11 +392,11 @@ def test_overflow_is_never_silent():
 def test_positions_of_cached_tokens():
     layer, x = make(CONFIGS["gated_query"])
     places = jnp.array([[5], [9]]) + jnp.arange(T)[None]
-    full = layer(x, positions=places)
+    full = whole(layer, x, positions=places)
     for form in ("absorbed", "expanded"):
         cache = layer.init_cache(2, T)
-        first, cache = layer.prefill(x[:, :4], cache, positions=places[:, :4], form=form)
-        rest, cache = layer.decode(x[:, 4:], cache, positions=places[:, 4:], form=form)
+        first, cache = prefill(layer, x[:, :4], cache, None, form, places[:, :4])
+        rest, cache = prefill(layer, x[:, 4:], cache, None, form, places[:, 4:])
         np.testing.assert_allclose(jnp.concatenate([first, rest], 1), full, atol=3e-6)
     with pytest.raises(ValueError, match="positions is int32"):
         layer.decode(x[:, :1], layer.init_cache(2, T), positions=jnp.arange(2))
@@ -374,5 +407,5 @@ def test_a_row_that_sees_nothing_has_finite_gradients_under_sinks():
     mask = jnp.ones((2, 1, T, T), bool).at[:, :, 2].set(False)
     for form in ("absorbed", "expanded"):
         loss = lambda layer, x, form=form: (layer(x, mask=mask, form=form) ** 2).sum()  # noqa: E731
-        for leaf in jax.tree.leaves(jax.grad(loss, argnums=(0, 1))(layer, x)):
+        for leaf in jax.tree.leaves(jax.jit(jax.grad(loss, argnums=(0, 1)))(layer, x)):
             assert np.isfinite(leaf).all()

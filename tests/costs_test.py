@@ -377,5 +377,25 @@ class DevicesAndTableTest(parameterized.TestCase):
             call()
 
 
+def test_a_sparse_step_scores_all_tokens_and_attends_to_the_chosen():
+    v32 = MLAConfig.from_preset("deepseek_v32")
+    step = costs.decode_step(v32, 2, 3, 10_000, "sparse")
+    chosen = costs.decode_step(v32, 2, 3, 2048)
+    assert step["index"].flops == 2 * 6 * 64 * 128 * 10_000
+    assert step["index"].cache_bytes == 2 * 2 * 10_000 * 128  # once for a row's queries
+    assert step["scores"].cache_bytes == 2 * 6 * 2048 * 576  # each query its own
+    assert [step[name].flops for name in ("scores", "mixing", "o_proj")] == [
+        chosen[name].flops for name in ("scores", "mixing", "o_proj")
+    ]
+    assert "index" not in [s.name for s in costs.decode_step(v32, 1, 1, 2048, "sparse").stages]
+    assert costs.cache_numbers(v32, "sparse") == 576 + 128
+    shared = v32.replace(indexer_type="shared")
+    names = [stage.name for stage in costs.decode_step(shared, 2, 3, 10_000, "sparse").stages]
+    assert "index_proj" not in names
+    assert costs.cache_numbers(shared, "sparse") == 576
+    with pytest.raises(ValueError, match="kind='sparse': index_topk is None"):
+        costs.decode_step(MLAConfig.from_preset("deepseek_v3"), 1, 1, 8, "sparse")
+
+
 if __name__ == "__main__":
     absltest.main()

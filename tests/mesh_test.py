@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from sharding_test import BOTH, FAST, LAYOUTS, B, assert_close, mesh, put
 
 import mla_jax
@@ -20,6 +19,7 @@ from mla_jax.cache.stripes import Stripes
 from mla_jax.generation import generate
 from mla_jax.layers.experts import MixtureOfExperts
 from mla_jax.models import Decoder, DecoderConfig
+from mla_jax.ops import guard
 from mla_jax.sharding import Rules
 
 ATTENTION = MLAConfig(
@@ -95,7 +95,8 @@ def test_a_split_vocabulary_has_the_same_gradients(tied):
     def run(model, tokens):
         def loss(model):
             logits = model(tokens % 64)
-            named = (logits * jax.nn.one_hot(tokens % 64, 64)).sum(-1)  # no word is looked up
+            labels = sharding.move(tokens % 64, *sharding.spec(logits)[:2])
+            named = (logits * jax.nn.one_hot(labels, 64)).sum(-1)  # no word is looked up
             return (jax.nn.logsumexp(logits, -1) - named).mean()
 
         return model(tokens), jax.grad(loss)(model)
@@ -230,6 +231,29 @@ def test_rows_come_and_go_between_devices():
     assert_close(jax.device_get(got), jax.device_get(wanted))
 
 
+def test_sparse_attention_chooses_on_every_device_for_its_rows():
+    config = ATTENTION.replace(index_topk=8, index_n_heads=2, index_head_dim=8)
+    layer = MultiHeadLatentAttention(config, rngs=nnx.Rngs(0))
+    x = np.random.default_rng(4).normal(size=(B, 20, 24)).astype(np.float32)
+
+    @functools.partial(jax.jit, compiler_options=FAST)
+    def run(layer, cache, x):
+        y, cache = layer.prefill(x, cache)
+        return y, layer.decode(x[:, :1], cache)[0]
+
+    wanted = jax.device_get(run(layer, layer.init_cache(B, 512), x))
+    with jax.set_mesh(mesh()):
+        x = put(x, ("data",))
+        for place in (Rules(B="data", S="model"), Rules(B="data", N="model")):
+            placed = jax.device_put(layer, place.of(layer))
+            cache = layer.init_cache(B, 512, sharding=place)
+            if place.S:
+                with pytest.raises(NotImplementedError, match="sparse attention chooses among a"):
+                    run(placed, cache, x)
+            else:
+                assert_close(jax.device_get(run(placed, cache, x)), wanted)
+
+
 @pytest.mark.parametrize("rows", [8, 32])
 def test_rows_of_any_length_keep_all_devices_busy(rows):
     lengths = np.random.default_rng(rows).integers(0, 2048, rows)  # of 8192 slots, S/8 in the mean
@@ -249,20 +273,16 @@ def test_rows_of_any_length_keep_all_devices_busy(rows):
 
 def test_a_kernel_s_operands_are_not_gathered_without_a_word():
     axes = (jax.sharding.AxisType.Auto,)
-    split = jax.NamedSharding(jax.make_mesh((2,), ("x",), axis_types=axes), jax.P("x"))
-    arrays = [np.ones(shape, jnp.bfloat16) for shape in ((2, 1, 4, 128), (2, 1, 4, 16))]
-    arrays += [np.ones(shape, jnp.bfloat16) for shape in ((2, 64, 128), (2, 64, 16))]
-    lengths = np.array([64, 3], np.int32)
-
-    @jax.jit
-    def attend(*arrays):
-        return mla_jax.latent_attention(
-            *arrays, lengths=lengths, scale=0.1, implementation="pallas_gpu"
-        )
-
-    refused = pytest.raises(jax.errors.JaxRuntimeError, match="pallas_gpu: operands are split")
-    with plgpu.force_gpu_interpret_mode(), refused:
-        attend(*(jax.device_put(array, split) for array in arrays))
+    auto = jax.make_mesh((2,), ("x",), axis_types=axes)
+    guarded = jax.jit(guard.unsplit(lambda x, y: [x + y], "pallas_gpu"))
+    x = np.ones((4, 3), np.float32)
+    split, whole = (jax.device_put(x, jax.NamedSharding(auto, jax.P(axis))) for axis in ("x", None))
+    assert guarded(x, x)[0].sum() == guarded(whole, whole)[0].sum() == 24
+    rows = jax.P("x")
+    mapped = jax.shard_map(guarded, mesh=auto, in_specs=(rows, rows), out_specs=[rows])
+    assert jax.jit(mapped)(split, split)[0].sum() == 24
+    with pytest.raises(jax.errors.JaxRuntimeError, match="pallas_gpu: operands are split as"):
+        guarded(split, whole)
 
 
 def test_explain_tells_what_each_device_of_a_mesh_runs(capsys):

@@ -231,4 +231,6 @@ def _copy_pages(stores, old, new):
 
 def _when(condition: Bool[Array, ""], change: Callable[[Any], Any], value: Any) -> Any:
     """`change(value)` where the condition holds, at no cost where it does not."""
+    if not isinstance(condition, jax.core.Tracer):  # where `cond` would be compiled in every call
+        return change(value) if condition else value
     return jax.lax.cond(condition, change, lambda value: value, value)

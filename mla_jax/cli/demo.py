@@ -208,7 +208,7 @@ def _write(model: Decoder, options: Demo, terminal: Terminal) -> dict[str, Any]:
         written, first_token, rest = generate()
     text = bytes(np.asarray(written[0], np.uint8)).decode(errors="replace")
     terminal.answer(options.prompt + text)
-    itemsize = jnp.dtype(model.blocks[0].attention.param_dtype).itemsize
+    itemsize = jnp.dtype(model.blocks[0].mixers[0].param_dtype).itemsize
     ours = costs.cache_bytes(attention, 1, 1, width=itemsize)
     theirs = costs.cache_bytes(attention, 1, 1, "mha", width=itemsize)
     speed = (options.tokens - 1) / rest if options.tokens > 1 else None

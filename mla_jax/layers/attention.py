@@ -140,14 +140,14 @@ class MultiHeadLatentAttention(LatentMaps):
         store, relay = self._handed(Dense(new), relay)
         if self.config.index_topk is not None and not dense:
             seen, relay = self._chosen(x, q_latent, positions, by, Dense(new), seen, relay)
-        if form == "auto":
-            sparse = seen.chosen is not None
-            form = self._form(tokens, tokens) if sparse else "expanded"
+        absorbed = form == "absorbed"
+        if form == "auto" and seen.chosen is not None:
+            absorbed = self._form(tokens, tokens) == "absorbed"
         options: dict[str, Any] = {
             "scale": self.config.scale, "precision": self.precision,
             "implementation": self.implementation,
         }  # fmt: skip
-        if form == "absorbed":
+        if absorbed:
             out_latent, lse = ops.attend_latents(
                 (self._pattern(q_nope), q_rope), store, seen, **options
             )
@@ -363,10 +363,11 @@ class MultiHeadLatentAttention(LatentMaps):
         own = ops.expanded_attention(q_nope, q_rope, k_nope, new["k_rope"], value, **options)
         if step.fresh:
             return own
-        return jax.lax.cond(
-            (step.start > 0).any(),
-            lambda: ops.merge_attention(own, context(step.before)), lambda: own,
-        )  # fmt: skip
+        held = (step.start > 0).any()
+        merged = lambda: ops.merge_attention(own, context(step.before))  # noqa: E731
+        if not isinstance(held, jax.core.Tracer):  # where `cond` would be compiled in every call
+            return merged() if held else own
+        return jax.lax.cond(held, merged, lambda: own)
 
     def _check_store(self, store, batch, widths):
         for name, width in widths.items():

@@ -41,6 +41,12 @@ class Indexer(nnx.Module):
     Args:
         config: of the layer; index_topk is given.
         dtype, param_dtype, precision, kernel_init, rngs: as in `MultiHeadLatentAttention`.
+
+    >>> config = MLAConfig.from_preset("tiny").replace(index_topk=2, index_n_heads=4)
+    >>> indexer = Indexer(config, dtype=None, param_dtype=jnp.float32, precision=None,
+    ...                   kernel_init=nnx.initializers.lecun_normal(), rngs=nnx.Rngs(0))
+    >>> indexer.keys(jnp.ones((1, 5, 128)), by=None).shape
+    (1, 5, 128)
     """
 
     def __init__(self, config: MLAConfig, *, dtype, param_dtype, precision, kernel_init, rngs):
@@ -135,6 +141,7 @@ class Indexer(nnx.Module):
 
         Raises:
             ValueError: packed sequences (segments) with pools, which begin with the row.
+            NotImplementedError: a mesh splits the slots.
         """
         config, bias = self.config, None
         if config.index_kpool is not None:

@@ -235,4 +235,4 @@ class LatentMaps(Mixer):
             raise ValueError(
                 f"x is {x.dtype}: it must be bfloat16, float16, float32 or float64; cast it first."
             )
-        return x.shape[:2]
+        return x.shape[0], x.shape[1]

@@ -122,7 +122,7 @@ class Decoder(nnx.Module):
             x, relay = block.attend(x, relay, dense=warmup, **options)
         if not losses:
             raise ValueError("index_topk=None: no layer of this model has an indexer.")
-        return sum(losses) / len(losses)
+        return jnp.stack(losses).mean()
 
     def init_cache(
         self,

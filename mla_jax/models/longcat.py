@@ -16,6 +16,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
+from mla_jax import sharding
 from mla_jax.cache import Dense
 from mla_jax.layers.attention import MultiHeadLatentAttention
 from mla_jax.layers.experts import MixtureOfExperts
@@ -96,12 +97,13 @@ class ShortcutBlock(nnx.Module):
         return self._through(x, attend), tuple(grown), relay
 
     def _through(self, x, attend: Callable[[int, Array], Array]):
-        x = x + attend(0, self.attention_norms[0](x))
+        x = x + sharding.beside(attend(0, self.attention_norms[0](x)), x)
         h = self.mlp_norms[0](x)
         with jax.named_scope("shortcut"):
             shortcut = self.mlp(h)
         with jax.named_scope("mlp"):
-            x = x + self.mlps[0](h)
-        x = x + attend(1, self.attention_norms[1](x))
+            x = x + sharding.beside(self.mlps[0](h), x)
+        x = x + sharding.beside(attend(1, self.attention_norms[1](x)), x)
         with jax.named_scope("mlp"):
-            return x + self.mlps[1](self.mlp_norms[1](x)) + shortcut
+            y = sharding.beside(self.mlps[1](self.mlp_norms[1](x)), x)
+            return x + y + sharding.beside(shortcut, x)

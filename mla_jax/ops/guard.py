@@ -9,7 +9,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from mla_jax.target import PARTITIONED
 
 
-def unsplit(kernel: Callable[..., Any], name: str) -> Callable[..., Any]:
+def unsplit(kernel: Callable[..., Any], name: str, interpret: Any = None) -> Callable[..., Any]:
     """A function of arrays that raises where its operands are split by XLA's partitioner.
 
     A TPU kernel refuses that itself. One for GPUs would be given all operands whole on every
@@ -19,10 +19,14 @@ def unsplit(kernel: Callable[..., Any], name: str) -> Callable[..., Any]:
     Args:
         kernel: of positional arrays, or trees of them.
         name: of the kernel, for the message.
+        interpret: the parameters of Pallas' interpreter, if it runs the kernel: its callbacks have
+            effects, with which jax compiles no custom partitioning, so nothing is guarded.
 
     Raises:
         NotImplementedError: when the program is compiled, wrapped in jax's own error.
     """
+    if interpret is not None:
+        return kernel
 
     def partition(mesh, operands, results):
         split = [x.sharding.spec for x in jax.tree.leaves(operands) if _is_split(x)]

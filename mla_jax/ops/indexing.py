@@ -26,7 +26,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from mla_jax import sharding
 from mla_jax.cache import Dense, Store
+from mla_jax.ops import mesh
 from mla_jax.ops.seen import Seen
 
 _BLOCK_PRODUCTS = 2**24  # of index heads and slots made at once, 64 MiB in float32
@@ -56,7 +58,7 @@ def index_scores(
         products = jnp.einsum(
             "BTJI,BSI->BTJS",
             query,
-            store.block(start, size)["index_key"],
+            store.block(start, size, pages=True)["index_key"],
             precision="highest",
             preferred_element_type=wide,
         )
@@ -106,6 +108,9 @@ def choose_slots(
             [1, 0],
             [1, 3]]], dtype=int32)
     """
+    if sharding.mesh_of(query, store) is not None:
+        run = functools.partial(choose_slots, count=count, tail=tail)
+        return mesh.choose(run, query, weights, store, seen, pool_bias)
     tokens, slots = query.shape[1], store.slots
     if pool_bias is None:
 

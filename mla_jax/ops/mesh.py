@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from mla_jax import sharding
 from mla_jax.cache import Store
@@ -143,12 +143,41 @@ def plan(make: Callable, seen: Seen, call: Any) -> Any:
     return sharding.island(own, layout.mesh, (specs,), every)(moved)
 
 
+def choose(
+    run: Callable,
+    query: Float[Array, "B T J I"],
+    weights: Float[Array, "B T J"],
+    store: Store,
+    seen: Seen,
+    pool_bias: Float[Array, "L I"] | None,
+) -> Int[Array, "B T K"]:
+    """`run(query, weights, store, seen, pool_bias=)` for every device's rows (sparse attention).
+
+    Raises:
+        NotImplementedError: slots that are split, where the best of all would have to be found.
+    """
+    layout: Any = Layout.of((query,), store)
+    if layout.slots:
+        raise NotImplementedError(
+            f"slots S are split over {', '.join(layout.slots)}: sparse attention chooses among a "
+            "row's slots on one device. Split rows (B) and heads (N) instead."
+        )
+    operands = {"query": query, "weights": weights, "store": store, "seen": seen}
+    letters = {"query": "BTJI", "weights": "BTJ", "store": store.letters, "seen": _letters_of(seen)}
+    if pool_bias is not None:
+        operands["pool_bias"], letters["pool_bias"] = pool_bias, "LI"
+    moved = jax.tree.map(layout.moved, operands, letters)
+    specs = jax.tree.map(lambda _, own: layout.specs(own), moved, letters)
+    own = lambda operands: run(**sharding.varying(operands, layout.rows))  # noqa: E731
+    return sharding.island(own, layout.mesh, (specs,), layout.specs("BTK"))(moved)
+
+
 def _operands(layout, queries, store, seen, more):
     """What a call works on, and the letters of all that."""
-    if layout.slots and (seen.mask is not None or seen.segments is not None):
+    if layout.slots and any(x is not None for x in (seen.mask, seen.segments, seen.chosen)):
         raise NotImplementedError(
             f"slots S are split over {', '.join(layout.slots)}: there attention takes lengths and "
-            "a window, no mask and no segment_ids."
+            "a window, no mask, no segment_ids and no chosen slots."
         )
     parts = sharding.count(layout.mesh, layout.slots)
     if parts > 1 and store.slots % (STRIPE * parts):
@@ -181,6 +210,7 @@ def _letters_of(seen: Seen) -> Any:
         counts=None if seen.counts is None else "B",
         segments=None if seen.segments is None else ("BT", "BS"),
         mask=mask,
+        chosen=None if seen.chosen is None else "BTK",
         plan=jax.tree.map(lambda _: _PLANNED, seen.plan),
     )
 

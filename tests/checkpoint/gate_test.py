@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from common import MICRO
+from common import MICRO, drawn
 from flax import nnx
 from hypothesis import strategies as st
 from quantized import E4M3, packed, scaled
@@ -266,10 +266,14 @@ def test_any_change_of_a_tensor_gives_the_right_weights_or_a_named_refusal(
 
 
 @functools.cache
+def fresh(seed):
+    return drawn(lambda: MultiHeadLatentAttention(MICRO, rngs=nnx.Rngs(0)), seed)
+
+
+@functools.cache
 def attention_base(form):
-    layer = MultiHeadLatentAttention(MICRO, rngs=nnx.Rngs(0))
     random, stored = np.random.default_rng(1), {}
-    for name, tensor in checkpoint.attention_tensors(layer).items():
+    for name, tensor in checkpoint.attention_tensors(fresh(0)).items():
         stored[name] = tensor
         if tensor.ndim == 2 and form:
             dtype, suffix = {"fp8": (E4M3, "weight_scale_inv"), "int8": (np.int8, "weight_scale")}[
@@ -293,7 +297,7 @@ def test_any_change_of_an_attention_tensor(data):
     }.get(kind, st.none())  # fmt: skip
     value = data.draw(value)
     changed, named = apply(stored, key, kind, value)
-    layer = MultiHeadLatentAttention(MICRO, rngs=nnx.Rngs(2))
+    layer = nnx.clone(fresh(2))
     try:
         checkpoint.load_attention(layer, changed)
     except ValueError as error:

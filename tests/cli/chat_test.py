@@ -4,7 +4,7 @@ import io
 import json
 
 import pytest
-from common import MICRO
+from common import MICRO, drawn
 from flax import nnx
 
 from mla_jax import generation
@@ -55,7 +55,7 @@ def test_only_new_tokens_are_prefilled_and_the_answers_are_those_of_whole_conver
     model = load_decoder(saved, dtype="float32")
     tokenizer = generation.Tokenizer.from_checkpoint(saved)
     defaults = generation.GenerationDefaults.from_checkpoint(saved)
-    request = generation.Request(max_new_tokens=5, stop_tokens=defaults.stop_tokens)
+    request = generation.Request(max_new_tokens=5, max_length=128, stop_tokens=defaults.stop_tokens)
     turns = [(turn["prefilled"], turn["held"]) for turn in found["turns"]]
     system = [{"role": "system", "content": "  "}]
     messages = check_turns(model, tokenizer, request, system, contents, turns)
@@ -76,14 +76,16 @@ def test_a_conversation_that_outgrows_the_cache_is_prefilled_anew(saved):
     config = DecoderConfig(
         attention=MICRO.replace(num_hidden_layers=1), vocab_size=128, intermediate_size=20
     )
-    model = Decoder(config, precision="highest", rngs=nnx.Rngs(0))
+    model = drawn(lambda: Decoder(config, precision="highest", rngs=nnx.Rngs(0)))
     tokenizer = generation.Tokenizer.from_checkpoint(saved)
-    request, contents = generation.Request(max_new_tokens=5), ("a" * 100, "b" * 100, "c" * 100)
+    request = generation.Request(max_new_tokens=5)
+    whole = generation.Request(max_new_tokens=5, max_length=512)  # one program for all turns
+    contents = ("a" * 100, "b" * 100, "c" * 100)
     talk, turns = Conversation(model, tokenizer, request, [], room=1), []
     for content in contents:
         _, prefilled = talk.say(content, None)
         turns.append((prefilled, talk.held))
-    messages = check_turns(model, tokenizer, request, [], contents, turns, cut=(2,))
+    messages = check_turns(model, tokenizer, whole, [], contents, turns, cut=(2,))
     assert talk.messages == messages
 
 

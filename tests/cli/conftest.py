@@ -95,7 +95,10 @@ def environment(tmp_path_factory):
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "COLUMNS"))}
     cache = str(tmp_path_factory.mktemp("cache"))
     path = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
-    return kept | {"XDG_CACHE_HOME": cache, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
+    return kept | {
+        "XDG_CACHE_HOME": cache, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",  # also what is quick to compile
+    }  # fmt: skip
 
 
 @pytest.fixture

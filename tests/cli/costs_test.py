@@ -81,7 +81,7 @@ def test_costs_as_json(run):
     found = json.loads(out)
     assert err == ""
     assert (found["mla_layers"], found["num_hidden_layers"]) == (7, 27)
-    assert (found["batch"], found["queries"], found["refusal"]) == (3, 1, None)
+    assert (found["batch"], found["queries"]) == (3, 1)
     config, h200 = MLAConfig.from_preset("kimi_linear"), costs.device("h200")
     rows = costs.table(config, h200, context=32768, batch=3)
     for row, shown in zip(rows, found["rows"], strict=True):

@@ -10,6 +10,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from common import drawn
 from flax import nnx
 
 from mla_jax import MLAConfig, MultiHeadLatentAttention, checkpoint
@@ -355,7 +356,7 @@ def test_families(name, rng, tmp_path):
     for other in configs[1:]:
         (tmp_path / "config.json").write_text(json.dumps(other))
         assert MLAConfig.from_hf(tmp_path) == config
-    layer = MultiHeadLatentAttention(config, precision="highest", rngs=nnx.Rngs(0))
+    layer = drawn(lambda: MultiHeadLatentAttention(config, precision="highest", rngs=nnx.Rngs(0)))
     checkpoint.load_attention(layer, {key: np.float32(value) for key, value in w.items()})
     y = jnp.asarray(x, jnp.float32)[None]
     for form in ("expanded", "absorbed"):

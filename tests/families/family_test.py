@@ -5,6 +5,7 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from common import drawn
 from flax import nnx
 from numpy_decoder import NumpyDecoder
 from safetensors.numpy import load_file, save_file
@@ -52,7 +53,8 @@ def quail(monkeypatch):
 @pytest.fixture
 def folder(quail, tmp_path):
     """A checkpoint in the family's own names and keys."""
-    model = Decoder(DecoderConfig.from_hf(CONFIG), rngs=nnx.Rngs(0), precision="highest")
+    config = DecoderConfig.from_hf(CONFIG)
+    model = drawn(lambda: Decoder(config, rngs=nnx.Rngs(0), precision="highest"))
     checkpoint.save_decoder(model, tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     return tmp_path, model
@@ -168,7 +170,7 @@ def test_dense_configs_with_keys_about_experts(keys):
     config = DecoderConfig.from_hf(DENSE | keys)
     assert config.n_routed_experts is None
     assert not any(config.is_sparse(layer) for layer in range(4))
-    Decoder(config, rngs=nnx.Rngs(0))
+    nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from common import drawn
 from flax import nnx
 
 from mla_jax import Cache, Step
@@ -17,7 +18,7 @@ from mla_jax.models import Decoder, DecoderConfig
 def model():
     config = DecoderConfig.from_preset("tiny")
     config = config.replace(attention=config.attention.replace(num_hidden_layers=2))
-    return Decoder(config, precision="highest", rngs=nnx.Rngs(0))
+    return drawn(lambda: Decoder(config, precision="highest", rngs=nnx.Rngs(0)))
 
 
 PROMPTS = [list(b"abcabcabcab"), list(b"x"), list(b"one two three one two")]

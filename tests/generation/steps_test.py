@@ -1,8 +1,10 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import MICRO
+from common import MICRO, drawn
 from flax import nnx
 
 from mla_jax import decode_loop, prefill_step
@@ -10,6 +12,11 @@ from mla_jax.models import Decoder, DecoderConfig
 
 WORDS = 19
 CONFIG = DecoderConfig(attention=MICRO, vocab_size=WORDS, intermediate_size=20)
+
+
+@functools.cache
+def make():
+    return drawn(lambda: Decoder(CONFIG, rngs=nnx.Rngs(0)))
 
 
 def prefilled(model, lengths=(3, 1)):
@@ -20,7 +27,7 @@ def prefilled(model, lengths=(3, 1)):
 
 
 def test_stop_tokens_end_rows_on_their_own():
-    model = Decoder(CONFIG, rngs=nnx.Rngs(0))
+    model = make()
     free, lengths, _ = decode_loop(model, *prefilled(model), steps=8)
     assert lengths.tolist() == [8, 8]
     stop = int(free[0, 2])
@@ -37,7 +44,7 @@ def test_stop_tokens_end_rows_on_their_own():
 
 
 def test_sampling_in_the_loop_repeats_with_its_key():
-    model = Decoder(CONFIG, rngs=nnx.Rngs(0))
+    model = make()
     draw = lambda seed: decode_loop(  # noqa: E731
         model, *prefilled(model), steps=8, key=jax.random.key(seed), temperature=1.5, top_k=9,
         top_p=0.95,
@@ -57,7 +64,7 @@ def test_sampling_in_the_loop_repeats_with_its_key():
     ],
 )
 def test_bad_options(options, message):
-    model = Decoder(CONFIG, rngs=nnx.Rngs(0))
+    model = make()
     tokens, cache = prefilled(model)
     with pytest.raises(ValueError, match=message):
         decode_loop(model, tokens, cache, **options)

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from common import MICRO, PLAIN, relative
+from common import MICRO, PLAIN, drawn, relative
 from flax import nnx
 
 import mla_jax
@@ -18,7 +18,7 @@ X = jax.random.normal(jax.random.key(1), (2, 5, MICRO.hidden_size))
 
 
 def make(config=MICRO, **options):
-    return MultiHeadLatentAttention(config, rngs=nnx.Rngs(0), **options)
+    return drawn(lambda: MultiHeadLatentAttention(config, rngs=nnx.Rngs(0), **options))
 
 
 def test_parameters_have_the_names_of_the_design():
@@ -96,7 +96,7 @@ def test_scan_over_layers(remat, flax_mode):
             x = x + nnx.merge(graph, state)(x)
         return (x**2).mean()
 
-    expected, expected_grads = jax.value_and_grad(unrolled)(apart)
+    expected, expected_grads = jax.jit(jax.value_and_grad(unrolled))(apart)
     assert relative(loss, expected) < 1e-6
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *expected_grads)
     for got, want in zip(jax.tree.leaves(nnx.state(grads)), jax.tree.leaves(stacked), strict=True):
@@ -143,8 +143,8 @@ def test_named_remat():
     graph, state = nnx.split(make())
     policy = jax.checkpoint_policies.save_only_these_names("latent", "k_rope")
     forward = lambda state: (nnx.merge(graph, state)(X) ** 2).sum()  # noqa: E731
-    plain = jax.grad(forward)(state)
-    again = jax.grad(jax.checkpoint(forward, policy=policy))(state)
+    plain = jax.jit(jax.grad(forward))(state)
+    again = jax.jit(jax.grad(jax.checkpoint(forward, policy=policy)))(state)
     for one, two in zip(jax.tree.leaves(plain), jax.tree.leaves(again), strict=True):
         assert relative(two, one) < 1e-5
 

@@ -1,10 +1,12 @@
 """The decoder: causal, its cached path equals one full pass, and it refuses bad input clearly."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import MICRO, PLAIN, relative
+from common import MICRO, PLAIN, drawn, relative
 from flax import nnx
 
 from mla_jax.generation.steps import decode_loop, decode_step, prefill_step
@@ -15,11 +17,12 @@ WORDS = 31
 _full = jax.jit(lambda model, tokens, **options: model(tokens, **options))
 
 
+@functools.cache
 def _model(attention=PLAIN, **options):
     config = DecoderConfig(
         attention=attention.replace(num_hidden_layers=2), vocab_size=WORDS, intermediate_size=20
     )
-    return Decoder(config, rngs=nnx.Rngs(0), **options)
+    return drawn(lambda: Decoder(config, rngs=nnx.Rngs(0), **options))
 
 
 @pytest.fixture

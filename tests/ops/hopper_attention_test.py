@@ -14,7 +14,7 @@ import pytest
 from common import relative
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from mla_jax.ops import dispatch
+from mla_jax.ops import blocks, dispatch
 from mla_jax.ops.hopper import attention
 from mla_jax.ops.hopper.attention import backend, backward, plan, tiles
 from mla_jax.ops.seen import Seen
@@ -239,7 +239,7 @@ def test_interpreted_forward(case):
 
 
 REAL = {
-    "visible": tiles.Walk.visible, "runs": plan._runs, "blocks": plan._visible,
+    "visible": tiles.Walk.visible, "runs": blocks.runs, "blocks": blocks.visible,
     "limits_of": plan.limits_of, "items": tiles.Walk.range,
 }  # fmt: skip
 
@@ -259,11 +259,7 @@ def _never_masked(*arguments):
 
 
 PLANTED = {
-    "future_token_visible": (
-        attention, "limits_of", lambda *a, **k: REAL["limits_of"](*a, **k) + 1),
     "ids_ignored": (tiles.Walk, "visible", _ids_ignored),
-    "first_block_dropped": (plan, "_runs", _late_start),
-    "never_masked": (plan, "_visible", _never_masked),
     "dead_values_left": (tiles.Walk, "keep_slots", lambda self, refs, first, live: None),
     "wrong_scale": (tiles, "LOG2E", tiles.LOG2E * 1.05),
     "same_tile_again": (
@@ -281,16 +277,53 @@ def traced_anew():
     clear()
 
 
-@pytest.mark.parametrize("bug", [None, *PLANTED])
+CASE = ("planted", 1, 300, 306, 1, (16, 16, 16), "bfloat16")
+
+
+@pytest.mark.parametrize("bug", PLANTED)
 @pytest.mark.usefixtures("traced_anew")
 def test_planted_bugs_are_noticed(bug, monkeypatch):
-    case = ("planted", 1, 300, 306, 1, (16, 16, 16), "bfloat16")
-    if bug is None:
-        forward_alone(3, *case)
-        return
     monkeypatch.setattr(*PLANTED[bug])
     with pytest.raises(AssertionError):
-        forward_alone(3, *case)
+        forward_alone(3, *CASE)
+
+
+PLANS = {
+    "future_token_visible": (
+        plan, "limits_of", lambda *a, **k: REAL["limits_of"](*a, **k) + 1),
+    "first_block_dropped": (blocks, "runs", _late_start),
+    "never_masked": (blocks, "visible", _never_masked),
+}  # fmt: skip
+
+
+def test_planted_bugs_of_the_plan_are_noticed(monkeypatch):
+    """One program for the right plan, which gives the right results, and for the wrong ones."""
+    kind, batch, tokens, slots, heads, widths, dtype = CASE
+    arrays, cotangents = make(3, batch, tokens, slots, heads, widths, dtype)
+    options = options_of(kind, np.random.default_rng(3), batch, tokens, slots)
+    arrays, cotangents = poison(arrays, cotangents, limited(batch, tokens, slots, options))
+    want = exact(arrays, cotangents, visible(batch, tokens, slots, **options), SCALE)
+    window, ids = options.pop("window"), options.pop("segment_ids")
+    run = jax.jit(
+        functools.partial(
+            attention.expanded_attention, scale=SCALE, interpret=INTERPRET, segment_ids=ids
+        )
+    )
+
+    def compare():
+        limits = plan.limits_of(batch, tokens, slots, **options)
+        made = attention.plan_for(
+            limits, slots, widths[:2], widths[2], window=window, segment_ids=ids
+        )
+        check((*jax.block_until_ready(run(*arrays, plan=jax.block_until_ready(made))), ()), want,
+              dtype)  # fmt: skip
+
+    compare()
+    for bug in PLANS:
+        with monkeypatch.context() as planted:
+            planted.setattr(*PLANS[bug])
+            with pytest.raises(AssertionError):
+                compare()
 
 
 BACKWARD = {

@@ -66,12 +66,16 @@ def jaxed(options):
     return {k: jnp.asarray(v) if isinstance(v, np.ndarray) else v for k, v in options.items()}
 
 
-def unjitted(monkeypatch, op, args, options):
-    """The op by XLA, past jit, whose cache does not see patched sizes."""
+def program(op, implementation, args, options):
+    """The op as one program."""
+    call = functools.partial(getattr(mla_jax, op), scale=SCALE, implementation=implementation)
+    return jax.jit(lambda *args: call(*args, **jaxed(options)))(*map(jnp.asarray, args))
+
+
+def patched(monkeypatch, op, args, options):
+    """The op by XLA, past the jit of its own, whose cache does not see patched sizes."""
     monkeypatch.setattr(xla, op, getattr(xla, op).__wrapped__)
-    return getattr(mla_jax, op)(
-        *map(jnp.asarray, args), scale=SCALE, implementation="xla", **jaxed(options)
-    )
+    return program(op, "xla", args, options)
 
 
 OPS = ["latent_attention", "expanded_attention"]
@@ -84,9 +88,7 @@ def test_reference_is_the_loop(op, name, rng):
     options, limits, allowed = case(name, rng)
     out, lse = expected(op, args, value, options, limits, allowed)
     with jax.enable_x64(True):
-        got = getattr(mla_jax, op)(
-            *map(jnp.asarray, args), scale=SCALE, implementation="reference", **jaxed(options)
-        )
+        got = program(op, "reference", args, options)
     assert got[0].dtype == np.float64
     np.testing.assert_allclose(got[0], out, atol=1e-13)
     np.testing.assert_allclose(got[1], lse, atol=1e-13)
@@ -103,7 +105,7 @@ def test_xla_is_the_loop(op, name, blocks, rng, monkeypatch):
     args, value = operands(op, rng)
     options, limits, allowed = case(name, rng)
     out, lse = expected(op, args, value, options, limits, allowed)
-    got = unjitted(monkeypatch, op, args, options)
+    got = patched(monkeypatch, op, args, options)
     np.testing.assert_allclose(got[0], out, atol=2e-6)
     np.testing.assert_allclose(got[1], lse, atol=2e-6)
 
@@ -116,7 +118,13 @@ def test_unseen_slots_may_hold_anything(op, implementation, rng):
         getattr(mla_jax, op), scale=SCALE, lengths=jnp.asarray(LENGTHS),
         implementation=implementation,
     )  # fmt: skip
-    clean = call(*map(jnp.asarray, args))
+
+    @jax.jit
+    def results_and_gradients(*arrays):
+        (out, lse), pull = jax.vjp(call, *arrays)
+        return *call(*arrays), pull((2 * out, jnp.isfinite(lse).astype(lse.dtype)))
+
+    clean = results_and_gradients(*map(jnp.asarray, args))
     for poison in (np.nan, np.inf):
         dirty = list(args[:2])
         for array in args[2:]:
@@ -124,18 +132,12 @@ def test_unseen_slots_may_hold_anything(op, implementation, rng):
             for b, length in enumerate(LENGTHS):
                 array[b, length:] = poison
             dirty.append(array)
-        got = call(*map(jnp.asarray, dirty))
+        got = results_and_gradients(*map(jnp.asarray, dirty))
         np.testing.assert_allclose(got[0], clean[0], atol=1e-6)
         np.testing.assert_allclose(got[1], clean[1], atol=1e-6)
         assert (np.asarray(got[0])[1] == 0).all()  # a row with nothing to attend to
         assert (np.asarray(got[1])[1] == -np.inf).all()
-
-        def loss(*arrays):
-            out, lse = call(*arrays)
-            return (out**2).sum() + jnp.where(jnp.isfinite(lse), lse, 0).sum()
-
-        grads = [jax.grad(loss, range(len(args)))(*map(jnp.asarray, a)) for a in (args, dirty)]
-        for of_clean, of_dirty in zip(*grads, strict=True):
+        for of_clean, of_dirty in zip(clean[2], got[2], strict=True):
             np.testing.assert_allclose(of_dirty, of_clean, atol=2e-5)
 
 
@@ -162,7 +164,7 @@ def test_gradients_are_the_reference_s(op, name, rng):
         ).sum()
 
     grads = [
-        jax.grad(functools.partial(loss, name), range(len(args)))(*map(jnp.asarray, args))
+        jax.jit(jax.grad(functools.partial(loss, name), range(len(args))))(*map(jnp.asarray, args))
         for name in ("reference", "xla")
     ]
     for one, two in zip(*grads, strict=True):
@@ -190,7 +192,7 @@ def test_long_rows_take_another_softmax(rng, monkeypatch):
     monkeypatch.setattr(xla, "_FUSED_ROW", 4)
     options, limits, allowed = case("plain", rng)
     out, lse = expected("latent_attention", args, value, options, limits, allowed)
-    got = unjitted(monkeypatch, "latent_attention", args, options)
+    got = patched(monkeypatch, "latent_attention", args, options)
     np.testing.assert_allclose(got[0], out, atol=2e-6)
     np.testing.assert_allclose(got[1], lse, atol=2e-6)
 

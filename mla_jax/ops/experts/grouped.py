@@ -448,4 +448,4 @@ def _launch(body, out_type, plan: Plan, name: str):
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=True
         ),
     )
-    return guard.unsplit(kernel, name)
+    return guard.unsplit(kernel, name, plan.interpret)

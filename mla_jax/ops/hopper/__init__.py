@@ -186,7 +186,7 @@ def _attention(scale, interpret, arrays, table, schedule):
     @jax.custom_batching.custom_vmap
     def call(arrays, table, schedule):
         run = functools.partial(_call, scale, interpret)
-        return guard.unsplit(run, "pallas_gpu")(arrays, table, schedule)
+        return guard.unsplit(run, "pallas_gpu", interpret)(arrays, table, schedule)
 
     @call.def_vmap
     def _(size, mapped, arrays, table, schedule):

@@ -28,7 +28,7 @@ def tolerance(roundings):
     return (roundings / 3) ** 0.5 * 2.0**-8
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def traced_anew():
     """Neither finds a program traced before nor leaves a broken one behind."""
     kernels = (grouped.gate_up, REAL["product"], grouped.gradient)
@@ -222,6 +222,7 @@ OP = {
 }
 
 
+@pytest.mark.usefixtures("traced_anew")
 @pytest.mark.parametrize("bug", PRODUCT)
 def test_bugs_planted_in_the_kernels_are_noticed(bug, monkeypatch, rng):
     monkeypatch.setattr(*PRODUCT[bug])
@@ -229,6 +230,7 @@ def test_bugs_planted_in_the_kernels_are_noticed(bug, monkeypatch, rng):
         check_product(grouped.MANY, False, rng)
 
 
+@pytest.mark.usefixtures("traced_anew")
 def test_a_room_written_while_it_is_copied_is_noticed(monkeypatch, rng):
     monkeypatch.setattr(grouped.plgpu, "wait_smem_to_gmem", lambda *arguments, **options: None)
     try:
@@ -238,6 +240,7 @@ def test_a_room_written_while_it_is_copied_is_noticed(monkeypatch, rng):
         interpret_pallas_call.reset_gpu_interpret_mode_state()
 
 
+@pytest.mark.usefixtures("traced_anew")
 def test_gate_and_up_that_change_places_are_noticed(monkeypatch, rng):
     def copy(self, source, operand, slot):
         REAL["copy"](self, source, (0, 2, 1)[operand], slot)

@@ -359,7 +359,7 @@ def launch(kind, name, shape: Shape, operands: dict[str, Any], outputs, scratch,
             approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
         ),
     )
-    results = guard.unsplit(kernel, name)(*inputs.values())
+    results = guard.unsplit(kernel, name, interpret)(*inputs.values())
     return [_varying(x, next(iter(inputs.values()))) for x in results]
 
 
