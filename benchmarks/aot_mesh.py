@@ -117,7 +117,8 @@ def sizes_of(what: str, mesh) -> tuple[int, int, int]:
 
 def program(mesh, what: str, config: DecoderConfig):
     """(compiled, seconds to lower, seconds to compile, shapes of a device's cache and kernels)."""
-    place, (rows, slots, tokens) = LAYOUTS[what], sizes_of(what, mesh)
+    rows, slots, tokens = sizes_of(what, mesh)
+    place: Any = LAYOUTS[what]
 
     def laid(tree):
         def one(x, spot):

@@ -108,6 +108,7 @@ def placement(
             raise NotImplementedError(
                 f"{name}={other}: what such a layer moves between devices is not counted."
             )
+    rules: Any = sharding  # whose letters are tuples once they are made
     axes = (jax.sharding.AxisType.Explicit,) * len(mesh)
     devices = jax.sharding.AbstractMesh(tuple(mesh.values()), tuple(mesh), axis_types=axes)
     dtype = jnp.dtype(dtype)
@@ -121,7 +122,7 @@ def placement(
     return Placement(
         devices=devices.size,
         batch_size=batch_size,
-        row_parts=places.count(devices, sharding.B),
+        row_parts=places.count(devices, rules.B),
         weight_bytes=_held(state, sharding.of(state, devices)),
         cache_bytes=_held(cache.stores, sharding.of(cache, devices).stores),
         link_bytes=links.all() | {"kernels": _kernels(state, sharding, devices)},
@@ -134,7 +135,7 @@ def _held(tree: Any, spots: Any) -> int:
     return sum(math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize for x, s in pairs)
 
 
-def _kernels(state: Any, rules: Rules, mesh: Any) -> float:
+def _kernels(state: Any, rules: Any, mesh: Any) -> float:
     """What FSDP gathers of kernels: over those axes of D that rows are split over too."""
     kept = places.without(rules.D, rules.B)
     gathered = dataclasses.replace(rules, D=kept)
@@ -145,7 +146,7 @@ def _kernels(state: Any, rules: Rules, mesh: Any) -> float:
 class _Links:
     config: DecoderConfig
     mesh: Any
-    rules: Rules
+    rules: Any  # Rules, whose letters are tuples once they are made
     tokens: int
     width: int
 
