@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from mla_jax.ops import latent_attention as latent_attention
     from mla_jax.ops import merge_attention as merge_attention
     from mla_jax.ops.cross_entropy import linear_cross_entropy as linear_cross_entropy
+    from mla_jax.placing import Placement as Placement
+    from mla_jax.placing import placement as placement
 
 __version__ = "0.1.0"
 
@@ -50,6 +52,7 @@ _HOMES = {
     "layers.step": ("Step",),
     "ops": ("expanded_attention", "latent_attention", "merge_attention"),
     "ops.cross_entropy": ("linear_cross_entropy",),
+    "placing": ("Placement", "placement"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [*_HOME, "checkpoint", "costs", "generation", "sharding"]

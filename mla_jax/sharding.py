@@ -105,6 +105,31 @@ class Rules:
         leaf = lambda x: isinstance(x, nnx.Variable) or lettered(x)  # noqa: E731
         return jax.tree_util.tree_map_with_path(one, tree, is_leaf=leaf)
 
+    def maker(self, create: Callable[..., Any]) -> Callable[..., Any]:
+        """`create`, jitted: every array is made where it lies, never as a whole on one device.
+
+        Args:
+            create: makes a module, a state or another tree, such as `lambda key: Decoder(config,
+                rngs=nnx.Rngs(key))`.
+
+        Raises:
+            ValueError: when it is called: as `of`, for the mesh in use.
+
+        >>> mesh = jax.make_mesh((1,), ("data",))
+        >>> with jax.set_mesh(mesh):
+        ...     layer = Rules(D="data").maker(lambda: nnx.Linear(2, 3, rngs=nnx.Rngs(0)))()
+        >>> layer.kernel[...].sharding.mesh == mesh
+        True
+        """
+
+        @jax.jit
+        def made(*args):
+            places = self.of(jax.eval_shape(create, *args))
+            # With Explicit axes inside, every array would be whole up to the last line.
+            return jax.sharding.auto_axes(create, out_sharding=places)(*args)
+
+        return made
+
     def sharding(
         self, letters: Sequence[str | None], shape: Sequence[int], mesh: Any, name: str = "array"
     ) -> jax.NamedSharding:

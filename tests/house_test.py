@@ -12,7 +12,8 @@ ROOT = pathlib.Path(mla_jax.__file__).parent
 ORDER = [
     ["check", "config", "target", "sharding"], ["rates"], ["rope", "costs"], ["cache"], ["ops"],
     ["layers"],
-    ["models"], ["families"], ["checkpoint"], ["generation"], ["training", "explain"], ["cli"],
+    ["models"], ["families"], ["checkpoint"], ["generation"],
+    ["training", "explain", "placing"], ["cli"],
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 # A config's `from_hf` reads what a family's entry says, which comes later.

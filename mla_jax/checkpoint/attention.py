@@ -38,9 +38,10 @@ def load_attention(
             softmax_scaling.{scale,bias}. Other families' names of these are known too
             (`families.styles`). Weights in fp8 or int8 come with their scales, by which they are
             multiplied. `Checkpoint.attention` gives such a mapping.
-        sharding: where parameters go: one for all, by parameter ("q_b_proj.kernel"), or a function
-            of the parameter's path and shape. Each device gets only its part. None is the default
-            device, also for parameters that a mapping leaves out.
+        sharding: where parameters go: `mla_jax.sharding.Rules` for the mesh in use, one
+            `jax.sharding.Sharding` for all, by parameter ("q_b_proj.kernel"), or a function of the
+            parameter's path and shape. Each process reads only what its devices hold. None is the
+            default device, also for parameters that a mapping leaves out.
 
     Raises:
         ValueError: a name missing or left over (a scale that nothing is multiplied by, too), or a
@@ -82,7 +83,7 @@ def load_attention(
         tensors.prefetch()
     loaded = {}
     for name, entry in table.items():
-        goal = sharding_of(sharding, entry.path, entry.parameter.shape)
+        goal = sharding_of(sharding, entry.path, entry.parameter)
         loaded[name] = read(
             [entry], lambda name: get(names[name]), lambda name: where(names[name]), goal
         )
@@ -182,13 +183,14 @@ def save_attention(
     ...     with mla_jax.checkpoint.Checkpoint(folder) as files:
     ...         load_attention(layer, files.attention(0))
     """
+    table = [(i, entry) for i, layer in layers.items() for entry in attention_table(layer)]
     tensors = [
         tensor._replace(name=prefix.format(layer=index) + naming.rename(tensor.name, names))
-        for index, layer in layers.items()
-        for entry in attention_table(layer)
+        for index, entry in table
         for tensor in entry.tensors()
     ]
-    saving.write(path, tensors, shard_bytes=shard_bytes)
+    together = any(entry.spans for _, entry in table)
+    saving.write(path, tensors, shard_bytes=shard_bytes, together=together)
 
 
 def save_tensors(

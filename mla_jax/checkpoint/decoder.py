@@ -5,6 +5,7 @@ follows the layers under the next number, and is read where it is asked for.
 """
 
 import json
+import math
 import os
 import re
 import warnings
@@ -34,7 +35,8 @@ from mla_jax.checkpoint.tensors import (
 )
 from mla_jax.models.config import DecoderConfig
 from mla_jax.models.decoder import Decoder
-from mla_jax.ops import dispatch
+from mla_jax.ops import dense, dispatch
+from mla_jax.sharding import metadata
 
 _COMPARED = 2**24  # bytes at once
 # What is no linear map of a layer, and has the parameters' dtype however it is stored.
@@ -70,7 +72,8 @@ def load_decoder(
         param_dtype: of the parameters; None is `dtype`. The router's stay float32.
         weights: "as stored", or a dtype, which is the same as param_dtype.
         precision, implementation: as in `MultiHeadLatentAttention`.
-        sharding: as in `load_attention`; paths begin with "blocks.3.attention." and the like.
+        sharding: as in `load_attention`; paths begin with "blocks.3.attention." and the like. Every
+            process makes the same call.
         on_progress: called as parts are read, with how many there are by now and of how many.
 
     Raises:
@@ -121,8 +124,9 @@ def save_decoder(
 
     `load_decoder` reads it back bit for bit, and so does the family's own code: tensors have its
     names and order, each in its parameter's dtype, or as they were stored where they were kept so.
-    A folder may be saved over, also while a model
-    is read from it: until one rename at the end it is the old model, and then the new one.
+    A folder may be saved over, also while a model is read from it: until one rename at the end it
+    is the old model, and then the new one. Where several processes hold the model together, each
+    makes the same call and the first one writes.
 
     Args:
         model: the model; with its block for multi-token prediction where it has one.
@@ -163,7 +167,8 @@ def save_decoder(
     tensors = [tensor for entry in entries for tensor in entry.tensors()]
     if model.quantization is not None:
         hf |= json.loads(model.quantization)
-    saving.write(folder, tensors, shard_bytes=max_shard_bytes, config=hf)
+    together = any(entry.spans for entry in entries)
+    saving.write(folder, tensors, shard_bytes=max_shard_bytes, config=hf, together=together)
 
 
 def decoder_config(files: Checkpoint) -> DecoderConfig:
@@ -200,6 +205,7 @@ class _Loader:
         self.family, self.whole = families.of_checkpoint(files.config, str(files.path))
         self.used: set[str] = set()
         self._ahead: set[str] = set()  # layers that are being read ahead
+        self._elsewhere: set[str] = set()  # modules of which other processes hold a part
         self.root = files.root(self.family.tensor_name("layers"))
         head = self.family.tensor_name("lm_head") + ".weight"
         # beside the root: "lm_head.weight", in a VLM "language_model.lm_head.weight", or above
@@ -215,6 +221,8 @@ class _Loader:
         table = decoder_table(model, self.family, self.root)
         head = head_entry(model, self.head)
         groups = list(grouped(table if head is None else [*table, head]))
+        for group in groups:
+            self._elsewhere |= {entry.name.rpartition(".")[0] for entry in self._not_all(group)}
         for done, group in enumerate(groups):
             on_progress(done, len(groups))
             self._fill(group, model)
@@ -259,11 +267,14 @@ class _Loader:
         words_of, head = predictor_copies(model, self.family, self.root)
         if self._has(words_of.name) and self._differs(words_of.name, self.embed):
             predictor.embed = nnx.eval_shape(
-                lambda: nnx.Embed(words, width, rngs=nnx.Rngs(0), **types)
+                lambda: nnx.Embed(
+                    words, width, embedding_metadata=metadata("W", "D"), rngs=nnx.Rngs(0), **types
+                )
             )
         shared = self.embed if model.head is None else self.head
         if self._has(head.name) and self._differs(head.name, shared):
             types |= {"use_bias": False, "precision": predictor.eh_proj.precision}
+            types |= dense.linear("D", "W", plain=True)
             predictor.head = nnx.eval_shape(
                 lambda: nnx.Linear(width, words, rngs=nnx.Rngs(0), **types)
             )
@@ -300,7 +311,7 @@ class _Loader:
         """One parameter."""
         entry = entries[0]
         self._prefetch(entry)
-        goal = sharding_of(self.sharding, entry.path, entry.parameter.shape)
+        goal = sharding_of(self.sharding, entry.path, entry.parameter)
 
         def get(name):
             found = self._stored(name)
@@ -318,17 +329,38 @@ class _Loader:
         entry.parameter.set_value(read(entries, get, self.files.where, goal))
         self.files.release()
 
+    def _not_all(self, group: list[Entry]) -> list[Entry]:
+        """The entries of a parameter of which this process does not hold all."""
+        entry = group[0]
+        goal = sharding_of(self.sharding, entry.path, entry.parameter)
+        if goal is None or goal.is_fully_addressable:
+            return []
+        held = set()
+        for index in goal.addressable_devices_indices_map(entry.parameter.shape).values():
+            bounds = zip(index or (), entry.parameter.shape, strict=True)
+            held.add(tuple(i.indices(size)[:2] for i, size in bounds))
+        if entry.index is None:
+            numbers = sum(math.prod(stop - start for start, stop in part) for part in held)
+            return [] if numbers == math.prod(entry.parameter.shape) else group
+        inside = {at for part in held for at in range(*part[0])}
+        return [entry for entry in group if entry.index not in inside]
+
     def _prefetch(self, entry: Entry) -> None:
         """Reads the rest of this layer and the next one ahead."""
         match = re.match(
             rf"(.*?{re.escape(self.family.tensor_name('layers'))}\.)(\d+)\.", entry.name
         )
         if match is None:
-            self.files.prefetch(name for name in self.files if name in (entry.name, self.embed))
+            names = {entry.name, self.embed}
+            self.files.prefetch(n for n in self.files if n in names and self._is_here(n))
             return
         if match[0] in self._ahead:
             return
         self._ahead.add(match[0])
         for layer in (int(match[2]), int(match[2]) + 1):
             prefix = f"{match[1]}{layer}."
-            self.files.prefetch(name for name in self.files if name.startswith(prefix))
+            names = (name for name in self.files if name.startswith(prefix))
+            self.files.prefetch(name for name in names if self._is_here(name))
+
+    def _is_here(self, name: str) -> bool:
+        return name.rpartition(".")[0] not in self._elsewhere

@@ -7,9 +7,13 @@ import concurrent.futures
 import math
 import os
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
+from jax import lax
+
+from mla_jax.sharding import Rules
 
 THREADS = min(8, os.cpu_count() or 1)
 _WORTH_THREADS = 2**22  # bytes
@@ -18,7 +22,9 @@ _ALIGNMENT = 64  # bytes: what jax needs to take an array over on a CPU
 
 Index = tuple[slice, ...]
 Sharding = jax.sharding.Sharding
-Shardings = Sharding | Mapping[str, Sharding] | Callable[[str, tuple[int, ...]], Sharding | None]
+Shardings = (
+    Rules | Sharding | Mapping[str, Sharding] | Callable[[str, tuple[int, ...]], Sharding | None]
+)
 
 
 def place(host: np.ndarray, dtype, sharding: Sharding | None = None) -> jax.Array:
@@ -66,31 +72,31 @@ def build(
         # The array is nobody else's: on a CPU it becomes the jax array, without a second one.
         whole = part((slice(None),) * len(shape))
         return jax.block_until_ready(jax.device_put(whole, may_alias=True))
-    made: dict[tuple, np.ndarray] = {}  # devices that hold the same part share it
-
-    def once(index):
-        key = tuple((i.start, i.stop) for i in index)
-        if key not in made:
-            made[key] = part(index)
-        return made[key]
-
-    return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, once))
+    alike: dict[tuple, list[jax.Device]] = {}  # devices that hold the same part share it
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        assert index is not None
+        key = tuple(i.indices(size)[:2] for i, size in zip(index, shape, strict=True))
+        alike.setdefault(key, []).append(device)
+    arrays = []
+    for key, devices in alike.items():  # one part after the other is on the host
+        own = part(tuple(slice(*bounds) for bounds in key))
+        arrays += jax.block_until_ready([jax.device_put(own, device) for device in devices])
+        del own
+    return jax.make_array_from_single_device_arrays(shape, sharding, arrays, dtype=dtype)
 
 
 def fetch(array: jax.Array, index: int | None = None) -> np.ndarray:
     """An array, or its part at an index of the first axis, from whichever devices hold it.
 
-    Unlike np.asarray this keeps no copy of the whole with the array.
-
-    Raises:
-        ValueError: parts of it are with another process.
+    Unlike np.asarray this keeps no copy of the whole with the array. Of an array that several
+    processes hold together each gets it, and all must ask for the same at the same time.
 
     >>> import jax.numpy as jnp
     >>> fetch(jnp.arange(6).reshape(3, 2), 1)
     array([2, 3], dtype=int32)
     """
     if not array.is_fully_addressable:
-        raise ValueError(f"an array of shape {array.shape} lies with other processes: gather it.")
+        return np.asarray(_gathered(array, index).addressable_data(0))
     out = np.empty(array.shape if index is None else array.shape[1:], array.dtype)
     for shard in array.addressable_shards:
         if shard.replica_id:
@@ -102,6 +108,20 @@ def fetch(array: jax.Array, index: int | None = None) -> np.ndarray:
         if start <= index < stop:
             out[shard.index[1:]] = np.asarray(shard.data[index - start])
     return out
+
+
+def _gathered(array: jax.Array, index: int | None) -> jax.Array:
+    """What `fetch` gives, on every device."""
+    mesh = array.sharding.mesh  # pyrefly: ignore
+
+    def part(array):
+        return array if index is None else lax.index_in_dim(array, index, 0, keepdims=False)
+
+    with jax.set_mesh(mesh):
+        whole = jax.NamedSharding(mesh, jax.P())
+        explicit = jax.sharding.AxisType.Explicit in mesh.axis_types
+        gather = jax.sharding.auto_axes(part, out_sharding=whole) if explicit else part
+        return jax.jit(gather, out_shardings=whole)(array)
 
 
 def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -149,10 +169,12 @@ def each(work: Callable, items, threads: int = THREADS) -> None:
         list(pool.map(work, items))
 
 
-def sharding_of(sharding: Shardings | None, path: str, shape: tuple[int, ...]) -> Sharding | None:
+def sharding_of(sharding: Shardings | None, path: str, parameter: Any) -> Sharding | None:
     """Where one parameter goes."""
+    if isinstance(sharding, Rules):
+        return sharding.of({path: parameter})[path].get_value()
     if callable(sharding):
-        return sharding(path, shape)
+        return sharding(path, parameter.shape)
     return sharding.get(path) if isinstance(sharding, Mapping) else sharding
 
 

@@ -19,7 +19,9 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from mla_jax.checkpoint.shards import DTYPES, INDEX, index_of
 from mla_jax.families import read_json
@@ -52,6 +54,7 @@ def write(
     *,
     shard_bytes: float = 5e9,
     config: Mapping[str, Any] | None = None,
+    together: bool = False,
 ) -> None:
     """Writes a folder of shards with an index, and a config.json if one is given.
 
@@ -60,12 +63,32 @@ def write(
         tensors: in the order of the files.
         shard_bytes: a new file starts before one would grow beyond this.
         config: for config.json; None leaves the folder's alone.
+        together: all processes call this, for each holds but a part of some tensors: these are
+            gathered one by one, the first process writes, and all return when it has.
 
     Raises:
         ValueError: no tensors, or a dtype that safetensors does not have.
         OSError: the disk is full, or the like. The folder is then the old model still.
     """
     folder = pathlib.Path(path)
+    if not together:
+        _write(folder, tensors, shard_bytes, config)
+        return
+    if jax.process_index() == 0:
+        _write(folder, tensors, shard_bytes, config)
+    else:
+        for shard in _shards(tensors, shard_bytes):
+            for tensor in _ordered(shard):
+                tensor.value()
+    multihost_utils.sync_global_devices(f"saved {folder}")
+
+
+def _ordered(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Wide numbers first, so that each begins where its dtype wants it."""
+    return sorted(tensors, key=lambda tensor: -np.dtype(tensor.dtype).itemsize)
+
+
+def _write(folder, tensors, shard_bytes, config) -> None:
     if not tensors:
         raise ValueError(f"there are no tensors to write to {folder}.")
     for tensor in tensors:
@@ -169,8 +192,7 @@ def _decided(folder: pathlib.Path, index: Mapping[str, Any]) -> bool:
 
 def _write_shard(out: Any, tensors: Sequence[Tensor]) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    # Wide numbers first, so that each begins where its dtype wants it.
-    ordered = sorted(tensors, key=lambda tensor: -np.dtype(tensor.dtype).itemsize)
+    ordered = _ordered(tensors)
     start = 0
     for tensor in ordered:
         header[tensor.name] = {

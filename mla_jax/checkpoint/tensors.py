@@ -94,6 +94,11 @@ class Entry:
         return np.dtype(self.parameter.dtype)
 
     @property
+    def spans(self) -> bool:
+        """Whether several processes hold the parameter together."""
+        return not self.parameter[...].is_fully_addressable
+
+    @property
     def stored_shape(self) -> tuple[int, ...]:
         """Of the tensor."""
         if self.inputs is None:

@@ -21,6 +21,7 @@ def costs(options: Costs) -> None:
             queries=options.queries, cache_dtype=options.cache_dtype,
             weight_dtype=options.weight_dtype,
         )  # fmt: skip
+        placed = _placed(options)
     terminal = Terminal(quiet=options.quiet, json=options.json)
     crossover = arithmetic.crossover_queries(config, options.context)
     slower = arithmetic.queries_until_slower(config, device)
@@ -31,7 +32,7 @@ def costs(options: Costs) -> None:
         "num_hidden_layers": config.num_hidden_layers, "mla_layers": config.mla_layers,
         "crossover_queries": crossover,
         "queries_until_slower": slower if math.isfinite(slower) else None,
-        "rows": [_row_json(row, device) for row in rows],
+        "rows": [_row_json(row, device) for row in rows], "placement": placed,
     })  # fmt: skip
     terminal.paragraph(
         f"{options.preset}: {options.queries:,} new token(s) in {options.batch:,} row(s) of "
@@ -72,8 +73,54 @@ def costs(options: Costs) -> None:
         )
     else:
         terminal.paragraph("never slower than MHA's core on long contexts")
+    if placed is not None:
+        _tell_placed(terminal, options, placed, device)
     for remark in _remarks(config, options.context):
         terminal.paragraph(f"note: {remark}")
+
+
+def _placed(options: Costs) -> dict[str, Any] | None:
+    """What the whole model costs each device of the mesh; None without one.
+
+    Raises:
+        ValueError: rules without a mesh, or that do not go with it; a preset of attention alone.
+    """
+    if options.mesh is None:
+        if options.place is not None:
+            raise ValueError("--place says how a mesh splits arrays: give its axes by --mesh too.")
+        return None
+    # Only this needs JAX.
+    from mla_jax.cli.devices import rules_of
+    from mla_jax.models.config import DecoderConfig
+    from mla_jax.placing import placement
+
+    found = placement(
+        DecoderConfig.from_preset(options.preset), mesh=options.mesh,
+        sharding=rules_of(options.mesh, options.place), batch_size=options.batch,
+        length=options.context, queries=options.queries,
+    )  # fmt: skip
+    memory = arithmetic.device(options.device).memory_bytes
+    return dataclasses.asdict(found) | {
+        "bytes": found.bytes, "fits": found.bytes <= 0.9 * memory,
+        "rows_that_fit": found.rows_that_fit(memory),
+    }  # fmt: skip
+
+
+def _tell_placed(terminal: Terminal, options: Costs, placed: dict[str, Any], device) -> None:
+    """The table of one device of a mesh."""
+    size = lambda number: quantity(number, BYTES, 1024)  # noqa: E731
+    terminal.answer()
+    terminal.paragraph(f"the whole model, each of {placed['devices']} devices:")
+    links = {f"links, {name}": sent for name, sent in placed["link_bytes"].items() if sent}
+    held = {"weights": placed["weight_bytes"], "cache": placed["cache_bytes"]}
+    every = held | links | {"links": sum(links.values())}
+    terminal.table(("what", "bytes"), [(name, size(int(value))) for name, value in every.items()])
+    terminal.answer()
+    verdict = "fits" if placed["fits"] else "does not fit"
+    terminal.paragraph(
+        f"This {verdict} into 9/10 of {size(device.memory_bytes)}; {placed['rows_that_fit']:,} "
+        f"rows of {options.context:,} would. links: what a device sends in a step, at least."
+    )
 
 
 def presets(options: Presets) -> None:

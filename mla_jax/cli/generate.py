@@ -13,11 +13,13 @@ from flax import nnx
 
 from mla_jax import checkpoint, generation, target
 from mla_jax.checkpoint.decoder import decoder_config
+from mla_jax.cli import devices
 from mla_jax.cli.options import Chat, Generate, Writing, judging_flags
 from mla_jax.cli.terminal import BYTES, PARAMETERS, Terminal, quantity
 from mla_jax.generation.request import token_rows
 from mla_jax.models import Decoder, DecoderConfig, random_decoder
 from mla_jax.ops import dispatch
+from mla_jax.sharding import Rules
 
 
 def generate(options: Generate) -> None:
@@ -26,9 +28,17 @@ def generate(options: Generate) -> None:
     Raises:
         FloatingPointError: the model made a number that is not finite.
     """
-    terminal = Terminal(quiet=options.quiet, json=options.json)
     with judging_flags():
         _check(options)
+        devices.join(options.distributed)
+        mesh, place = devices.mesh_of(options)
+    with devices.used(mesh):
+        _generate(options, mesh, place)
+
+
+def _generate(options: Generate, mesh: Any, place: Rules | None) -> None:
+    terminal = Terminal(quiet=options.quiet, json=options.json)
+    with judging_flags():
         texts = _texts(options, terminal)
         config, tokenizer, path = _source(options)
         defaults = _defaults(options, path)
@@ -37,7 +47,7 @@ def generate(options: Generate) -> None:
         prompts = [row.tolist() for row in token_rows(prompts, config.vocab_size, tokenizer)]
         slots = generation.check_fits(config, prompts, asked)
         _check_backend(options, config, prompts, slots)
-    model = load(options, config, path, terminal)
+    model = load(options, config, path, terminal, place)
     texts = texts * len(prompts) if len(texts) == 1 else texts
     alone = len(texts) == 1 and options.samples == 1 and not terminal.json
     begun = False
@@ -53,8 +63,9 @@ def generate(options: Generate) -> None:
     with terminal.working("compiling") as report:
         try:
             result = generation.generate(
-                model, prompts, asked, tokenizer=tokenizer, on_text=show if alone else None
-            )
+                model, prompts, asked, tokenizer=tokenizer, on_text=show if alone else None,
+                sharding=place,
+            )  # fmt: skip
         finally:
             if begun:
                 terminal.answer()  # what follows, an error too, begins a line
@@ -65,7 +76,7 @@ def generate(options: Generate) -> None:
         for row, text in enumerate(written if texts else ()):
             terminal.note(f"text {row}")
             terminal.answer(texts[row % len(texts)] + text)
-    _report(options, result, prompts, slots, config, terminal)
+    _report(options, result, prompts, slots, config, terminal, mesh, place)
     rows: list[dict[str, Any]] = []
     for row, tokens in enumerate(result.tokens):
         prompt = row % len(prompts)
@@ -210,14 +221,16 @@ def _source(options: Generate) -> tuple[DecoderConfig, generation.Tokenizer, pat
 
 
 def load(
-    options: Generate | Chat, config: DecoderConfig, path: pathlib.Path | None, terminal: Terminal
-) -> Decoder:
-    """The decoder, and a line about it."""
+    options: Generate | Chat, config: DecoderConfig, path: pathlib.Path | None, terminal: Terminal,
+    place: Rules | None = None,
+) -> Decoder:  # fmt: skip
+    """The decoder, placed by the rules if there are any, and a line about it."""
     mtp = options.draft == "mtp"
     given: dict[str, Any] = {
         "dtype": options.dtype,
         "implementation": options.implementation,
         "mtp": mtp,
+        "sharding": place,
     }
     started = time.perf_counter()
     if path is not None:
@@ -252,7 +265,7 @@ def _prompts(
 
 def _report(
     options: Generate, result: generation.Result, prompts: list[list[int]], slots: int,
-    config: DecoderConfig, terminal: Terminal,
+    config: DecoderConfig, terminal: Terminal, mesh: Any, place: Rules | None,
 ) -> None:  # fmt: skip
     """How fast it went, and by what."""
     rows = [
@@ -275,5 +288,5 @@ def _report(
     terminal.explain(
         config.attention, batch_size=len(prompts), length=slots, queries=1 + options.speculate,
         dtype=options.dtype, cache_dtype=options.cache_dtype,
-        implementation=options.implementation,
+        implementation=options.implementation, mesh=mesh, sharding=place,
     )  # fmt: skip

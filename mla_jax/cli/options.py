@@ -40,6 +40,30 @@ def _implementation(text: str) -> str | dict[str, str]:
     return {op.strip(): name.strip() for op, _, name in pairs}
 
 
+def _sizes(text: str) -> dict[str, int]:
+    """The axes of a mesh: data=8,model=8."""
+    sizes = {}
+    for name, value in _pairs(text, "data=8,model=8"):
+        if not value.isdecimal() or not int(value):
+            raise argparse.ArgumentTypeError(f"{name}={value}: a size is a number of devices.")
+        sizes[name] = int(value)
+    return sizes
+
+
+def _axes(text: str) -> dict[str, tuple[str, ...]]:
+    """The axes of letters: B=data,E=data+model."""
+    return {name: tuple(value.split("+")) for name, value in _pairs(text, "B=data,E=data+model")}
+
+
+def _pairs(text: str, example: str) -> list[tuple[str, str]]:
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    found = [(name.strip(), value.strip()) for name, _, value in pairs]
+    names = [name for name, _ in found]
+    if not all(name and value for name, value in found) or len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"{text!r}: write it like {example}.")
+    return found
+
+
 def _flag(default: Any, text: str, **more: Any) -> Any:
     """A field that becomes `--its-name`; `more` is for argparse's `add_argument`."""
     metadata = {"help": text, **more}
@@ -171,6 +195,22 @@ class Generate(Writing):
         None, "pages of 128 slots that all rows share, instead of slots of their own"
     )
     logprobs: bool = _flag(False, "with --json, the log probabilities of the new tokens too")
+    mesh: dict[str, int] | None = _flag(
+        None, "axes of a mesh of all devices, such as data=8,model=8", type=_sizes,
+        metavar="AXIS=SIZE,...",
+    )  # fmt: skip
+    place: dict[str, tuple[str, ...]] | None = _flag(
+        None,
+        "the axes that letters are split over, such as B=data,N=model,E=data+model: B rows, S "
+        "slots, N heads, E experts, F inner size of MLPs, W words, D other axis of kernels",
+        type=_axes, metavar="LETTER=AXIS+...,...",
+    )  # fmt: skip
+    distributed: str | None = _flag(
+        None,
+        "run as one of several processes, each started with the same flags: those that the cluster "
+        "says, or COUNT in all of which this is number INDEX",
+        nargs="?", const="", metavar="ADDRESS:PORT,COUNT,INDEX",
+    )  # fmt: skip
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -201,6 +241,14 @@ class Costs(Output):
     weight_dtype: Literal["float8_e4m3fn", "int8", "int4"] | None = _flag(
         None, "of all weights, with scales"
     )
+    mesh: dict[str, int] | None = _flag(
+        None, "what each device of a mesh holds and sends, such as data=8,model=8", type=_sizes,
+        metavar="AXIS=SIZE,...",
+    )  # fmt: skip
+    place: dict[str, tuple[str, ...]] | None = _flag(
+        None, "the axes that letters are split over, as in `mla-jax generate`", type=_axes,
+        metavar="LETTER=AXIS+...,...",
+    )  # fmt: skip
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -1,7 +1,5 @@
 """A decoder with random weights, made where it will run: to measure speed without a checkpoint."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -12,6 +10,7 @@ from mla_jax.models.config import DecoderConfig
 from mla_jax.models.decoder import Decoder
 from mla_jax.models.longcat import ShortcutBlock
 from mla_jax.ops import dispatch
+from mla_jax.sharding import Rules
 
 
 def random_decoder(
@@ -23,6 +22,7 @@ def random_decoder(
     param_dtype=jnp.float32,
     precision=None,
     implementation: dispatch.Implementation = None,
+    sharding: Rules | None = None,
 ) -> Decoder:
     """What `Decoder(..., rngs=nnx.Rngs(seed))` is, other numbers, in a few programs.
 
@@ -33,6 +33,10 @@ def random_decoder(
         config: its shape.
         seed: of the weights; the same seed gives the same weights on the same kind of device.
         mtp, dtype, param_dtype, precision, implementation: as in `Decoder`.
+        sharding: how the mesh in use splits it; None is one device.
+
+    Raises:
+        ValueError: as `Decoder` and `sharding.Rules.of`.
 
     >>> import jax.numpy as jnp
     >>> from mla_jax.models import DecoderConfig
@@ -54,20 +58,20 @@ def random_decoder(
         first_k_dense_replace=0 if config.is_sparse(len(model.blocks)) or config.shortcut else 2,
     )
 
-    @jax.jit
     def outside(key: Key[Array, ""]):
         made = Decoder(shallow, mtp=mtp, rngs=nnx.Rngs(key), **types)
         made.blocks = nnx.List()
         return nnx.state(made)
 
-    @functools.partial(jax.jit, static_argnames="layer")
-    def inside(key: Key[Array, ""], *, layer: int):
+    def inside(layer: int):
         block = ShortcutBlock if config.shortcut else Block
-        return nnx.state(block(config, layer, rngs=nnx.Rngs(key), **types))
+        return lambda key: nnx.state(block(config, layer, rngs=nnx.Rngs(key), **types))
 
-    nnx.update(model, outside(keys[-1]))
+    program = jax.jit if sharding is None else sharding.maker
+    nnx.update(model, program(outside)(keys[-1]))
     kind = lambda layer: (config.is_sparse(layer), config.attention_of(layer))  # noqa: E731
     alike = {kind(layer): layer for layer in range(len(model.blocks))}
+    programs = {key: program(inside(layer)) for key, layer in alike.items()}
     for layer, block in enumerate(model.blocks):
-        nnx.update(block, inside(keys[layer], layer=alike[kind(layer)]))
+        nnx.update(block, programs[kind(layer)](keys[layer]))
     return model

@@ -140,6 +140,16 @@ def test_presets_as_json_agree_with_the_models(run):
             assert MLAConfig.from_preset(alias) == preset
 
 
+def test_each_device_of_a_mesh(run):
+    args = ("costs", "tiny", "--context", 256, "--batch", 4, "--mesh", "x=2", "--place", "B=x,E=x")
+    found = json.loads(run(*args, "--json").out)["placement"]
+    assert found["cache_bytes"] == 2 * 256 * 4 * (64 + 16) * 2  # rows, slots, layers, numbers
+    assert found["link_bytes"]["attention"] == 0 < found["link_bytes"]["experts"]
+    out = run(*args).out
+    assert table(out)["cache"] == ["cache", "320.0 KiB"]
+    assert f"{found['rows_that_fit']:,} rows of 256 would" in " ".join(out.split())
+
+
 def test_devices(run):
     rows = table(run("devices").out)
     assert rows["h200"] == ["h200", "989.0", "4.800", "131.3 GiB", "206.0"]
@@ -157,6 +167,10 @@ def test_devices(run):
         (("tiny", "--context", 0), "context=0"),
         (("tiny", "--batch", -1), "batch=-1"),
         (("tiny", "--queries", 0), "queries=0"),
+        (("tiny", "--place", "B=x"), "give its axes by --mesh too"),
+        (("tiny", "--mesh", "x=2", "--place", "B=y"), "--place B=y: the mesh has the axes x"),
+        (("tiny", "--mesh", "x=2", "--place", "Z=x"), "--place: Z is no letter"),
+        (("tiny", "--mesh", "x=2", "--place", "B=x"), "B = 1 does not divide over the 2 devices"),
     ],
 )
 def test_wrong_flags(fails, args, message):

@@ -14,11 +14,14 @@ def test_values_have_their_types():
     found = options.parse([
         "generate", "--checkpoint", "folder", "--prompt", "a", "b c", "--prompt", "- d",
         "--prompt-file", "e.txt", "--max_new_tokens", "7", "--top-p", "0.5", "--draft", "mtp",
-        "--no-compilation-cache", "--json",
+        "--no-compilation-cache", "--json", "--mesh", "data=2,model=4", "--place",
+        "B=data,E=data+model", "--distributed",
     ])  # fmt: skip
     expected = options.Generate(
         checkpoint="folder", prompt=["a", "b c", "- d"], prompt_file=[pathlib.Path("e.txt")],
         max_new_tokens=7, top_p=0.5, draft="mtp", compilation_cache=False, json=True,
+        mesh={"data": 2, "model": 4}, place={"B": ("data",), "E": ("data", "model")},
+        distributed="",
     )  # fmt: skip
     assert found == expected
 
@@ -56,6 +59,9 @@ def test_a_list_is_not_shared_between_two_parses():
         (["cost"], "invalid choice: 'cost'"),
         (["costs"], "the following arguments are required: PRESET"),
         (["costs", "tiny", "--bach", "3"], "--bach is no flag. Did you mean --batch?"),
+        (["generate", "--mesh", "data"], "'data': write it like data=8,model=8"),
+        (["generate", "--mesh", "data=0"], "data=0: a size is a number of devices"),
+        (["generate", "--place", "B=x,B=y"], "write it like B=data,E=data+model"),
         (["costs", "tiny", "--bach=3"], "--bach is no flag. Did you mean --batch?"),
         (["costs", "tiny", "small"], "small is no argument of this command."),
         (["costs", "tiny", "--batch", "x"], "argument --batch: invalid int value: 'x'"),
