@@ -70,7 +70,7 @@ def explain(
         raise ValueError(f"dtype={jnp.dtype(dtype).name!r}: it must be of floating numbers.")
     if sharding is not None and mesh is None:
         raise ValueError("sharding needs the mesh, as mesh=...")
-    rules = placing.Rules() if sharding is None else sharding
+    rules: Any = placing.Rules() if sharding is None else sharding
     if device is None and mesh is not None:
         device = mesh.abstract_mesh.abstract_device
     encoding = None if cache_dtype is None else checked_dtype("cache_dtype", cache_dtype).name

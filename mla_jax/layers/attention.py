@@ -240,8 +240,8 @@ class MultiHeadLatentAttention(LatentMaps):
         if self.config.has_indexer:
             new["index_key"] = self.indexer.keys(x, by)
         with jax.named_scope("cache_append"):
-            empty = jnp.zeros((batch, tokens, 0), view.index_key.dtype) if not new else None
-            own = view.write(step.place, **(new or {"index_key": empty}))
+            nothing = {} if new else {"index_key": x[..., :0].astype(view.index_key.dtype)}
+            own = view.write(step.place, **new, **nothing)
             if "latent" in new:  # new tokens are attended to as later ones will find them
                 new |= own.decode(own.encode({"latent": new["latent"]}))
         source, relay = self._handed(own, relay)

@@ -9,7 +9,7 @@ Letters: B batch, T tokens of a row, M tokens of all rows, D hidden size, F inne
 K experts per token.
 """
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -230,7 +230,7 @@ class MixtureOfExperts(nnx.Module):
 
         Experts behind the E that have kernels return their input (LongCat-Flash, arXiv 2509.01322).
         """
-        kernels = [
+        kernels: list[Any] = [
             kernel.weight if isinstance(kernel, Quantised) else kernel[...]
             for kernel in (self.gate_proj, self.up_proj, self.down_proj)
         ]

@@ -92,7 +92,7 @@ class Decoder(nnx.Module):
         )
         self.norm = nnx.RMSNorm(width, epsilon=config.rms_norm_eps, **types)
         tied = config.tie_word_embeddings
-        head = {"use_bias": False, "precision": precision, **_HEAD, **types}
+        head: dict[str, Any] = {"use_bias": False, "precision": precision, **_HEAD, **types}
         self.head = None if tied else nnx.Linear(width, config.vocab_size, **head)
         self.predictor = MultiTokenPredictor(config, **cores) if mtp else None
         # What config.json says of weights that are kept as they were stored, as JSON.

@@ -60,11 +60,11 @@ class Product:
         x_at, k_at = list(sharding.spec(x)), list(sharding.spec(kernel))
         free_x = [axis for axis in range(x.ndim) if axis not in contracted]
         free_k = [axis for axis in range(kernel.ndim) if axis not in summed]
-        batch = [axis for n in free_x for axis in x_at[n]]
+        batch = tuple(axis for n in free_x for axis in x_at[n])
         for n, letter in enumerate(self.letters):
             if letter == "D":
                 k_at[n] = sharding.without(k_at[n], batch)
-        held = [axis for entry in k_at for axis in entry]
+        held = tuple(axis for entry in k_at for axis in entry)
         for n in free_x:
             x_at[n] = sharding.without(x_at[n], held)
         for mine, theirs in zip(contracted, summed, strict=True):

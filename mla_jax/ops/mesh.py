@@ -203,16 +203,16 @@ def _letters_of(seen: Seen) -> Any:
         mask = "".join(
             "1" if size == 1 else own for own, size in zip("BNTS", mask.shape, strict=True)
         )
-    return dataclasses.replace(
-        seen,
-        limits="BT",
-        ends=None if seen.ends is None else "B",
-        counts=None if seen.counts is None else "B",
-        segments=None if seen.segments is None else ("BT", "BS"),
-        mask=mask,
-        chosen=None if seen.chosen is None else "BTK",
-        plan=jax.tree.map(lambda _: _PLANNED, seen.plan),
-    )
+    letters: dict[str, Any] = {
+        "limits": "BT",
+        "ends": None if seen.ends is None else "B",
+        "counts": None if seen.counts is None else "B",
+        "segments": None if seen.segments is None else ("BT", "BS"),
+        "mask": mask,
+        "chosen": None if seen.chosen is None else "BTK",
+        "plan": jax.tree.map(lambda _: _PLANNED, seen.plan),
+    }
+    return dataclasses.replace(seen, **letters)
 
 
 def _part(layout: Layout, seen: Seen, call: Any) -> Seen:
