@@ -20,6 +20,20 @@ from mla_jax import sharding
 STRIPE = 128  # slots, as of a page
 
 
+def rounded(slots: int, rules: sharding.Rules | None) -> int:
+    """The least number of slots, `slots` or more, that the rules split over the mesh in use.
+
+    >>> rounded(300, None)
+    300
+    """
+    mesh = sharding.in_use()
+    if rules is None or mesh is None or not rules.S:
+        return slots
+    axes: Any = rules.S
+    step = STRIPE * sharding.count(mesh, axes)
+    return -(-slots // step) * step
+
+
 @dataclasses.dataclass(frozen=True)
 class Stripes:
     """What one of the devices that share rows' slots has of them.

@@ -45,7 +45,7 @@ def _generate(options: Generate, mesh: Any, place: Rules | None) -> None:
         prompts = _prompts(options, texts, tokenizer, config.vocab_size)
         asked = request(options, defaults)
         prompts = [row.tolist() for row in token_rows(prompts, config.vocab_size, tokenizer)]
-        slots = generation.check_fits(config, prompts, asked)
+        slots = generation.check_fits(config, prompts, asked, sharding=place)
         _check_backend(options, config, prompts, slots)
     model = load(options, config, path, terminal, place)
     texts = texts * len(prompts) if len(texts) == 1 else texts

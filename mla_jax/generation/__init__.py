@@ -32,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mla_jax.cache import PAGE, Cache
+from mla_jax.cache.stripes import rounded
 from mla_jax.generation import drafts, loop, steps
 from mla_jax.generation import prefill as _prefill
 from mla_jax.generation import request as _request
@@ -170,7 +171,7 @@ def generate(
     prompts = _request.token_rows(prompts, words, tokenizer)
     rows = len(prompts) * request.samples
     held = _held(cache, rows)
-    slots = check_fits(model, prompts, request, cache)
+    slots = check_fits(model, prompts, request, cache, sharding)
     kind = drafts.MultiToken if request.draft == "mtp" else drafts.PromptLookup
     drafter = kind(request.speculate)
     placed: dict[str, Any] = {} if sharding is None else {"sharding": sharding}
@@ -275,7 +276,8 @@ def score(
     if limit is not None and longest > limit:
         raise ValueError(f"tokens: a row has {longest}, and the model {limit} positions.")
     placed = {} if sharding is None else {"sharding": sharding}
-    cache = bound.model.init_cache(len(rows), _request.cache_length(longest, limit), **placed)
+    slots = rounded(_request.cache_length(longest, limit), sharding)
+    cache = bound.model.init_cache(len(rows), slots, **placed)
     found, bad = _prefill.score_rows(bound, rows, cache)
     steps.check_finite(bad)
     return [found[number, 1 : len(row)].tolist() for number, row in enumerate(rows)]
@@ -327,7 +329,11 @@ def resume(
 
 
 def check_fits(
-    model: Any, prompts: Sequence[Any], request: Request, cache: Cache | None = None
+    model: Any,
+    prompts: Sequence[Any],
+    request: Request,
+    cache: Cache | None = None,
+    sharding: Rules | None = None,
 ) -> int:
     """The cache's length, after a look at what prompts and new tokens need.
 
@@ -336,6 +342,7 @@ def check_fits(
         prompts: rows of tokens.
         request: what is asked for.
         cache: that the prompts follow, or None.
+        sharding: as in `generate`; a length that is nobody's wish is one that it can split.
 
     Raises:
         ValueError: they do not fit; the message says what they need.
@@ -351,7 +358,7 @@ def check_fits(
     if cache is not None:
         slots = cache.max_length
     else:
-        slots = request.max_length or _request.cache_length(need, limit)
+        slots = request.max_length or rounded(_request.cache_length(need, limit), sharding)
     if slots < need or (limit is not None and longest > limit):
         row = int(ends.argmax())
         before = f"{held[row]} held tokens, " if held[row] else ""
