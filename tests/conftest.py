@@ -1,4 +1,6 @@
+import gc
 import os
+import pathlib
 
 # The GPU kernels' interpreter runs every warpgroup in a thread of XLA's pool: more than small
 # machines have.
@@ -17,6 +19,21 @@ collect_ignore_glob = ["testdata/*"]  # scripts that need torch made what is the
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+_MAPS = pathlib.Path("/proc/self/maps")  # where there is none, nothing is limited so
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _room_for_programs():
+    """Lets compiled programs go before Linux runs out of memory maps, of which each takes several.
+
+    A process may have 65,530; XLA crashes without a word where it gets no more.
+    """
+    yield
+    if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > 25_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

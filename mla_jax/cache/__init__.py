@@ -478,7 +478,7 @@ def checked_dtype(name: str, dtype: Any) -> np.dtype:
     """
     try:
         found = jnp.dtype(dtype)
-    except TypeError:
+    except (TypeError, ValueError):
         found = None
     floats = (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)
     if found is None or (found not in floats and not is_encoding(found)):

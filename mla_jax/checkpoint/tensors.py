@@ -163,6 +163,11 @@ class Entry:
 class Kept(Entry):
     """A weight that is kept as it was stored: `parameter` is the `Quantised` that holds it."""
 
+    @property
+    def spans(self) -> bool:
+        """Never: on a mesh such weights are refused."""
+        return False
+
     def tensors(self) -> Iterator[saving.Tensor]:
         """Values and scale."""
         yield from kept.written(self.name, self.parameter, self.index)

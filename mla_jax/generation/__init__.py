@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mla_jax.cache import PAGE, Cache
-from mla_jax.cache.stripes import rounded
+from mla_jax.cache import stripes as _stripes
 from mla_jax.generation import drafts, loop, steps
 from mla_jax.generation import prefill as _prefill
 from mla_jax.generation import request as _request
@@ -47,7 +47,8 @@ from mla_jax.generation.sampling import sample as sample
 from mla_jax.generation.stream import StopStrings as StopStrings
 from mla_jax.generation.stream import TextStream as TextStream
 from mla_jax.generation.tokenizer import Tokenizer as Tokenizer
-from mla_jax.sharding import Rules, whole
+from mla_jax.sharding import Rules
+from mla_jax.sharding import whole as _whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +198,7 @@ def generate(
     stops = np.array(request.stop_tokens, np.int32)
     static: dict[str, Any] = {"drafter": drafter, "sampling": request.sampling}
     goal, key = least + request.max_new_tokens, jax.random.key(request.seed)
-    given = whole((text, least, held, goal, seen, stops, key), cache.length)
+    given = _whole((text, least, held, goal, seen, stops, key), cache.length)
     writing, new = clock.call(
         loop.begin, ends, *given, cache, state, logprobs=request.logprobs,
         samples=rows // len(ends[0]), **static,
@@ -276,7 +277,7 @@ def score(
     if limit is not None and longest > limit:
         raise ValueError(f"tokens: a row has {longest}, and the model {limit} positions.")
     placed = {} if sharding is None else {"sharding": sharding}
-    slots = rounded(_request.cache_length(longest, limit), sharding)
+    slots = _stripes.rounded(_request.cache_length(longest, limit), sharding)
     cache = bound.model.init_cache(len(rows), slots, **placed)
     found, bad = _prefill.score_rows(bound, rows, cache)
     steps.check_finite(bad)
@@ -358,7 +359,7 @@ def check_fits(
     if cache is not None:
         slots = cache.max_length
     else:
-        slots = request.max_length or rounded(_request.cache_length(need, limit), sharding)
+        slots = request.max_length or _stripes.rounded(_request.cache_length(need, limit), sharding)
     if slots < need or (limit is not None and longest > limit):
         row = int(ends.argmax())
         before = f"{held[row]} held tokens, " if held[row] else ""

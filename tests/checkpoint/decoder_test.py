@@ -239,7 +239,6 @@ def test_sharded_and_in_bfloat16(copy):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "longcat_flash"}, "model_type='longcat_flash': two attentions a layer"),
         ({"model_type": "mistral4"}, "model_type='mistral4'.*MultiHeadLatentAttention"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"moe_layer_freq": 2}, "moe_layer_freq=2"),

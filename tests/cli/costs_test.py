@@ -64,7 +64,8 @@ def test_small_models_have_small_units(run):
 
 
 @pytest.mark.parametrize("preset", ["deepseek_v32", "glm_5", "glm_5_2"])
-def test_sparse_attention_is_a_row(run, preset):
+def test_sparse_attention_is_a_row(run, preset, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
     out = run("costs", preset, "--context", 65536).out
     assert float(table(out)["sparse"][3].replace(",", "")) == 128
     assert "the model attends to 2,048 chosen tokens: sparse is its row" in " ".join(out.split())
@@ -140,7 +141,8 @@ def test_presets_as_json_agree_with_the_models(run):
             assert MLAConfig.from_preset(alias) == preset
 
 
-def test_each_device_of_a_mesh(run):
+def test_each_device_of_a_mesh(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
     args = ("costs", "tiny", "--context", 256, "--batch", 4, "--mesh", "x=2", "--place", "B=x,E=x")
     found = json.loads(run(*args, "--json").out)["placement"]
     assert found["cache_bytes"] == 2 * 256 * 4 * (64 + 16) * 2  # rows, slots, layers, numbers

@@ -37,7 +37,7 @@ def generated(monkeypatch, weightless):
     """What `generation.generate` is called with; it answers at once."""
     calls = []
 
-    def generate(model, prompts, request, *, tokenizer, on_text):
+    def generate(model, prompts, request, *, tokenizer, on_text, sharding):
         calls.append((prompts, request))
         rows = len(prompts) * request.samples
         for row in range(rows):
@@ -216,7 +216,7 @@ def test_a_prompt_that_cannot_be_read(fails, standard_input, tmp_path):
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )  # fmt: skip
 def test_an_error_in_the_run_is_one_line(fails, weightless, monkeypatch, error, line):
-    def generate(model, prompts, request, *, tokenizer, on_text):
+    def generate(model, prompts, request, *, tokenizer, on_text, sharding):
         on_text(0, "H")
         raise error
 

@@ -49,7 +49,7 @@ def test_the_dtype_of_the_cache():
     result = generate(model(), [[3, 1, 4]], max_new_tokens=2, max_length=128, cache_dtype="int8")
     assert [store.latent.dtype for store in result.cache.stores] == ["int8"] * 2
     assert result.cache_bytes == 2 * 128 * (16 + 4 + 4 * 4)  # latents, scales, rotary keys
-    (drafter,) = drafts.MultiToken(2).init(model(), 2, 128, "int8")
+    (drafter,) = drafts.MultiToken(2).init(model(), 2, 128, dtype="int8")
     assert drafter.nbytes == result.cache_bytes
 
 

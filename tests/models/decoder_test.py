@@ -151,7 +151,9 @@ def shapes(config, **options):
     """
     layers = config.attention.num_hidden_layers
     kept = next((n + 1 for n in range(layers) if config.is_sparse(n)), 1)
-    config = config.replace(attention=config.attention.replace(num_hidden_layers=kept))
+    types = config.indexer_types and config.indexer_types[:kept]
+    attention = config.attention.replace(num_hidden_layers=kept)
+    config = config.replace(attention=attention, indexer_types=types)
     return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), **options)), layers - kept
 
 
@@ -162,7 +164,8 @@ def size(module):
 def test_presets_have_the_parameters_that_their_names_say():
     billions = {"deepseek_v2": 235.7, "deepseek_v2_lite": 15.7, "deepseek_v3": 671.0,
                 "kimi_k2_0711": 1026, "moonlight": 16.0, "glm_4_7_flash": 29.9,
-                "minicpm3": 4.07, "youtu_2b": 1.96, "tiny": 0.0}  # fmt: skip
+                "minicpm3": 4.07, "youtu_2b": 1.96, "tiny": 0.0, "longcat_flash": 560,
+                "deepseek_v32": 671.9, "glm_5": 744, "glm_5_2": 744}  # fmt: skip
     assert set(decoder_presets()) == set(billions)
     for name, expected in billions.items():
         model, more = shapes(DecoderConfig.from_preset(name))
