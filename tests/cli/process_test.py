@@ -169,7 +169,6 @@ def test_interrupted_in_the_middle_of_a_text(terminal):
     assert "Traceback" not in shown
 
 
-@pytest.mark.slow
 def test_a_killed_demo_keeps_its_training(terminal, tmp_path):
     folder = tmp_path / "model"
     started = terminal("demo", "--steps", 500, "--batch", 1, "--save", folder, columns=30)

@@ -148,6 +148,7 @@ def traced_anew():
     hopper._call.clear_cache()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bug", [None, *PLANTED])
 @pytest.mark.usefixtures("traced_anew")
 def test_planted_bugs_are_noticed(bug, monkeypatch):

@@ -107,6 +107,7 @@ def test_widths_and_dtypes(widths, dtype, rng):
     check(draw(rng, 2, 1, 384, 8, *widths, dtype), ints(200, 384))
 
 
+@pytest.mark.slow
 def test_lengths_around_blocks(rng):
     lengths = ints(119, 127, 128, 129, 133, 1001, 1023, 1024, 1025, 0, 1, 1152)
     args = draw(rng, len(lengths), 1, 1152, 4)
@@ -117,6 +118,7 @@ def test_lengths_around_blocks(rng):
     check(args, lengths, block=768)
 
 
+@pytest.mark.slow
 def test_trimmed_copies_take_what_is_live_and_no_more(rng):
     """Every number of live tiles of a block, which is the size of its copy."""
     lengths = ints(*range(1, 896, 128), *range(0, 897, 128))
@@ -282,6 +284,7 @@ PLANTED_PAGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("bug", "plan"),
     [("", {"block": 128}), *((bug, {"block": 256, "piece": 256}) for bug in ["", *PLANTED_PAGES])],
@@ -332,6 +335,7 @@ def traced_anew():
     tpu.decode.clear_cache()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("bug", "piece"),
     [("", 128), *((bug, 256) for bug in ["", *PLANTED])],
