@@ -130,8 +130,8 @@ class Cache:
                 f"S={sharding.S}."
             )
         places = sharding.of(jax.eval_shape(make))
-        slots: Any = sharding.S
-        parts = parts_of(next(iter(jax.tree.leaves(places))).mesh, slots)
+        over: Any = sharding.S
+        parts = parts_of(next(iter(jax.tree.leaves(places))).mesh, over)
         if parts > 1 and max_length % (STRIPE * parts):
             raise ValueError(
                 f"max_length={max_length}: S={sharding.S} splits it over {parts} devices in blocks "
