@@ -139,8 +139,8 @@ class Rules:
             ValueError: see `of`.
 
         >>> mesh = jax.sharding.AbstractMesh((2,), ("data",))
-        >>> Rules(B="data").sharding("BSR", (4, 128, 64), mesh).spec
-        PartitionSpec('data', None, None)
+        >>> tuple(Rules(B="data").sharding("BSR", (4, 128, 64), mesh).spec)
+        ('data', None, None)
         >>> Rules(B="data").sharding("BSR", (3, 128, 64), mesh, "latent")
         Traceback (most recent call last):
         ValueError: latent: B = 3 does not divide over the 2 devices of B=('data',).
@@ -238,8 +238,8 @@ def explicit(mesh: Any) -> Axes:
 def pspec(*entries: Axes) -> jax.P:
     """A partition spec.
 
-    >>> pspec(("data",), (), ("data", "model"))
-    PartitionSpec('data', None, ('data', 'model'))
+    >>> tuple(pspec(("data",), (), ("data", "model")))
+    ('data', None, ('data', 'model'))
     """
     return jax.P(*(entry or None for entry in entries))
 

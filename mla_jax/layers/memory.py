@@ -27,6 +27,7 @@ class Memory:
         k_rope: rotated, [B M P].
         lengths: int32 [B], tokens of each row; None is M for all.
 
+    >>> import jax.numpy as jnp
     >>> import mla_jax
     >>> from flax import nnx
     >>> config = mla_jax.MLAConfig.from_preset("tiny")
