@@ -19,7 +19,7 @@ import numpy as np
 from jax import export
 from jaxtyping import Array, Bool, Int
 
-from mla_jax.cache import spread
+from mla_jax.cache import spread, stripes
 from mla_jax.cache.dense import LETTERS as LETTERS
 from mla_jax.cache.dense import Dense as Dense
 from mla_jax.cache.paged import PAGE as PAGE
@@ -28,7 +28,6 @@ from mla_jax.cache.paged import Pages as Pages
 from mla_jax.cache.scaled import ENCODINGS as ENCODINGS
 from mla_jax.cache.scaled import Scaled as Scaled
 from mla_jax.cache.scaled import is_encoding as is_encoding
-from mla_jax.cache.stripes import STRIPE
 from mla_jax.sharding import Rules, mesh_of, move, spec
 from mla_jax.sharding import count as parts_of
 
@@ -130,12 +129,11 @@ class Cache:
                 f"S={sharding.S}."
             )
         places = sharding.of(jax.eval_shape(make))
-        over: Any = sharding.S
-        parts = parts_of(next(iter(jax.tree.leaves(places))).mesh, over)
-        if parts > 1 and max_length % (STRIPE * parts):
+        least = stripes.step(sharding)
+        if max_length % least:
             raise ValueError(
-                f"max_length={max_length}: S={sharding.S} splits it over {parts} devices in blocks "
-                f"of {STRIPE} slots: it must be a multiple of {STRIPE * parts}."
+                f"max_length={max_length}: S={sharding.S} splits it over {least // stripes.STRIPE} "
+                f"devices in blocks of {stripes.STRIPE} slots: it must be a multiple of {least}."
             )
         return jax.jit(lambda: jax.tree.map(jax.sharding.reshard, make(), places))()
 

@@ -132,9 +132,7 @@ class Paged:
 
     def _split(self, slots):
         """Page and slot within it; page G where the row has no such slot."""
-        row = jnp.arange(self.batch_size, dtype=jnp.int32)[:, None]
-        page = self.table.at[row, slots // PAGE].get(mode="fill", fill_value=self.pool.batch_size)
-        return page, slots % PAGE
+        return self._place(jnp.arange(self.batch_size, dtype=jnp.int32)[:, None], slots)[:2]
 
 
 @jax.tree_util.register_dataclass

@@ -20,18 +20,18 @@ from mla_jax import sharding
 STRIPE = 128  # slots, as of a page
 
 
-def rounded(slots: int, rules: sharding.Rules | None) -> int:
-    """The least number of slots, `slots` or more, that the rules split over the mesh in use.
+def step(rules: sharding.Rules | None) -> int:
+    """The number of which a row's slots must be a multiple: 1 where no mesh in use splits them.
 
-    >>> rounded(300, None)
-    300
+    >>> step(None)
+    1
     """
     mesh = sharding.in_use()
-    if rules is None or mesh is None or not rules.S:
-        return slots
+    if rules is None or mesh is None:
+        return 1
     axes: Any = rules.S
-    step = STRIPE * sharding.count(mesh, axes)
-    return -(-slots // step) * step
+    parts = sharding.count(mesh, axes)
+    return STRIPE * parts if parts > 1 else 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -277,7 +277,7 @@ def score(
     if limit is not None and longest > limit:
         raise ValueError(f"tokens: a row has {longest}, and the model {limit} positions.")
     placed = {} if sharding is None else {"sharding": sharding}
-    slots = _stripes.rounded(_request.cache_length(longest, limit), sharding)
+    slots = _request.cache_length(longest, limit, _stripes.step(sharding))
     cache = bound.model.init_cache(len(rows), slots, **placed)
     found, bad = _prefill.score_rows(bound, rows, cache)
     steps.check_finite(bad)
@@ -359,7 +359,8 @@ def check_fits(
     if cache is not None:
         slots = cache.max_length
     else:
-        slots = request.max_length or _stripes.rounded(_request.cache_length(need, limit), sharding)
+        step = _stripes.step(sharding)
+        slots = request.max_length or _request.cache_length(need, limit, step)
     if slots < need or (limit is not None and longest > limit):
         row = int(ends.argmax())
         before = f"{held[row]} held tokens, " if held[row] else ""

@@ -200,7 +200,7 @@ def _row(number: int, row: Any, words: int | None) -> np.ndarray:
     return array.astype(np.int32)
 
 
-def cache_length(need: int, limit: int | None = None) -> int:
+def cache_length(need: int, limit: int | None = None, multiple: int = 1) -> int:
     """The slots of a cache for `need` tokens: one of few numbers, each a program of its own.
 
     They are 256, 512, 1024, 2048, 4096, and from there the multiples of a quarter of the power of
@@ -210,6 +210,7 @@ def cache_length(need: int, limit: int | None = None) -> int:
         need: tokens of the longest row.
         limit: positions that the model has; a cache that needs no more has no more than those,
             rounded up to 128.
+        multiple: what the length is rounded up to in the end, as the slots of a mesh want it.
 
     >>> [cache_length(n) for n in (3, 300, 4097, 9000)]
     [256, 512, 5120, 10240]
@@ -222,7 +223,7 @@ def cache_length(need: int, limit: int | None = None) -> int:
         power = -(-need // step) * step
     if limit is not None and need <= limit:
         power = min(power, -(-limit // 128) * 128)
-    return power
+    return -(-power // multiple) * multiple
 
 
 def _whole(name: str, value: Any, least: int, most: int | None = None) -> int:

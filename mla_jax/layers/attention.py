@@ -206,10 +206,7 @@ class MultiHeadLatentAttention(LatentMaps):
             dtype = None
         dtype = dtype or own
         return Dense(
-            {
-                name: jnp.zeros((batch_size, slots, width), dtype)
-                for name, width in self._widths().items()
-            }
+            {name: jnp.zeros((batch_size, slots, width), dtype) for name, width in widths.items()}
         )
 
     def extend(
