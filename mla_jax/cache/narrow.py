@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Shaped
 
-from mla_jax import target
+from mla_jax import sharding, target
 
 _LANES = 128
 _SINGLY = 8  # tokens of a row up to which one goes in after the other
@@ -43,6 +43,10 @@ def write(
 
     What is read of a place that is not there is written back where it was read.
     """
+    mesh = sharding.mesh_of(new, at)
+    if mesh is not None and sharding.mesh_of(held) is None:
+        # An array made before there was a mesh: of any other operation, too, the result is on it.
+        held = jax.sharding.reshard(held, jax.NamedSharding(mesh, jax.P()))
     if at.shape[1] <= _SINGLY:
         return _singly(held, new, at, place)
     run = at[:, :1] + jnp.arange(at.shape[1], dtype=at.dtype)[None]

@@ -281,7 +281,8 @@ def _either(flag, do):
 def shaped(operands):
     """jax.ShapeDtypeStruct for results that vary over the mesh axes that some operand does."""
     manual: Any = [getattr(jax.typeof(x), "manual_axis_type", None) for x in operands]
-    axes = frozenset().union(*(m.varying for m in manual if m is not None))
-    if not axes:
+    manual = [m for m in manual if m is not None]
+    if not manual:
         return jax.ShapeDtypeStruct
+    axes = frozenset().union(*(m.varying for m in manual))
     return functools.partial(jax.ShapeDtypeStruct, manual_axis_type=type(manual[0])(varying=axes))
