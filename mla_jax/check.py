@@ -23,7 +23,8 @@ def check_choice(key: str, value: object, allowed: Collection[str]) -> None:
 def check_counts(**counts: object) -> None:
     """Raises ValueError unless every value is a positive whole number."""
     for key, value in counts.items():
-        check(is_int(value) and value > 0, key, value, "a positive whole number")
+        positive = isinstance(value, int) and is_int(value) and value > 0
+        check(positive, key, value, "a positive whole number")
 
 
 def check_keys(given: Mapping[str, Any], cls: type, where: str) -> None:
