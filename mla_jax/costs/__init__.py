@@ -10,22 +10,25 @@ heads, D hidden_size, Q q_lora_rank, R kv_lora_rank, H qk_nope_head_dim, P qk_ro
 V v_head_dim, G heads of keys and values.
 
 Kinds of attention, all with the config's N query heads (DeepSeek-V2, arXiv 2405.04434, table 1):
-    absorbed         MLA on cached latents, W_UK folded into the query: the form for decoding
-    expanded         MLA on cached latents, expanded to keys and values of every head in each step
-    expanded_cached  MLA that caches the expanded keys (H+P) and values (V) of every head
-    sparse           absorbed on K tokens that an indexer chooses by keys of its own (index_topk)
-    mha, gqa, mqa    keys H wide and values V wide, projected from D, for G = N, gcd(N, 8) and 1
-                     heads; gqa4 has G = 4, and so on
+
+* "absorbed": MLA on cached latents, W_UK folded into the query: the form for decoding;
+* "expanded": MLA on cached latents, expanded to keys and values of every head in each step;
+* "expanded_cached": MLA that caches the expanded keys (H+P) and values (V) of every head;
+* "sparse": absorbed on K tokens that an indexer chooses by keys of its own (index_topk);
+* "mha", "gqa", "mqa": keys H wide and values V wide, projected from D, for G = N, gcd(N, 8) and 1
+  heads; "gqa4" has G = 4, and so on.
 
 When is MLA slower than MHA of the same heads? `slower_contexts` and `queries_until_slower` say,
 for DeepSeek-V3 in bf16 at the peak rates of an H100 (an H200):
-    * Whole layer, one new token: never, at any context and batch. MLA's projections are smaller too
-      (187 against 470 million weights), so it leads from the first token.
-    * Attention with the two folds (W_UK, W_UV: 34 MB that MHA has not) and no other projection:
-      below 530 tokens of context for one row, 25 for 32 rows. Scores and mixing alone: below 4.
-    * Many new tokens at once: MHA reads keys and values once for all of them, while MLA does 4.25x
-      the arithmetic. Its scores and mixing are slower above 69 (48) new tokens; the whole layer
-      with 128 of them in one row from 9,726 (4,997) tokens of context.
+
+* Whole layer, one new token: never, at any context and batch. MLA's projections are smaller too
+  (187 against 470 million weights), so it leads from the first token.
+* Attention with the two folds (W_UK, W_UV: 34 MB that MHA has not) and no other projection: below
+  530 tokens of context for one row, 25 for 32 rows. Scores and mixing alone: below 4.
+* Many new tokens at once: MHA reads keys and values once for all of them, while MLA does 4.25x the
+  arithmetic. Its scores and mixing are slower above 69 (48) new tokens; the whole layer with 128 of
+  them in one row from 9,726 (4,997) tokens of context.
+
 Launches are not counted; they decide for a model as small as the preset `tiny`.
 
 Modules: `peaks` of accelerators, `counts` per token, `stages` of a step and their time, `choice` of
