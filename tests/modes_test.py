@@ -81,7 +81,9 @@ def test_cached_steps_export_for_any_batch_length_and_slots(module, decode):
 
 
 # Pages and a dense cache, each with one of the modules.
-CACHED = pytest.mark.parametrize(("module", "pages"), [(LAYER, 4), (MODEL, None)], ids=["layer", "decoder"])
+CACHED = pytest.mark.parametrize(
+    ("module", "pages"), [(LAYER, 4), (MODEL, None)], ids=["layer", "decoder"]
+)
 
 
 @CACHED
@@ -89,7 +91,7 @@ def test_strict_dtype_promotion(module, pages):
     @jax.jit
     def run(module, x):
         cache = module.init_cache(2, 128, pages=pages)
-        y, cache = module.prefill(x[:, :3], cache, jnp.array([3, 2]))
+        _, cache = module.prefill(x[:, :3], cache, jnp.array([3, 2]))
         cache = cache.truncate(2).fork(0, jnp.array([False, True]), 1)
         return module(x), module.decode(x[:, 2:], cache.truncate(1))[0]
 
