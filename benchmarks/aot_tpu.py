@@ -254,7 +254,9 @@ def short(options):
     for generation in options.generations:
         sizes = []
         for batch, heads, tokens in LINTED:
-            _, args, plan = kernel(generation, batch=batch, slots=LINTED_SLOTS, heads=heads, tokens=tokens)
+            _, args, plan = kernel(
+                generation, batch=batch, slots=LINTED_SLOTS, heads=heads, tokens=tokens
+            )
             fn = functools.partial(kernel_module.launch, scale=192**-0.5, plan=plan)
             args = [*args, jax.ShapeDtypeStruct((batch, tokens), jnp.int32)]
             text = compiled(fn, args, generation, lint=True).as_text()
