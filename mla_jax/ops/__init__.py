@@ -1,12 +1,15 @@
 """The attention cores: they check their operands, choose a backend and call it.
 
+Every core takes queries, a store of what is attended to, and a `Seen` that says how much of it each
+query sees (`seen`). `operands` checks them and `dispatch` chooses: `xla` serves everywhere,
+`hopper` and `tpu` are the kernels, `cudnn` a library's, and `reference` what all are compared with.
+
 Letters: B batch, T query tokens, S cache slots, N heads, R kv_lora_rank, H qk_nope_head_dim,
 P qk_rope_head_dim, V v_head_dim.
 """
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from mla_jax.cache import Dense, Paged, Store
@@ -19,9 +22,14 @@ from mla_jax.ops.merge import merge_attention as merge_attention
 from mla_jax.ops.mesh import Layout
 from mla_jax.ops.operands import checked_ids as checked_ids
 from mla_jax.ops.operands import checked_mask as checked_mask
-from mla_jax.ops.operands import checked_seen, checked_soft_cap, common_dtype, expect_shape, shape_of
+from mla_jax.ops.operands import (
+    checked_seen,
+    checked_soft_cap,
+    common_dtype,
+    expect_shape,
+    shape_of,
+)
 from mla_jax.ops.seen import Seen
-
 
 
 def latent_attention(

@@ -39,7 +39,7 @@ def expect_shape(name: str, array: Array, shape: tuple[int, ...], letters: str) 
 
 
 def common_dtype(**arrays: Array) -> str:
-    """The one dtype of all operands; ValueError where they have several, or one that no core takes."""
+    """The dtype of all operands; ValueError where they have several, or one no core takes."""
     names = {name: jnp.dtype(array.dtype).name for name, array in arrays.items()}
     for name, dtype in names.items():
         if dtype not in DTYPES:
