@@ -76,6 +76,14 @@ def test_experts_on_a_mesh_are_the_experts(layout, tokens):
     assert_close(jax.device_get(got), wanted)
 
 
+def test_tokens_that_meet_all_experts_choose_them_without_a_move():
+    layer, x, _ = mixture(1)
+    with jax.set_mesh(mesh()):
+        layer, x = jax.device_put(layer, Rules(B=BOTH).of(layer)), put(x, BOTH)
+        program = jax.jit(lambda layer, x: layer(x), compiler_options=FAST).lower(layer, x)
+        assert moves(program.compile().as_text()) == []
+
+
 def test_kernels_of_experts_that_are_split_otherwise_are_refused():
     layer, x, _ = mixture(1)
     with jax.set_mesh(mesh()):
