@@ -122,7 +122,7 @@ def context_attention(
     def gradients(kept, cotangents):
         """Of what differentiates: keys and values are made again, not kept."""
         *operands, limits = kept
-        run = lambda *operands: attend(*operands, limits)  # noqa: E731
+        run = functools.partial(attend, limits=limits)
         return *jax.vjp(run, *operands)[1](cotangents), None
 
     again = jax.custom_vjp(attend)

@@ -21,7 +21,8 @@ def _attend(so_far, ready, store, seen, call):
 
 
 def _end(so_far, call):
-    out, lse = attention.finished(*so_far, call.queries)
+    out, lse = so_far
+    out, lse = attention.finished(out, lse, call.queries)
     return out.astype(call.dtype), lse
 
 
