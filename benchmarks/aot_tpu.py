@@ -9,7 +9,8 @@ a measurement on hardware; the time to expect is at least max(cycles / clock, by
 bandwidth)).
 
     python benchmarks/aot_tpu.py              the tables; --json FILE keeps the rows
-    python benchmarks/aot_tpu.py --short      a few shapes per generation, linted: for CI
+    python benchmarks/aot_tpu.py --short      a few shapes per generation, the kernels linted; of it
+                                              --kernels, --programs and --sparse are parts
     python benchmarks/aot_tpu.py --tune       measures block sizes for configs/tuning/tpu.toml
     python benchmarks/aot_tpu.py --on-device  on a TPU: checks and times the same shapes, and
                                               attention of the expanded form
@@ -240,10 +241,10 @@ def sparse(generation, *, batch=16, slots=65536, tokens=None):
     return row
 
 
-def short(options):
-    """A few shapes per generation, with the linter and dynamic lengths; for CI.
+def linted(generation):
+    """The kernels with the linter and dynamic lengths: the largest scoped VMEM of decode, in MiB.
 
-    Each is compiled on a dense cache and on pages, which come in through a table.
+    One shape of decode is on a dense cache, the other on pages, which come in through a table.
     """
     import jax
     import jax.numpy as jnp
@@ -251,35 +252,46 @@ def short(options):
     from mla_jax.ops.tpu import kernel as kernel_module
     from mla_jax.ops.tpu.planning import LANES
 
+    sizes = []
+    for paged, (batch, heads, tokens) in enumerate(LINTED):
+        _, args, plan = kernel(
+            generation, batch=batch, slots=LINTED_SLOTS, heads=heads, tokens=tokens
+        )
+        fn = functools.partial(kernel_module.launch, scale=192**-0.5, plan=plan)
+        args = [*args, jax.ShapeDtypeStruct((batch, tokens), jnp.int32)]
+        of_cache = batch, LINTED_SLOTS
+        if paged:
+            count, launch = LINTED_SLOTS // LANES, fn
+            of_cache = batch * count, LANES
+            pool = [jax.ShapeDtypeStruct((*of_cache, x.shape[2]), x.dtype) for x in args[2:4]]
+            args = [*args[:2], *pool, args[4], jax.ShapeDtypeStruct((batch, count), jnp.int32)]
+            fn = lambda p, q, c, k, n, t: launch(p, q, c, k, n, table=t)  # noqa: B023, E731
+        text = compiled(fn, args, generation, lint=True).as_text()
+        assert not cache_copies(text, *of_cache)
+        sizes.append(vmem(text))
+    for which, tokens in aot_attention.LINTED:
+        kind, widths = GENERATIONS[generation][1], (128, 128, 128)  # 64 would be copied before
+        launch, args, _ = aot_attention.kernel(
+            kind, which, tokens, heads=1, widths=widths, known=False
+        )
+        compiled(launch, args, generation, lint=True)
+    return max(sizes)
+
+
+def short(options):
+    """The kernels linted, a layer's decode step, and one that chooses among its slots."""
+    every = not (options.kernels or options.programs or options.sparse)
     for generation in options.generations:
-        sizes = []
-        for batch, heads, tokens in LINTED:
-            _, args, plan = kernel(generation, batch=batch, slots=LINTED_SLOTS, heads=heads, tokens=tokens)
-            fn = functools.partial(kernel_module.launch, scale=192**-0.5, plan=plan)
-            args = [*args, jax.ShapeDtypeStruct((batch, tokens), jnp.int32)]
-            text = compiled(fn, args, generation, lint=True).as_text()
-            assert not cache_copies(text, batch, LINTED_SLOTS)
-            sizes.append(vmem(text))
-            count = LINTED_SLOTS // LANES
-            pool = [
-                jax.ShapeDtypeStruct((batch * count, LANES, x.shape[2]), x.dtype) for x in args[2:4]
-            ]
-            table = jax.ShapeDtypeStruct((batch, count), jnp.int32)
-            on_pages = lambda p, q, c, k, n, t: fn(p, q, c, k, n, table=t)  # noqa: B023, E731
-            args = [*args[:2], *pool, args[4], table]
-            text = compiled(on_pages, args, generation, lint=True).as_text()
-            assert not cache_copies(text, batch * count, LANES)
-            sizes.append(vmem(text))
-        step(generation, "deepseek_v2_lite", 16, batch=64)
-        for which, tokens in aot_attention.LINTED:
-            kind, widths = GENERATIONS[generation][1], (128, 128, 128)  # 64 would be copied before
-            launch, args, _ = aot_attention.kernel(
-                kind, which, tokens, heads=1, widths=widths, known=False
-            )
-            compiled(launch, args, generation, lint=True)
-        chosen = sparse(generation)["temporaries"]
-        print(f"{generation}: compiles, {max(sizes)} MiB of VMEM, no copy of the cache; with a "
-              f"choice among 16 x 65,536 slots {chosen} MiB of temporaries")  # fmt: skip
+        found = []
+        if options.kernels or every:
+            found.append(f"{linted(generation)} MiB of VMEM")
+        if options.programs or every:
+            step(generation, "deepseek_v2_lite", 16, batch=64)
+            found.append("no copy of the cache")
+        if options.sparse or every:
+            chosen = sparse(generation)["temporaries"]
+            found.append(f"{chosen} MiB of temporaries with a choice among 16 x 65,536 slots")
+        print(f"{generation}: compiles, {', '.join(found)}")
 
 
 def record(options, name, keys, row):
@@ -457,6 +469,7 @@ def main():
     parser.add_argument("--kernels", action="store_true", help="the kernel's table only")
     parser.add_argument("--attention", action="store_true", help="the expanded form's table only")
     parser.add_argument("--programs", action="store_true", help="the layer's table only")
+    parser.add_argument("--sparse", action="store_true", help="of --short, a choice of slots only")
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--on-device", action="store_true")
     parser.add_argument("--json", type=pathlib.Path)

@@ -4,6 +4,7 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from mla_jax import MLAConfig
@@ -21,6 +22,16 @@ PLAIN = MICRO.replace(
     q_lora_rank=None, mla_scale_q_lora=False, mla_scale_kv_lora=False, attention_bias=False,
     rope_scaling=None, rope_interleave=False, mla_use_nope=False,
 )  # fmt: skip
+
+
+def slow(*case):
+    """A case that the gate leaves to `pytest -m slow`: another one there is of its kind."""
+    return pytest.param(*case, marks=pytest.mark.slow)
+
+
+def gate(cases, *kept):
+    """Cases of one argument, of which the gate keeps those of these numbers."""
+    return [case if i in kept else slow(case) for i, case in enumerate(cases)]
 
 
 def drawn(make, seed=0):

@@ -71,5 +71,5 @@ def test_only_target_asks_for_the_device():
         found = [word for word in asked if word in text]
         code = "\n".join(line for line in text.splitlines() if ">>>" not in line)
         found = [word for word in found if word in code]
-        if path.relative_to(ROOT).parts[0] not in ("target.py", "cli", "costs.py"):
+        if path.relative_to(ROOT).parts[0] not in ("target.py", "cli"):
             assert not found, f"{path.name}: {found}"

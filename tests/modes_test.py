@@ -42,6 +42,7 @@ def inputs(module, batch, tokens):
     return jax.random.randint(jax.random.key(1), (batch, tokens), 0, 256)
 
 
+plain = jax.jit(lambda module, x: module(x))
 MODULES = pytest.mark.parametrize("module", [LAYER, MODEL], ids=["layer", "decoder"])
 
 
@@ -53,7 +54,7 @@ def test_a_whole_pass_exports_for_any_batch_and_length(module):
     run = exported(module, lambda module, x: module(x), shape)
     for size in ((1, 1), (3, 7)):
         x = inputs(module, *size)
-        assert relative(run(x), module(x)) < 2e-6
+        assert relative(run(x), plain(module, x)) < 2e-6
 
 
 @MODULES
@@ -68,7 +69,7 @@ def test_cached_steps_export_for_any_batch_length_and_slots(module, decode):
         cache_shapes(module, batch, slots),
     )  # fmt: skip
     x = inputs(module, 3, 9)
-    full = module(x)
+    full = plain(module, x)
     cache = module.init_cache(3, 24)
     cuts = [(t, t + 1) for t in range(9)] if decode else [(0, 4), (4, 5), (5, 9)]
     outputs = []
@@ -79,31 +80,41 @@ def test_cached_steps_export_for_any_batch_length_and_slots(module, decode):
     np.testing.assert_array_equal(cache.length, 9)
 
 
-@MODULES
-@pytest.mark.parametrize("pages", [None, 4])
+# Pages and a dense cache, each with one of the modules.
+CACHED = pytest.mark.parametrize(
+    ("module", "pages"), [(LAYER, 4), (MODEL, None)], ids=["layer", "decoder"]
+)
+
+
+@CACHED
 def test_strict_dtype_promotion(module, pages):
-    x = inputs(module, 2, 5)
-    with jax.numpy_dtype_promotion("strict"):
-        full = module(x)
-        y, cache = module.prefill(
-            x[:, :3], module.init_cache(2, 128, pages=pages), jnp.array([3, 2])
-        )
+    @jax.jit
+    def run(module, x):
+        cache = module.init_cache(2, 128, pages=pages)
+        _, cache = module.prefill(x[:, :3], cache, jnp.array([3, 2]))
         cache = cache.truncate(2).fork(0, jnp.array([False, True]), 1)
-        y, cache = module.decode(x[:, 2:], cache.truncate(1))
+        return module(x), module.decode(x[:, 2:], cache.truncate(1))[0]
+
+    with jax.numpy_dtype_promotion("strict"):
+        full, y = run(module, inputs(module, 2, 5))
     assert y.shape[:2] == (2, 3)
     assert np.isfinite(full).all()
 
 
-@MODULES
-@pytest.mark.parametrize("pages", [None, 4])
+@CACHED
 def test_64_bits_enabled(module, pages):
-    x = inputs(module, 2, 5)
-    full = module(x)
-    with jax.enable_x64(True):
-        assert relative(module(x), full) < 2e-6
+    @jax.jit
+    def run(module, x):
         y, cache = module.prefill(x[:, :3], module.init_cache(2, 128, pages=pages))
         rest, cache = module.decode(x[:, 3:], cache)
-        assert relative(jnp.concatenate([y, rest], 1), full) < 5e-6
-        assert cache.length.dtype == jnp.int32
-        cache = cache.truncate(2).fork(0, jnp.array([False, True])).reset(jnp.array([True, False]))
-        assert cache.length.tolist() == [0, 2]
+        cut = cache.truncate(2).fork(0, jnp.array([False, True])).reset(jnp.array([True, False]))
+        return module(x), jnp.concatenate([y, rest], 1), cut.length
+
+    x = inputs(module, 2, 5)
+    full = plain(module, x)
+    with jax.enable_x64(True):
+        whole, cached, length = run(module, x)
+    assert relative(whole, full) < 2e-6
+    assert relative(cached, full) < 5e-6
+    assert length.dtype == jnp.int32
+    assert length.tolist() == [0, 2]

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as orbax
 import pytest
-from common import MICRO, relative
+from common import MICRO, relative, slow
 from flax import nnx
 
 from mla_jax import MultiHeadLatentAttention, sharding
@@ -121,8 +121,13 @@ def assert_close(actual, expected):
         assert relative(got, want) <= TOLERANCE, jax.tree_util.keystr(path)
 
 
-CASES = [(name, "all_parts", "float32") for name in LAYOUTS if "experts" not in name]
-CASES += [("helix", "window", "float32")]
+OF_OTHERS = ("data", "fsdp", "context")  # their parts are those of layouts that have more
+CASES = [
+    (slow if name in OF_OTHERS else pytest.param)(name, "all_parts", "float32")
+    for name in LAYOUTS
+    if "experts" not in name
+]
+CASES += [slow("helix", "window", "float32")]
 
 
 @pytest.mark.parametrize(("layout", "mixer", "store"), CASES)

@@ -1,3 +1,4 @@
+# --8<-- [start:begin]
 import functools
 import pathlib
 import tempfile
@@ -13,6 +14,7 @@ import mla_jax
 from mla_jax import models, training
 
 STEPS, MICRO_BATCHES, ROWS, LENGTH = 12, 2, 4, 48
+# --8<-- [end:begin]
 
 # --8<-- [start:model]
 config = models.DecoderConfig(
@@ -72,6 +74,7 @@ def step(train, tokens):
 
 # --8<-- [end:step]
 
+# --8<-- [start:run]
 text = training.standard_library_text(0.1)
 starts = np.random.default_rng(0).integers(0, len(text) - LENGTH, (STEPS, MICRO_BATCHES, ROWS, 1))
 batches = text[starts + np.arange(LENGTH)].astype(np.int32)
@@ -83,6 +86,9 @@ def run(train, first, last):
         train, (value, terms) = step(train, tokens)
         losses.append(float(value))
     return train, losses, terms
+
+
+# --8<-- [end:run]
 
 
 def equal(one, other):

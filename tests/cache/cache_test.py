@@ -1,6 +1,7 @@
 """Rows, their lengths and their room: the same on slots of their own and on pages."""
 
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -29,10 +30,12 @@ def make(kind, batch=3, slots=SLOTS, layers=2, pages=None, dtype=None):
     return Cache.init([Mixer()] * layers, batch, slots, dtype, pages)
 
 
-def append(cache, counts, first=1.0):
+def append(cache, counts, first=1.0, tokens=None):
     """The cache with counts[b] more tokens in row b, numbered from `first` on over all rows."""
-    counts, batch = np.asarray(counts, np.int32), cache.batch_size
-    tokens = max(1, int(counts.max()))
+    batch = cache.batch_size
+    if tokens is None:
+        counts = np.asarray(counts, np.int32)
+        tokens = max(1, int(counts.max()))
     number = first + jnp.arange(batch * tokens, dtype=jnp.float32).reshape(batch, tokens, 1)
     step, stores = Step.begin(cache, tokens, counts), []
     for index, store in enumerate(cache.stores):
@@ -44,7 +47,7 @@ def append(cache, counts, first=1.0):
 
 def numbers(cache, row, layer=0):
     """What a row holds, by all of its store's arrays, which agree."""
-    held = cache.view(cache.stores[layer]).block(0, cache.max_length)
+    held = jax.device_get(cache.view(cache.stores[layer]).block(0, cache.max_length))
     length = int(cache.length[row])
     for name, width in WIDTHS.items():
         np.testing.assert_array_equal(
@@ -218,6 +221,7 @@ def test_a_loop_inside_jit_takes_pages_and_gives_them_back(kind):
 def test_random_operations_keep_the_pages_right(rng):
     cache, model = make("paged", pages=8), [[], [], []]
     jitted = {name: jax.jit(getattr(Cache, name)) for name in ("truncate", "fork", "reset")}
+    jitted["append"] = jax.jit(functools.partial(append, tokens=90))
     for turn in range(25):
         operation = rng.choice(["append", "truncate", "fork", "reset"])
         if operation == "append":
@@ -226,10 +230,9 @@ def test_random_operations_keep_the_pages_right(rng):
             pages = int(cache.pages.available) + int(cache.pages.held().sum())
             if (ends > SLOTS).any() or int((-(-ends // PAGE)).sum()) > pages:
                 continue
-            cache = append(cache, counts, first=1000.0 * turn)
-            width = max(1, counts.max())
+            cache = jitted["append"](cache, np.int32(counts), 1000.0 * turn)
             for b, count in enumerate(counts):
-                model[b] = model[b] + [1000.0 * turn + b * width + i for i in range(count)]
+                model[b] = model[b] + [1000.0 * turn + b * 90 + i for i in range(count)]
         elif operation == "truncate":
             lengths = rng.integers(0, SLOTS, 3)
             if int(cache.pages.available) < 3:

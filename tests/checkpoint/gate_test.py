@@ -225,7 +225,7 @@ def load(folder, **options):
 
 @pytest.mark.filterwarnings("ignore:.*is not the embedding.*:UserWarning")
 @hypothesis.settings(
-    max_examples=60,
+    max_examples=30,
     deadline=None,
     derandomize=True,
     suppress_health_check=list(hypothesis.HealthCheck),

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import MICRO, PLAIN, drawn
+from common import MICRO, PLAIN, drawn, slow
 from flax import nnx
 from safetensors import safe_open
 
@@ -250,7 +250,7 @@ print("killed at", len(seen) - 1, "steps:", "".join(map(str, seen)))
 """
 
 
-@pytest.mark.parametrize("how", ["one file", "no index", "fewer shards", "more shards"])
+@pytest.mark.parametrize("how", ["one file", slow("no index"), "fewer shards", slow("more shards")])
 def test_killed_at_any_step_it_is_the_old_model_or_the_new(how, tmp_path):
     found = subprocess.run(
         [sys.executable, "-c", _KILLED, str(tmp_path / "model"), how], capture_output=True,

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import MICRO, drawn
+from common import MICRO, drawn, slow
 from flax import nnx
 
 from mla_jax import decode_loop, prefill_step
@@ -66,7 +66,7 @@ def test_resume_cuts_the_cache_to_what_is_still_said():
 
 
 @pytest.mark.parametrize(
-    ("drafts", "pages"), [(DRAFTS[0], None), (DRAFTS[0], 7), (DRAFTS[2], 7)], ids=str
+    ("drafts", "pages"), [slow(DRAFTS[0], None), (DRAFTS[0], 7), (DRAFTS[2], 7)], ids=str
 )
 def test_samples_of_prompts_that_share_a_prefix(drafts, pages):
     common = list(np.arange(140) * 7 % 40)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import drawn
+from common import drawn, slow
 from flax import nnx
 
 from mla_jax import Cache, Step
@@ -56,7 +56,7 @@ def test_prompts_in_chunks(monkeypatch):
     assert generate(model(), PROMPTS, max_new_tokens=5).tokens == whole.tokens
 
 
-@pytest.mark.parametrize("drafts", [1, 4])
+@pytest.mark.parametrize("drafts", [slow(1), 4])
 def test_speculation_changes_nothing_but_the_steps(drafts):
     result = generate(model(), PROMPTS, max_new_tokens=20, speculate=drafts, block=4)
     assert result.tokens == [greedy(bytes(prompt), 20) for prompt in PROMPTS]

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import MICRO, PLAIN, drawn
+from common import MICRO, PLAIN, drawn, slow
 from flax import nnx
 from numpy_decoder import NumpyDecoder
 
@@ -87,7 +87,7 @@ CHUNKS = (((128,), 16384), ((2, 4), 12), ((8,), 16))
 
 
 @pytest.mark.parametrize(
-    ("drafts", "chunk"), [(1, CHUNKS[0]), *((3, chunk) for chunk in CHUNKS)], ids=str
+    ("drafts", "chunk"), [slow(1, CHUNKS[0]), *((3, chunk) for chunk in CHUNKS)], ids=str
 )
 def test_nothing_changes_but_the_steps(drafts, chunk, monkeypatch):
     for name, value in zip(("WIDTHS", "TOKENS"), chunk, strict=True):
@@ -150,7 +150,9 @@ def test_drafts_of_every_round():
     assert 0 < run_rounds(MultiToken(3)) < 1
 
 
-@pytest.mark.parametrize("bug", ["guesses stay", "no shift", "wrong state", "prompt unseen"])
+@pytest.mark.parametrize(
+    "bug", [*map(slow, ["guesses stay", "no shift", "wrong state"]), "prompt unseen"]
+)
 def test_a_planted_bug_is_noticed(bug):
     propose, hear = MultiToken.propose, MultiToken.prefill
 
@@ -179,7 +181,7 @@ def test_a_planted_bug_is_noticed(bug):
         run_rounds(drafter)
 
 
-@pytest.mark.parametrize("drafts", [1, 4])
+@pytest.mark.parametrize("drafts", [slow(1), 4])
 def test_good_drafts_are_accepted_and_bad_ones_are_not(drafts, rng):
     prompts = [rng.integers(0, 40, length).tolist() for length in (9, 1, 23)]
     for knowing, least, most in ((True, 0.8, 1), (False, 0, 0.1)):
@@ -215,7 +217,7 @@ def test_a_repetition_penalty_is_for_the_drafts_before_too():
     assert generate(knowing, prompts, speculate=3, draft="mtp", **options).tokens == plain
 
 
-@pytest.mark.parametrize("draft", ["mtp", "prompt"])
+@pytest.mark.parametrize("draft", ["mtp", slow("prompt")])
 def test_sampled_tokens_are_as_likely_as_the_model_says(draft):
     """The first three tokens of many rows, by a chi-squared test against float64."""
     prompt, rows, options = [1, 4, 0, 1, 4], 4096, {"temperature": 0.7, "top_k": 4}

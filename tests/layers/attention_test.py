@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from common import MICRO, PLAIN, drawn, relative
+from common import MICRO, PLAIN, drawn, relative, slow
 from flax import nnx
 
 import mla_jax
@@ -75,7 +75,7 @@ def test_the_cache_goes_through_jit(jit, flax_mode):
     assert relative(y, layer(X)) < 1e-5
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", [slow(False), True])
 def test_scan_over_layers(remat, flax_mode):
     make_layers = nnx.vmap(lambda rngs: MultiHeadLatentAttention(MICRO, rngs=rngs))
     layers = make_layers(nnx.Rngs(0).split(3))

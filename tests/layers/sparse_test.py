@@ -1,5 +1,6 @@
 """Sparse attention layers: choices, what layers hand on, training the indexer, bad input."""
 
+import functools
 import json
 import pathlib
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from common import MICRO, relative
+from common import MICRO, drawn, relative
 from flax import nnx
 
 from mla_jax import Cache, MLAConfig, MultiHeadLatentAttention, Step, checkpoint
@@ -20,7 +21,35 @@ X = jax.random.normal(jax.random.key(1), (2, 9, 24))
 
 
 def make(config=SPARSE, seed=0, **options):
-    return MultiHeadLatentAttention(config, precision="highest", rngs=nnx.Rngs(seed), **options)
+    of = lambda: MultiHeadLatentAttention(  # noqa: E731
+        config, precision="highest", rngs=nnx.Rngs(0), **options
+    )
+    return drawn(of, seed)
+
+
+plain = jax.jit(lambda layer, x: layer(x))
+
+
+@functools.partial(jax.jit, static_argnames="form")
+def attend_all(layers, x, form="auto", **options):
+    """What each of some layers returns, and what the last one hands on."""
+    outputs, relay = [], None
+    for layer in layers:
+        y, relay = layer.attend(x, relay, form=form, **options)
+        outputs.append(y)
+    return outputs, relay
+
+
+@functools.partial(jax.jit, static_argnames="form")
+def extend_all(layers, x, cache, lengths=None, form="auto"):
+    """What each of some layers returns for new tokens, and the cache with them."""
+    step, relay = Step.begin(cache, x.shape[1], lengths, form=form), None
+    outputs, stores = [], []
+    for layer, store in zip(layers, cache.stores, strict=True):
+        y, store, relay = layer.extend(x, store, step, relay)
+        outputs.append(y)
+        stores.append(store)
+    return outputs, cache.end(stores, step)
 
 
 @pytest.mark.parametrize("name", ["deepseek_v32_dsa", "glm_moe_dsa_full_shared"])
@@ -44,12 +73,10 @@ def test_the_choice_is_that_of_the_families_own_code(name):
     out = lambda kind, index: z[f"out/{kind}/{index}" if several else f"out/{kind}"]  # noqa: E731
     tolerance = {"atol": meta["atol"], "rtol": meta["rtol"]}
     for form in ("absorbed", "expanded"):
-        relay = None
-        for index, layer in enumerate(layers):
-            y, relay = layer.attend(
-                x, relay, positions=jnp.asarray(z["in/position_ids"]),
-                mask=jnp.asarray(real)[:, None, None], form=form,
-            )  # fmt: skip
+        got, relay = attend_all(
+            layers, x, form, positions=z["in/position_ids"], mask=real[:, None, None]
+        )
+        for index, y in enumerate(got):
             np.testing.assert_allclose(np.asarray(y)[real], out("full", index)[real], **tolerance)
     selected = np.zeros((batch, length, length + 1), bool)
     np.put_along_axis(selected, np.asarray(relay.chosen), True, axis=-1)
@@ -73,13 +100,11 @@ def test_the_choice_is_that_of_the_families_own_code(name):
         chunk = np.zeros((batch, count, x.shape[-1]), np.float32)
         for b, n in enumerate(lengths):
             chunk[b, :n] = x[b, end - n : end]
-        step, relay, grown = Step.begin(cache, count, jnp.asarray(lengths)), None, []
-        for index, layer in enumerate(layers):
-            y, store, relay = layer.extend(jnp.asarray(chunk), cache.stores[index], step, relay)
-            grown.append(store)
+        grown, cache = extend_all(layers, chunk, cache, lengths)
+        for index, y in enumerate(grown):
             for b, n in enumerate(lengths):
                 outputs[index][b, end - n : end] = np.asarray(y)[b, :n]
-        cache, start = cache.end(grown, step), end
+        start = end
     for index, got in enumerate(outputs):
         np.testing.assert_allclose(got[real], out("cached", index)[real], **tolerance)
 
@@ -87,17 +112,18 @@ def test_the_choice_is_that_of_the_families_own_code(name):
 def test_a_cache_that_can_be_chosen_whole_is_dense():
     sparse = make(SPARSE.replace(index_topk=9))
     dense = make(MICRO)
-    full = dense(X)
-    np.testing.assert_array_equal(sparse(X), full)
-    np.testing.assert_array_equal(make(SPARSE)(X, dense=True), full)
-    assert relative(make(SPARSE)(X), full) > 1e-3
-    y, cache = sparse.prefill(X[:, :5], sparse.init_cache(2, 9))
+    nnx.update(dense, nnx.state(sparse, lambda path, _: "indexer" not in path))
+    full = plain(dense, X)
+    np.testing.assert_array_equal(plain(sparse, X), full)
+    np.testing.assert_array_equal(jax.jit(lambda f: f(X, dense=True))(make(SPARSE)), full)
+    assert relative(plain(make(SPARSE), X), full) > 1e-3
+    (y,), cache = extend_all([sparse], X[:, :5], Cache.init([sparse], 2, 9))
     np.testing.assert_allclose(y, full[:, :5], atol=3e-6)
     lowered = jax.jit(lambda layer, x, cache: layer.decode(x, cache)).lower(
         sparse, X[:, 5:6], cache
     )
     assert "top_k" not in lowered.as_text()  # nothing is scored
-    y, cache = sparse.decode(X[:, 5:], cache)
+    (y,), cache = extend_all([sparse], X[:, 5:], cache)
     np.testing.assert_allclose(y, full[:, 5:], atol=3e-6)
     assert np.asarray(cache.stores[0].index_key).any()  # for a longer cache later on
 
@@ -115,22 +141,16 @@ def test_layers_attend_to_another_s_cache(rng):
     assert cache.stores[2].nbytes == 0
 
     # The same as layers with a cache of their own, made from what layer 0 reads.
-    full, relay = [], None
-    for layer in layers:
-        y, relay = layer.attend(X, relay)
-        full.append(y)
+    full, _ = attend_all(layers, X)
     alone = make(base)
     nnx.update(alone, nnx.state(layers[1]))
     alone.kv_a_proj, alone.kv_a_norm = layers[0].kv_a_proj, layers[0].kv_a_norm
-    np.testing.assert_allclose(full[1], alone(X), atol=1e-6)
+    np.testing.assert_allclose(full[1], plain(alone, X), atol=1e-6)
     for form in ("absorbed", "expanded"):
         parts, held = [], cache
         for first, last in ((0, 6), (6, 7), (7, 9)):
-            step, relay, stores = Step.begin(held, last - first, form=form), None, []
-            for layer, store in zip(layers, held.stores, strict=True):
-                y, store, relay = layer.extend(X[:, first:last], store, step, relay)
-                stores.append(store)
-            held = held.end(stores, step).truncate(last)
+            (*_, y), held = extend_all(layers, X[:, first:last], held, form=form)
+            held = held.truncate(last)
             parts.append(y)
         np.testing.assert_allclose(jnp.concatenate(parts, 1), full[2], atol=3e-6)
 
@@ -191,10 +211,11 @@ def test_only_the_indexer_has_gradients_of_its_loss_and_only_of_that():
         if np.asarray(leaf[...]).any()
     }
     for warmup in (True, False):
-        own = names(nnx.grad(lambda layer: layer.indexer_loss(X, warmup=warmup))(layer))  # noqa: B023
+        loss = lambda layer: layer.indexer_loss(X, warmup=warmup)  # noqa: B023, E731
+        own = names(nnx.state(jax.jit(jax.grad(loss))(layer)))
         kernels = {f"indexer.{name}.kernel" for name in ("wq_b", "wk", "weights_proj")}
         assert own == kernels | {"indexer.k_norm.scale", "indexer.k_norm.bias"}
-    main = names(nnx.grad(lambda layer: jnp.sin(layer(X)).sum())(layer))
+    main = names(nnx.state(jax.jit(jax.grad(lambda layer: jnp.sin(layer(X)).sum()))(layer)))
     assert "kv_b_proj.kernel" in main
     assert not [name for name in main if "indexer" in name]
 

@@ -169,7 +169,13 @@ PLANTED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("bug", PLANTED)
+QUICK = ["off_by_one_slot", "unseen_not_cleaned"]
+
+
+@pytest.mark.parametrize(
+    "bug",
+    [*QUICK, *(pytest.param(bug, marks=pytest.mark.slow) for bug in PLANTED if bug not in QUICK)],
+)
 def test_planted_bugs_are_noticed(bug, rng):
     limits, ids, seen = (x[:1] for x in ragged())
     options = {"lengths": limits, "window": 9, "segment_ids": ids, "gradients": False}

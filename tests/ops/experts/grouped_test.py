@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import relative
+from common import relative, slow
 from experts_oracle import gradients, loop, problem
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -154,10 +154,10 @@ def check(found, arrays, experts, dy):
 @pytest.mark.parametrize(
     ("tokens", "routing", "rows", "kernels"),
     [
-        (1, "spread", grouped.FEW, "bfloat16"),
+        slow(1, "spread", grouped.FEW, "bfloat16"),
         (70, "few", grouped.FEW, "float32"),
         (150, "one", grouped.MANY, "bfloat16"),
-        (37, "spread", grouped.MANY, "float32"),
+        slow(37, "spread", grouped.MANY, "float32"),
     ],
 )
 def test_the_public_op_and_its_gradients(tokens, routing, rows, kernels, monkeypatch):

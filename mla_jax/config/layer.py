@@ -1,24 +1,17 @@
-"""The shape of one MLA layer: which widths, which rotary embedding, which scale factors.
-
-Keys are those of the Hugging Face config.json, verbatim, so that a checkpoint's config reads as
-documentation of this one. A config is data: frozen, hashable, and validated where it is made.
-
-Letters: N num_attention_heads, D hidden_size, Q q_lora_rank, R kv_lora_rank, H qk_nope_head_dim,
-P qk_rope_head_dim, V v_head_dim.
-"""
+"""`MLAConfig`: the fields of one MLA layer, where they come from, and what follows from them."""
 
 import dataclasses
-import difflib
-import importlib.resources
-import math
 import os
 import pathlib
 import tomllib
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
-YARN = ("yarn", "deepseek_yarn")  # two names of the same formula
-_ROPE_TYPES = (*YARN, "longrope", "linear")
+from mla_jax.check import check, check_keys, is_int, is_number, nearest
+from mla_jax.config.checks import check_rope, check_sparse, check_together
+from mla_jax.config.files import ALIASES, configs_dir, presets
+from mla_jax.config.rope_scaling import YARN, RopeScaling, yarn_mscale
+
 _PROJECTIONS = ("q_a_proj", "q_proj", "q_b_proj", "kv_a_proj", "o_proj")
 _POSITIVE_INTEGERS = (
     "hidden_size", "num_attention_heads", "kv_lora_rank", "v_head_dim", "num_hidden_layers",
@@ -33,130 +26,6 @@ _SWITCHES = (
     "mla_scale_kv_lora", "attention_sinks", "query_scale_ssmax", "indexer_rope_interleave",
     "index_rope_last", "index_query_scale_ssmax", "index_kpool_always_select_tail",
 )  # fmt: skip
-# Releases that share another's shapes.
-_PRESET_ALIASES = {
-    "kimi_k2": "kimi_k2_0711",
-    "deepseek_r1": "deepseek_v3",
-    "deepseek_v3_1": "deepseek_v3",
-}
-
-
-def _check(condition: bool, key: str, value: Any, allowed: str) -> None:
-    if not condition:
-        raise ValueError(f"{key}={value!r}: {key} must be {allowed}.")
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _check_keys(given: Mapping[str, Any], cls: type, where: str) -> None:
-    known = [field.name for field in dataclasses.fields(cls)]
-    for key in given:
-        if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"{where} has the unknown key {key!r}.{hint} Known: {known}.")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RopeScaling:
-    """How the rotary frequencies are stretched beyond the length a model was trained on.
-
-    Attributes:
-        rope_type: "yarn" (also called "deepseek_yarn"; Peng et al. 2023, arXiv 2309.00071),
-            "longrope" (Ding et al. 2024, arXiv 2402.13753) or "linear".
-        factor: context extension factor. Under longrope it may be left out and is then
-            max_position_embeddings / original_max_position_embeddings.
-        original_max_position_embeddings: context length before the extension, in tokens.
-        beta_fast: YaRN, rotations within the original context above which a channel is kept.
-        beta_slow: YaRN, rotations below which a channel is fully interpolated.
-        mscale: YaRN, weight of log(factor) in the factor on cos and sin (numerator).
-        mscale_all_dim: YaRN, the same in the softmax temperature, and the denominator of the
-            factor on cos and sin.
-        attention_factor: the factor on cos and sin, given outright.
-        truncate: YaRN, round the correction range to whole channels, as Hugging Face does.
-        short_factor: longrope, P/2 divisors of the frequencies up to the original length.
-        long_factor: longrope, P/2 divisors used where max_position_embeddings exceeds it.
-
-    >>> RopeScaling(rope_type="linear", factor=4).factor
-    4
-    >>> RopeScaling(rope_type="linear")
-    Traceback (most recent call last):
-    ValueError: rope_scaling.factor=None: rope_scaling.factor must be a positive number.
-    """
-
-    rope_type: str
-    factor: float | None = None
-    original_max_position_embeddings: int | None = None
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    attention_factor: float | None = None
-    truncate: bool = True
-    short_factor: tuple[float, ...] | None = None
-    long_factor: tuple[float, ...] | None = None
-
-    def __post_init__(self):
-        prefix = "rope_scaling."
-        _check(
-            self.rope_type in _ROPE_TYPES,
-            prefix + "rope_type",
-            self.rope_type,
-            f"one of {_ROPE_TYPES}",
-        )
-        for key in ("short_factor", "long_factor"):
-            value = getattr(self, key)
-            if value is not None:
-                _check(
-                    isinstance(value, list | tuple) and all(_is_number(v) and v > 0 for v in value),
-                    prefix + key,
-                    value,
-                    "a list of positive numbers",
-                )
-                object.__setattr__(self, key, tuple(float(v) for v in value))
-        for key in ("beta_fast", "beta_slow", "attention_factor", "factor"):
-            value = getattr(self, key)
-            if value is not None:
-                _check(_is_number(value) and value > 0, prefix + key, value, "a positive number")
-        for key in ("mscale", "mscale_all_dim"):
-            value = getattr(self, key)
-            if value is not None:
-                _check(_is_number(value) and value >= 0, prefix + key, value, "a number >= 0")
-        original = self.original_max_position_embeddings
-        if original is not None or self.rope_type != "linear":
-            _check(
-                isinstance(original, int) and _is_int(original) and original > 0,
-                prefix + "original_max_position_embeddings",
-                original,
-                "a positive whole number of tokens",
-            )
-        _check(isinstance(self.truncate, bool), prefix + "truncate", self.truncate, "true or false")
-        if self.rope_type != "longrope":
-            _check(self.factor is not None, prefix + "factor", self.factor, "a positive number")
-        else:
-            for key in ("short_factor", "long_factor"):
-                _check(getattr(self, key) is not None, prefix + key, None, "a list of P/2 numbers")
-
-    @classmethod
-    def from_mapping(cls, mapping: Mapping[str, Any]) -> "RopeScaling | None":
-        """Reads `rope_scaling` (hub) or `rope_parameters` (transformers 5); None for "default"."""
-        keys = dict(mapping)
-        rope_type = keys.pop("rope_type", None) or keys.pop("type", None)
-        keys.pop("type", None)
-        keys.pop("rope_theta", None)
-        if rope_type is None and any(value is not None for value in keys.values()):
-            raise ValueError(f"rope_scaling={dict(mapping)!r} lacks rope_type.")
-        if rope_type in (None, "default"):
-            return None
-        given = {key: value for key, value in keys.items() if value is not None}
-        _check_keys(given, cls, "rope_scaling")
-        return cls(rope_type=rope_type, **given)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -273,141 +142,43 @@ class MLAConfig:
             object.__setattr__(self, "rope_scaling", RopeScaling.from_mapping(self.rope_scaling))
         for key in _POSITIVE_INTEGERS:
             value = getattr(self, key)
-            _check(_is_int(value) and value > 0, key, value, "a positive whole number")
+            check(is_int(value) and value > 0, key, value, "a positive whole number")
         for key in _OPTIONAL_INTEGERS:
             value = getattr(self, key)
             allowed = "a positive whole number or None"
-            _check(value is None or (_is_int(value) and value > 0), key, value, allowed)
+            check(value is None or (is_int(value) and value > 0), key, value, allowed)
         for key in ("qk_nope_head_dim", "qk_rope_head_dim"):
             value = getattr(self, key)
-            _check(_is_int(value) and value >= 0, key, value, "a whole number >= 0")
+            check(is_int(value) and value >= 0, key, value, "a whole number >= 0")
         for key in _SWITCHES:
             value = getattr(self, key)
-            _check(isinstance(value, bool), key, value, "True or False")
+            check(isinstance(value, bool), key, value, "True or False")
         for key in ("rope_theta", "latent_norm_eps", "index_norm_eps", "softmax_scale",
                     "llama_4_scaling_beta"):  # fmt: skip
             value = getattr(self, key)
             if value is None and key in ("softmax_scale", "llama_4_scaling_beta"):
                 continue
-            _check(_is_number(value) and value > 0, key, value, "a positive number")
+            check(is_number(value) and value > 0, key, value, "a positive number")
             object.__setattr__(self, key, float(value))
         if isinstance(self.attention_bias, list):
             object.__setattr__(self, "attention_bias", tuple(self.attention_bias))
         names = self.attention_bias if isinstance(self.attention_bias, tuple) else ()
-        _check(
+        check(
             (bool(names) or isinstance(self.attention_bias, bool))
             and all(name in _PROJECTIONS for name in names),
             "attention_bias",
             self.attention_bias,
             f"True, False or names among {_PROJECTIONS}",
         )
-        _check(
+        check(
             self.output_gate in (None, "head", "elementwise", "query"),
             "output_gate",
             self.output_gate,
             "None, 'head', 'elementwise' or 'query'",
         )
-        self._check_rope()
-        self._check_together()
-        self._check_sparse()
-
-    def _check_rope(self) -> None:
-        half = self.qk_rope_head_dim // 2
-        _check(
-            self.qk_rope_head_dim % 2 == 0,
-            "qk_rope_head_dim",
-            self.qk_rope_head_dim,
-            "even: rotary channels turn in pairs",
-        )
-        scaling = self.rope_scaling
-        _check(
-            scaling is None or isinstance(scaling, RopeScaling),
-            "rope_scaling",
-            scaling,
-            "a RopeScaling, a mapping or None",
-        )
-        given = {"rope_inv_freq": self.rope_inv_freq}
-        if scaling is not None and scaling.rope_type == "longrope":
-            given["rope_scaling.short_factor"] = scaling.short_factor
-            given["rope_scaling.long_factor"] = scaling.long_factor
-        for key, value in given.items():
-            if value is not None:
-                _check(
-                    isinstance(value, list | tuple)
-                    and len(value) == half
-                    and all(_is_number(v) and v > 0 for v in value),
-                    key,
-                    value,
-                    f"positive numbers, of length qk_rope_head_dim / 2 = {half}",
-                )
-        if self.rope_inv_freq is not None:
-            object.__setattr__(self, "rope_inv_freq", tuple(float(v) for v in self.rope_inv_freq))
-
-    def _check_together(self) -> None:
-        """What one key asks of another."""
-        _check(
-            self.qk_head_dim > 0,
-            "qk_nope_head_dim",
-            self.qk_nope_head_dim,
-            "positive where qk_rope_head_dim is 0",
-        )
-        _check(
-            not (self.k_rope_norm and self.qk_rope_head_dim == 0),
-            "k_rope_norm",
-            True,
-            "False where qk_rope_head_dim is 0",
-        )
-        if self.q_lora_rank is None:
-            needless = "False where q_lora_rank is None"
-            _check(not self.mla_scale_q_lora, "mla_scale_q_lora", True, needless)
-            allowed = "another where q_lora_rank is None"
-            _check(self.output_gate != "query", "output_gate", "query", allowed)
-        original = self.llama_4_original_max_position_embeddings
-        _check(
-            (self.llama_4_scaling_beta is None) == (original is None),
-            "llama_4_original_max_position_embeddings",
-            original,
-            "given if and only if llama_4_scaling_beta is",
-        )
-
-    def _check_sparse(self) -> None:
-        """What sparse attention and a cache of another layer ask."""
-        _check(
-            self.indexer_type in ("full", "shared"),
-            "indexer_type",
-            self.indexer_type,
-            "'full' or 'shared'",
-        )
-        for key in ("kv_source_layer", "kv_store_layer"):
-            value = getattr(self, key)
-            allowed = "a layer's number or None"
-            _check(value is None or (_is_int(value) and value >= 0), key, value, allowed)
-        both = self.kv_source_layer is not None and self.kv_store_layer is not None
-        needless = "None where kv_source_layer is given: a cache is handed on by its own layer"
-        _check(not both, "kv_store_layer", self.kv_store_layer, needless)
-        if self.index_topk is None:
-            shared = self.indexer_type == "shared"
-            _check(not shared, "indexer_type", "shared", "'full' where index_topk is None")
-            _check(self.index_kpool is None, "index_kpool", self.index_kpool,
-                   "None where index_topk is None")  # fmt: skip
-            return
-        heads = self.index_n_heads
-        _check(heads is not None, "index_n_heads", heads, "given where index_topk is")
-        _check(
-            self.index_head_dim >= self.qk_rope_head_dim,
-            "index_head_dim",
-            self.index_head_dim,
-            f"at least qk_rope_head_dim={self.qk_rope_head_dim}, channels that are rotated",
-        )
-        _check(self.sliding_window is None, "sliding_window", self.sliding_window,
-               "None where index_topk is given")  # fmt: skip
-        pool = self.index_kpool or 1
-        _check(
-            self.index_topk % pool == 0,
-            "index_topk",
-            self.index_topk,
-            f"a multiple of index_kpool={pool}",
-        )
+        check_rope(self)
+        check_together(self)
+        check_sparse(self)
 
     @property
     def qk_head_dim(self) -> int:
@@ -463,7 +234,7 @@ class MLAConfig:
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed, validated again."""
-        _check_keys(changes, type(self), "replace()")
+        check_keys(changes, type(self), "replace()")
         return dataclasses.replace(self, **changes)
 
     @classmethod
@@ -471,15 +242,14 @@ class MLAConfig:
         """The config of a released model, one of `presets()`."""
         name = cls.preset_file(name)
         if name not in presets():
-            close = difflib.get_close_matches(str(name), presets(), n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
+            hint = nearest(name, presets())
             raise ValueError(f"unknown preset {name!r}.{hint} Presets: {', '.join(presets())}.")
         return cls.from_toml(configs_dir() / "models" / f"{name}.toml")
 
     @staticmethod
     def preset_file(name: str) -> str:
         """The preset that a release of another name shares, without its suffix."""
-        return _PRESET_ALIASES.get(name, name)
+        return ALIASES.get(name, name)
 
     @classmethod
     def from_toml(cls, path: str | os.PathLike) -> Self:
@@ -525,7 +295,7 @@ class MLAConfig:
 
     @classmethod
     def _from_mapping(cls, keys: Mapping[str, Any], where: str) -> Self:
-        _check_keys(keys, cls, where)
+        check_keys(keys, cls, where)
         missing = [
             field.name
             for field in dataclasses.fields(cls)
@@ -537,35 +307,3 @@ class MLAConfig:
             return cls(**keys)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
-
-
-def yarn_mscale(factor: float | None, weight: float) -> float:
-    """YaRN's 0.1 weight ln(factor) + 1 for factor > 1 (arXiv 2309.00071, eq. 15)."""
-    return 1.0 if factor is None or factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
-
-
-def configs_dir() -> pathlib.Path:
-    """The folder `configs/`: inside the installed package, or beside it in a checkout."""
-    package = pathlib.Path(str(importlib.resources.files("mla_jax")))
-    for folder in (package / "configs", package.parent / "configs"):
-        if (folder / "models").is_dir():
-            return folder
-    raise FileNotFoundError(f"no configs/ with presets in {package} or beside it.")
-
-
-def presets() -> tuple[str, ...]:
-    """Names that `MLAConfig.from_preset` knows.
-
-    >>> "deepseek_v3" in presets()
-    True
-    """
-    return tuple(sorted(path.stem for path in (configs_dir() / "models").glob("*.toml")))
-
-
-def aliases(preset: str) -> tuple[str, ...]:
-    """Other names of a preset: of releases that share its shapes.
-
-    >>> aliases("deepseek_v3")
-    ('deepseek_r1', 'deepseek_v3_1')
-    """
-    return tuple(sorted(name for name, file in _PRESET_ALIASES.items() if file == preset))
