@@ -271,8 +271,10 @@ def expert_load(
     [1, 0, 1, 0]
     """
     counted = jnp.ones(experts.shape[:-1], bool) if valid is None else valid
-    each = jnp.broadcast_to(counted[..., None], experts.shape).reshape(-1)
-    return jnp.zeros((count,), jnp.int32).at[experts.reshape(-1)].add(each.astype(jnp.int32))
+    # A sum, not a scatter: rows that are split over devices are summed over them.
+    given = jax.nn.one_hot(experts, count, dtype=jnp.int32)
+    given = jnp.where(counted[..., None, None], given, 0)
+    return given.sum(tuple(range(experts.ndim)), dtype=jnp.int32)
 
 
 def balance_bias(
