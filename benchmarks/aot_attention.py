@@ -6,15 +6,23 @@ chip with two cores as many for each, and cycles are scaled to all of them.
 """
 
 import functools
+import re
 
 SHAPES = [(4096, 16), (4096, 128)]  # T and N, one row
 HEADS = 2  # that are compiled
 WIDTHS = (128, 64, 128)  # H, P, V
+PREFILLS = [("deepseek_v3", 128), ("deepseek_v2_lite", 16)]  # of the widths above, R = 512
+NEW, CACHED, SLOTS, RANK = 4096, 28672, 32768, 512  # tokens of a prefill, before it, of the cache
+FEW = 8  # heads with which a prefill is compiled
 LINTED = [("forward", 256), ("backward", 256)]  # the kernel and T of the short form
 
 
 def kernel(kind, which, tokens, heads=HEADS, widths=WIDTHS, known=True, **changes):
-    """A kernel on arrays as it takes them, and these; `known` gives it the runs of blocks."""
+    """A kernel on arrays as it takes them, and these; `known` gives it the runs of blocks.
+
+    A "piece" is the forward kernel that goes on from the result over other slots, on as many slots
+    as queries, all of which they see.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -24,7 +32,7 @@ def kernel(kind, which, tokens, heads=HEADS, widths=WIDTHS, known=True, **change
     sizes = plan.make_sizes(tokens, tokens, 2, kind)
     if changes:
         sizes = tuple(each._replace(**changes) for each in sizes)
-    bounds = () if known else ("end", "start", "id")
+    bounds = ("end",) if which == "piece" else () if known else ("end", "start", "id")
     shape = plan.Shape(
         1, tokens, tokens, heads, nope, rope, value, "bfloat16", bounds, not known, *sizes
     )
@@ -35,9 +43,23 @@ def kernel(kind, which, tokens, heads=HEADS, widths=WIDTHS, known=True, **change
     if which == "backward":
         arrays["d_out"] = jax.ShapeDtypeStruct((*queries, value), jnp.bfloat16)
         arrays["statistics"] = jax.ShapeDtypeStruct((1, heads, 2, tokens), jnp.float32)
-    count = tokens // (sizes[0] if which == "forward" else sizes[1]).rows
+    count = tokens // (sizes[1] if which == "backward" else sizes[0]).rows
     run = jax.ShapeDtypeStruct((plan.RUN * count,), jnp.int32)
     args = plan.Plan(run, run, None, None), arrays
+    if which == "piece":
+        ends = jax.ShapeDtypeStruct((1, 1, tokens), jnp.int32)
+        before = jax.ShapeDtypeStruct((*queries, value), jnp.float32)
+        before = before, jax.ShapeDtypeStruct((1, heads, 1, tokens), jnp.float32)
+
+        def every(row, block):
+            # A zero that the compiler does not find, so that the branches stay that the kernel has
+            # where runs are read.
+            zero = 3 * block - block - 2 * block
+            return zero, zero, zero + count, zero + count
+
+        go_on = functools.partial(forward.forward, known=every)
+        args = plan.Plan(run, run, ends, None), arrays, before
+        return (lambda plan, arrays, before: go_on(arrays, plan, shape, before)), args, sizes
     if not known:
         ids = jax.ShapeDtypeStruct((1, 1, tokens), jnp.int32)
         rows = jax.ShapeDtypeStruct((1, 3, tokens), jnp.int32)
@@ -61,6 +83,112 @@ def operations(which, tokens, heads, widths=WIDTHS):
     nope, rope, value = widths
     each = nope + rope + value if which == "forward" else 3 * (nope + rope) + 2 * value
     return heads * tokens * (tokens + 1) // 2 * each
+
+
+def prefill(preset, heads, scaled):
+    """Attention of a prompt's last 4096 tokens onto 28,672 cached ones, and its arguments.
+
+    It is compiled with a few of a model's heads, `scaled` of them for one, and with pieces of the
+    cache as the model has them.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    import mla_jax
+    from mla_jax import ops
+    from mla_jax.cache import Dense
+    from mla_jax.ops import pieces
+    from mla_jax.ops.seen import Seen
+
+    pieces._WORKSPACE //= scaled
+    config = mla_jax.MLAConfig.from_preset(preset)
+    nope, rope, rank = config.qk_nope_head_dim, config.qk_rope_head_dim, config.kv_lora_rank
+    options = {"scale": config.scale, "implementation": "pallas_tpu"}
+
+    def run(queries, new, cached, kv_b, limits):
+        expand = lambda kernel: jnp.einsum("BSR,RNK->BSNK", new["latent"], kernel)  # noqa: E731
+        own = expand(kv_b[..., :nope]), new["k_rope"], expand(kv_b[..., nope:])
+        own = ops.expanded_attention(*queries, *own, **options)
+        seen = Seen(limits=limits)
+        context = ops.context_attention(queries, Dense(cached), seen, kv_b, **options)
+        return ops.merge_attention(own, context)[0]
+
+    array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)  # noqa: E731
+    rows = lambda slots: {"latent": array(1, slots, rank), "k_rope": array(1, slots, rope)}  # noqa: E731
+    queries = array(1, NEW, heads, nope), array(1, NEW, heads, rope)
+    kv_b = array(rank, heads, nope + config.v_head_dim)
+    limits = jax.ShapeDtypeStruct((1, NEW), jnp.int32)
+    return run, (queries, rows(NEW), rows(SLOTS), kv_b, limits)
+
+
+def piece_slots(args):
+    """Slots of a piece of the cache of `prefill`'s program."""
+    from mla_jax.ops import dispatch, pieces
+
+    (q_nope, q_rope), _, cached, kv_b, _ = args
+    (_, tokens, heads, nope), rope = q_nope.shape, q_rope.shape[-1]
+    call = dispatch.Call(
+        "context_attention", 1, tokens, cached["latent"].shape[1], heads, (nope, rope),
+        kv_b.shape[-1] - nope, "bfloat16",
+    )  # fmt: skip
+    return pieces.piece_of(call).slots
+
+
+def inside_loops(text):
+    """Names of the operations of a compiled program that stand in the body of a loop."""
+    body, calls, found = {}, {}, []
+    for line in text.splitlines():
+        if line and not line[0].isspace() and line.endswith("{"):
+            name = line.removeprefix("ENTRY ").split()[0].lstrip("%")
+            body[name], calls[name] = [], []
+        elif " = " in line and body:
+            body[name].append(line.split(" = ")[0].split()[-1].lstrip("%"))
+            here = re.findall(r"(?:body|\w+_computation)=%?([\w.-]+)", line)
+            for group in re.findall(r"branch_computations=\{([^}]*)\}", line):
+                here += [each.strip().lstrip("%") for each in group.split(",")]
+            (found if " while(" in line else calls[name]).extend(here)
+    names = set()
+    while found:
+        names.update(body.get(now := found.pop(), ()))
+        found += calls.get(now, ())
+    return names
+
+
+def prefills(generations, static):
+    """Static time of a prefill's attention beside its products at the rate of the forward kernel.
+
+    Operations beside the kernels are compiled with `FEW` heads and scaled; they take at least what
+    they move through HBM at 85% of its rate.
+    """
+    print("| | model, heads | at the kernel's rate us | kernels us | the rest us | in all |")
+    print("|---|---|---|---|---|---|")
+    for name, (_, _, clock, bandwidth, _) in generations.items():
+        causal, piece = (
+            static(name, {"which": which, "tokens": NEW}).get("cycles")
+            for which in ("forward", "piece")
+        )
+        for preset, heads in PREFILLS if causal and piece else []:
+            found = static(name, {"prefill": preset, "heads": FEW, "scaled": heads // FEW})
+            bound = "" if "once" in found else ">= "  # where the profiler fails: by memory alone
+            nope, rope, value = WIDTHS
+            pairs = heads * (NEW * CACHED + NEW * (NEW + 1) // 2)
+            work = pairs * sum(WIDTHS) + (CACHED + NEW) * RANK * heads * (nope + value)
+            rate = operations("forward", NEW, HEADS) / causal  # per cycle
+            kernels = (causal + piece * CACHED / NEW) * heads / HEADS
+            per_slot = heads * (nope + value) * 2  # bytes of keys and values
+            slots = found.get("slots", NEW)
+            times = -(-CACHED // slots)
+            expanded = (NEW + times * slots) * per_slot
+            # Queries are read and written; results are cleared, merged with the chunk's, and laid
+            # out anew: 4 + 4, 2, 2 and 4 bytes.
+            moved = expanded + NEW * heads * (4 * (nope + rope) + 16 * value)
+            least = moved / (0.85 * bandwidth) * clock
+            cycles = found.get("once", 0) + times * found.get("piece", 0)
+            rest = max(cycles * heads / FEW, least)
+            us = [x / clock / 1e3 for x in (work / rate, kernels, rest)]
+            columns = [name, f"{preset}, {heads}", *(f"{x:.0f}" for x in us[:2])]
+            columns += [f"{bound}{us[2]:.0f}", f"{bound}{(us[1] + us[2]) / us[0]:.2f}"]
+            print("|", " | ".join(columns), "|", flush=True)
 
 
 def table(generations, static, record):

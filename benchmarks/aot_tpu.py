@@ -1,8 +1,9 @@
 """Compiles the TPU path for every generation without a TPU, and reads libtpu's static figures.
 
 Needs `libtpu` (pip install --group tpu-aot). For each generation: the decode kernel, a layer's
-whole decode step (donated), a prefill of 4096 tokens, and the same step on XLA. Checked: it
-compiles, with libtpu's linter on the kernel; the cache is aliased; nothing of its size is copied.
+whole decode step (donated), the same step on XLA, prefills of 4096 tokens, and a training step of
+them. Checked: it compiles, with libtpu's linter on the kernel; the cache is aliased; decode copies
+nothing of its size; prefill and training make no array of T x T or T x S scores of all heads.
 Printed: scoped VMEM, HBM arguments and temporaries, and static cycles: the critical path of the
 final program by libtpu's own profiler, with lengths known at compile time. That is an estimate, not
 a measurement on hardware; the time to expect is at least max(cycles / clock, bytes / (0.85
@@ -55,7 +56,7 @@ KERNELS = [
     {"batch": 64, "slots": 512, "heads": 16},
 ]
 LINTED = [(2, 16, 1), (1, 64, 2)]  # B, N, T of the short form, on so many slots
-LINTED_SLOTS = 1024  # pages of one block only would be objected to, for what `unpoison` says
+LINTED_SLOTS = 1024  # to pages of one block only it objects without need, as `unpoison` says
 LIMIT = 300  # seconds for the profiler
 LINT = {
     "xla_tpu_enable_llo_linter": True,
@@ -133,6 +134,19 @@ def kernel(generation, *, batch, slots, heads, tokens=1, dtype="bfloat16", uneve
 def profile(generation, options):
     """Runs in a child: compiles the kernel under the profiler, prints what it found as JSON."""
     folder, found = os.environ["AOT_FOLDER"], {"cycles": None}
+    if "prefill" in options:
+        launch, args = aot_attention.prefill(
+            options["prefill"], options["heads"], options["scaled"]
+        )
+        text = compiled(launch, args, generation).as_text()
+        within, sums = aot_attention.inside_loops(text), {"once": 0, "piece": 0}
+        for name in glob.glob(f"{folder}/*profile.textproto"):
+            with open(name) as file:
+                match = re.search(r'hlo_op_name: "([^"]*)"\s+estimated_cycles: (\d+)', file.read())
+            if match and not match[1].startswith("mla_attention"):
+                sums["piece" if match[1] in within else "once"] += int(match[2])
+        print("@" + json.dumps(sums | {"slots": aot_attention.piece_slots(args)}))
+        return
     if "which" in options:
         launch, args, _ = aot_attention.kernel(GENERATIONS[generation][1], **options)
     else:
@@ -188,8 +202,25 @@ def cache_copies(text, batch, slots):
     return [line.strip()[:160] for line in text.splitlines() if shape.search(line)]
 
 
-def step(generation, preset, heads, *, implementation=None, batch=64, slots=8192, tokens=None):
-    """A layer's decode step, or prefill of `tokens`, donated; what must hold is asserted."""
+def scores(text, heads, tokens, slots):
+    """Arrays in a compiled program as large as the scores of all heads, of T x T or of T x S."""
+    found = set()
+    for shape in re.findall(r"\w+\[([\d,]+)\]", text):
+        sizes = [int(size) for size in shape.split(",")]
+        pairs = sizes.count(tokens) > 1 or (tokens in sizes and slots in sizes)
+        if pairs and math.prod(sizes) >= heads * tokens * min(tokens, slots):
+            found.add(shape)
+    return sorted(found)
+
+
+def step(
+    generation, preset, heads, *, implementation=None, batch=64, slots=8192, tokens=None,
+    training=False,
+):  # fmt: skip
+    """A layer's decode step, or prefill of `tokens`, donated; what must hold is asserted.
+
+    Training takes the gradients of a layer's parameters and input, without a cache.
+    """
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -209,12 +240,23 @@ def step(generation, preset, heads, *, implementation=None, batch=64, slots=8192
     def run(layer, x, cache):
         return layer.prefill(x, cache) if tokens else layer.decode(x, cache)
 
-    program = compiled(run, (layer, x, cache), generation, donate_argnums=(2,))
+    def train(layer, x):
+        loss = lambda layer, x: layer(x).astype(jnp.float32).sum()  # noqa: E731
+        return nnx.grad(loss, argnums=(0, 1))(layer, x)
+
+    if training:
+        program = compiled(train, (layer, x), generation)
+    else:
+        program = compiled(run, (layer, x, cache), generation, donate_argnums=(2,))
     memory, text = program.memory_analysis(), program.as_text()
     mib = lambda size: round(size / 2**20, 1)  # noqa: E731
     size = batch * slots * (config.kv_lora_rank + config.qk_rope_head_dim) * 2
-    assert memory.alias_size_in_bytes >= size, "the cache is not donated"
-    copies = cache_copies(text, batch, slots)
+    assert training or memory.alias_size_in_bytes >= size, "the cache is not donated"
+    copies = [] if training else cache_copies(text, batch, slots)
+    if tokens and implementation is None:
+        assert "mla_attention" in text, "the kernel was not chosen"
+        found = scores(text, heads, tokens, slots)
+        assert not found, found
     if not tokens and implementation is None:
         assert "tpu_custom_call" in text, "the kernel was not chosen"
         assert not copies, copies
@@ -353,6 +395,7 @@ def programs(options):
                 ("decode on xla", {"implementation": "xla"}),
                 ("prefill 4096", {"tokens": 4096, "batch": 1}),
                 ("prefill 4096 on 28,672", {"tokens": 4096, "batch": 1, "slots": 32768}),
+                ("training 4096", {"tokens": 4096, "batch": 1, "training": True}),
             ):
                 name = f"{preset}, {heads} heads, {what}"
                 try:
@@ -502,6 +545,8 @@ def main():
             chosen = {name: GENERATIONS[name] for name in options.generations}
             keys = ("kind", "which", "tokens", "heads")
             aot_attention.table(chosen, static, lambda row: record(options, "attention", keys, row))
+            print()
+            aot_attention.prefills(chosen, static)
             print()
         if options.programs or not only:
             programs(options)

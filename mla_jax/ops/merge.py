@@ -3,6 +3,8 @@
 Letters: B any leading axes, V channels.
 """
 
+import functools
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -28,12 +30,15 @@ def merge_attention(
     >>> bool(jnp.allclose(merged, attend(*whole)[0])), bool(jnp.allclose(lse, attend(*whole)[1]))
     (True, True)
     """
-    outs = jnp.stack([out for out, _ in parts])
-    lses = jnp.stack([lse for _, lse in parts])
-    top = lses.max(0)
+    outs, lses = zip(*parts, strict=True)
+    top = functools.reduce(jnp.maximum, lses)
     top = jnp.where(top == -jnp.inf, 0, top)
-    weights = jnp.exp(lses - top[None])
-    total = weights.sum(0)
+    # One part after the other: of a stack, XLA for TPUs makes a reduction that takes longer than
+    # the attention.
+    weights = [jnp.exp(lse - top) for lse in lses]
+    total = functools.reduce(jnp.add, weights)
     safe = jnp.where(total > 0, total, 1)
-    out = ((weights / safe[None])[..., None] * outs.astype(weights.dtype)).sum(0)
-    return out.astype(outs.dtype), jnp.where(total > 0, top + jnp.log(safe), -jnp.inf)
+    shares = [(weight / safe)[..., None] for weight in weights]
+    terms = [share * out.astype(share.dtype) for share, out in zip(shares, outs, strict=True)]
+    out = functools.reduce(jnp.add, terms).astype(jnp.result_type(*outs))
+    return out, jnp.where(total > 0, top + jnp.log(safe), -jnp.inf)

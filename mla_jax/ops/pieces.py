@@ -1,15 +1,17 @@
 """Context attention by pieces: cached latents are expanded, attended and forgotten.
 
-A piece of the cache becomes keys and values by two matmuls into a workspace of bounded size; the
-expanded form's kernel attends to it as to any keys, and its result is merged with that of the
-pieces before it by lse. Pieces that no query sees are neither expanded nor attended. Of the cache
-nothing but a piece is ever copied.
+A piece of the cache becomes keys and values by two matmuls into a workspace of bounded size, to
+which the expanded form's kernel attends as to any keys. A backend's `Core` says how its result goes
+with that of the pieces before it: `merging` does it for any backend, by lse. Pieces that no query
+sees are neither expanded nor attended. Of the cache nothing but a piece is ever copied.
 
 Letters: B batch, T query tokens, S slots, N heads, R latent, P rotary, H key and V value channels.
 """
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,40 @@ from mla_jax.target import Target
 
 _WORKSPACE = 2**28  # bytes of the keys and values of a piece
 _LEAST = 8 * PAGE  # slots of a piece, so that a kernel has whole blocks
+
+
+class Core(NamedTuple):
+    """How a backend attends to one piece after the other.
+
+    Attributes:
+        begin: (queries, call, the call of a piece, zero) -> queries as it takes them, and its
+            result over no slots; `zero` is 0.0 that varies over the mesh as results do.
+        attend: (result so far, such queries, store of a piece's keys and values, seen, the call of
+            this piece) -> result over this piece too. It differentiates in the first three.
+        end: (result, call) -> out [B T N V] in the operands' dtype, and lse [B T N].
+    """
+
+    begin: Callable[..., tuple[Any, Any]]
+    attend: Callable[..., Any]
+    end: Callable[..., tuple[Array, Array]]
+
+
+def merging(backend: str) -> Core:
+    """Pieces by any backend of the expanded form, merged in float32 by lse."""
+
+    def begin(queries, call, part, zero):
+        shape = (call.batch, call.queries, call.heads)
+        out = jnp.zeros((*shape, call.value_dim), jnp.float32) + zero
+        return queries, (out, jnp.full(shape, -jnp.inf, jnp.float32) + zero)
+
+    def attend(so_far, queries, store, seen, part):
+        out, lse = dispatch.attend(queries, store, seen, part, {part.op: backend})
+        return merge_attention(so_far, (out.astype(jnp.float32), lse))
+
+    def end(so_far, call):
+        return so_far[0].astype(call.dtype), so_far[1]
+
+    return Core(begin, attend, end)
 
 
 def piece_of(call: dispatch.Call) -> dispatch.Call:
@@ -58,7 +94,7 @@ def context_attention(
     call: dispatch.Call,
     *,
     kv_b: Float[Array, "R N H+V"],
-    backend: str,
+    core: Core,
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
     """The expanded form over cached latents: see `ops.context_attention`."""
     part, nope = piece_of(call), call.key_dims[0]
@@ -68,8 +104,8 @@ def context_attention(
         oldest = jnp.where(limits > 0, limits - seen.window, call.slots).min()
     expand = functools.partial(jnp.einsum, "BSR,RNK->BSNK", precision=call.precision)
 
-    def attend(queries, rows, kv_b, limits):
-        """Attention to a piece; `limits` count from its first slot."""
+    def attend(so_far, queries, rows, kv_b, limits):
+        """The result over a piece too; `limits` count from its first slot."""
         size = rows["latent"].shape[1]
         # The gradient of kv_b is a sum over slots, so what nobody sees is cleared.
         held = jnp.arange(size, dtype=jnp.int32)[None] < limits.max(1, keepdims=True)
@@ -81,13 +117,12 @@ def context_attention(
             "value": expand(latent, kernel[..., nope:]),
         }
         now, piece = Seen(limits=limits, window=seen.window), dataclasses.replace(part, slots=size)
-        out, lse = dispatch.attend(queries, Dense(arrays), now, piece, {piece.op: backend})
-        return out.astype(jnp.float32), lse
+        return core.attend(so_far, queries, Dense(arrays), now, piece)
 
     def gradients(kept, cotangents):
         """Of what differentiates: keys and values are made again, not kept."""
         *operands, limits = kept
-        run = lambda queries, rows, kv_b: attend(queries, rows, kv_b, limits)  # noqa: E731
+        run = functools.partial(attend, limits=limits)
         return *jax.vjp(run, *operands)[1](cotangents), None
 
     again = jax.custom_vjp(attend)
@@ -96,20 +131,15 @@ def context_attention(
     def step(size, so_far, start):
         def more():
             rows = store.block(start, size, pages=True)
-            return merge_attention(so_far, again(queries, rows, kv_b, limits - start))
+            return again(so_far, ready, rows, kv_b, limits - start)
 
         met = (start < limits.max()) & (start + size > oldest)
         return jax.lax.cond(met, more, lambda: so_far), None
 
-    batch, tokens, heads = queries[0].shape[:3]
-    zero = varying_zero(queries, store, kv_b, seen)
-    so_far = (
-        jnp.zeros((batch, tokens, heads, call.value_dim), jnp.float32) + zero,
-        jnp.full((batch, tokens, heads), -jnp.inf, jnp.float32) + zero,
-    )
+    ready, so_far = core.begin(queries, call, part, varying_zero(queries, store, kv_b, seen))
     whole, rest = divmod(call.slots, part.slots)
     starts = jnp.arange(whole, dtype=jnp.int32) * part.slots
     so_far, _ = jax.lax.scan(functools.partial(step, part.slots), so_far, starts)
     if rest:
         so_far, _ = step(rest, so_far, jnp.int32(whole * part.slots))
-    return so_far[0].astype(queries[0].dtype), so_far[1]
+    return core.end(so_far, call)

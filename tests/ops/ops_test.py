@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,9 @@ from flax import nnx
 
 import mla_jax
 from mla_jax import target
+from mla_jax.cache import Dense
 from mla_jax.models import DecoderConfig
-from mla_jax.ops import dispatch, experts, xla
+from mla_jax.ops import dispatch, experts, pieces, xla
 from mla_jax.ops.seen import Seen
 
 B, T, S, N, R, P, H, V = 3, 3, 11, 2, 6, 4, 5, 7
@@ -354,3 +356,21 @@ def test_explain_covers_a_whole_model_s_experts(capsys):
     assert "routed_experts (6 of 64 for each token):\n  pallas_gpu: runs\n" in text
     mla_jax.explain(lite, implementation={"routed_experts": "pallas_gpu"})
     assert "pallas_gpu: no: needs an NVIDIA GPU" in capsys.readouterr().out
+
+
+def test_pieces_merge_for_any_backend(rng):
+    """A piece and a shorter last of a row; the other row sees nothing of the last."""
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+    queries, kv_b = (draw(2, 3, 2, 8), draw(2, 3, 2, 4)), draw(16, 2, 20)
+    store = Dense({"latent": draw(2, 200, 16), "k_rope": draw(2, 200, 4)})
+    seen = Seen(limits=jnp.array([[130, 131, 200], [0, 1, 90]], jnp.int32))
+    call = dispatch.Call(
+        "context_attention", 2, 3, 200, 2, (8, 4), 12, "float32", seen.options, scale=0.3
+    )
+    with mock.patch.multiple(pieces, _WORKSPACE=1, _LEAST=128):
+        core = pieces.merging("xla")
+        got = pieces.context_attention(queries, store, seen, call, kv_b=kv_b, core=core)
+    options = {"scale": 0.3, "implementation": "reference"}
+    want = mla_jax.ops.context_attention(queries, store, seen, kv_b, **options)
+    for one, two in zip(got, want, strict=True):
+        np.testing.assert_allclose(one, two, atol=2e-5)

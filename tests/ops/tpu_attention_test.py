@@ -22,7 +22,7 @@ from mla_jax.cache import Dense, Paged
 from mla_jax.ops import dispatch, pieces
 from mla_jax.ops.seen import Seen
 from mla_jax.ops.tpu import attention
-from mla_jax.ops.tpu.attention import plan, tiles
+from mla_jax.ops.tpu.attention import forward, plan, tiles
 
 SCALE = 0.11
 BLOCKS = plan.Sizes(rows=16, slots=16, columns=8, piece=16, vmem_bytes=2**25)
@@ -190,6 +190,25 @@ def test_a_gradient_of_lse_that_is_dropped_is_noticed(rng):
     broken = mock.patch.object(attention, "_run_backward", dropped)
     with broken, pytest.raises(AssertionError):
         check(rng, draw(rng, 1, 8, 8, 1), causal(8, 8)[None])
+
+
+PLANTED_CONTEXT = {
+    "pieces_before_forgotten": lambda: mock.patch.object(
+        forward, "_begin", lambda of, shape, real=forward._begin: real(
+            {name: ref for name, ref in of.items() if "before" not in name}, shape
+        ),
+    ),
+    "gradient_of_pieces_before_dropped": lambda: mock.patch.object(
+        attention, "_gradients_before", lambda before, *rest: tuple(map(jnp.zeros_like, before))
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bug", PLANTED_CONTEXT)
+def test_planted_bugs_of_pieces_are_noticed(bug, rng):
+    with PLANTED_CONTEXT[bug](), pytest.raises(AssertionError):
+        test_context_in_pieces_of_pages(rng)
 
 
 def test_context_in_pieces_of_pages(rng):

@@ -283,6 +283,15 @@ def test_pages_of_any_order(plan, rng):
     check(args, lengths, paginate(args, lengths, rng), **plan)
 
 
+@pytest.mark.slow
+def test_pages_that_one_block_has_not_all_of(rng):
+    """Where no page is copied the block's buffer has NaN, which scores are made of and masked."""
+    args = draw(rng, 1, 2, 512, 4)
+    for length in (130, 1, 512):
+        lengths = ints(length)
+        check(args, lengths, paginate(args, lengths, rng), block=512, piece=512)
+
+
 @pytest.mark.parametrize("interpreter", [2], indirect=True)
 def test_pages_on_two_cores(rng):
     lengths = ints(130, 512, 0, 77)

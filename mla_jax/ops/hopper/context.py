@@ -5,4 +5,4 @@ import functools
 from mla_jax.ops import pieces
 
 why_not = functools.partial(pieces.why_not, backend="pallas_gpu")
-context_attention = functools.partial(pieces.context_attention, backend="pallas_gpu")
+context_attention = functools.partial(pieces.context_attention, core=pieces.merging("pallas_gpu"))

@@ -258,6 +258,10 @@ class Copies:
         The linter believes that copies of a size known only at run time set nothing. It follows
         scalars; after one store to a place that it cannot work out, because the place comes from a
         vector, it objects to nothing that these copies bring. This was found by trial.
+
+        Where a cache on pages has one block in all it objects nevertheless: to rotary keys of slots
+        past a row's end, of which no page was copied. `score` does read them; the mask then drops
+        their scores, whatever they are. The interpreter's tests fill such slots with NaN.
         """
         lane = lax.broadcasted_iota(jnp.int32, (TILE, LANES), 1).astype(jnp.float32)
         zero = jnp.min(lane * self.walk.count.astype(jnp.float32)).astype(jnp.int32)

@@ -21,6 +21,7 @@ from mla_jax.ops.tpu.attention.plan import RUN, Shape, make_plan, make_sizes, pa
 _OPTIONS = {"lengths", "lengths per query", "window", "segment_ids"}
 _WIDEST = 256  # channels of a query and of a value
 _MOST_RUNS = 2**16 // RUN  # the plan lies in scalar memory, which is 1 MiB
+BLIND = -1e30  # lse of a query that sees nothing, as the kernel has it
 _MOST_BYTES = 2**24  # of the gradients of a row's queries in VMEM; longer rows take several passes
 
 
@@ -100,39 +101,57 @@ def attention(
         out [B T N V] in the operands' dtype and lse [B T N] float32; zeros and -inf for a query
         that sees nothing. Both differentiate.
     """
-    (batch, tokens, heads, nope), rope = q_nope.shape, q_rope.shape[-1]
-    slots, dtype = value.shape[1], jnp.dtype(value.dtype)
-    sizes = make_sizes(tokens, slots, dtype.itemsize, target.current().kind)
+    tokens, slots = q_nope.shape[1], value.shape[1]
     bounds = () if causal else ("end",)
     bounds += ("start",) if window is not None else ()
     bounds += ("id",) if segment_ids is not None else ()
-    shape = Shape(
+    queries = ready_queries((q_nope, q_rope), scale, slots)
+    shape = _shape(queries, tokens, slots, value.shape[-1], bounds, not full)
+    arrays = queries | _ready_slots(shape, k_nope, k_rope, value)
+    out, lse = _attention((shape, slots, window), arrays, None, limits, segment_ids)
+    return finished(out, lse, tokens)
+
+
+def _shape(queries, tokens, slots, value, bounds, clean) -> Shape:
+    """What the kernels are compiled for, of queries as `ready_queries` makes them."""
+    batch, heads = next(iter(queries.values())).shape[:2]
+    nope, rope = (queries[name].shape[-1] if name in queries else 0 for name in ("q0", "q1"))
+    dtype = next(iter(queries.values())).dtype
+    sizes = make_sizes(tokens, slots, dtype.itemsize, target.current().kind)
+    return Shape(
         batch=batch,
         tokens=padded(tokens, *(s.rows for s in sizes)),
         slots=padded(slots, *(s.slots for s in sizes)),
         heads=heads,
         nope=nope,
         rope=rope,
-        value=value.shape[-1],
+        value=value,
         dtype=dtype.name,
         bounds=bounds,
-        clean=not full,
+        clean=clean,
         forward=sizes[0],
         backward=sizes[1],
     )
+
+
+def ready_queries(queries, scale: float, slots: int) -> dict[str, Array]:
+    """q_nope [B T N H] and q_rope [B T N P] as the kernels take them: q0 and q1 [B N T' K].
+
+    They are scaled, and T' is T up to whole blocks. A part of no channels is missing.
+    """
+    dtype, tokens = queries[0].dtype, queries[0].shape[1]
+    sizes = make_sizes(tokens, slots, dtype.itemsize, target.current().kind)
+    length = padded(tokens, *(s.rows for s in sizes))
     # The kernel's exponents are in base 2: a factor of the queries, in float32.
     temperature = scale * math.log2(math.e)
     scaled = lambda x: (x.astype(jnp.float32) * temperature).astype(dtype)  # noqa: E731
-    parts = {"q0": scaled(q_nope), "q1": scaled(q_rope), "k0": k_nope, "k1": k_rope, "v": value}
-    arrays = {
-        name: _ready(x, shape.tokens if name[0] == "q" else shape.slots)
-        for name, x in parts.items()
-        if x.shape[-1]
-    }
-    out, lse = _attention((shape, slots, window), arrays, limits, segment_ids)
-    blind = lse[:, :, 0] < -1e29
-    lse = jnp.where(blind, -jnp.inf, lse[:, :, 0] * math.log(2))
-    return jnp.swapaxes(out, 1, 2)[:, :tokens], jnp.swapaxes(lse, 1, 2)[:, :tokens]
+    named = zip(("q0", "q1"), queries, strict=True)
+    return {name: _ready(scaled(x), length) for name, x in named if x.shape[-1]}
+
+
+def _ready_slots(shape: Shape, k_nope, k_rope, value) -> dict[str, Array]:
+    parts = {"k0": k_nope, "k1": k_rope, "v": value}
+    return {name: _ready(x, shape.slots) for name, x in parts.items() if x.shape[-1]}
 
 
 def _ready(x, length):
@@ -143,18 +162,55 @@ def _ready(x, length):
     return x if not more else jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, more), (0, 0)])
 
 
+def finished(out, lse, tokens: int):
+    """The kernel's out [B N T' V] and lse [B N 1 T'] as [B T N V] and [B T N]."""
+    blind = lse[:, :, 0] < -1e29
+    lse = jnp.where(blind, -jnp.inf, lse[:, :, 0] * math.log(2))
+    return jnp.swapaxes(out, 1, 2)[:, :tokens], jnp.swapaxes(lse, 1, 2)[:, :tokens]
+
+
+def nothing_yet(queries: dict[str, Array], value: int, zero):
+    """The result over no slots, from which `go_on` begins; `zero` says where it varies."""
+    batch, heads, length, _ = next(iter(queries.values())).shape
+    out = jnp.zeros((batch, heads, length, value), jnp.float32) + zero
+    return out, jnp.full((batch, heads, 1, length), BLIND, jnp.float32) + zero
+
+
+def go_on(before, queries, k_nope, k_rope, value, limits, *, window: int | None):
+    """`attention` to more slots than those of the result `before`, as the kernel has both.
+
+    Args:
+        before: out [B N T' V] and lse [B N 1 T'], float32; the new result takes their memory.
+        queries: of `ready_queries`.
+        k_nope, k_rope, value, limits, window: as in `attention`.
+    """
+    slots, bounds = value.shape[1], ("end",) + (("start",) if window is not None else ())
+    shape = _shape(queries, limits.shape[1], slots, value.shape[-1], bounds, True)
+    arrays = queries | _ready_slots(shape, k_nope, k_rope, value)
+    return _attention((shape, slots, window), arrays, before, limits, None)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(static, arrays, limits, segment_ids):
-    return _run_forward(static, arrays, limits, segment_ids)
+def _attention(static, arrays, before, limits, segment_ids):
+    return _run_forward(static, arrays, before, limits, segment_ids)
 
 
-def _forward_rule(static, arrays, limits, segment_ids):
-    out, lse = _run_forward(static, arrays, limits, segment_ids)
-    return (out, lse), (arrays, limits, segment_ids, out, lse)
+def _forward_rule(static, arrays, before, limits, segment_ids):
+    out, lse = _run_forward(static, arrays, before, limits, segment_ids)
+    return (out, lse), (arrays, before, limits, segment_ids, out, lse)
 
 
 def _backward_rule(static, residuals: Any, cotangents: Any):
-    return _run_backward(static, *residuals, *cotangents), None, None
+    arrays, before, *rest = residuals
+    of_before = None if before is None else _gradients_before(before, *rest[2:], *cotangents)
+    return _run_backward(static, arrays, *rest, *cotangents), of_before, None, None
+
+
+def _gradients_before(before, out, lse, d_out, d_lse):
+    """Of the result before: its weight is 2^(its lse - lse)."""
+    weight = jnp.exp2(before[1] - jnp.where(lse < -1e29, 0, lse))[:, :, 0]
+    along = ((before[0] - out) * d_out).sum(-1) * math.log(2) + d_lse[:, :, 0]
+    return weight[..., None] * d_out, (weight * along)[:, :, None]
 
 
 _attention.defvjp(_forward_rule, _backward_rule)
@@ -163,12 +219,12 @@ _attention.defvjp(_forward_rule, _backward_rule)
 # Jitted, so that the layers of a model share one lowering. The kernels' modules are imported where
 # they run, since Pallas takes long to import.
 @functools.partial(jax.jit, static_argnums=0)
-def _run_forward(static, arrays, limits, segment_ids):
+def _run_forward(static, arrays, before, limits, segment_ids):
     from mla_jax.ops.tpu.attention.forward import forward
 
     shape, slots, window = static
     plan = make_plan(shape, limits, slots, window, segment_ids)
-    return forward(arrays, plan, shape)
+    return forward(arrays, plan, shape, before)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -180,7 +236,7 @@ def _run_backward(static, arrays, limits, segment_ids, out, lse, d_out, d_lse):
     delta -= d_lse[:, :, 0] / math.log(2)
     statistics = jnp.stack([jnp.where(lse < -1e29, 0, lse)[:, :, 0], delta], axis=2)
     of_queries = {name: x for name, x in arrays.items() if name[0] == "q"}
-    of_queries |= {"d_out": d_out, "statistics": statistics}
+    of_queries |= {"d_out": d_out.astype(shape.dtype), "statistics": statistics}
     rest = {name: x for name, x in arrays.items() if name[0] != "q"}
     passes = -(-shape.tokens * (shape.nope + shape.rope) * 4 // _MOST_BYTES)
     length = -(-shape.tokens // passes // shape.backward.rows) * shape.backward.rows

@@ -29,7 +29,7 @@ from mla_jax.ops.tpu.planning import TILE
 _ONES = 16  # rows of ones under the values: a tile of 16-bit numbers
 
 
-def forward(arrays: dict[str, jax.Array], plan: Plan, shape: Shape, known=None):
+def forward(arrays: dict[str, jax.Array], plan: Plan, shape: Shape, before=None, known=None):
     """Out [B N T V], and lse [B N 1 T] in base 2; -1e30 where a query sees nothing.
 
     Args:
@@ -37,6 +37,8 @@ def forward(arrays: dict[str, jax.Array], plan: Plan, shape: Shape, known=None):
             and v [B N S V]. A part of no channels is missing.
         plan: of `make_plan`.
         shape: what the kernel is compiled for.
+        before: out and lse over other slots, both float32: the result is over these slots too, of
+            the same dtype, and takes their memory.
         known: (batch row, block of queries) -> its run, in place of the plan's: libtpu's static
             profiler takes what is read at run time for 0.
     """
@@ -69,15 +71,22 @@ def forward(arrays: dict[str, jax.Array], plan: Plan, shape: Shape, known=None):
         "ids": of_slots(None, 1, cut, at=lambda h, b, n: (b, 0, n)),
     }
     operands = arrays | {"bounds": plan.bounds, "ids": plan.ids}
+    if before is not None:
+        operands |= {"before_out": before[0], "before_lse": before[1]}
     operands = {name: x for name, x in operands.items() if x is not None}
+    dtype = shape.dtype if before is None else jnp.float32
     results = {
-        "out": ((shape.batch, shape.heads, shape.tokens, shape.value), shape.dtype),
+        "out": ((shape.batch, shape.heads, shape.tokens, shape.value), dtype),
         "lse": ((shape.batch, shape.heads, 1, shape.tokens), jnp.float32),
     }
     specs |= {
         "out": of_queries(shape.value),
         "lse": pl.BlockSpec((None, None, 1, rows), lambda h, b, i, j, table: (b, h, 0, i)),
     }
+    specs |= {f"before_{name}": specs[name] for name in results}
+    aliases = {}
+    if before is not None:  # the table comes before the operands
+        aliases = {1 + [*operands].index(f"before_{name}"): n for n, name in enumerate(results)}
     scratch = {
         "top": pltpu.VMEM((TILE, rows), jnp.float32),  # the first row is used
         "mixed": pltpu.VMEM((shape.value + _ONES, rows), jnp.float32),
@@ -92,8 +101,7 @@ def forward(arrays: dict[str, jax.Array], plan: Plan, shape: Shape, known=None):
 
         @pl.when(j == 0)
         def _():
-            of["top"][...] = jnp.full_like(of["top"], MASKED)
-            of["mixed"][...] = jnp.zeros_like(of["mixed"])
+            _begin(of, shape)
 
         tiles.visit(shape, now, index, lambda kind: _attend(of, shape, kind, index * cut))
         pl.when(j == steps - 1)(lambda: _finish(of, shape))
@@ -112,6 +120,7 @@ def forward(arrays: dict[str, jax.Array], plan: Plan, shape: Shape, known=None):
             scratch_shapes=list(scratch.values()),
         ),
         out_shape=[make(*result) for result in results.values()],
+        input_output_aliases=aliases,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=sizes.vmem_bytes,
@@ -127,6 +136,18 @@ def forward(arrays: dict[str, jax.Array], plan: Plan, shape: Shape, known=None):
         ),
         name="mla_attention",
     )(plan.queries, *operands.values())
+
+
+def _begin(of, shape: Shape):
+    """What the queries have before the first block of slots."""
+    if "before_out" not in of:
+        of["top"][...] = jnp.full_like(of["top"], MASKED)
+        of["mixed"][...] = jnp.zeros_like(of["mixed"])
+        return
+    # A normalized result is a sum of weights of 1 under a maximum of lse.
+    of["top"][...] = jnp.broadcast_to(of["before_lse"][...], of["top"].shape)
+    of["mixed"][: shape.value] = of["before_out"][...].T
+    of["mixed"][shape.value :] = jnp.ones((_ONES, of["top"].shape[1]), jnp.float32)
 
 
 def _attend(of, shape: Shape, kind: str, begin):
