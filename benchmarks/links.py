@@ -3,7 +3,8 @@
 Bytes are those that one device sends, at least: of a result of s bytes on n devices an all-gather
 sends s (n-1)/n, an all-reduce 2 s (n-1)/n, a reduce-scatter s (n-1), an exchange (all-to-all)
 s (n-1)/n and a permutation s. A ragged exchange counts as if the smaller of what it takes and of
-what it gives were full.
+what it gives were full. libtpu writes a reduce-scatter as a computation %all-reduce-scatter, an
+all-reduce and a slice of its result.
 """
 
 import collections
@@ -21,6 +22,7 @@ _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _MADE = re.compile(r"%?([\w.\-]+) = (\S+\[[\d,]*\])")
+_SCATTERED = re.compile(r"ROOT \S+ = (\w+\[[\d,]*\])")
 _MOVED = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(")
 
 
@@ -70,9 +72,11 @@ def collectives(text: str, devices: int) -> list[Moved]:
                 if moved[2] == "ragged-all-to-all":
                     taken = line[moved.end() :].split(",")[0].split()[-1].lstrip("%")
                     shapes = min((shapes, sizes.get(taken, shapes)), key=_total)
-                count = _group(line, devices)
+                kind, count = moved[2], _group(line, devices)
+                if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
+                    kind, shapes = "reduce-scatter", _kept(computations[name])
                 if count > 1 and shapes:
-                    found.append(Moved(moved[2], shapes, count, times, looped))
+                    found.append(Moved(kind, shapes, count, times, looped))
                 continue
             loop = " while(" in line
             trips = int(known[1]) if loop and (known := _TRIPS.search(line)) else 1
@@ -112,6 +116,11 @@ def _results(result: str, kind: str, started: bool) -> tuple[str, ...]:
         return tuple(parts)
     parts = [part for part in parts if part != "u32[]"]
     return tuple(parts[len(parts) // 2 :])
+
+
+def _kept(lines: list[str]) -> tuple[str, ...]:
+    """The array that a computation ends in."""
+    return tuple(root[1] for root in map(_SCATTERED.search, lines) if root)
 
 
 def _group(line: str, devices: int) -> int:

@@ -1,10 +1,8 @@
 """Checks and times a decoder with random weights on 2, 4 or 8 accelerators of one host.
 
 Four parts, each printed as it goes:
-    values   every layout against one device: logits of ragged prompts and of three steps that
-             follow, whose error in bfloat16 may be twice one device's own (both against the same
-             weights in float32), and a greedy text, whose words, all but the few where rounding
-             chose another expert, must be one device's best or as good within that error;
+    values   every layout against one device: a mixture of experts, logits of ragged prompts and
+             of three steps that follow, and a greedy text; what is right is said below;
     steps    milliseconds of a decode step at every batch behind --context tokens, of one device
              and of every layout; what it sends over the links, by its compiled program and by the
              closed form (`mla_jax.placement`); and efficiency, the time of one device over n times
@@ -20,13 +18,27 @@ Layouts, all on one axis of n devices ("-" in the table: the rows do not divide)
     wide     rows, experts, and the weights of attention by heads
     helix    slots of the cache, and all weights by heads, experts and words
 
-A part that fails is reported, the others run, and the exit code is 1.
+What is right in bfloat16: the sums of a layout are those of one device in another order, some of
+them rounded once more, so that its error against the same weights in float32 may be twice one
+device's own. Rounding also tips the choice between two experts that score nearly alike, and then
+logits are elsewhere by as much as the experts differ, on one device as on several. So the whole
+model is compared with routers of zeros: all scores are equal, every token takes the first experts,
+and nothing can tip. Of the logits the norm of the error is compared, and a word of the text may be
+behind the best by 2 x 2 times the largest error of one device's logits: both logits err, each
+twice as much at most. The experts are compared apart, one layer of them with the router that it
+has, which is in float32 and is given the same numbers in every layout: n devices round a part of
+each sum, and round again as they add the parts, so that sqrt(n) half units of the last place, 2^-9,
+may come to one device's error. A token that goes astray among m shows as sqrt(1 / m).
+
+A part that fails is reported, the others run, and the exit code is 1. One that takes longer than
+--limit seconds, as a collective does that waits for ever, ends the run: the tables of what there is
+are printed first, and --layouts and --parts ask for the rest.
 
     python benchmarks/mesh.py --json mesh.json
-    python benchmarks/mesh.py --simulated 8 --preset tiny --heads 8 --layers 2 --batches 1 8 \
-        --context 100 --steps 2 --blocks 2 --long 2048 --large tiny --large-layers 2
+    python benchmarks/mesh.py --small     8 simulated CPU devices, a model of two small layers
 
-NVLink multicast is switched off, and XLA's own collective kernels stay off.
+NVLink multicast is switched off unless NCCL_NVLS_ENABLE says otherwise, and XLA's own collective
+kernels stay off.
 """
 
 import argparse
@@ -39,12 +51,13 @@ import os
 import pathlib
 import statistics
 import sys
+import threading
 import time
 import traceback
 from typing import Any
 
-os.environ["NCCL_NVLS_ENABLE"] = "0"
-os.environ["NVSHMEM_DISABLE_NVLS"] = "1"
+os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+os.environ.setdefault("NVSHMEM_DISABLE_NVLS", "1")
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +83,10 @@ LAYOUTS = {
     "helix": Rules(S="x", **SPLIT),
 }
 WRITTEN = 24  # words of the greedy text
-FLIPS = 0.05  # of its words: where two experts score alike, rounding chooses, and logits jump
+SMALL = {
+    "simulated": 8, "preset": "tiny", "heads": 8, "layers": 2, "batches": [1, 8], "context": 100,
+    "steps": 2, "blocks": 2, "long": 2048, "large": "tiny", "large_layers": 2,
+}  # fmt: skip
 
 
 def say(text: str) -> None:
@@ -81,8 +97,9 @@ def say(text: str) -> None:
 class Report:
     """What was found, kept in a file as it comes, and what failed."""
 
-    def __init__(self, path: pathlib.Path | None, head: dict[str, Any]):
+    def __init__(self, path: pathlib.Path | None, head: dict[str, Any], limit: float):
         self.path, self.kept, self.failed = path, {**head, "rows": []}, []
+        self.limit = limit
 
     def add(self, **row: Any) -> None:
         """Keeps one row."""
@@ -90,8 +107,15 @@ class Report:
         if self.path:
             self.path.write_text(json.dumps(self.kept, indent=1) + "\n")
 
-    def trying(self, part: str, layout: str, run, *given: Any) -> Any:
-        """`run(*given)`; an error is reported and kept, and None comes back."""
+    def trying(self, part: str, layout: str, run, *given: Any, limited: bool = True) -> Any:
+        """`run(*given)`; an error is reported and kept, and None comes back.
+
+        What consists of parts that are tried themselves is not `limited` in its time.
+        """
+        watch = threading.Timer(self.limit, self.give_up, (part, layout))
+        watch.daemon = True
+        if limited:
+            watch.start()
         try:
             return run(*given)
         except Exception as error:
@@ -99,8 +123,52 @@ class Report:
             first = f"{type(error).__name__}: {error}".splitlines()[0][:300]
             say(f"{part}, {layout}: FAILED: {first}")
             self.failed.append(f"{part}, {layout}")
-            self.add(part=part, layout=layout, error=first)
+            self.add(part=part, layout=layout, failure=first)
             return None
+        finally:
+            watch.cancel()
+
+    def give_up(self, part: str, layout: str) -> None:
+        """Prints the tables of what is done, and ends the process, which waits for devices."""
+        say(f"{part}, {layout}: GIVEN UP after {self.limit:.0f} s")
+        self.add(part=part, layout=layout, failure=f"given up after {self.limit:.0f} s")
+        self.summary()
+        print("failed: " + "; ".join([*self.failed, f"{part}, {layout}"]), flush=True)
+        os._exit(1)
+
+    def summary(self) -> None:
+        """The tables: a line for every layout, a column for every batch; and the values."""
+        timed = [row for row in self.kept["rows"] if "batch" in row]
+        for part in dict.fromkeys(row["part"] for row in timed):
+            mine = [row for row in timed if row["part"] == part]
+            batches = sorted({row["batch"] for row in mine})
+            heads = (f"batch {b}: ms, MB sent (closed form), efficiency" for b in batches)
+            print(f"\n| {part} | " + " | ".join(heads) + " |\n|---|" + "---|" * len(batches))
+            for name in dict.fromkeys(row["layout"] for row in mine):
+                cells = []
+                for batch in batches:
+                    found = [r for r in mine if (r["layout"], r["batch"]) == (name, batch)]
+                    cells.append(_cell(found[-1]) if found else "-")
+                print(f"| {name} | {' | '.join(cells)} |")
+        checked = [row for row in self.kept["rows"] if "own" in row]
+        if checked:
+            print("\n| values | error, one device's | experts' error, one device's | words as one "
+                  "device's | farthest word, bound |\n|---|---|---|---|---|")  # fmt: skip
+        for row in checked:
+            experts = ", ".join(f"{a:.1e}, {b:.1e}" for a, b in row["experts"])
+            print(f"| {row['part']}, {row['layout']} | {row['error']:.2e}, {row['own']:.2e} | "
+                  f"{experts} | {row['same']} of {row['words']} | {row['lost']:.2e}, "
+                  f"{row['bound']:.2e} |")  # fmt: skip
+        sys.stdout.flush()
+
+
+def _cell(row: dict[str, Any]) -> str:
+    """One measurement in the table; "-" where the rows do not divide."""
+    if "seconds" not in row:
+        return "failed" if "failure" in row else "-"
+    sent, share = sum(sent for _, sent in row["moved"].values()) / 1e6, row.get("efficiency")
+    return (f"{row['seconds'] * 1e3:.3f}, {sent:.2f} ({row['least'] / 1e6:.2f}), "
+            + (f"{share:.2f}" if share else "-"))  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -125,11 +193,43 @@ def placed(model: Decoder, place: Rules) -> Decoder:
 def in_float32(model: Decoder) -> Decoder:
     """The same weights, computed with in float32."""
     other = nnx.eval_shape(
-        lambda: Decoder(model.config, dtype=jnp.float32, param_dtype=jnp.bfloat16,
-                        implementation="xla", rngs=nnx.Rngs(0))
+        lambda: Decoder(
+            model.config, dtype=jnp.float32, param_dtype=jnp.bfloat16, precision="highest",
+            implementation="xla", rngs=nnx.Rngs(0),
+        )
     )  # fmt: skip
     nnx.update(other, nnx.state(model))
     return other
+
+
+def untipped(model: Decoder) -> Decoder:
+    """The same weights, but routers whose scores are all equal: every choice is the first ones."""
+    other = nnx.merge(*nnx.split(model), copy=True)  # variables of its own, the same arrays
+    for block in other.blocks:
+        if hasattr(block.mlp, "router"):
+            kernel = block.mlp.router.kernel
+            kernel.set_value(jnp.zeros_like(kernel[...]))
+    return other
+
+
+@jax.jit
+def mixed(layer, x):
+    """A mixture of experts."""
+    return sharding.move(layer(x))
+
+
+def mixtures(model, place: Rules | None, run: Run):
+    """What the first mixture makes of few and of many tokens, on the host in float32."""
+    layer = next((block.mlp for block in model.blocks if hasattr(block.mlp, "router")), None)
+    found = []
+    for tokens in (1, 136) if layer is not None else ():
+        shape = run.n, tokens, model.config.attention.hidden_size
+        x = np.random.default_rng(tokens).standard_normal(shape, np.float32)
+        x = jnp.asarray(x, jnp.bfloat16)
+        if place is not None:
+            x = jax.device_put(x, jax.NamedSharding(run.mesh, sharding.pspec(place.B)))
+        found.append(np.asarray(mixed(layer, x).astype(jnp.float32)))
+    return found
 
 
 @jax.jit
@@ -188,13 +288,28 @@ def regrets(score, prompts, texts):
     return np.concatenate(found)
 
 
+@jax.jit
+def scored(model, tokens):
+    """Logits of a whole text."""
+    return sharding.move(model(tokens))
+
+
 @dataclasses.dataclass
 class Wanted:
-    """What layouts are compared with: logits in float32, bfloat16's error, and a text."""
+    """What layouts are compared with: float32's results, bfloat16's errors, and a text.
+
+    Attributes:
+        logits: of the probe `given`, in float32.
+        own, most: the error of one device's logits in bfloat16, its norm and the largest.
+        mixtures: of float32, each with one device's error.
+        text: that one device writes behind `prompts`.
+        score: logits of a text in float32.
+    """
 
     logits: np.ndarray
     own: float
     most: float
+    mixtures: list[tuple[np.ndarray, float]]
     text: list[list[int]]
     prompts: list[list[int]]
     score: Any
@@ -203,22 +318,27 @@ class Wanted:
     @classmethod
     def of(cls, run: Run, model: Decoder, place: Rules | None = None) -> "Wanted":
         """By one device, or by a layout that stands for it."""
-        given = probe(run, model.config)
+        experts = [
+            (wanted, off(found, wanted))
+            for wanted, found in zip(
+                mixtures(in_float32(model), place, run), mixtures(model, place, run), strict=True
+            )
+        ]
+        given, model = probe(run, model.config), untipped(model)
         wide = in_float32(model)
         wanted = logits_of(wide, place, given, run.n)
         found = logits_of(model, place, given, run.n)
         prompts = [row[:20].tolist() for row in given[0]]
         text = greedy(model, place, prompts)
 
-        whole = jax.jit(lambda tokens: sharding.move(wide(tokens)))
-
         def score(tokens):
             with contextlib.nullcontext() if place is None else jax.set_mesh(run.mesh):
-                return whole(tokens)
+                return scored(wide, tokens)
 
         own, most = off(found, wanted), float(np.abs(found - wanted).max())
-        say(f"values: bfloat16's own error {own:.2e}, at most {most:.2e} of a logit")
-        return cls(wanted, own, most, text, prompts, score, given)
+        say(f"values: bfloat16's own error {own:.2e}, at most {most:.2e} of a logit; of experts "
+            + ", ".join(f"{error:.2e}" for _, error in experts))  # fmt: skip
+        return cls(wanted, own, most, experts, text, prompts, score, given)
 
     def check(self, run: Run, model: Decoder, name: str, part: str, place: Rules) -> None:
         """Prints and keeps what a layout gives.
@@ -227,18 +347,32 @@ class Wanted:
             ArithmeticError: it is wrong.
         """
         with jax.set_mesh(run.mesh):
+            experts = [
+                (off(found, wanted), own)
+                for found, (wanted, own) in zip(
+                    mixtures(model, place, run), self.mixtures, strict=True
+                )
+            ]
+            model = untipped(model)
             found = logits_of(model, place, self.given, run.n)
             text = greedy(model, place, self.prompts)
-        error = off(found, self.logits)
+        error, words = off(found, self.logits), len(self.prompts) * WRITTEN
         same = int((np.array(text) == np.array(self.text)).sum())
-        lost = regrets(self.score, self.prompts, text)
-        beyond = float((lost > 4 * self.most).mean())
-        say(f"{part}, {name}: error {error:.2e} (one device {self.own:.2e}); {same} of "
-            f"{len(self.prompts) * WRITTEN} words as one device's, {beyond:.1%} of them "
-            f"farther from the best than its error, {lost.max():.2e} at most")  # fmt: skip
-        run.report.add(part=part, layout=name, error=error, own=self.own, same=same, beyond=beyond)
-        if not (error <= 2 * self.own and beyond <= FLIPS):
-            raise ArithmeticError(f"{name} is wrong: error {error:.2e}, {beyond:.1%} of the words")
+        lost, bound = regrets(self.score, self.prompts, text).max(), 4 * self.most
+        of_experts = ", ".join(f"{mine:.2e} (one device {own:.2e})" for mine, own in experts)
+        say(f"{part}, {name}: error {error:.2e} (one device {self.own:.2e}), of experts "
+            f"{of_experts}; {same} of {words} words as one device's, the farthest {lost:.2e} from "
+            f"the best (bound {bound:.2e})")  # fmt: skip
+        run.report.add(
+            part=part, layout=name, error=error, own=self.own, experts=experts, same=same,
+            words=words, lost=float(lost), bound=bound,
+        )  # fmt: skip
+        if not (
+            error <= 2 * self.own
+            and lost <= bound
+            and all(mine <= own + math.sqrt(run.n) * 2**-9 for mine, own in experts)
+        ):
+            raise ArithmeticError(f"{name} is wrong: see the line above")
 
 
 def filled(model, rows: int, slots: int, held: int, place: Rules | None):
@@ -324,6 +458,7 @@ def times(run: Run, part: str, name: str, model, place: Rules | None, batches, a
             with jax.set_mesh(run.mesh):
                 found = run.report.trying(part, f"{name}, {rows} rows", timed, *given)
         if found is None:
+            run.report.add(part=part, layout=name, batch=rows, failure="said above")
             continue
         seconds = found["seconds"]
         if place is None:
@@ -446,38 +581,6 @@ def shortened(config: DecoderConfig, layers: int | None, heads: int | None) -> D
     return config.replace(attention=config.attention.replace(**given))
 
 
-def summary(run: Run) -> None:
-    """The table: a line for every layout, milliseconds a step and efficiency of every batch."""
-    rows = [row for row in run.report.kept["rows"] if "batch" in row]
-    for part in dict.fromkeys(row["part"] for row in rows):
-        mine = [row for row in rows if row["part"] == part]
-        batches = sorted({row["batch"] for row in mine})
-        heads = (f"batch {b}: ms, MB sent (closed form), efficiency" for b in batches)
-        print(f"\n| {part} | " + " | ".join(heads)
-              + " |\n|---|" + "---|" * len(batches))  # fmt: skip
-        for name in dict.fromkeys(row["layout"] for row in mine):
-            cells = []
-            for batch in batches:
-                found = [r for r in mine if (r["layout"], r["batch"]) == (name, batch)]
-                if not found or "seconds" not in found[-1]:
-                    cells.append("-")
-                    continue
-                row = found[-1]
-                sent = sum(sent for _, sent in row["moved"].values()) / 1e6
-                share = row.get("efficiency")
-                cells.append(f"{row['seconds'] * 1e3:.3f}, {sent:.2f} "
-                             f"({row['least'] / 1e6:.2f}), "
-                             + (f"{share:.2f}" if share else "-"))  # fmt: skip
-            print(f"| {name} | {' | '.join(cells)} |")
-    values = [row for row in run.report.kept["rows"] if "own" in row]
-    if values:
-        print("\n| values | error | one device's | words alike | beyond the error |\n"
-              "|---|---|---|---|---|")  # fmt: skip
-        for row in values:
-            print(f"| {row['part']}, {row['layout']} | {row['error']:.2e} | {row['own']:.2e} | "
-                  f"{row['same']} | {row['beyond']:.1%} |")  # fmt: skip
-
-
 def main() -> None:
     """Runs every part that is asked for."""
     parser = argparse.ArgumentParser(
@@ -486,6 +589,8 @@ def main() -> None:
     add = parser.add_argument
     add("--devices", type=int, help="how many; all by default")
     add("--simulated", type=int, help="so many simulated CPU devices instead")
+    add("--small", action="store_true",
+        help=f"a trial without accelerators: {SMALL}, unless said otherwise")  # fmt: skip
     add("--parts", nargs="+", default=["values", "steps", "long", "large"],
         choices=["values", "steps", "long", "large"])  # fmt: skip
     add("--layouts", nargs="+", default=list(LAYOUTS), choices=list(LAYOUTS))
@@ -502,7 +607,10 @@ def main() -> None:
     add("--large-batches", type=int, nargs="+", default=[8, 64])
     add("--memory", type=float, help="bytes of a device, where it does not say")
     add("--link", type=float, default=450e9, help="bytes a second that a device sends")
+    add("--limit", type=float, default=900, help="seconds of a part of a layout; then all ends")
     add("--json", type=pathlib.Path, help="write the figures here as they come")
+    if parser.parse_args().small:
+        parser.set_defaults(**SMALL)
     options = parser.parse_args()
     if options.simulated:
         jax.config.update("jax_platforms", "cpu")
@@ -514,12 +622,12 @@ def main() -> None:
         "preset": options.preset, "context": options.context, "link": options.link,
     }  # fmt: skip
     say(f"{len(devices)} x {devices[0].device_kind}, jax {jax.__version__}")
-    run = Run(options, mesh, Report(options.json, head))
+    run = Run(options, mesh, Report(options.json, head, options.limit))
     if set(options.parts) - {"large"}:
-        run.report.trying("model", options.preset, small, run)
+        run.report.trying("model", options.preset, small, run, limited=False)
     if "large" in options.parts:
-        run.report.trying("large", options.large, large, run)
-    summary(run)
+        run.report.trying("large", options.large, large, run, limited=False)
+    run.report.summary()
     if run.report.failed:
         sys.exit("failed: " + "; ".join(run.report.failed))
 

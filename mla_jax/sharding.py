@@ -298,6 +298,27 @@ def island(f: Callable, mesh: Any, in_specs: Any, out_specs: Any) -> Callable:
     return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=names)
 
 
+def of_rows(f: Callable, x: Any, *more: Any) -> Any:
+    """`f(x, *more)` on every device's own part of x, whose last dimension is whole.
+
+    For what XLA's partitioner gathers before it does it, such as `jax.lax.top_k`.
+
+    Args:
+        f: gives arrays that begin with the dimensions of x but for the last.
+        x: split or not, or without a mesh.
+        more: arrays that every device has whole.
+
+    >>> of_rows(lambda x: jax.lax.top_k(x, 1)[1], jax.numpy.array([[3.0, 5.0]]))
+    Array([[1]], dtype=int32)
+    """
+    entries = spec(x)[:-1]
+    if not any(entries):
+        return f(x, *more)
+    rows, mesh = pspec(*entries), mesh_of(x)
+    own = island(f, mesh, (rows, *(jax.P() for _ in more)), rows)
+    return own(move(x, *entries), *(move(a, mesh=mesh) for a in more))
+
+
 def varying(tree: Any, axes: Axes) -> Any:
     """Inside an island: arrays that may differ between devices along these axes.
 

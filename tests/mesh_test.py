@@ -17,7 +17,7 @@ import mla_jax
 from mla_jax import MLAConfig, MultiHeadLatentAttention, explain, sharding
 from mla_jax.cache.stripes import Stripes
 from mla_jax.generation import generate
-from mla_jax.layers.experts import MixtureOfExperts
+from mla_jax.layers.experts import MixtureOfExperts, expert_load
 from mla_jax.models import Decoder, DecoderConfig
 from mla_jax.ops import guard
 from mla_jax.sharding import Rules
@@ -74,6 +74,23 @@ def test_experts_on_a_mesh_are_the_experts(layout, tokens):
     for tree in (got, wanted):
         tree[1][0].router.bias = None  # the choice has no derivative
     assert_close(jax.device_get(got), wanted)
+
+
+def test_tokens_that_meet_all_experts_choose_them_without_a_move():
+    layer, x, _ = mixture(1)
+    with jax.set_mesh(mesh()):
+        layer, x = jax.device_put(layer, Rules(B=BOTH).of(layer)), put(x, BOTH)
+        program = jax.jit(lambda layer, x: layer(x), compiler_options=FAST).lower(layer, x)
+        assert moves(program.compile().as_text()) == []
+
+
+def test_the_load_of_experts_is_that_of_all_devices():
+    random = np.random.default_rng(0)
+    experts, valid = random.integers(0, 5, (B, 3, 2)), random.random((B, 3)) < 0.7
+    with jax.set_mesh(mesh()):
+        load = expert_load(put(experts, BOTH), 5, valid=put(valid, BOTH))
+        assert sharding.spec(load) == ((),)
+    assert load.tolist() == np.bincount(experts[valid].ravel(), minlength=5).tolist()
 
 
 def test_kernels_of_experts_that_are_split_otherwise_are_refused():

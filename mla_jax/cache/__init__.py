@@ -6,6 +6,10 @@ own; slots past a row's length hold anything and are never read. A row's tokens 
 of its own (`Dense`) or in pages of a common pool (`Paged`), which rows take as they grow and may
 share.
 
+`dense` has the arrays of one layer, `paged` the table that maps a row's slots to pages, `scaled`
+latents of a byte a number. `stripes` says where slots lie on several devices, and `spread` moves
+whole rows there; `narrow` writes to arrays that TPUs lay out with slots last.
+
 Letters: B batch rows, S slots per row (capacity), T new tokens, G pages of the pool.
 """
 
@@ -43,12 +47,10 @@ class Cache:
         stores: of all mixers, in the order in which the model declares them.
         length: int32 [B], tokens that each row holds, the same for all stores.
         overflowed: bool [B], rows that were given more tokens than they had room for since they
-            were
-            last empty or cut back: the tokens beyond were dropped, nothing was overwritten.
+            were last empty or cut back: the tokens beyond were dropped, nothing was overwritten.
         pages: which pages of the pool rows have; None where every row has slots of its own.
         fresh: rows with new tokens are known to hold none yet, so that what attends to cached
-            context
-            is not compiled: see `as_fresh`.
+            context is not compiled: see `as_fresh`.
 
     >>> import mla_jax
     >>> from flax import nnx

@@ -13,33 +13,38 @@ A model is whatever has
 
 and, to be placed on a mesh, the argument sharding=None of `init_cache` too.
 
-The way of a token: `request` makes rows of the prompts; `prefill` puts them into the cache in
-chunks of a few widths; `loop` draws, verifies and writes on the device, in blocks of steps that are
+The way of a token: `request` makes rows of the prompts and `room` asks whether they fit; `bound`
+takes the model's arrays out once; `prefill` puts the prompts into the cache in chunks of a few
+widths; `loop` draws (`sampling`), verifies and writes on the device, in blocks of steps that are
 one compiled program with the cache donated; `drafts` guess ahead. The host hears of tokens a block
-at a time.
+at a time, and `collector` keeps them. From there a step goes on in the model's `extend`
+(`models.Decoder`) to its layers (`layers.attention`) and to their cores (`ops`).
 
 Letters: P prompts, B = P n rows, T tokens of a step, S slots of the cache, W words, K drafts.
 """
 
 import dataclasses
-import functools
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from mla_jax.cache import PAGE, Cache
+from mla_jax.cache import Cache
 from mla_jax.cache import stripes as _stripes
+from mla_jax.generation import bound as _bound
+from mla_jax.generation import clock as _clock
+from mla_jax.generation import collector as _collector
 from mla_jax.generation import drafts, loop, steps
 from mla_jax.generation import prefill as _prefill
 from mla_jax.generation import request as _request
+from mla_jax.generation import room as _room
 from mla_jax.generation.bound import Bound as Bound
 from mla_jax.generation.bound import bind as bind
 from mla_jax.generation.defaults import GenerationDefaults as GenerationDefaults
 from mla_jax.generation.request import Request as Request
+from mla_jax.generation.room import check_fits as check_fits
+from mla_jax.generation.room import positions as positions
 from mla_jax.generation.sampling import Sampling as Sampling
 from mla_jax.generation.sampling import check_sampling as check_sampling
 from mla_jax.generation.sampling import mark_seen as mark_seen
@@ -166,12 +171,12 @@ def generate(
             "draft='mtp': this model has no block for multi-token prediction: load it by "
             "checkpoint.load_decoder(..., mtp=True), make it with mtp=True, or use draft='prompt'."
         )
-    clock = _Clock()
-    shape = clock.call(_output_shape, bound)
+    clock = _clock.Clock()
+    shape = clock.call(_bound.output_shape, bound)
     words = shape[0].shape[-1]
     prompts = _request.token_rows(prompts, words, tokenizer)
     rows = len(prompts) * request.samples
-    held = _held(cache, rows)
+    held = _room.held_tokens(cache, rows)
     slots = check_fits(model, prompts, request, cache, sharding)
     kind = drafts.MultiToken if request.draft == "mtp" else drafts.PromptLookup
     drafter = kind(request.speculate)
@@ -185,7 +190,9 @@ def generate(
     state = clock.call(drafter.init, model, rows, slots, **placed)
     cache_bytes = sum(one.nbytes for one in (cache, *drafter.caches(state)))
 
-    ends, cache, state = _fill(bound, prompts, cache, state, drafter, held, shape, request, clock)
+    ends, cache, state = _prefill.fill(
+        bound, prompts, cache, state, drafter, held, shape, request, clock
+    )
     least = np.tile(np.array([len(prompt) for prompt in prompts], np.int32), request.samples)
     text = np.zeros((rows, slots), np.int32)
     for row in range(rows):
@@ -205,7 +212,7 @@ def generate(
     )  # fmt: skip
     del cache, state
     texts = [text[row, : least[row]] for row in range(rows)]
-    collector = _Collector(texts, request, tokenizer, on_tokens, on_text)
+    collector = _collector.Collector(texts, request, tokenizer, on_tokens, on_text)
     passes, before, first_seconds = 0, least, None
     while True:
         new, length, active, bad = jax.device_get(
@@ -272,7 +279,7 @@ def score(
     [2, 1]
     """
     bound = Bound.of(model)
-    rows = _request.token_rows(tokens, _output_shape(bound)[0].shape[-1], tokenizer)
+    rows = _request.token_rows(tokens, _bound.output_shape(bound)[0].shape[-1], tokenizer)
     longest, limit = max(map(len, rows)), positions(bound.model)
     if limit is not None and longest > limit:
         raise ValueError(f"tokens: a row has {longest}, and the model {limit} positions.")
@@ -327,211 +334,3 @@ def resume(
         kept.append(same)
     rest = [list(prompt[same:]) for prompt, same in zip(prompts, kept, strict=True)]
     return loop.cut(cache, np.array(kept, np.int32)), rest
-
-
-def check_fits(
-    model: Any,
-    prompts: Sequence[Any],
-    request: Request,
-    cache: Cache | None = None,
-    sharding: Rules | None = None,
-) -> int:
-    """The cache's length, after a look at what prompts and new tokens need.
-
-    Args:
-        model: whose limits count; or its config.
-        prompts: rows of tokens.
-        request: what is asked for.
-        cache: that the prompts follow, or None.
-        sharding: as in `generate`; a length that is nobody's wish is one that it can split.
-
-    Raises:
-        ValueError: they do not fit; the message says what they need.
-
-    >>> check_fits(None, [[3, 1, 4]], Request(max_new_tokens=8))
-    256
-    """
-    held = _held(cache, len(prompts) * request.samples)
-    lengths = np.tile([len(prompt) for prompt in prompts], request.samples)
-    ends = held + lengths + request.max_new_tokens
-    longest, limit = int(ends.max()), positions(model)
-    need = longest + request.speculate
-    if cache is not None:
-        slots = cache.max_length
-    else:
-        step = _stripes.step(sharding)
-        slots = request.max_length or _request.cache_length(need, limit, step)
-    if slots < need or (limit is not None and longest > limit):
-        row = int(ends.argmax())
-        before = f"{held[row]} held tokens, " if held[row] else ""
-        raise ValueError(
-            f"max_length={slots}: {before}a prompt of {lengths[row]} tokens, "
-            f"{request.max_new_tokens} new ones and {request.speculate} drafts need {need} slots"
-            + ("." if limit is None else f"; the model has {limit} positions.")
-        )
-    if cache is None and request.pages is not None:
-        if slots % PAGE:
-            raise ValueError(f"max_length={slots}: with pages it must be a multiple of {PAGE}.")
-        shared = _prefill.shared_prefix([np.asarray(prompt) for prompt in prompts])
-        whole = -(-(lengths + request.max_new_tokens + request.speculate) // PAGE)
-        own = lengths[: len(prompts)] // PAGE - shared // PAGE  # of a prompt, for all its samples
-        pages = int(whole.sum()) - (len(lengths) - 1) * (shared // PAGE)
-        pages -= (request.samples - 1) * int(own.sum())
-        if pages > request.pages:
-            raise ValueError(
-                f"pages={request.pages}: prompts, new tokens and drafts need {pages} pages of "
-                f"{PAGE} slots."
-            )
-    return slots
-
-
-def positions(model: Any) -> int | None:
-    """How many positions a model or its config has; None where it does not say.
-
-    >>> import mla_jax
-    >>> positions(mla_jax.MLAConfig.from_preset("tiny"))
-    1024
-    """
-    config = getattr(model, "config", model)
-    for part in (config, getattr(config, "attention", None)):
-        value = getattr(part, "max_position_embeddings", None)
-        if isinstance(value, int):
-            return value
-    return None
-
-
-def _held(cache: Cache | None, rows: int) -> np.ndarray:
-    """Tokens that the rows hold, int32 [B]."""
-    if cache is None:
-        return np.zeros(rows, np.int32)
-    if not isinstance(cache, Cache) or cache.batch_size != rows:
-        have = f"{cache.batch_size} rows" if isinstance(cache, Cache) else f"{cache!r:.80}"
-        raise ValueError(f"cache: it must be a Cache of {rows} rows, one a prompt; it is {have}.")
-    if np.asarray(cache.overflowed).any():
-        raise ValueError("cache: rows have overflowed, and lack tokens: truncate or reset them.")
-    return np.asarray(cache.length).astype(np.int32)
-
-
-@functools.lru_cache(maxsize=32)
-def _shapes(structure, leaves) -> Any:
-    def run(bound):
-        model = bound.model
-        tokens = jnp.zeros((1, 1), jnp.int32)
-        hidden, _ = model.extend(tokens, model.init_cache(1, PAGE), jnp.ones((1,), jnp.int32))
-        return model.logits(hidden), hidden
-
-    return jax.eval_shape(run, Bound(leaves, structure))
-
-
-def _output_shape(bound: Bound) -> Any:
-    """Logits [1 1 W] and states [1 1 D] of a model, as shapes."""
-    struct = lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))  # noqa: E731
-    return _shapes(bound.structure, tuple(map(struct, bound.leaves)))
-
-
-def _fill(bound, prompts, cache, state, drafter, held, shape, request, clock):
-    """The cache with all rows' prompts; logits and states of the P prompts' last tokens.
-
-    On a mesh they are of all rows: there a row's prompt is not copied from another device.
-    """
-    prompts = prompts * request.samples if cache.parts else prompts
-    ends = tuple(np.zeros((len(prompts), one.shape[-1]), one.dtype) for one in shape)
-    held, rests = held[: len(prompts)], prompts
-    if cache.pages is not None and not held.any() and (common := _prefill.shared_prefix(prompts)):
-        ends, cache, state = clock.call(
-            _prefill.prefill, bound, [prompts[0][:common]], cache, state, drafter, held, ends
-        )
-        others = np.arange(cache.batch_size) < len(prompts)
-        cache, state = clock.call(_prefill.spread, cache, state, drafter, 0, others, common)
-        held, rests = held + common, [prompt[common:] for prompt in prompts]
-    ends, cache, state = clock.call(
-        _prefill.prefill, bound, rests, cache, state, drafter, held, ends
-    )
-    if len(prompts) < cache.batch_size:
-        lengths = np.asarray(cache.length)
-        for row in range(len(prompts)):
-            same = np.arange(cache.batch_size) % len(prompts) == row
-            cache, state = clock.call(
-                _prefill.spread, cache, state, drafter, row, same, int(lengths[row])
-            )
-    return ends, cache, state
-
-
-class _Collector:
-    """Tokens and texts of every row, until a stop token, a stop string or their number ends it."""
-
-    def __init__(self, prompts, request: Request, tokenizer, on_tokens, on_text):
-        self.tokens: list[list[int]] = [[] for _ in prompts]
-        self.ended = np.zeros(len(prompts), bool)
-        self._request, self._on_tokens, self._on_text = request, on_tokens, on_text
-        self._texts = ["" for _ in prompts]
-        self._streams = None
-        if tokenizer is not None:
-            options = {"stop_strings": request.stop_strings}
-            self._streams = [tokenizer.stream(prompt.tolist(), **options) for prompt in prompts]
-
-    def add(self, new) -> None:
-        """Takes the tokens that follow; those past a row's end are left out."""
-        for row, tokens in enumerate(new):
-            if self.ended[row] or not len(tokens):
-                continue
-            fresh, text = tokens.tolist(), ""
-            if self._streams is not None:
-                stream = self._streams[row]
-                text = stream.push(fresh)
-                fresh = fresh[: stream.count - len(self.tokens[row])]
-                self.ended[row] = stream.stopped is not None
-            self.tokens[row] += fresh
-            self.ended[row] |= fresh[-1] in self._request.stop_tokens
-            self.ended[row] |= len(self.tokens[row]) >= self._request.max_new_tokens
-            if self._streams is not None and self.ended[row]:
-                text += self._streams[row].finish()
-            self._texts[row] += text
-            if self._on_tokens is not None:
-                self._on_tokens(row, fresh)
-            if self._on_text is not None and text:
-                self._on_text(row, text)
-
-    def finish(self) -> list[str] | None:
-        """The texts of all rows."""
-        return None if self._streams is None else self._texts
-
-
-class _Clock:
-    """Seconds between laps, compilation counted apart."""
-
-    def __init__(self):
-        self.compiling = 0.0
-        self._start = time.perf_counter()
-
-    def call(self, function: Callable, *arguments: Any, **options: Any) -> Any:
-        """Calls a function; the seconds in which it traced and compiled are counted apart."""
-        compiled = 0.0
-
-        def hear(event: str, duration_secs: float, **_: Any) -> None:
-            nonlocal compiled
-            if event in _COMPILING:
-                compiled += duration_secs
-
-        started = time.perf_counter()
-        jax.monitoring.register_event_duration_secs_listener(hear)
-        try:
-            return function(*arguments, **options)
-        finally:
-            jax.monitoring.unregister_event_duration_listener(hear)
-            # A trace within another is heard of twice.
-            compiled = min(compiled, time.perf_counter() - started)
-            self.compiling += compiled
-            self._start += compiled
-
-    def lap(self) -> float:
-        now = time.perf_counter()
-        spent, self._start = now - self._start, now
-        return spent
-
-
-_COMPILING = (
-    "/jax/core/compile/jaxpr_trace_duration",
-    "/jax/core/compile/jaxpr_to_mlir_module_duration",
-    "/jax/core/compile/backend_compile_duration",
-)

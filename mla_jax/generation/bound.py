@@ -12,10 +12,11 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from mla_jax.cache import Cache
+from mla_jax.cache import PAGE, Cache
 from mla_jax.sharding import Rules
 
 
@@ -197,3 +198,20 @@ def _logits(bound, hidden):
 
 def _array(x: Any) -> Any:
     return x if hasattr(x, "dtype") else np.asarray(x)
+
+
+@functools.lru_cache(maxsize=32)
+def _shapes(structure, leaves) -> Any:
+    def run(bound):
+        model = bound.model
+        tokens = jnp.zeros((1, 1), jnp.int32)
+        hidden, _ = model.extend(tokens, model.init_cache(1, PAGE), jnp.ones((1,), jnp.int32))
+        return model.logits(hidden), hidden
+
+    return jax.eval_shape(run, Bound(leaves, structure))
+
+
+def output_shape(bound: Bound) -> Any:
+    """Logits [1 1 W] and states [1 1 D] of a model, as shapes."""
+    struct = lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))  # noqa: E731
+    return _shapes(bound.structure, tuple(map(struct, bound.leaves)))

@@ -222,3 +222,27 @@ def _score_chunk(bound, tokens, following, lengths, start, cache, *, fresh):
     logits = model.logits(hidden)
     found = sharding.move(log_probabilities(logits, following)), sharding.move(finite(logits))
     return *found, cache.with_rows(start, own)
+
+
+def fill(bound, prompts, cache, state, drafter, held, shape, request, clock):
+    """The cache with all rows' prompts; logits and states of the P prompts' last tokens.
+
+    On a mesh they are of all rows: there a row's prompt is not copied from another device.
+    """
+    prompts = prompts * request.samples if cache.parts else prompts
+    ends = tuple(np.zeros((len(prompts), one.shape[-1]), one.dtype) for one in shape)
+    held, rests = held[: len(prompts)], prompts
+    if cache.pages is not None and not held.any() and (common := shared_prefix(prompts)):
+        ends, cache, state = clock.call(
+            prefill, bound, [prompts[0][:common]], cache, state, drafter, held, ends
+        )
+        others = np.arange(cache.batch_size) < len(prompts)
+        cache, state = clock.call(spread, cache, state, drafter, 0, others, common)
+        held, rests = held + common, [prompt[common:] for prompt in prompts]
+    ends, cache, state = clock.call(prefill, bound, rests, cache, state, drafter, held, ends)
+    if len(prompts) < cache.batch_size:
+        lengths = np.asarray(cache.length)
+        for row in range(len(prompts)):
+            same = np.arange(cache.batch_size) % len(prompts) == row
+            cache, state = clock.call(spread, cache, state, drafter, row, same, int(lengths[row]))
+    return ends, cache, state

@@ -101,9 +101,13 @@ class Router(nnx.Module):
 
     def choose(self, scores: Float[Array, "M E"]) -> tuple[Int[Array, "M K"], Float[Array, "M K"]]:
         """The same from each token's scores."""
+        bias = [self.bias[...]] if self.config.has_selection_bias else []
+        return sharding.of_rows(self._choose, scores, *bias)
+
+    def _choose(self, scores, bias=None):
         config, choice = self.config, scores
-        if config.has_selection_bias:
-            choice = scores + self.bias[...][None]
+        if bias is not None:
+            choice = scores + bias[None]
         if config.n_group > 1:
             groups = choice.reshape(scores.shape[0], config.n_group, -1)
             best = 2 if config.scoring_func == "sigmoid" else 1
@@ -204,7 +208,9 @@ class MixtureOfExperts(nnx.Module):
         with jax.named_scope("router"):
             scores = self.router.scores(x)
             experts, weights = self.router.choose(scores.reshape(-1, scores.shape[-1]))
-            best = lax.top_k(scores, self.config.num_experts_per_tok)[1]
+            best = sharding.of_rows(
+                lambda scores: lax.top_k(scores, self.config.num_experts_per_tok)[1], scores
+            )
             chosen = experts.reshape(best.shape)
             routing = Routing(
                 expert_load(chosen, scores.shape[-1], valid=valid),
@@ -265,8 +271,10 @@ def expert_load(
     [1, 0, 1, 0]
     """
     counted = jnp.ones(experts.shape[:-1], bool) if valid is None else valid
-    each = jnp.broadcast_to(counted[..., None], experts.shape).reshape(-1)
-    return jnp.zeros((count,), jnp.int32).at[experts.reshape(-1)].add(each.astype(jnp.int32))
+    # A sum, not a scatter: rows that are split over devices are summed over them.
+    given = jax.nn.one_hot(experts, count, dtype=jnp.int32)
+    given = jnp.where(counted[..., None, None], given, 0)
+    return given.sum(tuple(range(experts.ndim)), dtype=jnp.int32)
 
 
 def balance_bias(

@@ -1,4 +1,8 @@
-"""Whole models built from the public layer."""
+"""Whole models built from the public layer.
+
+`decoder` is the model, `block` one layer of it, `config` its shape; `predictor` drafts, `loss` is
+what training minimises, `random` makes one with random weights, to measure speed.
+"""
 
 from mla_jax.models.config import DecoderConfig as DecoderConfig
 from mla_jax.models.config import decoder_presets as decoder_presets

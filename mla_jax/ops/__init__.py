@@ -1,12 +1,15 @@
 """The attention cores: they check their operands, choose a backend and call it.
 
+Every core takes queries, a store of what is attended to, and a `Seen` that says how much of it each
+query sees (`seen`). `operands` checks them and `dispatch` chooses: `xla` serves everywhere,
+`hopper` and `tpu` are the kernels, `cudnn` a library's, and `reference` what all are compared with.
+
 Letters: B batch, T query tokens, S cache slots, N heads, R kv_lora_rank, H qk_nope_head_dim,
 P qk_rope_head_dim, V v_head_dim.
 """
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from mla_jax.cache import Dense, Paged, Store
@@ -17,9 +20,16 @@ from mla_jax.ops.indexing import choose_slots as choose_slots
 from mla_jax.ops.indexing import index_scores as index_scores
 from mla_jax.ops.merge import merge_attention as merge_attention
 from mla_jax.ops.mesh import Layout
+from mla_jax.ops.operands import checked_ids as checked_ids
+from mla_jax.ops.operands import checked_mask as checked_mask
+from mla_jax.ops.operands import (
+    checked_seen,
+    checked_soft_cap,
+    common_dtype,
+    expect_shape,
+    shape_of,
+)
 from mla_jax.ops.seen import Seen
-
-_DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
 def latent_attention(
@@ -80,14 +90,14 @@ def latent_attention(
     Traceback (most recent call last):
     ValueError: lengths=[9 3] go beyond the S = 8 slots.
     """
-    batch, tokens, heads, rank = _shape("pattern", pattern, "B T N R")
-    slots = _shape("latent", latent, "B S R")[1]
-    rope = _shape("q_rope", q_rope, "B T N P")[-1]
-    _expect("q_rope", q_rope, (batch, tokens, heads, rope), "B T N P")
-    _expect("latent", latent, (batch, slots, rank), "B S R")
-    _expect("k_rope", k_rope, (batch, slots, rope), "B S P")
-    _common_dtype(pattern=pattern, q_rope=q_rope, latent=latent, k_rope=k_rope)
-    seen = _seen(lengths, batch, tokens, slots, heads, window, mask, segment_ids, chosen)
+    batch, tokens, heads, rank = shape_of("pattern", pattern, "B T N R")
+    slots = shape_of("latent", latent, "B S R")[1]
+    rope = shape_of("q_rope", q_rope, "B T N P")[-1]
+    expect_shape("q_rope", q_rope, (batch, tokens, heads, rope), "B T N P")
+    expect_shape("latent", latent, (batch, slots, rank), "B S R")
+    expect_shape("k_rope", k_rope, (batch, slots, rope), "B S P")
+    common_dtype(pattern=pattern, q_rope=q_rope, latent=latent, k_rope=k_rope)
+    seen = checked_seen(lengths, batch, tokens, slots, heads, window, mask, segment_ids, chosen)
     return attend_latents(
         (pattern, q_rope),
         Dense({"latent": latent, "k_rope": k_rope}),
@@ -139,15 +149,15 @@ def expanded_attention(
     >>> out.shape, lse.shape
     ((2, 5, 4, 24), (2, 5, 4))
     """
-    batch, tokens, heads, nope = _shape("q_nope", q_nope, "B T N H")
-    rope = _shape("q_rope", q_rope, "B T N P")[-1]
-    slots, value_dim = _shape("value", value, "B S N V")[1::2]
-    _expect("q_rope", q_rope, (batch, tokens, heads, rope), "B T N P")
-    _expect("k_nope", k_nope, (batch, slots, heads, nope), "B S N H")
-    _expect("k_rope", k_rope, (batch, slots, rope), "B S P")
-    _expect("value", value, (batch, slots, heads, value_dim), "B S N V")
-    _common_dtype(q_nope=q_nope, q_rope=q_rope, k_nope=k_nope, k_rope=k_rope, value=value)
-    seen = _seen(lengths, batch, tokens, slots, heads, window, mask, segment_ids, chosen)
+    batch, tokens, heads, nope = shape_of("q_nope", q_nope, "B T N H")
+    rope = shape_of("q_rope", q_rope, "B T N P")[-1]
+    slots, value_dim = shape_of("value", value, "B S N V")[1::2]
+    expect_shape("q_rope", q_rope, (batch, tokens, heads, rope), "B T N P")
+    expect_shape("k_nope", k_nope, (batch, slots, heads, nope), "B S N H")
+    expect_shape("k_rope", k_rope, (batch, slots, rope), "B S P")
+    expect_shape("value", value, (batch, slots, heads, value_dim), "B S N V")
+    common_dtype(q_nope=q_nope, q_rope=q_rope, k_nope=k_nope, k_rope=k_rope, value=value)
+    seen = checked_seen(lengths, batch, tokens, slots, heads, window, mask, segment_ids, chosen)
     return attend_expanded(
         (q_nope, q_rope),
         Dense({"k_nope": k_nope, "k_rope": k_rope, "value": value}),
@@ -183,7 +193,7 @@ def attend_expanded(
         seen.options,
         "dense",
         float(scale),
-        _soft_cap(soft_cap),
+        checked_soft_cap(soft_cap),
         precision,
         Layout.of(queries, store),
     )
@@ -243,7 +253,7 @@ def latent_call(queries, store, seen, scale, soft_cap=None, precision=None) -> C
         seen.options,
         _kind(store),
         float(scale),
-        _soft_cap(soft_cap),
+        checked_soft_cap(soft_cap),
         precision,
         Layout.of(queries, store),
         store.encoding,
@@ -297,111 +307,3 @@ def context_attention(
 
 def _kind(store: Store) -> str:
     return "paged" if isinstance(store, Paged) else "dense"
-
-
-def _soft_cap(soft_cap):
-    if soft_cap is None:
-        return None
-    if not soft_cap > 0:
-        raise ValueError(f"soft_cap={soft_cap}: it must be positive, or None.")
-    return float(soft_cap)
-
-
-def _shape(name: str, array: Array, letters: str) -> tuple[int, ...]:
-    if array.ndim != len(letters.split()):
-        raise ValueError(f"{name} has shape {array.shape}: it must be [{letters}].")
-    return array.shape
-
-
-def _expect(name: str, array: Array, shape: tuple[int, ...], letters: str) -> None:
-    if array.shape != shape:
-        raise ValueError(
-            f"{name} has shape {array.shape}: it must be [{letters}] = {shape} to go with the "
-            "other arguments."
-        )
-
-
-def _common_dtype(**arrays: Array) -> str:
-    names = {name: jnp.dtype(array.dtype).name for name, array in arrays.items()}
-    for name, dtype in names.items():
-        if dtype not in _DTYPES:
-            raise ValueError(f"{name} is {dtype}: attention takes {', '.join(_DTYPES)}.")
-    if len(set(names.values())) > 1:
-        given = ", ".join(f"{name} {dtype}" for name, dtype in names.items())
-        raise ValueError(f"mixed dtypes: {given}. Cast them to one, that of the cache.")
-    return next(iter(names.values()))
-
-
-def _seen(lengths, batch, tokens, slots, heads, window, mask, segment_ids, chosen) -> Seen:
-    """What each query sees, after a look at the arguments that say so."""
-    if (isinstance(tokens, int) and not tokens) or (isinstance(slots, int) and not slots):
-        raise ValueError(f"T = {tokens} query tokens, S = {slots} slots: both must be at least 1.")
-    if lengths is not None:
-        lengths = lengths if isinstance(lengths, jax.Array) else jnp.asarray(np.asarray(lengths))
-        if not jnp.issubdtype(lengths.dtype, jnp.integer):
-            raise ValueError(f"lengths is {lengths.dtype}: it must be an integer array.")
-        if lengths.shape not in ((batch,), (batch, tokens)):
-            raise ValueError(
-                f"lengths has shape {lengths.shape}: it must be [B] = ({batch},) or "
-                f"[B T] = ({batch}, {tokens})."
-            )
-        # numpy: under jit, jax would trace the comparison even of a constant
-        if not isinstance(lengths, jax.core.Tracer) and (np.asarray(lengths) > slots).any():
-            raise ValueError(f"lengths={np.asarray(lengths)} go beyond the S = {slots} slots.")
-    if window is not None and not window >= 1:
-        raise ValueError(f"window={window}: it must be at least 1, or None.")
-    if mask is not None:
-        mask = checked_mask(mask, (batch, heads, tokens, slots))
-    if segment_ids is not None:
-        segment_ids = checked_ids("segment_ids", segment_ids, (batch, slots), "B S")
-    if chosen is not None:
-        count = chosen.shape[-1] if chosen.ndim == 3 else 0
-        chosen = checked_ids("chosen", chosen, (batch, tokens, count), "B T K")
-    return Seen.of(
-        lengths,
-        batch=batch,
-        queries=tokens,
-        slots=slots,
-        window=window,
-        mask=mask,
-        segment_ids=segment_ids,
-        chosen=chosen,
-    )
-
-
-def checked_mask(mask, full: tuple[int, int, int, int]) -> Bool[Array, "#B #N #T #S"]:
-    """A mask as booleans; Flax's helpers make 0 and 1 of float32.
-
-    Raises:
-        ValueError: a dtype that is neither, values that are not 0 or 1, or a shape that does not
-            broadcast to `full`, [B N T S].
-    """
-    mask = mask if isinstance(mask, jax.Array) else np.asarray(mask)
-    if mask.ndim != 4 or any(m not in (1, f) for m, f in zip(mask.shape, full, strict=True)):
-        raise ValueError(f"mask has shape {mask.shape}: not broadcastable to {full}, [B N T S].")
-    if mask.dtype == jnp.bool_:
-        return jnp.asarray(mask)
-    if not isinstance(mask, jax.core.Tracer):
-        values = np.unique(np.asarray(mask, np.float64))
-        others = values[~np.isin(values, (0, 1))]
-        if others.size:
-            raise ValueError(
-                f"mask is {mask.dtype} with values such as {others[0]}: it must be boolean, True = "
-                "may attend, or 0 and 1."
-            )
-    return jnp.asarray(mask) != 0
-
-
-def checked_ids(name: str, ids, shape: tuple[int, ...], letters: str) -> Int[Array, "..."]:
-    """Integers of a shape, from an array or lists.
-
-    Raises:
-        ValueError: another shape, or numbers that are not whole.
-    """
-    ids = ids if isinstance(ids, jax.Array) else np.asarray(ids)
-    if ids.shape != shape or not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise ValueError(
-            f"{name} is {ids.dtype} of shape {ids.shape}: it must be an integer array "
-            f"[{letters}] = {shape}."
-        )
-    return jnp.asarray(ids)
