@@ -135,10 +135,14 @@ class Dense:
         self, start: Int[Array, ""] | int, size: int, *, pages: bool = False
     ) -> dict[str, Array]:
         """`block` of arrays as the store holds them."""
-        del pages
         if size == self.slots:
             return dict(self.arrays)
-        cut = lambda held: jax.lax.dynamic_slice_in_dim(held, start, size, axis=1)  # noqa: E731
+
+        def cut(held):
+            if pages and narrow.lies_in_tiles(held, size):
+                return narrow.cut(held, start, size)
+            return jax.lax.dynamic_slice_in_dim(held, start, size, axis=1)
+
         return {name: cut(held) for name, held in self.arrays.items()}
 
     def at(self, slots: Int[Array, "B K"]) -> dict[str, Array]:

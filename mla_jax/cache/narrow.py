@@ -1,4 +1,4 @@
-"""Writing tokens in place to arrays narrower than 128 channels on TPU.
+"""Arrays narrower than 128 channels on TPU: writing tokens in place, and cutting slots out.
 
 There such an array is laid out slot-minor, and a scatter would copy all of it to another layout and
 back. Here tokens go in one after the other, or, where a row's tokens follow each other, 128 slots
@@ -16,6 +16,7 @@ from jaxtyping import Array, Int, Shaped
 from mla_jax import sharding, target
 
 _LANES = 128
+_TILE = 8  # channels of a tile
 _SINGLY = 8  # tokens of a row up to which one goes in after the other
 
 # (batch row, slot of it) -> row of the array, slot there, and whether there is such a slot.
@@ -59,6 +60,31 @@ def write(
         lambda held: _singly(held, new, at, place),
         held,
     )
+
+
+def lies_in_tiles(held: Array, size: int) -> bool:
+    """Whether `cut` is for an array, and for so many of its slots."""
+    device = target.current()
+    if device.platform != "tpu" or device.auto or held.ndim != 3 or held.shape[2] % _LANES == 0:
+        return False
+    sizes = (*held.shape, size)
+    if not all(isinstance(size, int) for size in sizes):
+        return False
+    return held.shape[2] % _TILE == 0 and held.shape[1] % _LANES == 0 and size % _LANES == 0
+
+
+def cut(held: Shaped[Array, "G W P"], start: Array | int, size: int) -> Shaped[Array, "G s P"]:
+    """Slots start to start + size, both multiples of 128: by tiles, as they lie.
+
+    A slice along lanes that begins anywhere would make XLA copy all of the array to another layout
+    first.
+    """
+    rows, slots, width = held.shape
+    tiles = jnp.swapaxes(held, 1, 2).reshape(rows, width // _TILE, _TILE, slots // _LANES, _LANES)
+    tiles = jnp.swapaxes(tiles, 2, 3)
+    part = jax.lax.dynamic_slice_in_dim(tiles, start // _LANES, size // _LANES, axis=2)
+    part = jax.lax.optimization_barrier(part)
+    return jnp.swapaxes(jnp.swapaxes(part, 2, 3).reshape(rows, width, size), 1, 2)
 
 
 def _singly(held, new, at, place):

@@ -3,6 +3,7 @@
 from unittest import mock
 
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -38,3 +39,17 @@ def test_writes_what_a_scatter_writes(case, paged, rng):
     with mock.patch.object(target, "current", return_value=CHIP):
         got = store.write(jnp.asarray(at, jnp.int32), k_rope=new)
     chex.assert_trees_all_equal(got, want)
+
+
+@pytest.mark.parametrize(
+    ("width", "slots", "in_tiles"), [(16, 384, True), (2, 384, False), (16, 320, False)]
+)
+def test_a_block_is_cut_from_tiles_where_they_are_whole(width, slots, in_tiles, rng):
+    held = jnp.asarray(rng.standard_normal((3, slots, width)), jnp.float32)
+    store = Dense({"k_rope": held, "latent": jnp.zeros((3, slots, 128))})
+    cut = jax.jit(lambda store, start: store.block(start, 128, pages=True))
+    with mock.patch.object(target, "current", return_value=CHIP):
+        lowered = cut.lower(store, jnp.int32(0))
+        assert ("3x2x3x8x128" in lowered.as_text()) == in_tiles
+        got = cut(store, jnp.int32(128))["k_rope"]
+    np.testing.assert_array_equal(got, held[:, 128:256])
