@@ -19,7 +19,7 @@ KINDS = (
 _WIDTHS = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8}
 _OPENED = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_SEVERAL = re.compile(r"(?:branch|called)_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _MADE = re.compile(r"%?([\w.\-]+) = (\S+\[[\d,]*\])")
 _SCATTERED = re.compile(r"ROOT \S+ = (\w+\[[\d,]*\])")
@@ -81,7 +81,7 @@ def collectives(text: str, devices: int) -> list[Moved]:
             loop = " while(" in line
             trips = int(known[1]) if loop and (known := _TRIPS.search(line)) else 1
             names = _CALLED.findall(line)
-            for several in _BRANCHES.findall(line):
+            for several in _SEVERAL.findall(line):
                 names += [one.strip().lstrip("%") for one in several.split(",")]
             for called in names:
                 walk(called, times * trips, looped or loop)
