@@ -28,11 +28,7 @@ def serves(held: Array, at: Array, follow: bool = True) -> bool:
 
     `follow` says that the tokens of a row follow each other: else many go in by a scatter.
     """
-    device = target.current()
-    # XLA's partitioner would gather all of it for each of these tokens.
-    if device.platform != "tpu" or device.auto or held.ndim != 3 or held.shape[2] % _LANES == 0:
-        return False
-    if not all(isinstance(size, int) for size in (*held.shape, *at.shape)):
+    if not _is_narrow(held, *at.shape):
         return False
     return at.shape[1] <= _SINGLY or (follow and held.shape[1] % _LANES == 0)
 
@@ -64,11 +60,7 @@ def write(
 
 def lies_in_tiles(held: Array, size: int) -> bool:
     """Whether `cut` is for an array, and for so many of its slots."""
-    device = target.current()
-    if device.platform != "tpu" or device.auto or held.ndim != 3 or held.shape[2] % _LANES == 0:
-        return False
-    sizes = (*held.shape, size)
-    if not all(isinstance(size, int) for size in sizes):
+    if not _is_narrow(held, size):
         return False
     return held.shape[2] % _TILE == 0 and held.shape[1] % _LANES == 0 and size % _LANES == 0
 
@@ -85,6 +77,15 @@ def cut(held: Shaped[Array, "G W P"], start: Array | int, size: int) -> Shaped[A
     part = jax.lax.dynamic_slice_in_dim(tiles, start // _LANES, size // _LANES, axis=2)
     part = jax.lax.optimization_barrier(part)
     return jnp.swapaxes(jnp.swapaxes(part, 2, 3).reshape(rows, width, size), 1, 2)
+
+
+def _is_narrow(held, *sizes):
+    """Whether an array lies with slots last, and all sizes are known."""
+    device = target.current()
+    # On Auto axes XLA's partitioner would gather all of the array for each part of it.
+    if device.platform != "tpu" or device.auto or held.ndim != 3 or held.shape[2] % _LANES == 0:
+        return False
+    return all(isinstance(size, int) for size in (*held.shape, *sizes))
 
 
 def _singly(held, new, at, place):
