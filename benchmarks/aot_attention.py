@@ -6,7 +6,8 @@ chip with two cores as many for each, and cycles are scaled to all of them.
 """
 
 import functools
-import re
+
+import links  # beside this file
 
 SHAPES = [(4096, 16), (4096, 128)]  # T and N, one row
 HEADS = 2  # that are compiled
@@ -136,22 +137,16 @@ def piece_slots(args):
 
 def inside_loops(text):
     """Names of the operations of a compiled program that stand in the body of a loop."""
-    body, calls, found = {}, {}, []
-    for line in text.splitlines():
-        if line and not line[0].isspace() and line.endswith("{"):
-            name = line.removeprefix("ENTRY ").split()[0].lstrip("%")
-            body[name], calls[name] = [], []
-        elif " = " in line and body:
-            body[name].append(line.split(" = ")[0].split()[-1].lstrip("%"))
-            here = re.findall(r"(?:body|\w+_computation)=%?([\w.-]+)", line)
-            for group in re.findall(r"branch_computations=\{([^}]*)\}", line):
-                here += [each.strip().lstrip("%") for each in group.split(",")]
-            (found if " while(" in line else calls[name]).extend(here)
-    names = set()
-    while found:
-        names.update(body.get(now := found.pop(), ()))
-        found += calls.get(now, ())
-    return names
+    _, lines = links.computations(text)
+    every = [line for body in lines.values() for line in body]
+    waiting = [one for line in every if " while(" in line for one in links.called(line)]
+    seen = set()
+    while waiting:
+        if (now := waiting.pop()) not in seen:
+            seen.add(now)
+            waiting += [one for line in lines.get(now, ()) for one in links.called(line)]
+    made = [line.split(" = ")[0] for name in seen for line in lines.get(name, ()) if " = " in line]
+    return {before.split()[-1].lstrip("%") for before in made}
 
 
 def prefills(generations, static):

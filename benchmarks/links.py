@@ -52,20 +52,34 @@ class Moved:
         return self.times * size * share.get(self.kind, (n - 1) / n)
 
 
-def collectives(text: str, devices: int) -> list[Moved]:
-    """All collectives of a compiled module that runs on so many devices."""
-    sizes = {made[1]: (made[2],) for made in map(_MADE.search, text.splitlines()) if made}
-    computations: dict[str, list[str]] = collections.defaultdict(list)
+def computations(text: str) -> tuple[str, dict[str, list[str]]]:
+    """The entry of a compiled module, and the lines of all its computations."""
+    lines: dict[str, list[str]] = collections.defaultdict(list)
     inside = entry = ""
     for line in text.splitlines():
         if opened := _OPENED.match(line):
             inside = opened[1]
             entry = inside if line.startswith("ENTRY") else entry
-        computations[inside].append(line)
+        lines[inside].append(line)
+    return entry, lines
+
+
+def called(line: str) -> list[str]:
+    """Computations that an operation calls."""
+    names = _CALLED.findall(line)
+    for several in _SEVERAL.findall(line):
+        names += [one.strip().lstrip("%") for one in several.split(",")]
+    return names
+
+
+def collectives(text: str, devices: int) -> list[Moved]:
+    """All collectives of a compiled module that runs on so many devices."""
+    sizes = {made[1]: (made[2],) for made in map(_MADE.search, text.splitlines()) if made}
+    entry, lines = computations(text)
     found = []
 
     def walk(name, times, looped):
-        for line in computations.get(name, ()):
+        for line in lines.get(name, ()):
             moved = _MOVED.search(line)
             if moved:
                 shapes = _results(moved[1], moved[2], bool(moved[3]))
@@ -74,17 +88,14 @@ def collectives(text: str, devices: int) -> list[Moved]:
                     shapes = min((shapes, sizes.get(taken, shapes)), key=_total)
                 kind, count = moved[2], _group(line, devices)
                 if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
-                    kind, shapes = "reduce-scatter", _kept(computations[name])
+                    kind, shapes = "reduce-scatter", _kept(lines[name])
                 if count > 1 and shapes:
                     found.append(Moved(kind, shapes, count, times, looped))
                 continue
             loop = " while(" in line
             trips = int(known[1]) if loop and (known := _TRIPS.search(line)) else 1
-            names = _CALLED.findall(line)
-            for several in _SEVERAL.findall(line):
-                names += [one.strip().lstrip("%") for one in several.split(",")]
-            for called in names:
-                walk(called, times * trips, looped or loop)
+            for one in called(line):
+                walk(one, times * trips, looped or loop)
 
     walk(entry, 1, False)
     return found
