@@ -2,12 +2,12 @@
 
 Device time is that of many calls inside one jitted loop of static length, less an empty call, the
 median of five, so that dispatch does not count; small shapes rotate among copies of the cache, so
-that the L2 cache does not count either. Processes of this script that run side by side compile
-beside each other and take turns on the device. Loops of shapes and ceilings last equally long, as a chip
-at its power limit lowers its clock within milliseconds. The floor is the longer of 2 B S N T (2R+P)
-operations at the rate of an 8192^3 matmul and the bytes of cache, queries and outputs at the rate
-of a copy, both measured in the same run. Every result is compared with float64 on a few rows and
-heads.
+that the L2 cache does not count either. Loops of shapes and ceilings last equally long, as a chip
+at its power limit lowers its clock within milliseconds. Processes of this script that run side by
+side compile beside each other and take turns on the device. The floor is the longer of
+2 B S N T (2R+P) operations at the rate of an 8192^3 matmul and the bytes of cache, queries and
+outputs at the rate of a copy, both measured in the same run. Every result is compared with float64
+on a few rows and heads.
 
 `--implementation` may be several backends of `latent_attention`, and peers: `expanded`, the same
 attention with per-head keys and values through cuDNN, where they fit, and `flash_mla`, DeepSeek's
