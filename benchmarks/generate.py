@@ -1,9 +1,9 @@
 """Times a whole decoder with random weights on the default device: prefill and decode steps.
 
 Per batch: seconds to the first token (the median of three runs after the first, of which one makes
-XLA's graphs of kernels), milliseconds per decode step, both without compilation, which is printed apart; the floor of a step,
-which is what it must read over the rate of a copy measured in the same run; and where a step's
-time goes, by named scope, from a trace of the profiler.
+XLA's graphs of kernels), milliseconds per decode step, both without compilation, which is printed
+apart; the floor of a step, which is what it must read over the rate of a copy measured in the same
+run; and where a step's time goes, by named scope, from a trace of the profiler.
 
 What a step must read: the cache; all weights but the embedding (a row per token) and the routed
 experts; of those what B tokens choose of E when choices are uniform, E (1 - (1 - K/E)^B).

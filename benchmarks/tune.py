@@ -3,10 +3,12 @@
 The rates by which `form="auto"` chooses (`mla_jax.rates`) are those of DeepSeek-V3's widths on a
 context of 28,672 tokens: `absorbed` of the decode kernel at 256 tokens, `expanded` of what 1024
 tokens more cost the expanded form there, and `products` of what is left of it: to expand the
-context, with all that goes around it. For the decode kernel it tunes `slack`, the number of steps of 128 slots by which the longest part of a batch may exceed
-the balanced cut where that keeps rows whole, since it takes time too to write and merge the parts
-of a row. For batches of at most one row per part it times both cuts; slack is the largest excess
-that was tried before whole rows were slower.
+context, with all that goes around it.
+
+For the decode kernel it tunes `slack`, the number of steps of 128 slots by which the longest part
+of a batch may exceed the balanced cut where that keeps rows whole, since it takes time too to write
+and merge the parts of a row. For batches of at most one row per part it times both cuts; slack is
+the largest excess that was tried before whole rows were slower.
 """
 
 import argparse
