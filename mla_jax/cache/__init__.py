@@ -7,8 +7,9 @@ of its own (`Dense`) or in pages of a common pool (`Paged`), which rows take as 
 share.
 
 `dense` has the arrays of one layer, `paged` the table that maps a row's slots to pages, `scaled`
-latents of a byte a number. `stripes` says where slots lie on several devices, and `spread` moves
-whole rows there; `narrow` writes to arrays that TPUs lay out with slots last.
+latents of a byte a number. `stripes` says where slots lie on several devices, `spread` moves whole
+rows there, and `rows` fills rows with what others hold; `narrow` writes to arrays that TPUs lay out
+with slots last; `checks` says what a cache refuses.
 
 Letters: B batch rows, S slots per row (capacity), T new tokens, G pages of the pool.
 """
@@ -23,12 +24,14 @@ import numpy as np
 from jax import export
 from jaxtyping import Array, Bool, Int
 
-from mla_jax.cache import spread, stripes
+from mla_jax.cache import checks, stripes
+from mla_jax.cache.checks import checked_dtype as checked_dtype
 from mla_jax.cache.dense import LETTERS as LETTERS
 from mla_jax.cache.dense import Dense as Dense
 from mla_jax.cache.paged import PAGE as PAGE
 from mla_jax.cache.paged import Paged as Paged
 from mla_jax.cache.paged import Pages as Pages
+from mla_jax.cache.rows import copied, inserted
 from mla_jax.cache.scaled import ENCODINGS as ENCODINGS
 from mla_jax.cache.scaled import Scaled as Scaled
 from mla_jax.cache.scaled import is_encoding as is_encoding
@@ -96,21 +99,14 @@ class Cache:
                 not compute in, or sizes that do not divide over the mesh.
             NotImplementedError: pages whose rows or slots would be split.
         """
-        sizes = {"batch_size": batch_size, "max_length": max_length}
-        for name, value in (sizes if pages is None else sizes | {"pages": pages}).items():
-            whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-            # Under jax.export a size may be a symbol, which is no int.
-            if not (whole or jax.export.is_symbolic_dim(value)) or (whole and value < 1):
-                raise ValueError(f"{name}={value!r}: {name} must be a whole number of at least 1.")
+        checks.sizes(batch_size=batch_size, max_length=max_length)
+        if pages is not None:
+            checks.sizes(pages=pages)
         if dtype is not None:
             dtype = checked_dtype("dtype", dtype)
         rows, slots, held = batch_size, max_length, None
         if pages is not None:
-            if max_length % PAGE:
-                raise ValueError(
-                    f"max_length={max_length}: with pages it must be a multiple of their {PAGE} "
-                    f"slots, such as {-(-max_length // PAGE) * PAGE}."
-                )
+            checks.whole_pages(max_length)
             rows, slots = pages, PAGE
             held = Pages.init(batch_size, max_length // PAGE, pages)
 
@@ -225,14 +221,14 @@ class Cache:
         """
         if self.pages is None:
             room = self.max_length
-            self._check_room(ends, room)
+            checks.room(ends, room, self.max_length)
             return self.replace(
                 length=jnp.minimum(ends, room), overflowed=self.overflowed | (ends > room)
             )
         wanted = -(-jnp.minimum(ends, self.max_length) // PAGE)
         pages, held = self.pages.grow(wanted)
         room = held * PAGE
-        self._check_room(ends, room, self.pages, wanted - self.pages.held())
+        checks.room(ends, room, self.max_length, self.pages, wanted - self.pages.held())
         return self.replace(
             length=jnp.minimum(ends, room), overflowed=self.overflowed | (ends > room), pages=pages
         )
@@ -255,7 +251,7 @@ class Cache:
             return self.replace(length=length, overflowed=overflowed)
         pages = self.pages.shrink(-(-length // PAGE))
         pages, stores, failed = pages.own(length, self.stores)
-        self._check_pages(failed, self.pages)
+        checks.copied(failed, self.pages)
         length = jnp.where(failed, length // PAGE * PAGE, length)
         return self.replace(
             stores=stores, length=length, overflowed=overflowed | failed,
@@ -268,7 +264,9 @@ class Cache:
         Raises:
             ValueError: rows that are not bool [B].
         """
-        rows = jnp.ones((self.batch_size,), bool) if rows is None else self._check_rows(rows)
+        if rows is None:
+            rows = jnp.ones((self.batch_size,), bool)
+        rows = checks.rows(rows, self.batch_size)
         length = jnp.where(rows, 0, self.length)
         pages = self.pages if self.pages is None else self.pages.shrink(-(-length // PAGE))
         return self.replace(length=length, overflowed=self.overflowed & ~rows, pages=pages)
@@ -288,9 +286,8 @@ class Cache:
                 f"row has {row.batch_size} rows of {row.max_length} slots: insert takes one row of "
                 f"at most {self.max_length} slots."
             )
-        self._check_alike(row)
-        if not isinstance(index, jax.core.Tracer) and not 0 <= index < self.batch_size:
-            raise ValueError(f"index={index}: this cache has rows 0 to {self.batch_size - 1}.")
+        checks.alike(self.stores, row.stores)
+        checks.number("index", index, self.batch_size)
         index = jnp.asarray(index, jnp.int32)
         index = jnp.where(index < 0, self.batch_size, index)  # negative would count from the end
         chosen = jnp.arange(self.batch_size, dtype=jnp.int32) == index
@@ -299,24 +296,7 @@ class Cache:
         slot = jnp.arange(row.max_length, dtype=jnp.int32)[None]
         slot = jnp.where(slot < row.length[0], slot, self.max_length + slot)
 
-        def put(store, other):
-            new = row.view(other).cut(0, row.max_length)
-            if cache.pages is None:
-                here = {
-                    name: held.at[index, : row.max_length].set(new[name][0], mode="drop")
-                    for name, held in store.arrays.items()
-                }
-                return dataclasses.replace(store, arrays=here)
-            table = cache.pages.table.at[index].get(mode="fill", fill_value=cache.pages.count)
-            return Paged(store, table[None]).put(slot, new).pool
-
-        def put_parts(store, other):
-            split = mesh_of(other) is not None and row.pages is None
-            new = spread.row(other, jnp.int32(0)) if split else row.view(other).cut(0, ends)
-            return spread.give(store, new if split else jax.tree.map(lambda x: x[0], new), chosen)
-
-        ends, on_mesh = row.max_length, cache.pages is None and mesh_of(self.stores) is not None
-        stores = tuple(map(put_parts if on_mesh else put, self.stores, row.stores))
+        stores = inserted(cache, row, index, slot, chosen)
         return cache.replace(stores=stores)
 
     def fork(
@@ -339,9 +319,8 @@ class Cache:
                 length that it does not hold, or too few free pages for the copies (under jit a row
                 that lacks one is cut to its whole pages and has `overflowed` set).
         """
-        rows = self._check_rows(rows)
-        if not isinstance(source, jax.core.Tracer) and not 0 <= source < self.batch_size:
-            raise ValueError(f"source={source}: this cache has rows 0 to {self.batch_size - 1}.")
+        rows = checks.rows(rows, self.batch_size)
+        checks.number("source", source, self.batch_size)
         source = jnp.asarray(source, jnp.int32)
         held = self.length[source]
         known = not any(isinstance(x, jax.core.Tracer) for x in (length, held))
@@ -351,22 +330,13 @@ class Cache:
         rows = rows & (jnp.arange(self.batch_size) != source)
         ends = jnp.where(rows, length, self.length)
         overflowed = jnp.where(rows, False, self.overflowed)
-        if self.pages is None and mesh_of(self.stores) is not None:
-            stores = tuple(spread.give(one, spread.row(one, source), rows) for one in self.stores)
-            return self.replace(stores=stores, length=ends, overflowed=overflowed)
         if self.pages is None:
-
-            def copy(held):
-                chosen = rows.reshape(-1, *[1] * (held.ndim - 1))
-                return jnp.where(chosen, held[source][None], held)
-
-            return self.replace(
-                stores=jax.tree.map(copy, self.stores), length=ends, overflowed=overflowed
-            )
+            stores = copied(self.stores, source, rows)
+            return self.replace(stores=stores, length=ends, overflowed=overflowed)
         pages = self.pages.shrink(jnp.where(rows, 0, self.pages.held()))
         pages = pages.share(source, rows, -(-length // PAGE))
         pages, stores, failed = pages.own(jnp.where(rows, length, 0), self.stores)
-        self._check_pages(failed, self.pages)
+        checks.copied(failed, self.pages)
         ends = jnp.where(failed, length // PAGE * PAGE, ends)
         return self.replace(
             stores=stores, length=ends, overflowed=overflowed | failed,
@@ -412,81 +382,6 @@ class Cache:
             stores=stores, length=put(self.length, part.length), pages=pages,
             overflowed=put(self.overflowed, part.overflowed), fresh=False,
         )  # fmt: skip
-
-    def _check_rows(self, rows) -> Bool[Array, "B"]:
-        rows = rows if isinstance(rows, jax.Array) else np.asarray(rows)
-        if rows.shape != (self.batch_size,) or rows.dtype != jnp.bool_:
-            raise ValueError(
-                f"rows is {rows.dtype} of shape {rows.shape}: it must be bool [{self.batch_size}]."
-            )
-        return jnp.asarray(rows)
-
-    def _check_alike(self, other: "Cache") -> None:
-        if len(self.stores) != len(other.stores):
-            raise ValueError(
-                f"row has {len(other.stores)} stores, this cache {len(self.stores)}: they must be "
-                "of the same model."
-            )
-        for here, there in zip(self.stores, other.stores, strict=True):
-            if here.arrays.keys() != there.arrays.keys():
-                raise ValueError(
-                    f"row holds {', '.join(there.arrays)}; this cache {', '.join(here.arrays)}."
-                )
-            for name, held in here.arrays.items():
-                new = there.arrays[name]
-                if new.shape[2:] != held.shape[2:] or new.dtype != held.dtype:
-                    raise ValueError(
-                        f"row.{name} is {new.dtype} of width {new.shape[-1]}; this cache holds "
-                        f"{held.dtype} of width {held.shape[-1]}."
-                    )
-
-    def _check_room(self, ends, room, pages: Pages | None = None, needed=0) -> None:
-        if any(isinstance(x, jax.core.Tracer) for x in (ends, room)):
-            return
-        over = np.flatnonzero(np.asarray(ends) > np.asarray(room))
-        if not over.size:
-            return
-        wanted = np.asarray(ends)[over].tolist()
-        if pages is not None and (np.asarray(ends)[over] <= self.max_length).all():
-            raise ValueError(
-                f"pages run out: rows {over.tolist()} would hold {wanted} tokens, which takes "
-                f"{int(np.asarray(needed).sum())} more pages, and {int(pages.available)} of "
-                f"{pages.count} are free: make the cache with more pages, or reset rows."
-            )
-        raise ValueError(
-            f"rows {over.tolist()} would hold {wanted} tokens, the cache has max_length="
-            f"{self.max_length} slots: make it longer or truncate rows."
-        )
-
-    def _check_pages(self, failed, pages: Pages) -> None:
-        if not isinstance(failed, jax.core.Tracer) and np.asarray(failed).any():
-            raise ValueError(
-                f"pages run out: rows {np.flatnonzero(np.asarray(failed)).tolist()} need a copy of "
-                f"a page that other rows hold too, and {int(pages.available)} of "
-                f"{pages.count} are free: make the cache with more pages, or reset rows."
-            )
-
-
-def checked_dtype(name: str, dtype: Any) -> np.dtype:
-    """The dtype of a cache.
-
-    Raises:
-        ValueError: one that a cache does not hold; the message begins with `name`.
-
-    >>> checked_dtype("dtype", "float8_e4m3fn")
-    dtype(float8_e4m3fn)
-    """
-    try:
-        found = jnp.dtype(dtype)
-    except (TypeError, ValueError):
-        found = None
-    floats = (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)
-    if found is None or (found not in floats and not is_encoding(found)):
-        raise ValueError(
-            f"{name}={dtype if found is None else found.name}: a cache holds bfloat16, float16, "
-            f"float32 or float64, or latents in {' or '.join(ENCODINGS)}."
-        )
-    return found
 
 
 for _cls in (Dense, Scaled, Paged, Pages):
