@@ -1,4 +1,6 @@
+import contextlib
 import gc
+import importlib.util
 import os
 import pathlib
 
@@ -11,15 +13,30 @@ os.environ["XLA_FLAGS"] = (
     + os.environ.get("XLA_FLAGS", "")  # what the user has set comes last and wins
 )
 
+import annotations
 import jax
 import numpy as np
 import pytest
+
+if importlib.util.find_spec("typeguard"):  # else tests/annotations_test.py says that it skips
+    annotations.install("mla_jax")  # before any test imports it
 
 collect_ignore_glob = ["testdata/*"]  # scripts that need torch made what is there
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+_raises = pytest.raises
+
+
+@contextlib.contextmanager
+def _raises_unchecked(*expected, **options):
+    """`pytest.raises` of what the package itself says to wrong input, before any checker does."""
+    with annotations.unchecked(), _raises(*expected, **options) as info:
+        yield info
+
+
+pytest.raises = _raises_unchecked
 
 _MAPS = pathlib.Path("/proc/self/maps")  # where there is none, nothing is limited so
 

@@ -10,8 +10,8 @@ import mla_jax
 ROOT = pathlib.Path(mla_jax.__file__).parent
 # Arrows go one way: a layer may import those before it, and modules of its own.
 ORDER = [
-    ["check", "config", "target", "sharding"], ["rates"], ["rope", "costs"], ["cache"], ["ops"],
-    ["layers"],
+    ["check", "config", "plain", "target", "sharding"], ["rates"], ["rope", "costs"], ["cache"],
+    ["ops"], ["layers"],
     ["models"], ["families"], ["checkpoint"], ["generation"],
     ["training", "explain", "placing"], ["cli"],
 ]  # fmt: skip

@@ -35,6 +35,7 @@ from mla_jax.cache.rows import copied, inserted
 from mla_jax.cache.scaled import ENCODINGS as ENCODINGS
 from mla_jax.cache.scaled import Scaled as Scaled
 from mla_jax.cache.scaled import is_encoding as is_encoding
+from mla_jax.plain import Plain, Whole
 from mla_jax.sharding import Rules, mesh_of, move, spec
 from mla_jax.sharding import count as parts_of
 
@@ -75,10 +76,10 @@ class Cache:
     def init(
         cls,
         mixers: Sequence[Any],
-        batch_size: int,
-        max_length: int,
+        batch_size: Whole,
+        max_length: Whole,
         dtype=None,
-        pages: int | None = None,
+        pages: Whole | None = None,
         sharding: Rules | None = None,
     ) -> "Cache":
         """An empty cache of `batch_size` rows with up to `max_length` tokens each.
@@ -233,7 +234,7 @@ class Cache:
             length=jnp.minimum(ends, room), overflowed=self.overflowed | (ends > room), pages=pages
         )
 
-    def truncate(self, lengths: Int[Array, "B"] | int) -> Self:
+    def truncate(self, lengths: Int[Array, "#B"] | Int[Array, ""] | Plain | int) -> Self:
         """Forgets the tokens past `lengths`, e.g. rejected drafts. Longer than a row: no change.
 
         Raises:

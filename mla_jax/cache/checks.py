@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool
 from mla_jax.cache.dense import Dense
 from mla_jax.cache.paged import PAGE, Pages
 from mla_jax.cache.scaled import ENCODINGS, is_encoding
+from mla_jax.plain import Whole
 
 
 def checked_dtype(name: str, dtype: Any) -> np.dtype:
@@ -47,7 +48,7 @@ def sizes(**given: Any) -> None:
             raise ValueError(f"{name}={value!r}: {name} must be a whole number of at least 1.")
 
 
-def whole_pages(max_length: int) -> None:
+def whole_pages(max_length: Whole) -> None:
     """Raises ValueError unless that many slots are whole pages."""
     if max_length % PAGE:
         raise ValueError(

@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Int
 
 from mla_jax.cache import narrow
 from mla_jax.cache.dense import Dense
+from mla_jax.plain import Whole
 
 PAGE = 128  # slots: a step of the Hopper kernel, a lane of a TPU, the stripe of meshes
 
@@ -158,7 +159,7 @@ class Pages:
     uses: Int[Array, "G"]
 
     @classmethod
-    def init(cls, batch_size: int, per_row: int, count: int) -> "Pages":
+    def init(cls, batch_size: Whole, per_row: Whole, count: Whole) -> "Pages":
         """All `count` pages free, rows without any; `per_row` is M."""
         return cls(
             table=jnp.full((batch_size, per_row), count, jnp.int32),

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mla_jax.cache.dense import Dense
+from mla_jax.plain import Whole
 
 GROUP = 128  # channels that share a scale
 # The largest number of every type that latents may be held in.
@@ -54,7 +55,7 @@ class Scaled(Dense):
     """
 
     @classmethod
-    def init(cls, batch_size: int, slots: int, widths: dict[str, int], held, dtype) -> "Scaled":
+    def init(cls, batch_size: Whole, slots: Whole, widths: dict[str, int], held, dtype) -> "Scaled":
         """An empty store.
 
         Args:

@@ -8,7 +8,8 @@ the loop (`loop.run_block`) they are:
     propose(model, text, length, state)                    guesses [B K], and the state
     heard(hidden, state)                                   of the states of what was verified
 
-Letters: B rows, T tokens of a chunk, S tokens of a text, D hidden size, K drafted tokens.
+Letters: B rows, T tokens of a chunk, S tokens of a text, D hidden size, K drafted tokens,
+C = K + 1.
 """
 
 import dataclasses
@@ -58,7 +59,7 @@ class Drafter(Protocol):
     ) -> tuple[Int[Array, "B K"], Any]:
         """Guesses what follows the first `length` tokens of each row."""
 
-    def heard(self, hidden: Float[Array, "B K+1 D"], state: Any) -> Any:
+    def heard(self, hidden: Float[Array, "B C D"], state: Any) -> Any:
         """Hears of the model's states of each row's last token and the guesses."""
 
 

@@ -4,7 +4,7 @@ At every place the model's own token is drawn, and drafts count as far as they a
 et al. 2023, arXiv 2211.17192, for drafts that are certain): sampled output is as likely as without
 them, and greedy output the same up to rounding.
 
-Letters: B rows, S tokens of a text, W words, D hidden size, K drafted tokens.
+Letters: B rows, S tokens of a text, W words, D hidden size, K drafted tokens, C = K + 1.
 """
 
 import dataclasses
@@ -57,7 +57,7 @@ class Writing:
     drafted: Int[Array, "2"]
 
     def put(
-        self, drawn: Int[Array, "B K+1"], logits: Float[Array, "B K+1 W"], count: Int[Array, "B"],
+        self, drawn: Int[Array, "B C"], logits: Float[Array, "B C W"], count: Int[Array, "B"],
         stops: Int[Array, "stops"], least: Int[Array, "B"],
     ) -> Self:  # fmt: skip
         """Writes the first `count` drawn tokens of every active row, or up to a stop token.

@@ -17,6 +17,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from mla_jax import sharding
+from mla_jax.plain import Number, Whole
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,7 @@ class Sampling:
     def draw(
         self,
         logits: Float[Array, "B W"],
-        key: Key[Array, ""],
+        key: Key[Array, ""] | None,
         seen: Bool[Array, "B W"] | None = None,
     ) -> Int[Array, "B"]:
         """`sample` with these values."""
@@ -69,11 +70,11 @@ def sample(
     logits: Float[Array, "B W"],
     key: Key[Array, ""] | None,
     *,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float | None = None,
+    temperature: Number = 0.0,
+    top_k: Whole | None = None,
+    top_p: Number | None = None,
+    min_p: Number | None = None,
+    repetition_penalty: Number | None = None,
     seen: Bool[Array, "B W"] | None = None,
 ) -> Int[Array, "B"]:
     """Draws a token per row.
@@ -173,11 +174,11 @@ def mark_seen(
 def check_sampling(
     words: int | None,
     key: Key[Array, ""] | None,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    min_p: float | None = None,
-    repetition_penalty: float | None = None,
+    temperature: Number,
+    top_k: Whole | None,
+    top_p: Number | None,
+    min_p: Number | None = None,
+    repetition_penalty: Number | None = None,
 ) -> None:
     """Raises ValueError where an argument of `sample` is out of range.
 

@@ -27,7 +27,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from mla_jax import ops, rope, sharding, target
 from mla_jax.cache import Dense, Paged, Scaled, Store, is_encoding
@@ -41,6 +41,7 @@ from mla_jax.layers.step import Form, Step, check_form
 from mla_jax.layers.whole import whole_pass
 from mla_jax.ops.seen import Seen
 from mla_jax.ops.weighed import weighed_attention
+from mla_jax.plain import Plain, Whole
 from mla_jax.rates import rates_of
 
 _LATENTS = ("latent", "k_rope")
@@ -89,9 +90,9 @@ class MultiHeadLatentAttention(LatentMaps):
         self,
         x: Float[Array, "B T D"],
         *,
-        positions: Int[Array, "T"] | Int[Array, "B T"] | None = None,
-        segment_ids: Int[Array, "B T"] | None = None,
-        mask: Bool[Array, "#B #N #T #M"] | None = None,
+        positions: Int[Array, "T"] | Int[Array, "B T"] | Plain | None = None,
+        segment_ids: Int[Array, "B T"] | Plain | None = None,
+        mask: Shaped[Array, "#B #N #T #M"] | Plain | None = None,
         causal: bool = True,
         memory: Memory | Float[Array, "B M D"] | None = None,
         form: Form = "auto",
@@ -193,7 +194,7 @@ class MultiHeadLatentAttention(LatentMaps):
         heads = self._heads(heads) if absorbed else heads
         return sharding.beside(self._output(heads, lse, gate), x), relay
 
-    def init_store(self, batch_size: int, slots: int, dtype=None) -> Dense:
+    def init_store(self, batch_size: Whole, slots: Whole, dtype=None) -> Dense:
         """Slots of its own for every row: what a `Cache` keeps of this layer's tokens.
 
         `dtype` is by default that of the computation, or of the parameters where it is None. With
@@ -258,9 +259,9 @@ class MultiHeadLatentAttention(LatentMaps):
         self,
         x: Float[Array, "B T D"],
         *,
-        positions: Int[Array, "T"] | Int[Array, "B T"] | None = None,
-        segment_ids: Int[Array, "B T"] | None = None,
-        mask: Bool[Array, "#B 1 #T #T"] | None = None,
+        positions: Int[Array, "T"] | Int[Array, "B T"] | Plain | None = None,
+        segment_ids: Int[Array, "B T"] | Plain | None = None,
+        mask: Shaped[Array, "#B 1 #T #T"] | Plain | None = None,
         warmup: bool = False,
     ) -> Float[Array, ""]:
         """What the layer's indexer is trained by: see `layers.indexer.indexer_loss`.

@@ -29,6 +29,7 @@ from mla_jax.layers.quantised import Quantised
 from mla_jax.layers.step import check_positions, row_counts
 from mla_jax.ops import dispatch
 from mla_jax.ops.weights import fold_keys, unfold_values
+from mla_jax.plain import Plain
 
 _BIASED = ("q_a_proj", "kv_a_proj", "o_proj")  # what attention_bias=True means
 # Of each kernel's axes; ranks count as D, the axis that FSDP splits.
@@ -197,9 +198,9 @@ class LatentMaps(Mixer):
     def remember(
         self,
         x: Float[Array, "B M D"],
-        lengths: Int[Array, "B"] | None = None,
+        lengths: Int[Array, "B"] | Plain | None = None,
         *,
-        positions: Int[Array, "M"] | Int[Array, "B M"] | None = None,
+        positions: Int[Array, "M"] | Int[Array, "B M"] | Plain | None = None,
     ) -> Memory:
         """What the layer keeps of a sequence that others attend to: the call's `memory`.
 

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from mla_jax.cache import Cache, Dense
 from mla_jax.layers.step import Form, Step
+from mla_jax.plain import Plain, Whole
 from mla_jax.sharding import Rules
 
 
@@ -22,7 +23,7 @@ class Mixer(nnx.Module):
     """
 
     @abc.abstractmethod
-    def init_store(self, batch_size: int, slots: int, dtype=None) -> Dense:
+    def init_store(self, batch_size: Whole, slots: Whole, dtype=None) -> Dense:
         """Slots of its own for every row: what a `Cache` keeps of this layer's tokens."""
 
     @abc.abstractmethod
@@ -37,10 +38,10 @@ class Mixer(nnx.Module):
 
     def init_cache(
         self,
-        batch_size: int,
-        max_length: int,
+        batch_size: Whole,
+        max_length: Whole,
         dtype=None,
-        pages: int | None = None,
+        pages: Whole | None = None,
         sharding: Rules | None = None,
     ) -> Cache:
         """An empty cache of this layer alone: see `Cache.init`."""
@@ -50,9 +51,9 @@ class Mixer(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         cache: Cache,
-        lengths: Int[Array, "B"] | None = None,
+        lengths: Int[Array, "B"] | Plain | None = None,
         *,
-        positions: Int[Array, "T"] | Int[Array, "B T"] | None = None,
+        positions: Int[Array, "T"] | Int[Array, "B T"] | Plain | None = None,
         form: Form = "auto",
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Appends `lengths[b]` tokens to row b, behind what the cache holds, and attends to all.
@@ -91,7 +92,7 @@ class Mixer(nnx.Module):
         x: Float[Array, "B T D"],
         cache: Cache,
         *,
-        positions: Int[Array, "T"] | Int[Array, "B T"] | None = None,
+        positions: Int[Array, "T"] | Int[Array, "B T"] | Plain | None = None,
         form: Form = "auto",
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Appends T new tokens (1, or a few drafts) to every row; causal among themselves.

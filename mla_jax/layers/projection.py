@@ -1,6 +1,6 @@
 """The linear maps of an attention layer, which may be wrapped as any `nnx.Linear` may.
 
-Letters: R input channels, N heads, K channels of a head.
+Letters: R input channels, N heads, K channels of a head, C channels of all heads.
 """
 
 import math
@@ -42,7 +42,7 @@ class Projection(nnx.LinearGeneral):
         own = (None,) * len(inputs + outputs) if letters is None else tuple(letters)
         super().__init__(inputs, outputs, axis=axes, **dense.linear(*own), **types)
 
-    def __call__(self, inputs: Float[Array, "*B K"], out_sharding=None) -> Float[Array, "*B K"]:
+    def __call__(self, inputs: Float[Array, "*B R"], out_sharding=None) -> Float[Array, "*B C"]:
         lead = inputs.shape[:-1]
         apart = inputs.reshape(*lead, *self.in_features)
         return super().__call__(apart, out_sharding=out_sharding).reshape(*lead, -1)
@@ -76,11 +76,11 @@ def kernel_of(projection: nnx.Module, inputs: int, outputs: tuple[int, ...]) -> 
     return projection(jnp.eye(inputs)).reshape(inputs, *outputs)
 
 
-def apart(x: Float[Array, "*B K"], heads: int) -> Float[Array, "*B N K"]:
+def apart(x: Float[Array, "*B C"], heads: int) -> Float[Array, "*B {heads} K"]:
     """Flat channels of all heads as channels of each head."""
     return x.reshape(*x.shape[:-1], heads, -1)
 
 
-def together(x: Float[Array, "*B N K"]) -> Float[Array, "*B K"]:
+def together(x: Float[Array, "*B N K"]) -> Float[Array, "*B N*K"]:
     """Channels of each head as flat channels."""
     return x.reshape(*x.shape[:-2], math.prod(x.shape[-2:]))

@@ -23,6 +23,7 @@ from mla_jax import rope, sharding
 from mla_jax.cache import Cache, Dense, Paged, Pages, Store
 from mla_jax.ops import checked_ids, dispatch
 from mla_jax.ops.seen import Seen
+from mla_jax.plain import Plain
 
 Form = Literal["auto", "absorbed", "expanded"]
 
@@ -82,9 +83,9 @@ class Step:
         cls,
         cache: Cache,
         tokens: int,
-        lengths: Int[Array, "B"] | None = None,
+        lengths: Int[Array, "B"] | Plain | None = None,
         *,
-        positions: Int[Array, "T"] | Int[Array, "B T"] | None = None,
+        positions: Int[Array, "T"] | Int[Array, "B T"] | Plain | None = None,
         form: Form = "auto",
     ) -> "Step":
         """What appending `lengths[b]` of T tokens to row b of a cache means.

@@ -5,12 +5,12 @@ query sees (`seen`). `operands` checks them and `dispatch` chooses: `xla` serves
 `hopper` and `tpu` are the kernels, `cudnn` a library's, and `reference` what all are compared with.
 
 Letters: B batch, T query tokens, S cache slots, N heads, R kv_lora_rank, H qk_nope_head_dim,
-P qk_rope_head_dim, V v_head_dim.
+P qk_rope_head_dim, V v_head_dim, C = H + V.
 """
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from mla_jax.cache import Dense, Paged, Store
 from mla_jax.ops import dispatch
@@ -30,6 +30,7 @@ from mla_jax.ops.operands import (
     shape_of,
 )
 from mla_jax.ops.seen import Seen
+from mla_jax.plain import Plain
 
 
 def latent_attention(
@@ -38,12 +39,12 @@ def latent_attention(
     latent: Float[Array, "B S R"],
     k_rope: Float[Array, "B S P"],
     *,
-    lengths: Int[Array, "B"] | Int[Array, "B T"] | None,
+    lengths: Int[Array, "B"] | Int[Array, "B T"] | Plain | None,
     scale: float,
     soft_cap: float | None = None,
     window: int | None = None,
-    mask: Bool[Array, "#B #N #T #S"] | None = None,
-    segment_ids: Int[Array, "B S"] | None = None,
+    mask: Shaped[Array, "#B #N #T #S"] | Plain | None = None,
+    segment_ids: Int[Array, "B S"] | Plain | None = None,
     chosen: Int[Array, "B T K"] | None = None,
     precision=None,
     implementation: Implementation = None,
@@ -116,12 +117,12 @@ def expanded_attention(
     k_rope: Float[Array, "B S P"],
     value: Float[Array, "B S N V"],
     *,
-    lengths: Int[Array, "B"] | Int[Array, "B T"] | None = None,
+    lengths: Int[Array, "B"] | Int[Array, "B T"] | Plain | None = None,
     scale: float,
     soft_cap: float | None = None,
     window: int | None = None,
-    mask: Bool[Array, "#B #N #T #S"] | None = None,
-    segment_ids: Int[Array, "B S"] | None = None,
+    mask: Shaped[Array, "#B #N #T #S"] | Plain | None = None,
+    segment_ids: Int[Array, "B S"] | Plain | None = None,
     chosen: Int[Array, "B T K"] | None = None,
     precision=None,
     implementation: Implementation = None,
@@ -264,7 +265,7 @@ def context_attention(
     queries: tuple[Float[Array, "B T N H"], Float[Array, "B T N P"]],
     store: Store,
     seen: Seen,
-    kv_b: Float[Array, "R N H+V"],
+    kv_b: Float[Array, "R N C"],
     *,
     scale: float,
     precision=None,

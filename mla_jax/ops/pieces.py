@@ -5,7 +5,8 @@ which the expanded form's kernel attends as to any keys. A backend's `Core` says
 with that of the pieces before it: `merging` does it for any backend, by lse. Pieces that no query
 sees are neither expanded nor attended. Of the cache nothing but a piece is ever copied.
 
-Letters: B batch, T query tokens, S slots, N heads, R latent, P rotary, H key and V value channels.
+Letters: B batch, T query tokens, S slots, N heads, R latent, P rotary, H key and V value channels,
+C of both.
 """
 
 import dataclasses
@@ -93,7 +94,7 @@ def context_attention(
     seen: Seen,
     call: dispatch.Call,
     *,
-    kv_b: Float[Array, "R N H+V"],
+    kv_b: Float[Array, "R N C"],
     core: Core,
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
     """The expanded form over cached latents: see `ops.context_attention`."""

@@ -11,7 +11,8 @@ zero: block by block, or at once in a copy of a small store. On an H200 such a c
 times the whole op, so on GPUs the one-shot path checks its output instead, and where that is not
 finite the blocks compute it again. Its derivatives are always those of the blocks.
 
-Letters: B batch, T query tokens, S slots, N heads, R latent, P rotary, H key and V value channels.
+Letters: B batch, T query tokens, S slots, N heads, R latent, P rotary, H key and V value channels,
+C of both.
 """
 
 import functools
@@ -59,7 +60,7 @@ def latent_attention(
     store: Store,
     seen: Seen,
     call,
-) -> tuple[Float[Array, "B T N R"], Float[Array, "B T N"]]:
+) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
     """The absorbed form: see `ops.latent_attention`. The expanded form differs in its store."""
     if seen.chosen is None:
         return _attend(queries, store, seen, call)
@@ -78,7 +79,7 @@ def context_attention(
     seen: Seen,
     call,
     *,
-    kv_b: Float[Array, "R N H+V"],
+    kv_b: Float[Array, "R N C"],
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
     """The expanded form over cached latents: see `ops.context_attention`.
 

@@ -1,0 +1,15 @@
+"""The types of what may be given in place of a jax array."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+Plain = np.ndarray | Sequence[Any]
+"""An array of numpy, or a list with lists in it, of which jax makes an array."""
+
+Whole = int | np.integer
+"""A whole number of Python or numpy."""
+
+Number = float | np.integer | np.floating
+"""A number of Python or numpy; as in any annotation, float takes int in."""

@@ -1,0 +1,71 @@
+"""While tests run, what a function is given and returns is compared with its annotations."""
+
+import functools
+
+import annotations
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+from jaxtyping import Array, Float, Int
+
+from mla_jax.cache import Cache
+from mla_jax.layers.projection import together
+from mla_jax.ops.embedding import embed
+
+pytest.importorskip("typeguard")
+if jaxtyping.config.jaxtyping_disable:
+    pytest.skip("JAXTYPING_DISABLE is set", allow_module_level=True)
+
+
+def complaint(function, *args):
+    """What the checker says; nothing where it is content. `pytest.raises` would turn it off."""
+    try:
+        function(*args)
+    except jaxtyping.TypeCheckError as error:
+        return str(error)
+    return ""
+
+
+def turned(x: Float[Array, "B D"]) -> Float[Array, "B D"]:  # which is not true
+    return x.T
+
+
+def optional(length: Int[Array, ""] | int | None) -> tuple[int | None, ...]:
+    return ("one",) if length is None else (1, None)  # pyrefly: ignore
+
+
+@pytest.mark.parametrize(
+    ("function", "given", "found"),
+    [
+        (turned, jnp.ones((2, 3)), "the return value of"),
+        (turned, jnp.ones((2, 2)), ""),
+        (turned, jnp.ones(2), "typechecking parameter 'x'"),
+        (optional, None, "the return value of"),
+        (optional, 3, ""),
+        (optional, jnp.int32(3), ""),
+        (optional, jnp.ones(2, int), "typechecking parameter 'length'"),
+        (optional, "3", "typechecking parameter 'length'"),
+    ],
+)
+def test_an_annotation_that_is_not_true_is_found(function, given, found):
+    checked = jaxtyping.jaxtyped(function, typechecker=annotations.typechecked)
+    said = complaint(checked, given)
+    assert found in said
+    assert bool(said) == bool(found)
+
+
+def test_the_package_is_checked():
+    table, tokens = jnp.ones((5, 3)), jnp.ones((2, 4), int)
+    assert complaint(embed, table, tokens) == ""
+    assert "parameter 'tokens'" in complaint(embed, table, tokens[0])
+    assert "parameter 'tokens'" in complaint(embed, table, np.ones((2, 4), int))
+    assert "parameter 'x'" in complaint(together, jnp.ones(3))
+
+
+def test_the_package_s_own_errors_come_first():
+    make = functools.partial(Cache.init, [], "2")
+    assert "parameter 'batch_size'" in complaint(make, 8)
+    with pytest.raises(ValueError, match="batch_size='2': batch_size must be a whole number"):
+        make(8)
+    assert "parameter 'batch_size'" in complaint(make, 8)
