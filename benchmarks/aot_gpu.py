@@ -36,6 +36,8 @@ from mla_jax.ops.seen import Seen  # noqa: E402
 
 SHAPES = ((128, 128, 1, 512, 64), (128, 20, 4, 512, 64), (64, 16, 1, 512, 0), (8, 40, 2, 256, 32),
           (8, 40, 8, 128, 16))  # fmt: skip  # B, N, T, R, P
+CHOSEN = ((16, 128, 1, 512, 64, 2048), (1, 40, 5, 384, 16, 300), (2, 16, 3, 256, 0, 128))
+# B, N, T, R, P, K
 ATTENTION = ((128, 64, 128), (192, 64, 256), (64, 32, 64))  # H, P, V
 # Bytes by kernel. dK, dV, S and dP leave no register free at H + P + V = 320: what spills are
 # numbers of a tile, used once a step of 2,500 cycles.
@@ -52,23 +54,27 @@ H200 = """gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32
   device_description_str: "NVIDIA H200" """
 
 
-def compile_shape(target, batch, heads, tokens, rank, rope, slots, dtype, paged=False):
-    """Compiles one call of the decode kernel; leaves its PTX in DUMP."""
+def compile_shape(target, batch, heads, tokens, rank, rope, count, slots, dtype, paged=False):
+    """Compiles one call of the decode kernel, over `count` chosen slots; leaves its PTX in DUMP."""
     held = (batch * slots // PAGE, PAGE) if paged else (batch, slots)
     shapes = ((batch, tokens, heads, rank), (batch, tokens, heads, rope), (*held, rank),
               (*held, rope))  # fmt: skip
     static = dispatch.Call(
         "latent_attention", batch, tokens, slots, heads, (rank, rope), rank, dtype.name,
-        ("lengths",), "paged" if paged else "dense", 192**-0.5,
+        ("chosen", "lengths") if count else ("lengths",), "paged" if paged else "dense", 192**-0.5,
     )  # fmt: skip
+    reason = hopper.unsupported(static)
+    assert reason is None, reason
 
-    def call(pattern, q_rope, latent, k_rope, lengths, table=None):
-        seen = Seen.of(lengths, batch=batch, queries=tokens, slots=slots)
+    def call(pattern, q_rope, latent, k_rope, lengths, chosen, table=None):
+        chosen = chosen if count else None
+        seen = Seen.of(lengths, batch=batch, queries=tokens, slots=slots, chosen=chosen)
         store = Dense({"latent": latent, "k_rope": k_rope})
         store = Paged(store, table) if paged else store
         return hopper.latent_attention((pattern, q_rope), store, seen, static)
 
     arguments = [*((shape, dtype) for shape in shapes), ((batch,), jnp.int32)]
+    arguments.append(((batch, tokens, count or 1), jnp.int32))
     if paged:
         arguments.append(((batch, slots // PAGE), jnp.int32))
     lower(target, call, arguments)
@@ -131,6 +137,7 @@ def main():
     parser.add_argument("--slots", type=int, default=4096)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--quick", action="store_true", help="the first shape only")
+    parser.add_argument("--chosen", action="store_true", help="attention to chosen slots only")
     options = parser.parse_args()
     ptxas = shutil.which("ptxas") or shutil.which("ptxas", path=str(CUDA / "bin"))
     if ptxas is None:
@@ -144,16 +151,22 @@ def main():
     quick_dumps()
     print(f"jax {jax.__version__}, {ptxas}\n\n| kernel | shape | registers | spilled bytes | "
           "shared memory | wgmma | warnings |\n|---|---|---|---|---|---|---|")  # fmt: skip
-    decode = lambda *shape, paged=False: compile_shape(  # noqa: E731
+    on_chosen = lambda *shape, paged=False: compile_shape(  # noqa: E731
         topology.devices[0], *shape, options.slots, jnp.dtype(options.dtype), paged
     )
+    decode = lambda *shape, paged=False: on_chosen(*shape, None, paged=paged)  # noqa: E731
     expanded = lambda *widths: compile_attention(  # noqa: E731
         topology.devices[0], *widths, jnp.dtype(options.dtype)
     )
     on_pages = functools.partial(decode, paged=True)
     shapes = SHAPES[:1] if options.quick else SHAPES
     calls = [(call, shape) for shape in shapes for call in (decode, on_pages)]
+    of_pages = functools.partial(on_chosen, paged=True)
+    chosen = CHOSEN[:1] if options.quick else CHOSEN
+    calls += [(call, shape) for shape in chosen for call in (on_chosen, of_pages)]
     calls += [(expanded, widths) for widths in (() if options.quick else ATTENTION)]
+    if options.chosen:
+        calls = [(call, shape) for call, shape in calls if call in (on_chosen, of_pages)]
     bad = False
     for compile_call, shape in calls:
         shutil.rmtree(DUMP, ignore_errors=True)
@@ -171,7 +184,7 @@ def main():
             registers, spilled, products, warnings = report(ptx, ptxas)
             bad |= spilled > SPILLS.get(name, 0) or not products
             bad |= bool(SERIALISED & set(warnings))
-            name += " on pages" * (compile_call is on_pages)
+            name += " on pages" * (compile_call in (on_pages, of_pages))
             cells = (name, ", ".join(map(str, shape)), registers, spilled, ", ".join(shared),
                      products, ", ".join(warnings))  # fmt: skip
             print(f"| {' | '.join(map(str, cells))} |", flush=True)

@@ -18,12 +18,11 @@ from mla_jax.ops.hopper.merge import like, merge
 from mla_jax.ops.hopper.schedule import BLOCK, TILE, Column
 
 
-def decode(operands, schedule, table, shape: Shape, batch: int, interpret: Any):
-    """`kernel.decode` in the interpreter, with its parameters."""
+def decode(operands, schedule, table, shape: Shape, batch: int, interpret: Any, part=None):
+    """`kernel.decode` in the interpreter, with its parameters, by a class of parts."""
     options = launch_options(shape) | {"interpret": interpret}
-    out, lse, part_out, part_lse = launch(
-        InterpretedPart, operands, schedule, table, shape, batch, **options
-    )
+    part = InterpretedPart if part is None else part
+    out, lse, part_out, part_lse = launch(part, operands, schedule, table, shape, batch, **options)
     return _merged(out, lse, part_out, part_lse, schedule, shape, options)
 
 
@@ -40,7 +39,7 @@ def _merged(out, lse, part_out, part_lse, schedule, shape, options):
         pl.when(end_step > first_step)(lambda: merge(part, tile, wg, named, shape))
 
     results = [like(x, x.shape, x.dtype) for x in (out, lse)]
-    merged = plgpu.kernel(body, out_type=results, **options)(
+    merged = plgpu.kernel(body, out_type=results, num_threads=2, **options)(
         part_out, part_lse, schedule.row_parts, schedule.part
     )
     first, last = schedule.row_parts
@@ -72,7 +71,8 @@ class InterpretedPart(Part):
         self.clear(self.smem["s_acc"].at[me], BLOCK)
         return body(self.smem["s_acc"].at[me])
 
-    def opaque_zero(self):
+    def begin_step(self, step):
+        del step
         return jnp.int32(0)
 
     def mma(self, acc, a, b, park=None):
