@@ -215,9 +215,7 @@ def attend_latents(
     return dispatch.attend(queries, store, seen, call, implementation)
 
 
-def latent_gradients(
-    arrays, table, lengths, scale, cotangents, chosen=None
-) -> tuple[Array, ...]:
+def latent_gradients(arrays, table, lengths, scale, cotangents, chosen=None) -> tuple[Array, ...]:
     """Cotangents of pattern, q_rope, latent and k_rope, for kernels without a backward.
 
     Args:

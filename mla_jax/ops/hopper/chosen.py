@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mla_jax import ops, target
+from mla_jax import ops
 from mla_jax.ops import guard
 from mla_jax.ops.hopper.mapped import joined
 from mla_jax.ops.hopper.schedule import SLACK, STEP, TILE, equal_rows

@@ -116,9 +116,7 @@ def listed(chosen, table, start, limit, row, slots: int):
             [table] = tables
             slot = arith.select(live, slot, c(0))  # a place in the table that is there
             page = arith.shrui(slot, c(7))
-            page = arith.addi(
-                arith.muli(row, c(ir.MemRefType(table.type).shape[1])), page
-            )
+            page = arith.addi(arith.muli(row, c(ir.MemRefType(table.type).shape[1])), page)
             page = llvm.load(i32, pointer(table, arith.index_cast(index, page)))
             place = arith.addi(arith.shli(page, c(7)), arith.andi(slot, c(127)))
             live = arith.andi(live, arith.cmpi(below, page, c(slots // 128)))
@@ -127,9 +125,7 @@ def listed(chosen, table, start, limit, row, slots: int):
         place = arith.select(live, place, c(-1))
         place = utils.vector.broadcast(ir.VectorType.get((1,), i32), place)
         registers = np.array([place], dtype=object)
-        return mgpu.FragmentedArray(
-            _registers=registers, _layout=LISTED.to_mgpu(), _is_signed=True
-        )
+        return mgpu.FragmentedArray(_registers=registers, _layout=LISTED.to_mgpu(), _is_signed=True)
 
     return call(chosen, list(tables), start, limit, row)
 
@@ -219,8 +215,8 @@ def gather(source, target, places, block: int, column: int) -> None:
         base = add(base, arith.extui(i64, mul(chunk, c(16))))
         base = add(base, utils.c(2 * column, i64))
         place = _place(places)
-        active = None if at_once * chunks == 32 else arith.cmpi(
-            arith.CmpIPredicate.ult, lane, c(chunks)
+        active = (
+            None if at_once * chunks == 32 else arith.cmpi(arith.CmpIPredicate.ult, lane, c(chunks))
         )
         for i in range(16 // at_once):
             done = i * at_once
@@ -261,9 +257,7 @@ _DIALECTS = ("arith", "llvm", "ir")
 def _place(places):
     """This thread's place."""
     utils = mgpu.utils
-    return utils.vector.extract(
-        places.registers.item(), dynamic_position=[], static_position=[0]
-    )
+    return utils.vector.extract(places.registers.item(), dynamic_position=[], static_position=[0])
 
 
 def _word(words, word: int):

@@ -245,20 +245,24 @@ class InterpretedGatheredPart(interpreted.InterpretedPart, GatheredPart):
 
     def store_live(self, places, block):
         for word in range(2):
-            bits = jnp.int32(0)
-            for r in range(32):
+
+            def add(r, bits, word=word):
                 live = self.place(places, block, 32 * word + r)[1]
-                bits = bits | (live.astype(jnp.int32) << r)
-            self.smem["live"][2 * block + word] = bits
+                return bits | (live.astype(jnp.int32) << r)
+
+            self.smem["live"][2 * block + word] = lax.fori_loop(0, 32, add, jnp.int32(0))
 
     def live(self, word):
         return self.smem["live"][word]
 
     def gather(self, source, name, buffer, places, block, column):
         target = self.smem[name].at[buffer]
-        for r in range(BLOCK):
+
+        def copy(r, _):
             place, live = self.place(places, block, r)
             row = source[pl.ds(place, 1), pl.ds(column, target.shape[1])]
             target[pl.ds(r, 1), :] = jnp.where(live, row, jnp.zeros_like(row))
+
+        lax.fori_loop(0, BLOCK, copy, None)
         plgpu.commit_smem()
         plgpu.barrier_arrive(self.smem[f"{name}_bar"].at[buffer])
