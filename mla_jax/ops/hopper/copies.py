@@ -16,6 +16,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mla_jax.ops.hopper.mosaic import SPLAT, index_of, pointer
+from mla_jax.ops.hopper.schedule import BLOCK
 
 STEP = 128  # rows that a warpgroup lists at once, one a thread
 LISTED = plgpu.Layout.WG_STRIDED((STEP,), 1)
@@ -108,7 +109,9 @@ def listed(chosen, table, start, limit, row, slots: int):
         i32, index = ir.IntegerType.get_signless(32), ir.IndexType.get()
         c = lambda value: utils.c(value, i32)  # noqa: E731
         below = arith.CmpIPredicate.ult  # unsigned: nothing below zero is
-        thread = arith.index_cast(index, arith.andi(utils.thread_idx(), c(STEP - 1)))
+        # Read anew, as an address of each thread's own would be kept from the kernel's start.
+        thread = utils.inline_ptx("mov.u32 $0, %tid.x;", result_types=i32, has_side_effects=True)
+        thread = arith.index_cast(index, arith.andi(thread, c(STEP - 1)))
         slot = llvm.load(i32, pointer(chosen, arith.addi(index_of(start), thread)))
         live = arith.cmpi(below, slot, limit.registers.item())
         row = row.registers.item()
@@ -172,28 +175,31 @@ def load_word(words, word: int):
     return call(words)
 
 
-def gather(source, target, places, block: int, column: int) -> None:
-    """Starts the copies target[r] = source[places[r], column : ...] for the 64 rows of a block.
+def gather(source, targets, buffer: int, places, block: int, column: int) -> None:
+    """Starts the copies targets[buffer, r] = source[places[r], column : ...] for a block's 64 rows.
 
     Warp w copies rows 16 w to 16 w + 15, whose places lanes 16 block and on of it have: where the
     choice has its 128 slots is of no matter, as a softmax does not know their order.
 
     Args:
         source: [any, width] in device memory.
-        target: [64, columns] in shared memory, tiled and swizzled.
+        targets: [buffers, 64, columns] in shared memory, tiled and swizzled. All buffers share the
+            addresses that a thread computes, and few registers hold these.
+        buffer: the one that is filled.
         places: of `listed`.
         block: 0 or 1, which half of the 128 places.
         column: of the source, where the target's columns begin.
     """
-    columns = target.shape[-1]
+    columns = targets.shape[-1]
     tile = min(64, columns)  # columns of a swizzled tile
     transforms = (plgpu.TilingTransform((8, tile)), plgpu.SwizzleTransform(2 * tile))
     chunks = columns // 8  # of 16 bytes a row has
     at_once = 32 // chunks  # rows of one copy of a warp
     tile_rows, swizzled = 2 * tile, (2 * tile // 16 - 1) << 4  # bytes, bits of an address
+    before = 2 * buffer * BLOCK * columns  # bytes
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(transforms), LISTED))
-    def call(_, source, target, places):
+    def call(_, source, targets, places):
         utils, arith, llvm, ir = (mgpu.utils, *(getattr(mgpu.utils, x) for x in _DIALECTS))
         i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
         c = lambda value: utils.c(value, i32)  # noqa: E731
@@ -209,11 +215,10 @@ def gather(source, target, places, block: int, column: int) -> None:
         first = add(first, mul(rem(row, c(8)), c(tile_rows)))
         first = add(first, mul(rem(chunk, c(per_tile)), c(16)))
         first = arith.xori(first, arith.andi(arith.shrui(first, c(3)), c(swizzled)))
-        first = add(llvm.ptrtoint(i32, utils.memref_ptr(target)), first)
+        target = llvm.ptrtoint(i32, utils.memref_ptr(targets))
         width = ir.MemRefType(source.type).shape[1]
         base = llvm.ptrtoint(i64, utils.memref_ptr(source))
         base = add(base, arith.extui(i64, mul(chunk, c(16))))
-        base = add(base, utils.c(2 * column, i64))
         place = _place(places)
         active = (
             None if at_once * chunks == 32 else arith.cmpi(arith.CmpIPredicate.ult, lane, c(chunks))
@@ -232,11 +237,11 @@ def gather(source, target, places, block: int, column: int) -> None:
             there = arith.extui(i64, arith.maxsi(at, c(0)))
             there = add(base, mul(there, utils.c(2 * width, i64)))
             offset = done // 8 * 8 * tile_rows * (columns // tile) + done % 8 * tile_rows
-            to = arith.xori(first, c(offset >> 3 & swizzled))
+            to = add(target, arith.xori(first, c(offset >> 3 & swizzled)))
             copy = functools.partial(
                 utils.inline_ptx,
-                "{ .reg .pred none; setp.lt.s32 none, $2, 0; "
-                f"cp.async.cg.shared.global{PREFETCH} [$0+{offset}], [$1], 16, none; }}",
+                "{ .reg .pred none; setp.lt.s32 none, $2, 0; cp.async.cg.shared.global"
+                f"{PREFETCH} [$0+{before + offset}], [$1+{2 * column}], 16, none; }}",
                 to,
                 there,
                 at,
@@ -248,7 +253,7 @@ def gather(source, target, places, block: int, column: int) -> None:
                 with utils.when(active):
                     copy()
 
-    call(source, target, places)
+    call(source, targets, places)
 
 
 _DIALECTS = ("arith", "llvm", "ir")

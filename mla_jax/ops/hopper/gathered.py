@@ -34,7 +34,7 @@ from mla_jax.ops.hopper import copies, interpreted, mosaic
 from mla_jax.ops.hopper.kernel import FLAGS, WG, Part, Shape, launch, launch_options
 from mla_jax.ops.hopper.schedule import BLOCK, STEP, TILE
 
-COMPUTING, COPYING = 232, 40  # registers of a thread
+COMPUTING, COPYING = 240, 24  # registers of a thread: 504 for three, 24 the least there is
 _FREE = 4 + len(FLAGS) + 1  # the first of four named barriers
 _WORDS = 6 * TILE  # where stat[6] begins: an array of its own would not fit shared memory
 _BARRIERS = {"k_bar": _WORDS + 4, "kr_bar": _WORDS + 12}
@@ -197,7 +197,7 @@ class GatheredPart(Part):
 
     def gather(self, source, name, buffer, places, block, column):
         """Fills a buffer with rows of a block, and says when they have arrived."""
-        copies.gather(source, self.smem[name].at[buffer], places, block, column)
+        copies.gather(source, self.smem[name], buffer, places, block, column)
         copies.arrive_copied(self.stat, _BARRIERS[f"{name}_bar"] + 2 * buffer)
 
 
