@@ -202,7 +202,7 @@ class GatheredPart(Part):
 
 
 class InterpretedGatheredPart(interpreted.InterpretedPart, GatheredPart):
-    """`GatheredPart` with ordinary barriers, and rows copied by loads and stores."""
+    """`GatheredPart` with ordinary barriers, and rows of an array that is loaded whole."""
 
     @classmethod
     def scratch(cls, shape: Shape) -> dict[str, Any]:
@@ -227,42 +227,34 @@ class InterpretedGatheredPart(interpreted.InterpretedPart, GatheredPart):
         plgpu.barrier_wait(self.smem["free"].at[buffer])
 
     def places(self, step):
-        """The step: single slots are looked up where they are needed."""
-        return step
-
-    def place(self, step, block, r):
-        """Where row r of a block lies, and whether it is anywhere."""
         row, start, limit = self.step_start(step)
-        slot = self.chosen[start + r // 16 * 32 + 16 * block + r % 16]
-        live = (slot >= 0) & (slot < limit)
-        slot = jnp.where(live, slot, 0)
         row = lax.div(row, jnp.int32(self.shape.sharing))
-        if self.pages is None:
-            return row * self.row_slots + slot, live
-        page = self.pages[row, lax.div(slot, jnp.int32(STEP))]
-        live = live & (page < self.row_slots // STEP)
-        return jnp.where(live, page * STEP + lax.rem(slot, jnp.int32(STEP)), 0), live
+        slot = self.chosen[pl.ds(start, STEP)]
+        live = (slot >= 0) & (slot < limit)
+        place = row * self.row_slots + slot
+        if self.pages is not None:
+            pages = self.pages[row, :]
+            page = pages[jnp.where(live, slot, 0) // STEP]
+            live = live & (page < self.row_slots // STEP)
+            place = page * STEP + slot % STEP
+        return jnp.where(live, place, -1)
+
+    def places_of(self, places, block):
+        """Those of the 64 rows of a block."""
+        return places.reshape(4, 2, 16)[:, block].reshape(BLOCK)
 
     def store_live(self, places, block):
+        bits = jnp.where(self.places_of(places, block) < 0, 0, 1).reshape(2, 32)
+        words = (bits << lax.broadcasted_iota(jnp.int32, (2, 32), 1)).sum(1)
         for word in range(2):
-
-            def add(r, bits, word=word):
-                live = self.place(places, block, 32 * word + r)[1]
-                return bits | (live.astype(jnp.int32) << r)
-
-            self.smem["live"][2 * block + word] = lax.fori_loop(0, 32, add, jnp.int32(0))
+            self.smem["live"][2 * block + word] = words[word]
 
     def live(self, word):
         return self.smem["live"][word]
 
     def gather(self, source, name, buffer, places, block, column):
-        target = self.smem[name].at[buffer]
-
-        def copy(r, _):
-            place, live = self.place(places, block, r)
-            row = source[pl.ds(place, 1), pl.ds(column, target.shape[1])]
-            target[pl.ds(r, 1), :] = jnp.where(live, row, jnp.zeros_like(row))
-
-        lax.fori_loop(0, BLOCK, copy, None)
+        target, rows = self.smem[name].at[buffer], self.places_of(places, block)
+        values = source[:, pl.ds(column, target.shape[1])][jnp.maximum(rows, 0)]
+        target[...] = jnp.where(rows[:, None] < 0, jnp.zeros_like(values), values)
         plgpu.commit_smem()
         plgpu.barrier_arrive(self.smem[f"{name}_bar"].at[buffer])

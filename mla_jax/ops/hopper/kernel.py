@@ -59,7 +59,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mla_jax.ops.hopper import mosaic
 from mla_jax.ops.hopper.merge import LOG2E, LOWEST, like, merge, piece
-from mla_jax.ops.hopper.schedule import BLOCK, STEP, TILE, Column
+from mla_jax.ops.hopper.schedule import BLOCK, STEP, TILE, Column, source_slot
 
 WG = plgpu.Layout.WGMMA
 _ROW = plgpu.Layout.WGMMA.reduce(1)
@@ -121,17 +121,6 @@ def launch(part, operands, schedule, table, shape: Shape, batch: int, **options)
         num_threads=part.warpgroups,
         **options,
     )(*operands, *schedule, *(() if table is None else (table,)))
-
-
-def source_slot(row, slot, length, slots, total, page=None):
-    """Where a block begins in the flat cache: [B S], or [G 128] where the row's slots have a page.
-
-    Blocks past the row's length begin past the end of the cache, where a copy fills its buffer with
-    zeros and reads no memory.
-    """
-    in_use = slot < length
-    place = row * slots + slot if page is None else page * STEP + lax.rem(slot, jnp.int32(STEP))
-    return jnp.where(in_use, place, total)
 
 
 def tiled(shape, dtype):

@@ -177,3 +177,14 @@ def equal_rows(count: int, steps: int, *, rows: int, num_sms: int, slack: int = 
         arrivals=np.zeros(count * tiles),
     )
     return Schedule(*(np.asarray(x, np.int32) for x in cut))
+
+
+def source_slot(row, slot, length, slots, total, page=None):
+    """Where a block begins in the flat cache: [B S], or [G 128] where the row's slots have a page.
+
+    Blocks past the row's length begin past the end of the cache, where a copy fills its buffer with
+    zeros and reads no memory.
+    """
+    in_use = slot < length
+    place = row * slots + slot if page is None else page * STEP + lax.rem(slot, jnp.int32(STEP))
+    return jnp.where(in_use, place, total)
