@@ -151,7 +151,7 @@ def latent_attention(queries, store, seen, call):
             interpret=device.interpret if device.interprets == "gpu" else None,
             sms=multiprocessors(device),
         )
-    schedule = plan(seen, call) if seen.plan is None else seen.plan
+    schedule: Any = plan(seen, call) if seen.plan is None else seen.plan
     out, lse = decode(
         seen.last(pattern),
         seen.last(q_rope),

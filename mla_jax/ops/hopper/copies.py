@@ -102,7 +102,7 @@ def listed(chosen, table, start, limit, row, slots: int):
     types = (plgpu.RefType(), [plgpu.RefType()] * len(tables), SPLAT, SPLAT, SPLAT)
 
     @plgpu.inline_mgpu(
-        arg_types=types, return_type=plgpu.ShapeDtypeStruct((STEP,), jnp.int32, LISTED)
+        arg_types=types, return_type=plgpu.ShapeDtypeStruct((STEP,), jnp.dtype(jnp.int32), LISTED)
     )
     def call(_, chosen, tables, start, limit, row):
         utils, arith, llvm, ir = (mgpu.utils, *(getattr(mgpu.utils, x) for x in _DIALECTS))
@@ -162,7 +162,8 @@ def load_word(words, word: int):
     """The 32 bits of a word as a number."""
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, SPLAT)
+        arg_types=(plgpu.RefType(),),
+        return_type=plgpu.ShapeDtypeStruct((), jnp.dtype(jnp.int32), SPLAT),
     )
     def call(_, words):
         utils = mgpu.utils

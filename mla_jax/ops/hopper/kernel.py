@@ -384,7 +384,7 @@ class Part:
         slot = jnp.where(over, 0, slot + STEP)
         return self.page(row, slot) + 0
 
-    def source(self, row, slot, length, page):
+    def source(self, row, slot, length, page) -> Any:
         return source_slot(row, slot, length, self.shape.slots, self.k_hbm.shape[0], page)
 
     def fetch(self, block, h, source):

@@ -22,7 +22,7 @@ def joined(size, arrays, of_arrays, table, of_table):
 
     def join(x, is_mapped):
         x = x if is_mapped else jnp.broadcast_to(x, (size, *x.shape))
-        return x.reshape(-1, *x.shape[2:])
+        return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])  # of which P may be 0
 
     queries = [join(*pair) for pair in zip(arrays[:2], of_arrays[:2], strict=True)]
     held, of_held = arrays[2:], of_arrays[2:]

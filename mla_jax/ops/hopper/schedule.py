@@ -9,7 +9,7 @@ Letters: B batch rows, T query tokens, N heads.
 """
 
 import enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -169,14 +169,14 @@ def equal_rows(count: int, steps: int, *, rows: int, num_sms: int, slack: int = 
         Column.LAST_ROW: there,
         Column.LAST_ROW_SHARED: first[there] < last[there],
     }
-    cut = Schedule(
-        lengths=np.full(count, steps * STEP),
-        row_step=row_step,
-        row_parts=np.stack([first, last]),
-        part=np.stack([part[column] for column in Column], axis=1),
-        arrivals=np.zeros(count * tiles),
-    )
-    return Schedule(*(np.asarray(x, np.int32) for x in cut))
+    fields: dict[str, Any] = {
+        "lengths": np.full(count, steps * STEP),
+        "row_step": row_step,
+        "row_parts": np.stack([first, last]),
+        "part": np.stack([part[column] for column in Column], axis=1),
+        "arrivals": np.zeros(count * tiles),
+    }
+    return Schedule(**{name: x.astype(np.int32) for name, x in fields.items()})
 
 
 def source_slot(row, slot, length, slots, total, page=None):
