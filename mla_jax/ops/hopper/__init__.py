@@ -2,8 +2,9 @@
 
 `kernel.py` is the algorithm, `merge.py` its end where parts share a row, `schedule.py` the cut of a
 ragged batch into equal parts, `mosaic.py` what Pallas lacks, and `interpreted.py` what the kernel
-does instead on a CPU. It reads dense caches, and paged ones through their table. It is forward
-only: derivatives are those of the XLA backend.
+does instead on a CPU. It reads dense caches, and paged ones through their table. `chosen.py` is
+attention to chosen slots: `gathered.py` is the kernel with a third warpgroup, which copies single
+rows (`copies.py`). They are forward only: derivatives are those of the XLA backend.
 
 The kernel's thread blocks wait for each other where they share a batch row, so all of them must be
 on the device at once: their number never exceeds the multiprocessors that the device reports, but
