@@ -40,8 +40,8 @@ CHOSEN = ((16, 128, 1, 512, 64, 2048), (1, 40, 5, 384, 16, 300), (2, 16, 3, 256,
 # B, N, T, R, P, K
 ATTENTION = ((128, 64, 128), (192, 64, 256), (64, 32, 64))  # H, P, V
 # Bytes by kernel. dK, dV, S and dP leave no register free at H + P + V = 320: what spills are
-# numbers of a tile, used once a step of 2,500 cycles. In mla_chosen, what spills are addresses of the
-# warpgroup that copies, up to seven a step, and numbers that the other two want once a row.
+# numbers of a tile, used once a step of 2,500 cycles. In mla_chosen they are addresses of the warpgroup
+# that copies, up to seven a step, and numbers that the other two want once a row.
 SPILLS = {"mla_attention": 64, "mla_attention_dq": 64, "mla_attention_dkv": 512,
           "mla_chosen": 128}  # fmt: skip
 SERIALISED = {"C7510", "C7511", "C7512", "C7513"}
