@@ -29,7 +29,8 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 
-from mla_jax.cache import PAGE, Dense, Paged  # noqa: E402
+from mla_jax.cache import PAGE, Dense, Paged, Scaled  # noqa: E402
+from mla_jax.cache.scaled import GROUP  # noqa: E402
 from mla_jax.ops import dispatch, hopper  # noqa: E402
 from mla_jax.ops.hopper import attention  # noqa: E402
 from mla_jax.ops.seen import Seen  # noqa: E402
@@ -52,26 +53,29 @@ H200 = """gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32
   device_description_str: "NVIDIA H200" """
 
 
-def compile_shape(target, batch, heads, tokens, rank, rope, slots, dtype, paged=False):
+def compile_shape(
+    target, batch, heads, tokens, rank, rope, slots, dtype, paged=False, encoding=None
+):
     """Compiles one call of the decode kernel; leaves its PTX in DUMP."""
     held = (batch * slots // PAGE, PAGE) if paged else (batch, slots)
-    shapes = ((batch, tokens, heads, rank), (batch, tokens, heads, rope), (*held, rank),
-              (*held, rope))  # fmt: skip
+    queries = [((batch, tokens, heads, width), dtype) for width in (rank, rope)]
+    held_in = dtype if encoding is None else jnp.dtype(encoding)
     static = dispatch.Call(
         "latent_attention", batch, tokens, slots, heads, (rank, rope), rank, dtype.name,
-        ("lengths",), "paged" if paged else "dense", 192**-0.5,
+        ("lengths",), "paged" if paged else "dense", 192**-0.5, encoding=encoding,
     )  # fmt: skip
 
-    def call(pattern, q_rope, latent, k_rope, lengths, table=None):
+    def call(pattern, q_rope, lengths, table, arrays):
         seen = Seen.of(lengths, batch=batch, queries=tokens, slots=slots)
-        store = Dense({"latent": latent, "k_rope": k_rope})
+        store = Dense(arrays) if encoding is None else Scaled(arrays)
         store = Paged(store, table) if paged else store
         return hopper.latent_attention((pattern, q_rope), store, seen, static)
 
-    arguments = [*((shape, dtype) for shape in shapes), ((batch,), jnp.int32)]
-    if paged:
-        arguments.append(((batch, slots // PAGE), jnp.int32))
-    lower(target, call, arguments)
+    arrays = {"latent": ((*held, rank), held_in), "k_rope": ((*held, rope), dtype)}
+    if encoding is not None:
+        arrays["latent_scale"] = ((*held, rank // GROUP), jnp.float32)
+    table = ((batch, slots // PAGE), jnp.int32)
+    lower(target, call, [*queries, ((batch,), jnp.int32), table, arrays])
 
 
 def lower(target, call, arguments):
@@ -80,7 +84,11 @@ def lower(target, call, arguments):
     from jax.sharding import AbstractMesh, SingleDeviceSharding
 
     where = SingleDeviceSharding(target)
-    structs = [jax.ShapeDtypeStruct(*argument, sharding=where) for argument in arguments]
+    structs = jax.tree.map(
+        lambda argument: jax.ShapeDtypeStruct(*argument, sharding=where),
+        arguments,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
     # Pallas asks which GPU it lowers for: an abstract one answers.
     device = AbstractDevice(device_kind=target.device_kind, num_cores=132, platform="gpu")
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
