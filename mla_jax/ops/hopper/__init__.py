@@ -76,7 +76,9 @@ def unsupported(call) -> str | None:
     if call.dtype not in ("bfloat16", "float16"):
         return f"takes bfloat16 and float16, not {call.dtype}"
     if call.encoding not in (None, "float8_e4m3fn"):
-        return f"takes latents in fp8 (float8_e4m3fn) or in the operands' dtype, not {call.encoding}"
+        return (
+            f"takes latents in fp8 (float8_e4m3fn) or in the operands' dtype, not {call.encoding}"
+        )
     if call.encoding is not None and call.dtype != "bfloat16":
         return f"takes fp8 latents with bfloat16 operands, not {call.dtype}"
     options = [name for name in call.options if name != "lengths"]

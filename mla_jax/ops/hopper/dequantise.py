@@ -117,6 +117,8 @@ def prefetch(latent, scale, rope, source, live, step: int):
         with mgpu.utils.when(arith.andi(elected, some)):
             for ref in refs:
                 width = _row_bytes(ref)
+                if width % 16:  # what it asks of addresses and sizes
+                    continue
                 address = _address(ref, arith.addi(source, first), width)
                 size = arith.muli(count, mgpu.utils.c(width, i32))
                 mgpu.utils.inline_ptx(
@@ -281,9 +283,7 @@ class _Store:
         some = arith.ori(arith.ori(large[0], large[1]), arith.ori(large[2], large[3]))
         with mgpu.utils.when(some):
             rest = [
-                arith.select(
-                    is_large, arith.mulf(scale, c(1 / _LARGE, self.f32)), c(1.0, self.f32)
-                )
+                arith.select(is_large, arith.mulf(scale, c(1 / _LARGE, self.f32)), c(1.0, self.f32))
                 for is_large, scale in zip(large, self.scale, strict=True)
             ]
             rest = [

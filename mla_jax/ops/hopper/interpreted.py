@@ -13,18 +13,30 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from mla_jax.cache.scaled import GROUP
+from mla_jax.ops.hopper import scaled
 from mla_jax.ops.hopper.kernel import FLAGS, WG, Part, Shape, launch, launch_options, tiled
 from mla_jax.ops.hopper.merge import like, merge
-from mla_jax.ops.hopper.schedule import BLOCK, TILE, Column
+from mla_jax.ops.hopper.schedule import BLOCK, STEP, TILE, Column
 
 
 def decode(operands, schedule, table, shape: Shape, batch: int, interpret: Any):
     """`kernel.decode` in the interpreter, with its parameters."""
     options = launch_options(shape) | {"interpret": interpret}
-    out, lse, part_out, part_lse = launch(
-        InterpretedPart, operands, schedule, table, shape, batch, **options
-    )
-    return _merged(out, lse, part_out, part_lse, schedule, shape, options)
+    results = launch(InterpretedPart, operands, schedule, table, shape, batch, **options)
+    return _merged(*results, schedule, shape, options)
+
+
+def decode_scaled(operands, schedule, table, shape: Shape, batch: int, interpret: Any):
+    """`scaled.decode` in the interpreter, with its parameters."""
+    # The last block of a row may end past the cache: no load here takes part of a block.
+    of_slots = (2, 4) if shape.rope else (1, 2)
+    pad = lambda i, x: jnp.pad(x, ((0, STEP), (0, 0))) if i in of_slots else x  # noqa: E731
+    operands = [pad(i, x) for i, x in enumerate(operands)]
+    options = scaled.launch_options(shape) | {"interpret": interpret}
+    results = launch(InterpretedScaledPart, operands, schedule, table, shape, batch, **options)
+    options = launch_options(shape) | {"interpret": interpret}
+    return _merged(*results, schedule, shape, options)
 
 
 def _merged(out, lse, part_out, part_lse, schedule, shape, options):
@@ -133,3 +145,42 @@ class InterpretedPart(Part):
 
     def merge(self):
         pass
+
+
+class InterpretedScaledPart(InterpretedPart, scaled.ScaledPart):
+    """`ScaledPart`, whose producer keeps no tile between two of its turns."""
+
+    @classmethod
+    def scratch(cls, shape: Shape) -> dict[str, Any]:
+        """Also a barrier for every tile."""
+        return super().scratch(shape) | {"free": plgpu.Barrier(num_barriers=4)}
+
+    def load(self, place, tile):
+        return (*self.extent(place), *map(jnp.int32, tile))
+
+    def turn(self, buffer, held, place, tile):
+        source, live, block, h = held
+        start, live = source + block * BLOCK, live - block * BLOCK
+        start = jnp.where(live > 0, start, 0)
+        channel = h * self.half + lax.broadcasted_iota(jnp.int32, (BLOCK, self.half), 1)
+        scales = self.scale_hbm[pl.ds(start, BLOCK), :]
+        chosen = jnp.zeros(channel.shape, jnp.float32)
+        for group in range(scales.shape[1]):
+            chosen = jnp.where(channel // GROUP == group, scales[:, group : group + 1], chosen)
+        codes = self.k_hbm[pl.ds(start, BLOCK), pl.ds(h * self.half, self.half)]
+        value = codes.astype(jnp.float32) * chosen
+        slot = lax.broadcasted_iota(jnp.int32, value.shape, 0)
+        self.k[buffer] = jnp.where(slot < live, value, 0).astype(self.dtype)
+        return self.load(place, tile)
+
+    def prefetch(self, place):
+        pass
+
+    def take_registers(self, count, action):
+        pass
+
+    def free(self, buffer):
+        plgpu.barrier_arrive(self.smem["free"].at[buffer])
+
+    def wait_free(self, buffer):
+        plgpu.barrier_wait(self.smem["free"].at[buffer])

@@ -31,7 +31,7 @@ from mla_jax.ops.hopper.kernel import FLAGS, Part, Shape, tiled
 from mla_jax.ops.hopper.schedule import BLOCK, STEP, Column
 
 PRODUCER = 2  # its warpgroup
-REGISTERS = (216, 72)  # of a thread of the two warpgroups, and of the producer's
+REGISTERS = (208, 88)  # of a thread of the two warpgroups, and of the producer's
 # Tiles (block, half) of a step in the order in which the two warpgroups are done with them.
 ORDER = ((0, 0), (1, 1), (0, 1), (1, 0))
 
@@ -100,6 +100,16 @@ class ScaledPart(Part):
 
     def page_after(self, *place):
         """None, for the same reason."""
+
+    def renew_q(self, qr, new_q, row):
+        """As `Part.renew_q`; the rotary queries are loaded anew for every step."""
+        del qr
+
+        @pl.when(new_q)
+        def _():
+            plgpu.barrier_wait(self.smem["q_bar"])
+
+        return self.load_q_rope(row)
 
     def kill_dead_values(self, ref, live):
         """Nothing: the producer has stored zeros there."""
