@@ -152,15 +152,18 @@ def main():
     quick_dumps()
     print(f"jax {jax.__version__}, {ptxas}\n\n| kernel | shape | registers | spilled bytes | "
           "shared memory | wgmma | warnings |\n|---|---|---|---|---|---|---|")  # fmt: skip
-    decode = lambda *shape, paged=False: compile_shape(  # noqa: E731
-        topology.devices[0], *shape, options.slots, jnp.dtype(options.dtype), paged
+    decode = lambda *shape, **kinds: compile_shape(  # noqa: E731
+        topology.devices[0], *shape, options.slots, jnp.dtype(options.dtype), **kinds
     )
     expanded = lambda *widths: compile_attention(  # noqa: E731
         topology.devices[0], *widths, jnp.dtype(options.dtype)
     )
     on_pages = functools.partial(decode, paged=True)
+    in_fp8 = functools.partial(decode, encoding="float8_e4m3fn")
     shapes = SHAPES[:1] if options.quick else SHAPES
     calls = [(call, shape) for shape in shapes for call in (decode, on_pages)]
+    if options.dtype == "bfloat16":
+        calls += [(in_fp8, shape) for shape in shapes]
     calls += [(expanded, widths) for widths in (() if options.quick else ATTENTION)]
     bad = False
     for compile_call, shape in calls:

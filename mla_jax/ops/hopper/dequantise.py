@@ -8,9 +8,12 @@ That is four instructions for two numbers, where a conversion by way of float32 
 
 None of this runs in the interpreter.
 
-A thread of the warpgroup holds, of a tile [64, C], 16 channels of a slot in every load: 8 lanes lie
-on 8 slots, so that their stores of 16 bytes go to different banks of the swizzled tile, and 4 on 64
-channels, so that they load 64 bytes side by side.
+Bytes and bfloat16 share the tile's memory: bytes lie in its upper half, [64, C] in rows of 64 or 128
+swizzled bytes. The first 32 slots go to the lower half, where nothing lies; the last 32 go where the
+bytes lay, once the warpgroup has all of these in registers.
+
+A thread of the warpgroup takes, for every 32 slots, one slot and 16 of every 64 channels: 8 lanes lie
+on 8 slots, so that their loads and stores of 16 bytes go to different banks, and 4 on 64 channels.
 
 Letters: R latent width, G groups of 128 channels, C = R / 2 channels of a tile.
 """
@@ -27,183 +30,109 @@ _COLUMNS = 64  # channels of a load: 4 lanes of 16
 _ROWS = (0, 32)  # of a thread, beyond its first: 4 warps of 8 slots
 _LARGE = 2.0**7  # the largest scale whose product with 2^120 is a bfloat16
 _SPLAT = plgpu.Layout.WG_SPLAT
-SCALES = plgpu.Layout.WG_STRIDED((512,), 4)  # two groups of two slots a thread
+_SCALES = plgpu.Layout.WG_STRIDED((512,), 4)  # two groups of two slots a thread
 
 
-def codes_layout(columns: int):
-    """The layout of a tile's bytes in registers, as int32 [32 C]: a vector of 4 for every load."""
-    return plgpu.Layout.WG_STRIDED((BLOCK * columns // 4,), 4)
+def swizzle(columns: int) -> int:
+    """How many bytes of a slot lie side by side in the layout of a tile's bytes."""
+    return 64 if columns % 128 else 128
 
 
-def held_types(columns: int):
-    """What `load` returns: the bytes of a tile and their scales."""
-    layout = codes_layout(columns)
-    codes = plgpu.ShapeDtypeStruct((BLOCK * columns // 4,), jnp.dtype(jnp.int32), layout)
-    return codes, plgpu.ShapeDtypeStruct((512,), jnp.dtype(jnp.float32), SCALES)
+def load_scales(scale, source, live, half: int, columns: int):
+    """The scales of half `half` of the block that begins at slot `source`, in registers.
 
-
-def load(latent, scale, source, live, half: int, columns: int):
-    """The bytes of half `half` of the block that begins at slot `source`, and their scales.
-
-    Slots from `live` on are not read: they are zeros.
+    Slots from `live` on are not read: their scales are zeros, and so will be their numbers.
     """
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), plgpu.RefType(), _SPLAT, _SPLAT),
-        return_type=held_types(columns),
+        arg_types=(plgpu.RefType(), _SPLAT, _SPLAT),
+        return_type=plgpu.ShapeDtypeStruct((512,), jnp.dtype(jnp.float32), _SCALES),
     )
-    def call(_, latent, scale, source, live):
-        tile = _Tile(latent, scale, source, live, half, columns)
-        return tile.held([tile.load(*where) for where in tile.places], tile.load_scales())
-
-    return call(latent, scale, source, live)
-
-
-def turn(buffer, codes, scales, half: int, latent, scale, source, live, then: int, transforms):
-    """Stores a loaded tile of half `half` in bfloat16 and loads the next one meanwhile.
-
-    Args:
-        buffer: in shared memory, [64, C], of these transforms.
-        codes, scales: what `load` gave for it.
-        latent, scale, source, live, then: as `load` takes them, of the next tile.
-    """
-    columns = buffer.shape[-1]
-
-    @plgpu.inline_mgpu(
-        arg_types=(
-            plgpu.RefType(transforms),
-            codes_layout(columns),
-            SCALES,
-            plgpu.RefType(),
-            plgpu.RefType(),
-            _SPLAT,
-            _SPLAT,
-        ),
-        return_type=held_types(columns),
-    )
-    def call(_, buffer, codes, scales, latent, scale, source, live):
-        after = _Tile(latent, scale, source, live, then, columns)
-        store = _Store(buffer, scales, half, columns)
-        loaded = []
-        for where, register in zip(after.places, codes.registers, strict=True):
-            store(*where, register)
-            loaded.append(after.load(*where))
-        held = after.held(loaded, after.load_scales())
-        store.enlarge()
-        return held
-
-    return call(buffer, codes, scales, latent, scale, source, live)
-
-
-def prefetch(latent, scale, rope, source, live, step: int):
-    """Asks for the `live` first slots of a step of 128 to be brought to the L2 cache.
-
-    The loads above wait for what they ask; so many bytes in flight as device memory wants would not
-    fit the registers.
-    """
-    refs = [ref for ref in (latent, scale, rope) if ref is not None]
-
-    @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType() for _ in refs], _SPLAT, _SPLAT))
-    def call(_, *args):
-        *refs, source, live = args
-        arith, i32 = mgpu.utils.arith, mgpu.utils.ir.IntegerType.get_signless(32)
-        source, live = (x.registers.item() for x in (source, live))
-        each = mgpu.utils.c(step // 4, i32)
-        warp = arith.andi(mgpu.utils.warp_idx(), mgpu.utils.c(3, i32))
-        first = arith.muli(warp, each)
-        count = arith.minsi(arith.subi(live, first), each)
-        some = arith.cmpi(arith.CmpIPredicate.sgt, count, mgpu.utils.c(0, i32))
-        elected = mgpu.utils.nvvm.elect_sync()
-        with mgpu.utils.when(arith.andi(elected, some)):
-            for ref in refs:
-                width = _row_bytes(ref)
-                if width % 16:  # what it asks of addresses and sizes
-                    continue
-                address = _address(ref, arith.addi(source, first), width)
-                size = arith.muli(count, mgpu.utils.c(width, i32))
-                mgpu.utils.inline_ptx(
-                    "cp.async.bulk.prefetch.L2.global [$0], $1;",
-                    address,
-                    size,
-                    has_side_effects=True,
-                )
-
-    call(*refs, source, live)
-
-
-class _Tile:
-    """Where this thread's bytes of a tile lie in device memory."""
-
-    def __init__(self, latent, scale, source, live, half, columns):
+    def call(_, scale, source, live):
         arith, c = mgpu.utils.arith, mgpu.utils.c
-        self.columns, self.half = columns, half
-        self.places = [(i, j) for i in range(len(_ROWS)) for j in range(columns // _COLUMNS)]
-        row, quad = _lanes()
-        self.i32 = row.type
-        self.live = [
-            arith.cmpi(
-                arith.CmpIPredicate.slt, arith.addi(row, c(r, self.i32)), live.registers.item()
-            )
-            for r in _ROWS
-        ]
-        self.width, self.groups = _row_bytes(latent), _row_bytes(scale) // 4
-        slot = arith.addi(source.registers.item(), row)
-        at = _address(latent, slot, self.width)
-        i64 = at.type
-        lane = arith.extui(i64, arith.muli(quad, c(16, self.i32)))
-        self.at = arith.addi(at, lane)
-        self.scale_at = _address(scale, slot, 4 * self.groups)
-        self.first_group, self.last_group = _groups_of(half, columns)
-
-    def load(self, i, j):
-        """16 bytes: channels 64 j on of this thread's slot i."""
-        offset = _ROWS[i] * self.width + self.half * self.columns + j * _COLUMNS
-        words = mgpu.utils.inline_ptx(
-            "{ .reg .pred p; setp.ne.b32 p, $5, 0; "
-            "mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; "
-            f"@p ld.global.nc.L1::no_allocate.v4.b32 {{$0, $1, $2, $3}}, [$4 + {offset}]; }}",
-            self.at,
-            mgpu.utils.arith.extui(self.i32, self.live[i]),
-            result_types=[self.i32] * 4,
-            has_side_effects=True,
-        )
-        return mgpu.utils.vector.from_elements(
-            mgpu.utils.ir.VectorType.get((4,), self.i32), list(words)
-        )
-
-    def load_scales(self):
-        """Of both slots and both groups that the tile's channels may belong to."""
-        f32 = mgpu.utils.ir.F32Type.get()
+        row, _ = _lanes()
+        i32, f32 = row.type, mgpu.utils.ir.F32Type.get()
+        groups = _row_bytes(scale) // 4
+        at = _address(scale, arith.addi(source.registers.item(), row), 4 * groups)
+        live = live.registers.item()
         values = []
-        for i, row in enumerate(_ROWS):
-            for group in (self.first_group, self.last_group):
-                offset = 4 * (row * self.groups + group)
+        for slot in _ROWS:
+            is_live = arith.cmpi(arith.CmpIPredicate.slt, arith.addi(row, c(slot, i32)), live)
+            is_live = arith.extui(i32, is_live)
+            for group in _groups_of(half, columns):
                 values.append(
                     mgpu.utils.inline_ptx(
                         "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; "
-                        f"@p ld.global.nc.f32 $0, [$1 + {offset}]; }}",
-                        self.scale_at,
-                        mgpu.utils.arith.extui(self.i32, self.live[i]),
+                        f"@p ld.global.nc.f32 $0, [$1 + {4 * (slot * groups + group)}]; }}",
+                        at,
+                        is_live,
                         result_types=f32,
                         has_side_effects=True,
                     )
                 )
-        return mgpu.utils.vector.from_elements(mgpu.utils.ir.VectorType.get((4,), f32), values)
+        register = mgpu.utils.vector.from_elements(mgpu.utils.ir.VectorType.get((4,), f32), values)
+        flat = np.empty((1,), dtype=object)
+        flat[:] = [register]
+        return mgpu.FragmentedArray(_registers=flat, _layout=_SCALES.to_mgpu(), _is_signed=None)
 
-    def held(self, codes, scales):
-        """These registers as arrays."""
-        arrays = []
-        for kind, registers, signed in zip(
-            held_types(self.columns), (codes, [scales]), (True, None), strict=True
-        ):
-            flat = np.empty((len(registers),), dtype=object)
-            flat[:] = registers
-            arrays.append(
-                mgpu.FragmentedArray(
-                    _registers=flat, _layout=kind.layout.to_mgpu(), _is_signed=signed
-                )
-            )
-        return tuple(arrays)
+    return call(scale, source, live)
+
+
+def turn(buffer, scales, half: int, transforms):
+    """Turns the bytes of a tile into bfloat16.
+
+    Args:
+        buffer: the tile in shared memory, [64, C], of these transforms.
+        scales: what `load_scales` gave for it.
+        half: which half of a latent it holds.
+    """
+    columns = buffer.shape[-1]
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(transforms), _SCALES))
+    def call(_, buffer, scales):
+        raw, store = _Raw(buffer, columns), _Store(buffer, scales, half, columns)
+        each = range(columns // _COLUMNS)
+        low, high = ([raw.load(i, j) for j in each] for i in range(len(_ROWS)))
+        for j, codes in zip(each, low, strict=True):
+            store(0, j, codes)
+        mgpu.warpgroup_barrier()
+        for j, codes in zip(each, high, strict=True):
+            store(1, j, codes)
+        store.enlarge()
+
+    call(buffer, scales)
+
+
+class _Raw:
+    """A tile's bytes in shared memory: [8, C / w, 8, w], w bytes swizzled."""
+
+    def __init__(self, buffer, columns):
+        arith, c = mgpu.utils.arith, mgpu.utils.c
+        self.columns, self.width = columns, swizzle(columns)
+        row, quad = _lanes()
+        i32 = self.i32 = row.type
+        inner = arith.andi(row, c(7, i32))
+        outer = arith.shrui(row, c(3, i32))
+        base = mgpu.utils.llvm.ptrtoint(i32, mgpu.utils.memref_ptr(buffer))
+        at = arith.addi(base, arith.muli(outer, c(8 * columns, i32)))
+        at = arith.addi(at, arith.muli(inner, c(self.width, i32)))
+        key = inner if self.width == 128 else arith.shrui(inner, c(1, i32))
+        # The four chunks of 16 bytes of channels 0 to 63 of this slot, and those of 64 to 127.
+        self.at = []
+        for first in range(0, self.width // 16, 4):
+            chunk = arith.xori(arith.addi(quad, c(first, i32)), key)
+            self.at.append(arith.addi(at, arith.muli(chunk, c(16, i32))))
+
+    def load(self, i, j):
+        """16 bytes: channels 64 j on of this thread's slot i."""
+        square, within = divmod(j * _COLUMNS, self.width)
+        offset = BLOCK * self.columns + _ROWS[i] * self.columns + square * 8 * self.width
+        return mgpu.utils.inline_ptx(
+            f"ld.shared.v4.b32 {{$0, $1, $2, $3}}, [$4 + {offset}];",
+            self.at[within // _COLUMNS],
+            result_types=[self.i32] * 4,
+            has_side_effects=True,
+        )
 
 
 class _Store:
@@ -251,8 +180,7 @@ class _Store:
 
     def __call__(self, i, j, codes):
         factor, words = self.factor[self._which(i, j)], []
-        for n in range(4):
-            word = mgpu.utils.vector.extract(codes, dynamic_position=[], static_position=[n])
+        for word in codes:
             # Two bytes, each below eight copies of its sign; shifted by four, then masked.
             for pick in ("0x9180", "0xB3A2"):
                 words.append(

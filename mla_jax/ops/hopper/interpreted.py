@@ -29,10 +29,9 @@ def decode(operands, schedule, table, shape: Shape, batch: int, interpret: Any):
 
 def decode_scaled(operands, schedule, table, shape: Shape, batch: int, interpret: Any):
     """`scaled.decode` in the interpreter, with its parameters."""
-    # The last block of a row may end past the cache: no load here takes part of a block.
-    of_slots = (2, 4) if shape.rope else (1, 2)
-    pad = lambda i, x: jnp.pad(x, ((0, STEP), (0, 0))) if i in of_slots else x  # noqa: E731
-    operands = [pad(i, x) for i, x in enumerate(operands)]
+    # The last block of a row may end past the cache: no load here takes part of a block's scales.
+    *operands, scales = operands
+    operands.append(jnp.pad(scales, ((0, STEP), (0, 0))))
     options = scaled.launch_options(shape) | {"interpret": interpret}
     results = launch(InterpretedScaledPart, operands, schedule, table, shape, batch, **options)
     options = launch_options(shape) | {"interpret": interpret}
@@ -148,39 +147,32 @@ class InterpretedPart(Part):
 
 
 class InterpretedScaledPart(InterpretedPart, scaled.ScaledPart):
-    """`ScaledPart`, whose producer keeps no tile between two of its turns."""
+    """`ScaledPart` with memory of its own for bytes, and loads of scales where they are used."""
 
     @classmethod
     def scratch(cls, shape: Shape) -> dict[str, Any]:
-        """Also a barrier for every tile."""
-        return super().scratch(shape) | {"free": plgpu.Barrier(num_barriers=4)}
+        """Tiles, and their bytes apart from them."""
+        raw = scaled.raw_tiles(shape.rank // 2)
+        tiles = tiled((4, BLOCK, shape.rank // 2), shape.dtype)
+        return super().scratch(shape) | {"k": tiles, "raw": raw}
 
-    def load(self, place, tile):
-        return (*self.extent(place), *map(jnp.int32, tile))
+    def views(self, smem):
+        return smem["k"], smem["raw"].at[:, 1]
 
-    def turn(self, buffer, held, place, tile):
-        source, live, block, h = held
-        start, live = source + block * BLOCK, live - block * BLOCK
-        start = jnp.where(live > 0, start, 0)
+    def load_scales(self, place, tile):
+        return ()
+
+    def turn(self, buffer, scales, place):
+        block, h = divmod(buffer, 2)
+        start, live = self.extent(place, block)
         channel = h * self.half + lax.broadcasted_iota(jnp.int32, (BLOCK, self.half), 1)
-        scales = self.scale_hbm[pl.ds(start, BLOCK), :]
+        scales = self.scale_hbm[pl.ds(jnp.where(live > 0, start, 0), BLOCK), :]
         chosen = jnp.zeros(channel.shape, jnp.float32)
         for group in range(scales.shape[1]):
             chosen = jnp.where(channel // GROUP == group, scales[:, group : group + 1], chosen)
-        codes = self.k_hbm[pl.ds(start, BLOCK), pl.ds(h * self.half, self.half)]
-        value = codes.astype(jnp.float32) * chosen
+        value = self.raw[buffer].astype(jnp.float32) * chosen
         slot = lax.broadcasted_iota(jnp.int32, value.shape, 0)
         self.k[buffer] = jnp.where(slot < live, value, 0).astype(self.dtype)
-        return self.load(place, tile)
-
-    def prefetch(self, place):
-        pass
 
     def take_registers(self, count, action):
         pass
-
-    def free(self, buffer):
-        plgpu.barrier_arrive(self.smem["free"].at[buffer])
-
-    def wait_free(self, buffer):
-        plgpu.barrier_wait(self.smem["free"].at[buffer])

@@ -1,19 +1,17 @@
 """The decode kernel over latents in fp8 with scales (`cache.scaled`): a third warpgroup makes tiles.
 
 The two warpgroups of `kernel.py` work as they do there, on the same tiles of bfloat16 in shared
-memory. What differs is who fills these: not copies that the two start, but a producer, which loads
-the bytes of a tile into registers, waits until the tile's buffer is free, and stores them times
-their scales (`dequantise.py`). While it waits, the loads are under way; so that they are short, it
-asks for the bytes two steps ahead to be brought to the L2 cache. In slots past a row's length it
-stores zeros.
+memory, and start the same copies as soon as a tile has been read for the last time. What differs is
+that a copy brings bytes, half as many as the tile has room for. They come to lie in the tile's upper
+half, where a third warpgroup, the producer, turns them into bfloat16 (`dequantise.py`). So the
+bytes of up to four tiles are under way at once and need no memory of their own.
 
-    barrier    completes when                                 and then
-    k_bar[i]   the producer has filled k[i]                   warpgroup i // 2 makes scores from it
-    free[i]    warpgroup i % 2 has read k[i] for the last     the producer fills it again
-               time
+    barrier      completes when                                 and then
+    raw_bar[i]   the bytes of k[i] have come                    the producer turns them
+    k_bar[i]     the producer has turned them                   warpgroup i // 2 makes scores
 
-Of 504 registers that three threads of a multiprocessor share, one of each warpgroup, a thread of
-the two takes most.
+In slots past a row's length the producer stores zeros. Of 504 registers that three threads of a
+multiprocessor share, one of each warpgroup, a thread of the two takes most.
 
 Letters: B batch, S cache slots, R latent width, P rope width, G groups of 128 channels, M pages of
 a row.
@@ -26,14 +24,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from mla_jax.ops.hopper import dequantise, kernel, mosaic
-from mla_jax.ops.hopper.kernel import FLAGS, Part, Shape, tiled
+from mla_jax.ops.hopper import dequantise, kernel
+from mla_jax.ops.hopper.kernel import Part, Shape, tiled
 from mla_jax.ops.hopper.schedule import BLOCK, STEP, Column
 
 PRODUCER = 2  # its warpgroup
 REGISTERS = (208, 88)  # of a thread of the two warpgroups, and of the producer's
 # Tiles (block, half) of a step in the order in which the two warpgroups are done with them.
 ORDER = ((0, 0), (1, 1), (0, 1), (1, 0))
+AHEAD = 2  # tiles by which scales are loaded ahead of their use
 
 
 def decode(operands, schedule, table, shape: Shape, batch: int):
@@ -47,6 +46,13 @@ def launch_options(shape: Shape) -> dict[str, Any]:
     return kernel.launch_options(shape) | {"num_threads": 3, "kernel_name": "mla_decode_fp8"}
 
 
+def raw_tiles(half: int):
+    """Two places for the bytes of every tile [64, R/2], of which the second is used."""
+    width = dequantise.swizzle(half)
+    transforms = plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(width)
+    return plgpu.SMEM((4, 2, BLOCK, half), jnp.float8_e4m3fn, transforms=transforms)
+
+
 class Place(NamedTuple):
     """A step of the producer's walk."""
 
@@ -58,12 +64,25 @@ class Place(NamedTuple):
 
 
 class ScaledPart(Part):
-    """One thread block: its two warpgroups are `Part`'s, with other ways to fill and free tiles."""
+    """One thread block: its two warpgroups are `Part`'s, which here copy bytes."""
 
     def __init__(self, refs, smem, shape: Shape, paged: bool):
         refs = list(refs)
         self.scale_hbm: Any = refs.pop(4 if shape.rope else 2)
-        super().__init__(refs, smem, shape, paged)
+        k, self.raw = self.views(smem)
+        super().__init__(refs, smem | {"k": k}, shape, paged)
+
+    @classmethod
+    def scratch(cls, shape: Shape) -> dict[str, Any]:
+        """As `Part.scratch`; tiles may be seen as bytes, and have barriers for these."""
+        smem = super().scratch(shape)
+        smem["k"] = plgpu.RefUnion(smem["k"], raw_tiles(shape.rank // 2))
+        return smem | {"raw_bar": plgpu.Barrier(num_barriers=4)}
+
+    def views(self, smem):
+        """The tiles, and what the bytes of each are copied to."""
+        k, raw = smem["k"]
+        return k, raw.at[:, 1]
 
     def run(self):
         """As `Part.run`, beside the producer."""
@@ -84,22 +103,14 @@ class ScaledPart(Part):
             lax.cond(wg == PRODUCER, produce, attend)
 
     def fetch(self, block, h, source):
-        """Frees a tile, for the producer to fill with what comes next."""
-        del source
-        self.free(2 * block + h)
-
-    def fetch_rope(self, block, source):
-        """Nothing: the producer knows by a freed tile that the block's rotary keys are read too."""
-
-    def source(self, row, slot, length, page):
-        """Nothing that is used: the two need not know where their slots lie."""
-        return jnp.int32(0)
-
-    def page(self, row, slot):
-        """None, for the same reason."""
-
-    def page_after(self, *place):
-        """None, for the same reason."""
+        """As `Part.fetch`, of bytes."""
+        columns = pl.ds(h * self.half, self.half)
+        buffer = 2 * block + h
+        plgpu.copy_gmem_to_smem(
+            self.k_hbm.at[pl.ds(source, BLOCK), columns],
+            self.raw.at[buffer],
+            self.smem["raw_bar"].at[buffer],
+        )
 
     def renew_q(self, qr, new_q, row):
         """As `Part.renew_q`; the rotary queries are loaded anew for every step."""
@@ -115,44 +126,34 @@ class ScaledPart(Part):
         """Nothing: the producer has stored zeros there."""
 
     def produce(self):
-        """Fills the tiles of every step of this part."""
+        """Turns the tiles of every step of this part."""
         of_part = lambda column: self.parts[self.part, column] + 0  # noqa: E731
         row, begin = of_part(Column.FIRST_ROW), of_part(Column.FIRST_ROW_STEP)
         length, self.end_row = of_part(Column.FIRST_ROW_LENGTH), of_part(Column.LAST_ROW)
         number = self.first_step - begin
         end = self.row_step[row + 1] + 0
-        here = Place(row, number, end, length, super().page(row, number * STEP))
-        held = self.load(here, ORDER[0])
-        then = self.place_after(self.first_step, here)
-        self.prefetch(then)
-        last = self.place_after(self.first_step + 1, then)
+        here = Place(row, number, end, length, self.page(row, number * STEP))
+        held = tuple(self.load_scales(here, tile) for tile in ORDER[:AHEAD])
 
         def one_step(g, carry):
-            here, then, last, held = carry
-            self.prefetch(last)
-            ahead = [(here, tile) for tile in ORDER[1:]] + [(then, ORDER[0])]
-            for (block, h), (place, tile) in zip(ORDER, ahead, strict=True):
-                self.wait_free(2 * block + h)
-                if block == h:  # the first of a block's two
-                    self.fetch_block_rope(block, here)
-                held = self.turn(2 * block + h, held, place, tile)
+            here, held = carry
+            then = self.place_after(g, here)
+            places = [(here, tile) for tile in ORDER] + [(then, tile) for tile in ORDER]
+            for n, (block, h) in enumerate(ORDER):
+                coming = self.load_scales(*places[n + AHEAD])
+                buffer = 2 * block + h
+                plgpu.barrier_wait(self.smem["raw_bar"].at[buffer])
+                self.turn(buffer, held[0], here)
                 self.fence()
-                self.filled(2 * block + h)
-            return then, last, self.place_after(g + 2, last), held
+                plgpu.barrier_arrive(self.smem["k_bar"].at[buffer])
+                held = (*held[1:], coming)
+            return then, held
 
-        carry = lax.fori_loop(self.first_step, self.end_step, one_step, (here, then, last, held))
+        lax.fori_loop(self.first_step, self.end_step, one_step, (here, held))
         # The two ask for one step more, whose scores nobody uses.
         for block, h in ORDER:
-            self.wait_free(2 * block + h)
-            if block == h:
-                self.fetch_block_rope(block, carry[0])
-            self.filled(2 * block + h)
-
-    def fetch_block_rope(self, block, place):
-        """Copies the rotary keys of a block of a step; zeros where none of its slots is in use."""
-        source, live = self.extent(place)
-        past = self.k_hbm.shape[0]
-        super().fetch_rope(block, jnp.where(live > block * BLOCK, source + block * BLOCK, past))
+            plgpu.barrier_wait(self.smem["raw_bar"].at[2 * block + h])
+            plgpu.barrier_arrive(self.smem["k_bar"].at[2 * block + h])
 
     def place_after(self, g, place: Place) -> Place:
         """The place of step g + 1, after that of step g."""
@@ -161,41 +162,26 @@ class ScaledPart(Part):
         number = jnp.where(over, 0, place.number + 1)
         length = jnp.where(g + 1 < self.end_step, self.lengths[row], 0)
         end = self.row_step[row + 1] + 0
-        return Place(row, number, end, length, super().page(row, number * STEP))
+        return Place(row, number, end, length, self.page(row, number * STEP))
 
-    def extent(self, place: Place):
-        """Where a step begins in the flat cache, and how many of its slots are in use."""
+    def extent(self, place: Place, block):
+        """Where a block of a step begins in the flat cache, and how many of its slots are in use."""
         row, number, _, length, page = place
         slot = number * STEP
-        return row * self.shape.slots + slot if page is None else page * STEP, length - slot
+        start = row * self.shape.slots + slot if page is None else page * STEP
+        return start + block * BLOCK, length - slot - block * BLOCK
 
     # -- what the interpreter has other ways for
 
-    def load(self, place, tile):
-        (source, live), (block, h) = self.extent(place), tile
-        at = source + block * BLOCK, live - block * BLOCK
-        return dequantise.load(self.k_hbm, self.scale_hbm, *at, h, self.half)
+    def load_scales(self, place, tile):
+        block, h = tile
+        return dequantise.load_scales(self.scale_hbm, *self.extent(place, block), h, self.half)
 
-    def turn(self, buffer, held, place, tile):
-        """Stores a tile that is loaded, and loads another."""
-        (source, live), (block, h) = self.extent(place), tile
-        at = source + block * BLOCK, live - block * BLOCK
-        operands = self.k_hbm, self.scale_hbm, *at, h
+    def turn(self, buffer, scales, place):
+        """Turns the bytes of a tile that have come."""
+        del place
         transforms = tiled((BLOCK, self.half), self.dtype).transforms
-        return dequantise.turn(self.k.at[buffer], *held, buffer % 2, *operands, transforms)
-
-    def prefetch(self, place):
-        rope = self.kr_hbm if self.shape.rope else None
-        dequantise.prefetch(self.k_hbm, self.scale_hbm, rope, *self.extent(place), STEP)
+        dequantise.turn(self.k.at[buffer], scales, buffer % 2, transforms)
 
     def take_registers(self, count, action):
         plgpu.set_max_registers(count, action=action)
-
-    def free(self, buffer):
-        mosaic.named_barrier("arrive", 5 + len(FLAGS) + buffer)
-
-    def wait_free(self, buffer):
-        mosaic.named_barrier("sync", 5 + len(FLAGS) + buffer)
-
-    def filled(self, buffer):
-        plgpu.barrier_arrive(self.smem["k_bar"].at[buffer])
