@@ -1,4 +1,4 @@
-"""fp8 latents from device memory to tiles of bfloat16 in shared memory: the decode kernel's producer.
+"""Tiles of fp8 latents become tiles of bfloat16 in shared memory: the decode kernel's producer.
 
 A number of e4m3 becomes one of bfloat16 by its bits. The byte's sign, four bits of exponent and
 three of significand go where bfloat16 has its sign, the last four bits of its exponent and the
@@ -8,12 +8,13 @@ That is four instructions for two numbers, where a conversion by way of float32 
 
 None of this runs in the interpreter.
 
-Bytes and bfloat16 share the tile's memory: bytes lie in its upper half, [64, C] in rows of 64 or 128
-swizzled bytes. The first 32 slots go to the lower half, where nothing lies; the last 32 go where the
-bytes lay, once the warpgroup has all of these in registers.
+Bytes and bfloat16 share the tile's memory: bytes lie in its upper half, [64, C] in rows of 64 or
+128 swizzled bytes. The first 32 slots go to the lower half, where nothing lies; the last 32 go
+where the bytes lay, once the warpgroup has all of these in registers.
 
-A thread of the warpgroup takes, for every 32 slots, one slot and 16 of every 64 channels: 8 lanes lie
-on 8 slots, so that their loads and stores of 16 bytes go to different banks, and 4 on 64 channels.
+A thread of the warpgroup takes, for every 32 slots, one slot and 16 of every 64 channels. 8 lanes
+lie on 8 slots, so that their loads and stores of 16 bytes go to different banks, and 4 on 64
+channels.
 
 Letters: R latent width, G groups of 128 channels, C = R / 2 channels of a tile.
 """

@@ -1,10 +1,11 @@
-"""The decode kernel over latents in fp8 with scales (`cache.scaled`): a third warpgroup makes tiles.
+"""The decode kernel over latents in fp8 with scales: a third warpgroup makes the tiles.
 
 The two warpgroups of `kernel.py` work as they do there, on the same tiles of bfloat16 in shared
-memory, and start the same copies as soon as a tile has been read for the last time. What differs is
-that a copy brings bytes, half as many as the tile has room for. They come to lie in the tile's upper
-half, where a third warpgroup, the producer, turns them into bfloat16 (`dequantise.py`). So the
-bytes of up to four tiles are under way at once and need no memory of their own.
+memory, and start the same copies as soon as a tile has been read for the last time. What differs
+is that a copy brings bytes (`cache.scaled`), half as many as the tile has room for. They come to
+lie in the tile's upper half, where a third warpgroup, the producer, turns them into bfloat16
+(`dequantise.py`). So the bytes of up to four tiles are under way at once and need no memory of
+their own.
 
     barrier      completes when                                 and then
     raw_bar[i]   the bytes of k[i] have come                    the producer turns them
@@ -29,14 +30,14 @@ from mla_jax.ops.hopper.kernel import Part, Shape, tiled
 from mla_jax.ops.hopper.schedule import BLOCK, STEP, Column
 
 PRODUCER = 2  # its warpgroup
-REGISTERS = (208, 88)  # of a thread of the two warpgroups, and of the producer's
+REGISTERS = (216, 72)  # of a thread of the two warpgroups, and of the producer's
 # Tiles (block, half) of a step in the order in which the two warpgroups are done with them.
 ORDER = ((0, 0), (1, 1), (0, 1), (1, 0))
 AHEAD = 2  # tiles by which scales are loaded ahead of their use
 
 
 def decode(operands, schedule, table, shape: Shape, batch: int):
-    """As `kernel.decode`; the operands are pattern, q_rope, latent in fp8, k_rope, scale [B S G]."""
+    """As `kernel.decode`, of pattern, q_rope, latent in fp8, k_rope and its scales [B S, G]."""
     options = launch_options(shape)
     return kernel.launch(ScaledPart, operands, schedule, table, shape, batch, **options)[:2]
 
@@ -165,7 +166,7 @@ class ScaledPart(Part):
         return Place(row, number, end, length, self.page(row, number * STEP))
 
     def extent(self, place: Place, block):
-        """Where a block of a step begins in the flat cache, and how many of its slots are in use."""
+        """Where a block begins in the flat cache, and how many of its slots are in use."""
         row, number, _, length, page = place
         slot = number * STEP
         start = row * self.shape.slots + slot if page is None else page * STEP
