@@ -24,7 +24,7 @@ def decode(operands, schedule, table, shape: Shape, batch: int, interpret: Any):
     """`kernel.decode` in the interpreter, with its parameters."""
     options = launch_options(shape) | {"interpret": interpret}
     results = launch(InterpretedPart, operands, schedule, table, shape, batch, **options)
-    return _merged(*results, schedule, shape, options)
+    return _merged(results, schedule, shape, options)
 
 
 def decode_scaled(operands, schedule, table, shape: Shape, batch: int, interpret: Any):
@@ -35,11 +35,12 @@ def decode_scaled(operands, schedule, table, shape: Shape, batch: int, interpret
     options = scaled.launch_options(shape) | {"interpret": interpret}
     results = launch(InterpretedScaledPart, operands, schedule, table, shape, batch, **options)
     options = launch_options(shape) | {"interpret": interpret}
-    return _merged(*results, schedule, shape, options)
+    return _merged(results, schedule, shape, options)
 
 
-def _merged(out, lse, part_out, part_lse, schedule, shape, options):
+def _merged(results, schedule, shape, options):
     """Results with the rows that several parts share, merged from their pieces."""
+    out, lse, part_out, part_lse = results
 
     def body(*refs):
         names = ("part_out", "part_lse", "row_parts", "part", "out", "lse")

@@ -26,7 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mla_jax.ops.hopper import dequantise, kernel
-from mla_jax.ops.hopper.kernel import Part, Shape, tiled
+from mla_jax.ops.hopper.kernel import Part, Shape
 from mla_jax.ops.hopper.schedule import BLOCK, STEP, Column
 
 PRODUCER = 2  # its warpgroup
@@ -181,7 +181,7 @@ class ScaledPart(Part):
     def turn(self, buffer, scales, place):
         """Turns the bytes of a tile that have come."""
         del place
-        transforms = tiled((BLOCK, self.half), self.dtype).transforms
+        transforms = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)  # of `tiled`
         dequantise.turn(self.k.at[buffer], scales, buffer % 2, transforms)
 
     def take_registers(self, count, action):
