@@ -1,8 +1,9 @@
 """Compiles the Hopper kernels for an H200 with no GPU there; prints what the compiler made.
 
-For every shape, of the decode kernel on a dense cache and on pages, it prints registers and spilled
-bytes a thread, shared memory, matrix instructions, and the compiler's warnings. It fails where more
-spills than is known to cost nothing, or where a warning says that matrix products were serialised.
+For every shape, of the decode kernels on a dense cache, on pages and over fp8 latents, it prints
+registers and spilled bytes a thread, shared memory, matrix instructions, and the compiler's
+warnings. It fails where more spills than is known to cost nothing, or where a warning says that
+matrix products were serialised.
 It needs jax's CUDA plugin (no driver) and a CUDA toolkit with `ptxas`; where one is missing, it
 says so and leaves.
 """
@@ -39,8 +40,13 @@ SHAPES = ((128, 128, 1, 512, 64), (128, 20, 4, 512, 64), (64, 16, 1, 512, 0), (8
           (8, 40, 8, 128, 16))  # fmt: skip  # B, N, T, R, P
 ATTENTION = ((128, 64, 128), (192, 64, 256), (64, 32, 64))  # H, P, V
 # Bytes by kernel. dK, dV, S and dP leave no register free at H + P + V = 320: what spills are
-# numbers of a tile, used once a step of 2,500 cycles.
-SPILLS = {"mla_attention": 64, "mla_attention_dq": 64, "mla_attention_dkv": 512}
+# numbers of a tile, used once a step of 2,500 cycles. So it is with scalars of decoding over fp8.
+SPILLS = {
+    "mla_decode_fp8": 640,
+    "mla_attention": 64,
+    "mla_attention_dq": 64,
+    "mla_attention_dkv": 512,
+}
 SERIALISED = {"C7510", "C7511", "C7512", "C7513"}
 H200 = """gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32
   shared_memory_per_block: 49152 shared_memory_per_core: 233472 threads_per_core_limit: 2048

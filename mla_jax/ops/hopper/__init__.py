@@ -2,7 +2,8 @@
 
 `kernel.py` is the algorithm, `merge.py` its end where parts share a row, `schedule.py` the cut of a
 ragged batch into equal parts, `mosaic.py` what Pallas lacks, and `interpreted.py` what the kernel
-does instead on a CPU. It reads dense caches, and paged ones through their table. It is forward
+does instead on a CPU. It reads dense caches, and paged ones through their table. Latents in fp8
+with scales have a kernel of their own, `scaled.py` with `dequantise.py`. Both kernels are forward
 only: derivatives are those of the XLA backend.
 
 The kernel's thread blocks wait for each other where they share a batch row, so all of them must be
