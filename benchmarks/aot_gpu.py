@@ -1,8 +1,9 @@
 """Compiles the Hopper kernels for an H200 with no GPU there; prints what the compiler made.
 
-For every shape, of the decode kernel on a dense cache and on pages, it prints registers and spilled
-bytes a thread, shared memory, matrix instructions, and the compiler's warnings. It fails where more
-spills than is known to cost nothing, or where a warning says that matrix products were serialised.
+For every shape, of the decode kernels on a dense cache, on pages and over fp8 latents, it prints
+registers and spilled bytes a thread, shared memory, matrix instructions, and the compiler's
+warnings. It fails where more spills than is known to cost nothing, or where a warning says that
+matrix products were serialised.
 It needs jax's CUDA plugin (no driver) and a CUDA toolkit with `ptxas`; where one is missing, it
 says so and leaves.
 """
@@ -29,7 +30,8 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 
-from mla_jax.cache import PAGE, Dense, Paged  # noqa: E402
+from mla_jax.cache import PAGE, Dense, Paged, Scaled  # noqa: E402
+from mla_jax.cache.scaled import GROUP  # noqa: E402
 from mla_jax.ops import dispatch, hopper  # noqa: E402
 from mla_jax.ops.hopper import attention  # noqa: E402
 from mla_jax.ops.seen import Seen  # noqa: E402
@@ -38,8 +40,13 @@ SHAPES = ((128, 128, 1, 512, 64), (128, 20, 4, 512, 64), (64, 16, 1, 512, 0), (8
           (8, 40, 8, 128, 16))  # fmt: skip  # B, N, T, R, P
 ATTENTION = ((128, 64, 128), (192, 64, 256), (64, 32, 64))  # H, P, V
 # Bytes by kernel. dK, dV, S and dP leave no register free at H + P + V = 320: what spills are
-# numbers of a tile, used once a step of 2,500 cycles.
-SPILLS = {"mla_attention": 64, "mla_attention_dq": 64, "mla_attention_dkv": 512}
+# numbers of a tile, used once a step of 2,500 cycles. So it is with scalars of decoding over fp8.
+SPILLS = {
+    "mla_decode_fp8": 640,
+    "mla_attention": 64,
+    "mla_attention_dq": 64,
+    "mla_attention_dkv": 512,
+}
 SERIALISED = {"C7510", "C7511", "C7512", "C7513"}
 H200 = """gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32
   shared_memory_per_block: 49152 shared_memory_per_core: 233472 threads_per_core_limit: 2048
@@ -52,26 +59,29 @@ H200 = """gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32
   device_description_str: "NVIDIA H200" """
 
 
-def compile_shape(target, batch, heads, tokens, rank, rope, slots, dtype, paged=False):
+def compile_shape(
+    target, batch, heads, tokens, rank, rope, slots, dtype, paged=False, encoding=None
+):
     """Compiles one call of the decode kernel; leaves its PTX in DUMP."""
     held = (batch * slots // PAGE, PAGE) if paged else (batch, slots)
-    shapes = ((batch, tokens, heads, rank), (batch, tokens, heads, rope), (*held, rank),
-              (*held, rope))  # fmt: skip
+    queries = [((batch, tokens, heads, width), dtype) for width in (rank, rope)]
+    held_in = dtype if encoding is None else jnp.dtype(encoding)
     static = dispatch.Call(
         "latent_attention", batch, tokens, slots, heads, (rank, rope), rank, dtype.name,
-        ("lengths",), "paged" if paged else "dense", 192**-0.5,
+        ("lengths",), "paged" if paged else "dense", 192**-0.5, encoding=encoding,
     )  # fmt: skip
 
-    def call(pattern, q_rope, latent, k_rope, lengths, table=None):
+    def call(pattern, q_rope, lengths, table, arrays):
         seen = Seen.of(lengths, batch=batch, queries=tokens, slots=slots)
-        store = Dense({"latent": latent, "k_rope": k_rope})
+        store = Dense(arrays) if encoding is None else Scaled(arrays)
         store = Paged(store, table) if paged else store
         return hopper.latent_attention((pattern, q_rope), store, seen, static)
 
-    arguments = [*((shape, dtype) for shape in shapes), ((batch,), jnp.int32)]
-    if paged:
-        arguments.append(((batch, slots // PAGE), jnp.int32))
-    lower(target, call, arguments)
+    arrays = {"latent": ((*held, rank), held_in), "k_rope": ((*held, rope), dtype)}
+    if encoding is not None:
+        arrays["latent_scale"] = ((*held, rank // GROUP), jnp.float32)
+    table = ((batch, slots // PAGE), jnp.int32)
+    lower(target, call, [*queries, ((batch,), jnp.int32), table, arrays])
 
 
 def lower(target, call, arguments):
@@ -80,7 +90,11 @@ def lower(target, call, arguments):
     from jax.sharding import AbstractMesh, SingleDeviceSharding
 
     where = SingleDeviceSharding(target)
-    structs = [jax.ShapeDtypeStruct(*argument, sharding=where) for argument in arguments]
+    structs = jax.tree.map(
+        lambda argument: jax.ShapeDtypeStruct(*argument, sharding=where),
+        arguments,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
     # Pallas asks which GPU it lowers for: an abstract one answers.
     device = AbstractDevice(device_kind=target.device_kind, num_cores=132, platform="gpu")
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
@@ -144,15 +158,18 @@ def main():
     quick_dumps()
     print(f"jax {jax.__version__}, {ptxas}\n\n| kernel | shape | registers | spilled bytes | "
           "shared memory | wgmma | warnings |\n|---|---|---|---|---|---|---|")  # fmt: skip
-    decode = lambda *shape, paged=False: compile_shape(  # noqa: E731
-        topology.devices[0], *shape, options.slots, jnp.dtype(options.dtype), paged
+    decode = lambda *shape, **kinds: compile_shape(  # noqa: E731
+        topology.devices[0], *shape, options.slots, jnp.dtype(options.dtype), **kinds
     )
     expanded = lambda *widths: compile_attention(  # noqa: E731
         topology.devices[0], *widths, jnp.dtype(options.dtype)
     )
     on_pages = functools.partial(decode, paged=True)
+    in_fp8 = functools.partial(decode, encoding="float8_e4m3fn")
     shapes = SHAPES[:1] if options.quick else SHAPES
     calls = [(call, shape) for shape in shapes for call in (decode, on_pages)]
+    if options.dtype == "bfloat16":
+        calls += [(in_fp8, shape) for shape in shapes]
     calls += [(expanded, widths) for widths in (() if options.quick else ATTENTION)]
     bad = False
     for compile_call, shape in calls:

@@ -97,6 +97,7 @@ def launch_options(shape: Shape) -> dict[str, Any]:
         "grid_names": ("part", "tile"),
         "num_threads": 2,
         "thread_name": "wg",
+        "kernel_name": "mla_decode",
         "compiler_params": plgpu.CompilerParams(
             approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
         ),
@@ -117,7 +118,6 @@ def launch(part, operands, schedule, table, shape: Shape, batch: int, **options)
         body,
         out_type=[like(operands[0], s, d) for s, d in zip(outputs, dtypes, strict=True)],
         scratch_types=part.scratch(shape),
-        kernel_name="mla_decode",
         **options,
     )(*operands, *schedule, *(() if table is None else (table,)))
 
