@@ -316,6 +316,7 @@ REFUSED = {
     "window": ({"options": ("chosen", "window")}, "not window"),
     "rank": ({"key_dims": (496, 64)}, "kv_lora_rank must be one of"),
     "heads": ({"heads": 129}, "1 to 128 heads, not 129"),
+    "fp8": ({"encoding": "float8_e4m3fn"}, "no float8_e4m3fn latents with chosen slots"),
     "float32": ({"dtype": "float32"}, "not float32"),
     "slots": ({"batch": 2**12, "slots": 2**19}, "4096 rows of 524288 slots: too many"),
     "tokens": ({"queries": 2**23}, "16777216 tokens"),

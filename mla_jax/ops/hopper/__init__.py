@@ -2,9 +2,10 @@
 
 `kernel.py` is the algorithm, `merge.py` its end where parts share a row, `schedule.py` the cut of a
 ragged batch into equal parts, `mosaic.py` what Pallas lacks, and `interpreted.py` what the kernel
-does instead on a CPU. It reads dense caches, and paged ones through their table. `chosen.py` is
-attention to chosen slots: `gathered.py` is the kernel with a third warpgroup, which copies single
-rows (`copies.py`). They are forward only: derivatives are those of the XLA backend.
+does instead on a CPU. It reads dense caches, and paged ones through their table. Latents in fp8
+with scales have a kernel of their own, `scaled.py` with `dequantise.py`, and so has attention to
+chosen slots, `gathered.py` with `copies.py`, which `chosen.py` calls. All are forward only:
+derivatives are those of the XLA backend.
 
 The kernel's thread blocks wait for each other where they share a batch row, so all of them must be
 on the device at once: their number never exceeds the multiprocessors that the device reports, but
@@ -80,8 +81,12 @@ def unsupported(call) -> str | None:
         return "takes no soft_cap"
     if call.dtype not in ("bfloat16", "float16"):
         return f"takes bfloat16 and float16, not {call.dtype}"
-    if call.encoding is not None:
-        return f"takes no {call.encoding} latents"
+    if call.encoding not in (None, "float8_e4m3fn"):
+        return (
+            f"takes latents in fp8 (float8_e4m3fn) or in the operands' dtype, not {call.encoding}"
+        )
+    if call.encoding is not None and call.dtype != "bfloat16":
+        return f"takes fp8 latents with bfloat16 operands, not {call.dtype}"
     if rank not in _RANKS:
         return f"kv_lora_rank must be one of {_RANKS}, not {rank}"
     if rope not in _ROPES:
@@ -159,6 +164,7 @@ def latent_attention(queries, store, seen, call):
         store.latent,
         store.k_rope,
         schedule,
+        latent_scale=None if call.encoding is None else store.latent_scale,
         table=store.table if call.store == "paged" else None,
         scale=call.scale,
         interpret=device.interpret if device.interprets == "gpu" else None,
@@ -177,6 +183,7 @@ def decode(
     k_rope: Float[Array, "B S P"] | Float[Array, "G 128 P"],
     schedule: Schedule,
     *,
+    latent_scale: Float[Array, "B S G"] | Float[Array, "G 128 C"] | None = None,
     table: Int[Array, "B M"] | None = None,
     scale: float,
     interpret: Any = None,
@@ -187,6 +194,8 @@ def decode(
         pattern, q_rope: queries.
         latent, k_rope: the cache; with a table, the pool's pages.
         schedule: the cut of the batch, whose `lengths` say what rows hold.
+        latent_scale: of latents in fp8, which are then quantised as `cache.Scaled` does it: scales
+            are powers of two. None where latents are in the queries' dtype.
         table: the page of every 128 slots of a row, G where it has none.
         scale: softmax temperature.
         interpret: parameters of Pallas's interpreter, which runs the kernel on a CPU. It takes
@@ -202,7 +211,10 @@ def decode(
             f"schedule is for {schedule.lengths.shape[0]} rows and "
             f"{schedule.arrivals.size} tiles: this call has {batch} and {batch * tiles}."
         )
-    return _attention(scale, interpret, (pattern, q_rope, latent, k_rope), table, schedule)
+    arrays = (pattern, q_rope, latent, k_rope)
+    if latent_scale is not None:
+        arrays += (latent_scale,)
+    return _attention(scale, interpret, arrays, table, schedule)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -252,9 +264,9 @@ _attention.defvjp(_forward, _backward)
 # This is jitted, so that the layers of a model share one lowering, which takes seconds.
 @functools.partial(jax.jit, static_argnames=("scale", "interpret"))
 def _call(scale, interpret, arrays, table, schedule):
-    pattern, q_rope, latent, k_rope = arrays
+    pattern, q_rope, *held = arrays
     batch, tokens, heads, rank = pattern.shape
-    slots, rope = k_rope.shape[1:]
+    slots, rope = held[1].shape[1:]
     if table is not None:
         slots = table.shape[1] * STEP
     # Copies take query rows by eights; the interpreter stores whole tiles only.
@@ -268,7 +280,7 @@ def _call(scale, interpret, arrays, table, schedule):
         return jnp.pad(query, ((0, max(0, TILE - batch * rows)), (0, 0)))
 
     operands = [flat(pattern), flat(q_rope)]
-    operands += [x.reshape(x.shape[0] * x.shape[1], x.shape[2]) for x in (latent, k_rope)]
+    operands += [x.reshape(x.shape[0] * x.shape[1], x.shape[2]) for x in held]
     if not rope:
         operands = operands[::2]
     shape = _kernel().Shape(
@@ -283,10 +295,16 @@ def _call(scale, interpret, arrays, table, schedule):
         scale=float(scale),
         dtype=pattern.dtype,
     )
+    encoded = len(held) > 2
     if interpret:
         from mla_jax.ops.hopper import interpreted
 
-        out, lse = interpreted.decode(operands, schedule, table, shape, batch, interpret)
+        run = interpreted.decode_scaled if encoded else interpreted.decode
+        out, lse = run(operands, schedule, table, shape, batch, interpret)
+    elif encoded:
+        from mla_jax.ops.hopper import scaled
+
+        out, lse = scaled.decode(operands, schedule, table, shape, batch)
     else:
         out, lse = _kernel().decode(operands, schedule, table, shape, batch)
     out = out.reshape(batch, rows, rank)[:, : tokens * heads]

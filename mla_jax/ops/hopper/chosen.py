@@ -28,6 +28,8 @@ def unsupported(call) -> str | None:
     options = [name for name in call.options if name not in _OPTIONS]
     if options:
         return f"takes chosen slots and lengths, not {', '.join(options)}"
+    if call.encoding is not None:
+        return f"takes no {call.encoding} latents with chosen slots"
     tokens = call.batch * call.queries
     if call.batch * call.slots >= 2**31 or tokens * max(-(-call.heads // 8) * 8, TILE) >= 2**31:
         return f"{tokens} tokens, {call.batch} rows of {call.slots} slots: too many for 32 bits"
