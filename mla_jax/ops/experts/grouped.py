@@ -13,7 +13,7 @@ A thread block stays on its multiprocessor and takes one output tile after the o
 copies, running ahead into the next tile; two multiply, each a half of two accumulators. Clusters of
 two thread blocks that share what both read were no faster on an H200.
 
-Letters: J tiles of rows, M rows of a tile, E experts, K inputs, N outputs.
+Letters: J tiles of rows, M rows of a tile, L rows of all tiles, E experts, K inputs, N outputs.
 """
 
 import functools
@@ -54,14 +54,14 @@ class Plan(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("plan", "save"))
 def gate_up(
-    x: Float[Array, "J*M K"],
+    x: Float[Array, "L K"],
     gate: Float[Array, "E K N"],
     up: Float[Array, "E K N"],
     tiles: Tiles,
     *,
     plan: Plan,
     save: bool = False,
-) -> tuple[Float[Array, "J*M N"], ...]:
+) -> tuple[Float[Array, "L N"], ...]:
     """`silu(x gate) * (x up)` of each tile with its expert's kernels, in x's dtype.
 
     Rows past the tiles in use hold anything. With `save` the two products come too.
@@ -90,13 +90,13 @@ def gate_up(
 
 @functools.partial(jax.jit, static_argnames=("plan", "transposed"))
 def product(
-    x: Sequence[Float[Array, "J*M K"]],
+    x: Sequence[Float[Array, "L K"]],
     kernels: Sequence[Float[Array, "E K N"]] | Sequence[Float[Array, "E N K"]],
     tiles: Tiles,
     *,
     plan: Plan,
     transposed: bool = False,
-) -> Float[Array, "J*M N"]:
+) -> Float[Array, "L N"]:
     """The sum over pairs of `x kernel`, each tile with its expert's kernel, in x's dtype.
 
     `transposed` kernels are [E N K]. Rows past the tiles in use hold anything.
@@ -131,8 +131,8 @@ def product(
 
 @functools.partial(jax.jit, static_argnames=("plan", "dtype"))
 def gradient(
-    x: Float[Array, "J*M K"],
-    y: Sequence[Float[Array, "J*M N"]],
+    x: Float[Array, "L K"],
+    y: Sequence[Float[Array, "L N"]],
     tiles: Tiles,
     *,
     plan: Plan,

@@ -162,7 +162,7 @@ class _Ways:
         # The collective for rows of any number exists on these only.
         self.ragged = target.current().platform in ("tpu", "gpu")
 
-    def there(self, rows: Float[Array, "leaving D"]) -> Float[Array, "n*block D"]:
+    def there(self, rows: Float[Array, "leaving D"]) -> Float[Array, "arriving D"]:
         """Rows to the devices that they go to; what no row came for is zeros."""
         start, sizes = self.start[self.me], self.counts[self.me]
         out = jnp.zeros_like(rows, shape=(self.n * self.block, rows.shape[1]))
@@ -177,7 +177,7 @@ class _Ways:
         blocks = rows.at[index].get(mode="fill", fill_value=0)
         return lax.all_to_all(blocks, self.axes, 0, 0).reshape(out.shape)
 
-    def back(self, rows: Float[Array, "n*block D"]) -> Float[Array, "leaving D"]:
+    def back(self, rows: Float[Array, "arriving D"]) -> Float[Array, "leaving D"]:
         """Rows to where they came from, in the order in which they left."""
         start, sizes = self.start[self.me], self.counts[self.me]
         out = jnp.zeros_like(rows, shape=(self.leaving, rows.shape[1]))

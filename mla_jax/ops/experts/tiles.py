@@ -3,7 +3,7 @@
 No tile is shared by two experts, so that no product is masked or cut; the price is that each
 expert's last tile is filled up with rows of zeros.
 
-Letters: M tokens, K experts per token, E experts, J tiles.
+Letters: M tokens, K experts per token, E experts, J tiles, L rows of all tiles.
 """
 
 from typing import NamedTuple
@@ -28,20 +28,18 @@ class Tiles(NamedTuple):
         needed: each expert's number of tiles.
     """
 
-    token: Int[Array, "J*rows"]
+    token: Int[Array, "L"]
     owner: Int[Array, "J"]
     used: Int[Array, "1"]
     place: Int[Array, "M K"]
     first: Int[Array, "E"]
     needed: Int[Array, "E"]
 
-    def rows_of(self, x: Float[Array, "M D"]) -> Float[Array, "J*rows D"]:
+    def rows_of(self, x: Float[Array, "M D"]) -> Float[Array, "L D"]:
         """Each row's token; rows that fill a tile up are zeros."""
         return x.at[self.token].get(mode="fill", fill_value=0)
 
-    def of_pairs(
-        self, x: Float[Array, "J*rows *D"], partial: bool = False
-    ) -> Float[Array, "M K *D"]:
+    def of_pairs(self, x: Float[Array, "L *D"], partial: bool = False) -> Float[Array, "M K *D"]:
         """Each pair's row; with `partial` zeros for a pair that has none."""
         if not partial:
             return x[self.place]

@@ -50,10 +50,10 @@ class Schedule(NamedTuple):
     """
 
     lengths: Int[Array, "B"]
-    row_step: Int[Array, "B+1"]
+    row_step: Int[Array, "edges"]
     row_parts: Int[Array, "2 B"]
     part: Int[Array, "parts 7"]
-    arrivals: Int[Array, "B*tiles"]
+    arrivals: Int[Array, "counters"]
 
 
 def make_schedule(

@@ -71,8 +71,8 @@ class Plan(NamedTuple):
         ids: of every slot; None without segments.
     """
 
-    queries: Int[Array, "B*I*4"]
-    slots: Int[Array, "B*J*4"]
+    queries: Int[Array, "forward"]
+    slots: Int[Array, "backward"]
     bounds: Int[Array, "B bounds T"] | None
     ids: Int[Array, "B 1 S"] | None
 
