@@ -40,8 +40,18 @@ def typechecked(function):
     return typeguard.typechecked(function)
 
 
+class _InstanceOf(type):
+    """A type whose instances are those of `named`, whatever their fields are."""
+
+    def __instancecheck__(cls, value):
+        return isinstance(value, cls.named)
+
+
 def spelled(hint):
-    """The hint with every `X | Y` in it as `Union[X, Y]`.
+    """The hint with every `X | Y` in it as `Union[X, Y]`, and without a look into named tuples.
+
+    Letters of a named tuple's fields are those of its own module; a function may mean something
+    else by them.
 
     >>> spelled(list[int | None])
     list[typing.Optional[int]]
@@ -50,6 +60,8 @@ def spelled(hint):
         return typing.Union[tuple(map(spelled, hint.__args__))]  # noqa: UP007
     if type(hint) is types.GenericAlias:  # Callable[[...], ...] is of a class of its own
         return types.GenericAlias(hint.__origin__, tuple(map(spelled, hint.__args__)))
+    if inspect.isclass(hint) and issubclass(hint, tuple) and hasattr(hint, "_fields"):
+        return _InstanceOf(hint.__name__, (), {"named": hint})
     return hint
 
 

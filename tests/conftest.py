@@ -30,9 +30,9 @@ _raises = pytest.raises
 
 
 @contextlib.contextmanager
-def _raises_unchecked(*expected, **options):
+def _raises_unchecked(expected, **options):
     """`pytest.raises` of what the package itself says to wrong input, before any checker does."""
-    with annotations.unchecked(), _raises(*expected, **options) as info:
+    with annotations.unchecked(), _raises(expected, **options) as info:
         yield info
 
 

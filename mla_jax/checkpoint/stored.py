@@ -92,14 +92,14 @@ class Stored:
         array([1., 4.])
         """
         if self.form is None:
-            value = self.values if index is ... else self.values[index]
+            value = np.asarray(self.values[index])  # numpy gives a scalar for a single number
             return value if dtype is None or value.dtype == dtype else value.astype(dtype)
         bounds, inside = _bounds(index, self.shape)
         out = np.empty([b.stop - b.start for b in bounds], np.dtype(dtype or np.float32))
         for rows in self.chunks(bounds[0], bounds[1]):
             first = rows.start - bounds[0].start
             out[first : first + rows.stop - rows.start] = self._dequantized(rows, bounds[1])
-        return out[inside]
+        return np.asarray(out[inside])
 
     def unscaled(self, index: Any = ...) -> np.ndarray:
         """The values at an index in their own small type, packed ones unpacked.

@@ -20,7 +20,7 @@ WAYS = {
     "by_block": lambda *a, **k: xla.by_block(*a, **k, rows=4),
     "by_one_block": xla.by_block,
     "ragged": lambda x, experts, weights, kernels, precision: BACKENDS["ragged"].run(
-        x, experts, weights, *kernels, precision=precision, target=None,
+        x, experts, weights, *kernels, precision=precision, target=TPU,
         call=Call(len(x), experts.size, len(kernels[0]), (24, 9), "float32"),
     ),
 }  # fmt: skip
