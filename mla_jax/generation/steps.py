@@ -25,10 +25,11 @@ from mla_jax.generation import bound as _bound
 from mla_jax.generation.request import stop_ids
 from mla_jax.generation.sampling import Sampling, check_sampling
 from mla_jax.generation.sampling import sample as sample
+from mla_jax.plain import Plain, Whole
 
 
 @functools.partial(jax.jit, donate_argnames=("cache",))
-def prefill_step(model, x, cache, lengths: Int[Array, "B"] | None = None):
+def prefill_step(model, x, cache, lengths: Int[Array, "B"] | Plain | None = None):
     """`model.prefill(x, cache, lengths)`, jitted, the cache donated.
 
     Args:
@@ -69,10 +70,10 @@ def decode_step(model, x, cache):
 
 def decode_loop(
     model,
-    tokens: Int[Array, "B"],
+    tokens: Int[Array, "B"] | Plain,
     cache: Any,
     *,
-    steps: int,
+    steps: Whole,
     key: Key[Array, ""] | None = None,
     temperature: float = 0.0,
     top_k: int | None = None,
@@ -193,7 +194,7 @@ def _loop(model, tokens, cache, key, *, steps, sampling, stop_tokens):
     return drawn.T, counted.sum(0, dtype=jnp.int32), cache, bad
 
 
-def _check_room(cache: Cache, steps: int) -> None:
+def _check_room(cache: Cache, steps: Whole) -> None:
     if isinstance(cache.length, jax.core.Tracer):
         return
     held = np.asarray(cache.length)

@@ -36,6 +36,7 @@ from mla_jax.models.longcat import ShortcutBlock
 from mla_jax.models.predictor import MultiTokenPredictor
 from mla_jax.ops import dense, dispatch, embedding
 from mla_jax.ops.cross_entropy import linear_cross_entropy, mean_linear_cross_entropy
+from mla_jax.plain import Plain, Whole
 from mla_jax.sharding import Rules
 
 _HEAD = dense.linear("D", "W", plain=True)
@@ -181,10 +182,10 @@ class Decoder(nnx.Module):
 
     def init_cache(
         self,
-        batch_size: int,
-        max_length: int,
+        batch_size: Whole,
+        max_length: Whole,
         dtype=None,
-        pages: int | None = None,
+        pages: Whole | None = None,
         sharding: Rules | None = None,
     ) -> Cache:
         """An empty cache of all layers: see `Cache.init`."""
@@ -195,7 +196,7 @@ class Decoder(nnx.Module):
         self,
         tokens: Int[Array, "B T"],
         cache: Cache,
-        lengths: Int[Array, "B"] | None = None,
+        lengths: Int[Array, "B"] | Plain | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Appends `lengths[b]` of T tokens to row b, all of them where that is None.
 
@@ -226,7 +227,7 @@ class Decoder(nnx.Module):
             stores += own
         return self.norm(x), cache.end(stores, step)
 
-    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T W"]:
+    def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B W"]:
         """Logits in float32 from the states that `extend` gives."""
         return self._words(hidden, self.head)
 
@@ -234,7 +235,7 @@ class Decoder(nnx.Module):
         self,
         tokens: Int[Array, "B T"],
         cache: Cache,
-        lengths: Int[Array, "B"] | None = None,
+        lengths: Int[Array, "B"] | Plain | None = None,
     ) -> tuple[Float[Array, "B T W"], Cache]:
         """`extend` with the logits of all tokens, [B T W]."""
         hidden, cache = self.extend(tokens, cache, lengths)
@@ -259,10 +260,10 @@ class Decoder(nnx.Module):
 
     def init_draft_cache(
         self,
-        batch_size: int,
-        max_length: int,
+        batch_size: Whole,
+        max_length: Whole,
         dtype=None,
-        pages: int | None = None,
+        pages: Whole | None = None,
         sharding: Rules | None = None,
     ) -> Cache:
         """An empty cache of the predictor's block."""
@@ -274,7 +275,7 @@ class Decoder(nnx.Module):
         hidden: Float[Array, "B T D"],
         tokens: Int[Array, "B T"],
         cache: Cache,
-        lengths: Int[Array, "B"] | None = None,
+        lengths: Int[Array, "B"] | Plain | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """The predictor on T positions of every row: see `MultiTokenPredictor`.
 
@@ -291,7 +292,7 @@ class Decoder(nnx.Module):
         embedded = self._embed(cache.beside(tokens), predictor.embed)
         return predictor.extend(hidden, embedded, cache, lengths)
 
-    def draft_logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T W"]:
+    def draft_logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B W"]:
         """Logits in float32 from the states that `draft` gives."""
         predictor = self._predictor()
         return self._words(hidden, predictor.head or self.head)

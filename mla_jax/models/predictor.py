@@ -19,6 +19,7 @@ from mla_jax.layers.step import Step
 from mla_jax.models.block import Block
 from mla_jax.models.config import DecoderConfig
 from mla_jax.ops import dense
+from mla_jax.plain import Plain
 
 
 class MultiTokenPredictor(nnx.Module):
@@ -90,7 +91,7 @@ class MultiTokenPredictor(nnx.Module):
         hidden: Float[Array, "B T D"],
         embedded: Float[Array, "B T D"],
         cache: Cache,
-        lengths: Int[Array, "B"] | None = None,
+        lengths: Int[Array, "B"] | Plain | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """States of T positions, from those of the model and the embeddings of the tokens next."""
         with jax.named_scope("mtp"):
