@@ -1,20 +1,21 @@
-"""The checker that compares values with the package's annotations while tests run.
-
-typeguard 2 is what jaxtyping recommends. It passes over `X | Y` without a look, so here such a
-union becomes `typing.Union`, which it checks.
-"""
+"""The checker that compares values with the package's annotations while tests run."""
 
 import contextlib
 import functools
 import inspect
+import operator
 import types
 import typing
 
 import jaxtyping
+from jax import export
+
+_SYMBOL = type(export.symbolic_shape("B")[0])
+_MANY = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def install(*modules: str) -> None:
-    """Has every function of these modules checked at each call; before they are imported.
+    """Has the annotated functions of these modules checked at each call; before they are imported.
 
     The fields of dataclasses are not compared when one is made: jax makes pytrees anew with shapes,
     shardings or None in place of arrays, and a config makes of what it is given what its fields
@@ -25,41 +26,70 @@ def install(*modules: str) -> None:
     def functions_only(thing=None, **options):
         if thing is None:
             return functools.partial(functions_only, **options)
-        return thing if inspect.isclass(thing) else jaxtyped(thing, **options)
+        function = getattr(thing, "__func__", getattr(thing, "fget", thing))  # of a method
+        bare = inspect.isclass(thing) or not getattr(function, "__annotations__", True)
+        return thing if bare else jaxtyped(thing, **options)
 
     jaxtyping.jaxtyped = functions_only  # which the hook puts before every class and function
     jaxtyping.install_import_hook(modules, "annotations.typechecked")
 
 
 def typechecked(function):
-    """Typeguard's decorator for a function that jaxtyping has made of another's signature."""
+    """Compares what a function is given, or what it returns, with its annotations.
+
+    It is one that jaxtyping makes of another's signature: with an annotation of the result once the
+    arguments have been compared, else without. `typeguard.check_type` compares; typeguard's
+    decorator would look at the arguments twice, which takes a multiple of the time.
+    """
     import typeguard  # the tests' other needs are met on machines that lack it
 
-    hints = function.__annotations__
-    function.__annotations__ = {name: spelled(hint) for name, hint in hints.items()}
-    return typeguard.typechecked(function)
+    signature = inspect.signature(function)
+    hints = {name: compared(hint) for name, hint in function.__annotations__.items()}
+    hints = {name: hint for name, hint in hints.items() if hint is not typing.Any}
+    returned = hints.pop("return", None)
+
+    def look(name, value, hint):
+        if type(value) is hint or (type(hint) is _InstanceOf and isinstance(value, hint)):
+            return  # at once what most are
+        typeguard.check_type(name, value, hint, globals={}, locals={})
+
+    @functools.wraps(function)
+    def checked(*args, **kwargs):
+        result = function(*args, **kwargs)
+        if returned is not None:
+            look("the return value", result, returned)
+            return result
+        given = signature.bind(*args, **kwargs).arguments
+        for name in hints.keys() & given.keys():
+            value = given[name]
+            if signature.parameters[name].kind not in _MANY:
+                value = (value,)
+            for one in value.values() if isinstance(value, dict) else value:
+                look(name, one, hints[name])
+        return result
+
+    return checked
 
 
 class _InstanceOf(type):
-    """A type whose instances are those of `named`, whatever their fields are."""
+    """A type whose instances are those of `named`: a class, or several."""
 
     def __instancecheck__(cls, value):
         return isinstance(value, cls.named)
 
 
-def spelled(hint):
-    """The hint with every `X | Y` in it as `Union[X, Y]`, and without a look into named tuples.
+def compared(hint):
+    """The hint as it is compared: without a look into named tuples, and with symbols for int.
 
     Letters of a named tuple's fields are those of its own module; a function may mean something
-    else by them.
-
-    >>> spelled(list[int | None])
-    list[typing.Optional[int]]
+    else by them. Under jax.export a size may be a symbol, which jax's own annotations call int.
     """
     if isinstance(hint, types.UnionType):
-        return typing.Union[tuple(map(spelled, hint.__args__))]  # noqa: UP007
+        return functools.reduce(operator.or_, map(compared, hint.__args__))
     if type(hint) is types.GenericAlias:  # Callable[[...], ...] is of a class of its own
-        return types.GenericAlias(hint.__origin__, tuple(map(spelled, hint.__args__)))
+        return types.GenericAlias(hint.__origin__, tuple(map(compared, hint.__args__)))
+    if hint is int:
+        return _InstanceOf("int", (), {"named": (int, _SYMBOL)})
     if inspect.isclass(hint) and issubclass(hint, tuple) and hasattr(hint, "_fields"):
         return _InstanceOf(hint.__name__, (), {"named": hint})
     return hint

@@ -35,6 +35,10 @@ def optional(length: Int[Array, ""] | int | None) -> tuple[int | None, ...]:
     return ("one",) if length is None else (1, None)  # pyrefly: ignore
 
 
+def several(*sizes: int) -> None:
+    """Each is looked at."""
+
+
 @pytest.mark.parametrize(
     ("function", "given", "found"),
     [
@@ -46,6 +50,8 @@ def optional(length: Int[Array, ""] | int | None) -> tuple[int | None, ...]:
         (optional, jnp.int32(3), ""),
         (optional, jnp.ones(2, int), "typechecking parameter 'length'"),
         (optional, "3", "typechecking parameter 'length'"),
+        (several, 1, ""),
+        (several, "1", "typechecking parameter 'sizes'"),
     ],
 )
 def test_an_annotation_that_is_not_true_is_found(function, given, found):
