@@ -60,7 +60,7 @@ def typechecked(function):
             look("the return value", result, returned)
             return result
         given = signature.bind(*args, **kwargs).arguments
-        for name in hints.keys() & given.keys():
+        for name in filter(given.__contains__, hints):  # in order, as letters are bound
             value = given[name]
             if signature.parameters[name].kind not in _MANY:
                 value = (value,)
