@@ -1,8 +1,9 @@
 """Which backend serves a call, and why the others do not.
 
 An op has backends by name, in order of preference. A backend is a module with a function of the
-op's name, `op(queries, store, seen, call)`, and `why_not(call, target) -> str | None`; one that
-cuts its work once for all layers of a step has `plan(seen, call)` too, whose result comes back in
+op's name, `op(queries, store, seen, call)`, and `why_not(call, target) -> str | None`;
+`context_attention` is called with `kv_b=` too, the weights that expand latents. A backend that cuts
+its work once for all layers of a step has `plan(seen, call)`, whose result comes back in
 `seen.plan`. Adding one is that module and a line in `_BACKENDS`.
 
 Letters: B batch, T query tokens, S cache slots, N heads.
