@@ -87,7 +87,7 @@ def shape_of(
         # About six blocks a multiprocessor, of eight tiles for each warpgroup at least.
         pieces = max(1, 6 * sms // tiles)
         chunk = max(8 * unit, -(-slots // (pieces * unit)) * unit)
-        if batch * slots // chunk * tiles // batch < sms:  # then every one counts
+        if -(-slots // chunk) * tiles < sms:  # then every one counts
             chunk = max(2 * unit, -(-slots // (max(1, 2 * sms // tiles) * unit)) * unit)
         chunk = min(chunk, -(-slots // unit) * unit)
     return Shape(batch, queries, slots, heads, width, dtype, together, chunk, warpgroups, depth)
