@@ -2,7 +2,8 @@
 
 Device time is that of many calls inside one jitted loop of static length, less an empty call, the
 median of five, so that dispatch does not count; small shapes rotate among copies of the cache, so
-that the L2 cache does not count either. Loops of shapes and ceilings last equally long, as a chip
+that the L2 cache does not count either. Processes of this script that run side by side compile
+beside each other and take turns on the device. Loops of shapes and ceilings last equally long, as a chip
 at its power limit lowers its clock within milliseconds. The floor is the longer of 2 B S N T (2R+P)
 operations at the rate of an 8192^3 matmul and the bytes of cache, queries and outputs at the rate
 of a copy, both measured in the same run. Every result is compared with float64 on a few rows and
@@ -19,10 +20,13 @@ random order, in rounds that alternate between the two, and whether both results
 """
 
 import argparse
+import contextlib
+import fcntl
 import functools
 import json
 import pathlib
 import statistics
+import tempfile
 import time
 import tomllib
 
@@ -39,13 +43,23 @@ from mla_jax.ops.seen import Seen
 
 R, P, H, V, SCALE = 512, 64, 128, 128, 192**-0.5
 CACHED_BYTES = 2e8  # rotate among copies up to here: a few times the L2
+LOCK = pathlib.Path(tempfile.gettempdir()) / "benchmark_decode.lock"
 CALLS = 4  # at least, in a turn of the loop, whose own counter takes microseconds
+
+
+@contextlib.contextmanager
+def alone():
+    """Keeps the device from other processes that time here, which compile meanwhile."""
+    with LOCK.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def timer(step, guess, last):
     """f(state): device seconds of `state = step(state)`, and the last states of two runs.
 
-    `guess` is about what a step takes, `last` what a timed loop should.
+    `guess` is about what a step takes, `last` what a timed loop should. f.compile(state) makes the
+    program that f(state) runs.
     """
     calls = max(5, min(5000, int(last / guess)))
 
@@ -55,6 +69,13 @@ def timer(step, guess, last):
         return lax.fori_loop(0, calls, lambda _, s: lax.optimization_barrier(step(s)), state)
 
     empty = jax.jit(lambda state: jax.tree.leaves(state)[-1])
+    made = {}
+
+    def compiled(state):
+        kind = str(jax.tree.map(jax.typeof, state))
+        if kind not in made:
+            made[kind] = tuple(program.lower(state).compile() for program in (loop, empty))
+        return made[kind]
 
     def run(f, state):
         started = time.perf_counter()
@@ -62,11 +83,14 @@ def timer(step, guess, last):
         return time.perf_counter() - started, result
 
     def measured(state, rounds=5):
-        run(empty, state)
-        results = [run(loop, state)[1] for _ in range(2)]
-        taken = (run(loop, state)[0] - run(empty, state)[0] for _ in range(rounds))
-        return statistics.median(taken) / calls, results
+        loop, empty = compiled(state)
+        with alone():
+            run(empty, state)
+            results = [run(loop, state)[1] for _ in range(2)]
+            taken = (run(loop, state)[0] - run(empty, state)[0] for _ in range(rounds))
+            return statistics.median(taken) / calls, results
 
+    measured.compile = compiled
     return measured
 
 
@@ -243,6 +267,8 @@ def compare_pages(implementation, shape, lengths, dtype, guess, last, rounds=6):
         queries, dense[0], seen, scale=SCALE, implementation=implementation))  # fmt: skip
     zeros = [tuple(jnp.zeros(x.shape, x.dtype) for x in one) for _ in range(calls)]
     measured = timer(step, guess * calls, last)
+    for stores in (dense, paged):
+        measured.compile((queries, stores, seen, zeros))
     taken, results = {"dense": [], "pages": []}, {}
     for _ in range(rounds):
         for name, stores in (("dense", dense), ("pages", paged)):

@@ -6,7 +6,8 @@ does instead on a CPU. It reads dense caches, and paged ones through their table
 only: derivatives are those of the XLA backend.
 
 The kernel's thread blocks wait for each other where they share a batch row, so all of them must be
-on the device at once: their number never exceeds the multiprocessors that the device reports. Where
+on the device at once: their number never exceeds the multiprocessors that the device reports, but
+where there are more tiles of queries than these, and no two blocks share a row's tile. Where
 something else keeps multiprocessors from them for seconds (a limit set by MPS, say), the wait ends
 in a device error instead of a hang.
 
@@ -28,6 +29,7 @@ from mla_jax.ops import guard
 from mla_jax.ops.hopper.schedule import BLOCK, SLACK, STEP, TILE, Schedule, make_schedule
 
 _RANKS, _ROPES = (128, 256, 384, 512), (0, 16, 32, 64)
+_MOST_QUERIES = 1024  # of a chunk: with more, the expanded form is faster at any width
 _H200_SMS = 132  # taken where the device does not say: compiling for a GPU, and the interpreter
 
 
@@ -84,8 +86,8 @@ def unsupported(call) -> str | None:
         return f"kv_lora_rank must be one of {_RANKS}, not {rank}"
     if rope not in _ROPES:
         return f"qk_rope_head_dim must be one of {_ROPES}, not {rope}"
-    if not 1 <= call.queries <= 8:
-        return f"takes 1 to 8 query tokens, not {call.queries}"
+    if not 1 <= call.queries <= _MOST_QUERIES:
+        return f"takes 1 to {_MOST_QUERIES} query tokens, not {call.queries}"
     if not 1 <= call.heads <= 128:
         return f"takes 1 to 128 heads, not {call.heads}"
     if slots % 8:
