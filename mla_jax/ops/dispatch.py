@@ -107,7 +107,9 @@ class Call:
 
 
 def normalized(implementation: Implementation) -> dict[str, str]:
-    """The backend of each op that `implementation` names; one name is of all attention cores.
+    """The backend of each op that `implementation` names.
+
+    One name is of all attention cores, and of sparse attention's choice if it has such a backend.
 
     Raises:
         ValueError: a backend or an op that does not exist.
@@ -121,7 +123,8 @@ def normalized(implementation: Implementation) -> dict[str, str]:
     if implementation is None:
         return {}
     if isinstance(implementation, str):
-        named = dict.fromkeys(OPS, implementation)
+        serves = [op for op in CHOICE if implementation in _BACKENDS[op]]
+        named = dict.fromkeys((*OPS, *serves), implementation)
     elif isinstance(implementation, Mapping | tuple):
         named = dict(implementation)
     else:

@@ -211,13 +211,17 @@ def _choice_of_pools(store, seen, bias, count, tail, implementation):
         visible = seen.visible(jnp.arange(slots, dtype=jnp.int32))[:, 0]
         visible = jnp.broadcast_to(visible, (batch, tokens, slots))
         at = lambda slot: jnp.take_along_axis(visible, jnp.minimum(slot, slots - 1), axis=-1)  # noqa: E731
-        of_pools = jnp.broadcast_to(place[:, None], (batch, tokens, pools * length))
-        whole = (at(of_pools) & (of_pools < slots)).reshape(batch, tokens, pools, length).all(-1)
+        if set(seen.options) <= {"lengths", "lengths per query"}:
+            of_pools = Seen(limits=seen.limits // length)  # those that are seen whole
+        else:
+            inside = jnp.broadcast_to(place[:, None], (batch, tokens, pools * length))
+            whole = (at(inside) & (inside < slots)).reshape(batch, tokens, pools, length).all(-1)
+            everywhere = jnp.full((batch, tokens), pools, jnp.int32)
+            of_pools = Seen(limits=everywhere, mask=whole[:, None])
         chosen = jnp.full((batch, tokens, 1), slots, jnp.int32)
         if number:
-            scores = jnp.where(whole, index_scores(query, weights, pooled), -jnp.inf)
-            everywhere = jnp.full((batch, tokens), pools, jnp.int32)
-            best = _best(scores, everywhere, number, implementation)
+            scores = _scores(query, weights, pooled, of_pools, implementation)
+            best = _best(scores, of_pools.limits, number, implementation)
             start = first[:, None, None] + best * length
             chosen = start[..., None] + jnp.arange(length, dtype=jnp.int32)[None, None, None]
             chosen = jnp.where((best == pools)[..., None], slots, chosen)

@@ -34,7 +34,9 @@ def best_slots(scores: Float[Array, "B T S"], store: None, seen: Seen, call) -> 
     del store, seen
     # `lax.top_k` puts the lower of two equal ones first, but holds -0.0 for less than 0.0, and a
     # NaN with a sign for the least. A score that is not a number is chosen and seen, not dropped.
-    scores = jnp.where(scores == 0, 0, jnp.where(jnp.isnan(scores), jnp.nan, scores))
+    bits = lax.bitcast_convert_type(scores, f"int{8 * scores.dtype.itemsize}")
+    nothing = bits << 1 == 0  # of the numbers themselves a CPU takes 1e-40 for 0, too
+    scores = jnp.where(nothing, 0, jnp.where(jnp.isnan(scores), jnp.nan, scores))
     best, places = lax.top_k(scores, call.value_dim)
     return jnp.where(jnp.isneginf(best), call.slots, places).astype(jnp.int32)
 

@@ -65,13 +65,17 @@ class Shape(NamedTuple):
 
 
 def shape_of(rows: int, slots: int, count: int, sms: int, blocks: int | None = None) -> Shape:
-    """How rows are cut: over as many blocks as keep registers few and multiprocessors busy."""
+    """How rows are cut: over as many blocks as keep registers few and multiprocessors busy.
+
+    Few rows are cut finer, up to half of the multiprocessors: a cluster's blocks must find room at
+    once in one part of the GPU, and wait for each other at every pass.
+    """
     unit = WARPGROUPS * GROUP
     if blocks is None:
         blocks = 1
         while blocks < MOST_BLOCKS and (
             slots > FEW_GROUPS * blocks * unit
-            or (2 * blocks * rows <= sms and slots > blocks * unit)
+            or (4 * blocks * rows <= sms and slots > blocks * unit)
         ):
             blocks *= 2
     return Shape(rows, slots, count, blocks, -(-slots // (blocks * unit)))
