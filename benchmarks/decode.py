@@ -2,12 +2,12 @@
 
 Device time is that of many calls inside one jitted loop of static length, less an empty call, the
 median of five, so that dispatch does not count; small shapes rotate among copies of the cache, so
-that the L2 cache does not count either. Processes of this script that run side by side compile
-beside each other and take turns on the device. Loops of shapes and ceilings last equally long, as a chip
-at its power limit lowers its clock within milliseconds. The floor is the longer of 2 B S N T (2R+P)
-operations at the rate of an 8192^3 matmul and the bytes of cache, queries and outputs at the rate
-of a copy, both measured in the same run. Every result is compared with float64 on a few rows and
-heads.
+that the L2 cache does not count either. Loops of shapes and ceilings last equally long, as a chip
+at its power limit lowers its clock within milliseconds. Processes of this script that run side by
+side compile beside each other and take turns on the device. The floor is the longer of
+2 B S N T (2R+P) operations at the rate of an 8192^3 matmul and the bytes of cache, queries and
+outputs at the rate of a copy, both measured in the same run. Every result is compared with float64
+on a few rows and heads.
 
 `--implementation` may be several backends of `latent_attention`, and peers: `expanded`, the same
 attention with per-head keys and values through cuDNN, where they fit, and `flash_mla`, DeepSeek's
@@ -82,9 +82,9 @@ def timer(step, guess, last):
         result = jax.block_until_ready(f(state))
         return time.perf_counter() - started, result
 
-    def measured(state, rounds=5):
+    def measured(state, rounds=5, lock=True):
         loop, empty = compiled(state)
-        with alone():
+        with alone() if lock else contextlib.nullcontext():
             run(empty, state)
             results = [run(loop, state)[1] for _ in range(2)]
             taken = (run(loop, state)[0] - run(empty, state)[0] for _ in range(rounds))
@@ -107,12 +107,13 @@ def ceilings(last):
     add = jax.jit(lambda x: x + 1, donate_argnums=0)
     big = jax.block_until_ready(add(big))
     rates, calls = [], max(3, int(last / 2e-3))
-    for _ in range(5):
-        started = time.perf_counter()
-        for _ in range(calls):
-            big = add(big)
-        jax.block_until_ready(big)
-        rates.append(2 * big.nbytes * calls / (time.perf_counter() - started))
+    with alone():
+        for _ in range(5):
+            started = time.perf_counter()
+            for _ in range(calls):
+                big = add(big)
+            jax.block_until_ready(big)
+            rates.append(2 * big.nbytes * calls / (time.perf_counter() - started))
     return statistics.median(rates), matmul
 
 
@@ -231,7 +232,7 @@ def paginated(cache, lengths, key):
     return pools, jnp.where(held, table, count)
 
 
-def compare_pages(implementation, shape, lengths, dtype, guess, last, rounds=6):
+def compare_pages(implementation, shape, lengths, dtype, guess, last, rounds=10):
     """Seconds of a call on a dense and on a paged cache, in alternating rounds, and their ratio.
 
     The ratio is the median of those of the rounds, each of which lasts as long as a clock needs to
@@ -270,11 +271,12 @@ def compare_pages(implementation, shape, lengths, dtype, guess, last, rounds=6):
     for stores in (dense, paged):
         measured.compile((queries, stores, seen, zeros))
     taken, results = {"dense": [], "pages": []}, {}
-    for _ in range(rounds):
-        for name, stores in (("dense", dense), ("pages", paged)):
-            seconds, again = measured((queries, stores, seen, zeros), rounds=1)
-            taken[name].append(seconds / calls)
-            results[name] = again[-1][-1]
+    with alone():
+        for _ in range(rounds):
+            for name, stores in (("dense", dense), ("pages", paged)):
+                seconds, again = measured((queries, stores, seen, zeros), rounds=1, lock=False)
+                taken[name].append(seconds / calls)
+                results[name] = again[-1][-1]
     pairs = zip(*(jax.tree.leaves(results[name]) for name in taken), strict=True)
     return {
         "dense": statistics.median(taken["dense"]),

@@ -24,6 +24,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 import jax.numpy as jnp
+import kernels  # beside this file
 import numpy as np
 from flax import nnx
 
@@ -111,6 +112,15 @@ def measure(name, case, options, queue):
                 if check is not None:
                     programs_error = np.linalg.norm(got - want) / np.linalg.norm(want)
                 times.setdefault(form + " error", []).append(programs_error)
+        for form, run in programs.items() if options.profile else ():
+
+            def calls(run=run):
+                nonlocal cache
+                for _ in range(5):
+                    y, cache = run(state, x, cache)
+                return y
+
+            queue.put(f"{name}, {form}:\n{kernels.report(calls, 5)}")
     for form, run in programs.items():
         taken, memory = statistics.median(times[form]), run.memory_analysis()
         rate = flops(config, tokens, held, form) / taken / 1e12
@@ -173,6 +183,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--last", type=float, default=0.1, help="seconds of a round")
     parser.add_argument("--no-check", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="the kernels that take longest, too")
     parser.add_argument("--long", type=int, help="tokens of a prompt for a whole model")
     options = parser.parse_args()
     context = multiprocessing.get_context("spawn")

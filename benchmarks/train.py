@@ -22,6 +22,7 @@ from typing import get_args
 
 import jax
 import jax.numpy as jnp
+import kernels  # beside this file
 import optax
 from flax import nnx
 
@@ -69,6 +70,7 @@ def main():
     saves = ["everything", *get_args(Save)]
     parser.add_argument("--save", nargs="+", default=saves[:1], choices=saves)
     parser.add_argument("--chunk", type=int, default=2048, help="tokens whose logits exist at once")
+    parser.add_argument("--profile", action="store_true", help="the kernels that take longest, too")
     options = parser.parse_args()
     tokens = options.batch * options.length
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {options.preset}, "
@@ -119,6 +121,15 @@ def main():
               f"{flops / taken / 1e12:.0f} | {planned / 1e9:.1f} | {peak / 1e9:.1f} | "
               f"{losses[0]:.3f} {losses[-1]:.3f} |",
               flush=True)  # fmt: skip
+        if options.profile:
+
+            def steps(compiled=compiled, rest=rest, given=given):
+                nonlocal params, state
+                for _ in range(3):
+                    params, state, value = compiled(params, state, rest, given)
+                return value
+
+            print(kernels.report(steps, 3, most=40), flush=True)
         del params, state
 
 
