@@ -1,9 +1,9 @@
 """Compiles the Hopper kernels for an H200 with no GPU there; prints what the compiler made.
 
 For every shape, of sparse attention's choice, of the decode kernel on a dense cache and on pages,
-and of attention of the expanded form, it prints registers and spilled bytes a thread, shared memory,
-matrix instructions, and the compiler's warnings. It fails where more spills than is known to cost
-nothing, or where a warning says that matrix products were serialised.
+and of attention of the expanded form, it prints registers and spilled bytes a thread, shared
+memory, matrix instructions, and the compiler's warnings. It fails where more spills than is known
+to cost nothing, or where a warning says that matrix products were serialised.
 It needs jax's CUDA plugin (no driver) and a CUDA toolkit with `ptxas`; where one is missing, it
 says so and leaves.
 """

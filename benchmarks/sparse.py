@@ -9,20 +9,26 @@ compared; keys rotate among copies that no L2 cache holds, scores do not, as the
 made where they are chosen from. `top_k` is XLA's, `counting` finds the K-th score by counting with
 sixteen reductions of XLA, two bits each. The floor is what the keys' bytes take at the rate of a
 copy, which is measured too.
+
+`--whole` times what a decoding step of a sparse layer does between its projections, by whatever
+backends are chosen: choice, attention to the chosen slots, and both, beside attention to all slots
+of the same cache, whose plan is made beforehand as in a model. `--prefill` times `layer.prefill` of
+4096 tokens on 28,672 of DeepSeek-V3.2, sparse and dense.
 """
 
 import argparse
 import functools
 import json
 import pathlib
-import statistics
 import time
 
-import decode
+import decode  # beside this file
 import jax
 import jax.numpy as jnp
 import numpy as np
+import sparse_layer
 from jax import lax
+from loops import compare, looped
 
 from mla_jax.cache import Dense
 from mla_jax.ops import choose_slots, dispatch, hopper, xla_choice
@@ -31,7 +37,6 @@ from mla_jax.ops.seen import Seen
 
 J, I = 64, 128  # noqa: E741  DeepSeek-V3.2's indexer
 SHAPES = ("16,65536", "1,131072", "16,16384", "16,8192", "1,32768,256")
-CALLS = 16  # in a turn of a loop, whose own counter takes microseconds
 
 
 def by_counting(scores, count):
@@ -143,44 +148,6 @@ def tuning_of(text):
     return tuple((name, int(value)) for name, value in pairs)
 
 
-def looped(step, operands, copies, calls=CALLS):
-    """f(turns) and how many calls of step(*fixed, copy) a turn has, which XLA must all make."""
-
-    @functools.partial(jax.jit, static_argnames="turns")
-    def loop(fixed, several, turns):
-        def turn(_, state):
-            fixed, _ = state
-            made = []
-            for i in range(calls):
-                made.append(step(*fixed, several[i % copies]))
-                fixed, made = lax.optimization_barrier((fixed, made))
-            return fixed, made
-
-        shapes = jax.eval_shape(step, *fixed, several[0])
-        start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), [shapes] * calls)
-        return lax.fori_loop(0, turns, turn, (fixed, start))[1]
-
-    return functools.partial(loop, *operands), calls
-
-
-def compare(loops, last, rounds):
-    """Median seconds of a call of every loop, in rounds that alternate."""
-    turns, seconds = {}, {name: [] for name in loops}
-    for name, (loop, _) in loops.items():
-        jax.block_until_ready(loop(turns=2))
-        started = time.perf_counter()
-        jax.block_until_ready(loop(turns=2))
-        one = (time.perf_counter() - started) / 2
-        turns[name] = max(2, min(2000, int(last / one)))
-        jax.block_until_ready(loop(turns=turns[name]))
-    for _ in range(rounds):
-        for name, (loop, calls) in loops.items():
-            started = time.perf_counter()
-            jax.block_until_ready(loop(turns=turns[name]))
-            seconds[name].append((time.perf_counter() - started) / turns[name] / calls)
-    return {name: statistics.median(taken) for name, taken in seconds.items()}
-
-
 def measure(shape, count, variants, last, rounds, others):
     """Seconds of scores, of the choice, and of both, by kernel and XLA."""
     batch, slots, tokens = shape
@@ -226,6 +193,33 @@ def measure(shape, count, variants, last, rounds, others):
     return compare(loops, last, rounds)
 
 
+def shape_of(text):
+    """(B, S, T) of a text such as 16,65536 or 1,32768,256."""
+    batch, slots, *tokens = map(int, text.split(","))
+    return batch, slots, tokens[0] if tokens else 1
+
+
+def print_whole(options):
+    """The tables of `--whole` and `--prefill`."""
+    for shape in map(shape_of, options.shapes) if options.whole else ():
+        if shape[2] > 1:
+            continue  # a prompt's chunk is `--prefill`'s
+        taken, errors = sparse_layer.measure_step(
+            shape, options.topk, options.last, options.rounds, not options.no_xla
+        )
+        print(
+            f"\n(B, S, T) = {shape}, {sparse_layer.N} heads: apart from XLA by {errors[0]:.1e} "
+            f"(chosen) and {errors[1]:.1e} (dense); sparse / dense = "
+            f"{taken['sparse'] / taken['dense']:.3f}"
+        )
+        for name, seconds in taken.items():
+            print(f"| {name} | {seconds * 1e6:.1f} us |", flush=True)
+    if options.prefill:
+        taken = sparse_layer.measure_prefill(4096, 28672, options.rounds)
+        words = ", ".join(f"{name} {seconds * 1e3:.2f} ms" for name, seconds in taken.items())
+        print(f"\nprefill of 4096 tokens on 28,672, DeepSeek-V3.2: {words}")
+
+
 def main():
     """Checks and times every shape, and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -237,6 +231,10 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--no-check", action="store_true")
     parser.add_argument("--no-xla", action="store_true")
+    parser.add_argument("--whole", action="store_true", help="a step beside dense attention's")
+    parser.add_argument(
+        "--prefill", action="store_true", help="a layer's prefill, sparse and dense"
+    )
     parser.add_argument("--json", type=pathlib.Path)
     options = parser.parse_args()
     variants = {"scores": options.scores, "select": [n or None for n in options.blocks]}
@@ -244,9 +242,12 @@ def main():
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}: copy {copy / 1e12:.2f} TB/s, "
           f"matmul {matmul / 1e12:.0f} TFLOP/s", flush=True)  # fmt: skip
     rows = []
+    if options.whole or options.prefill:
+        print_whole(options)
+        return
     for seed, text in enumerate(options.shapes):
-        batch, slots, *tokens = map(int, text.split(","))
-        shape = (batch, slots, tokens[0] if tokens else 1)
+        shape = shape_of(text)
+        batch, slots, _ = shape
         started = time.perf_counter()
         error = None if options.no_check else check(shape, options.topk, seed + 1, variants)
         checked = time.perf_counter() - started
