@@ -135,10 +135,11 @@ def check(shape, count, seed, variants):
         scores = scores.astype(np.float32)
         scores[np.arange(slots) >= limits[..., None]] = np.nan
         want = exact(scores, limits, count)
-        for blocks in variants["select"]:
-            run = functools.partial(indexing.run_select, count=count, blocks=blocks, **device)
+        for name in variants["select"]:
+            tuning = tuning_of(name)
+            run = functools.partial(indexing.run_select, count=count, tuning=tuning, **device)
             got = np.asarray(run(jnp.asarray(scores), seen.limits))
-            np.testing.assert_array_equal(got, want, f"select {blocks}, kind {kind}")
+            np.testing.assert_array_equal(got, want, f"select {name}, kind {kind}")
     return worst
 
 
@@ -168,10 +169,11 @@ def measure(shape, count, variants, last, rounds, others):
         indexing.run_scores(query, weights, k, seen.limits, None, slots=slots, **device)
         for k in keys[:4]
     ]
-    for blocks in variants["select"]:
-        run = functools.partial(indexing.run_select, count=count, blocks=blocks, **device)
+    for name in variants["select"]:
+        tuning = tuning_of(name)
+        run = functools.partial(indexing.run_select, count=count, tuning=tuning, **device)
         step = lambda limits, scores, run=run: run(scores, limits)  # noqa: E731
-        loops[f"select {blocks or ''}".strip()] = looped(step, (fixed[2:], made), len(made))
+        loops[f"select {name}"] = looped(step, (fixed[2:], made), len(made))
 
     def chosen(q, w, limits, k, name):
         named = (("index_scores", name), ("best_slots", name))
@@ -226,7 +228,7 @@ def main():
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="B,S or B,S,T")
     parser.add_argument("--topk", type=int, default=2048)
     parser.add_argument("--scores", nargs="+", default=["default"], help="e.g. chunk=1024,depth=3")
-    parser.add_argument("--blocks", nargs="+", type=int, default=[0], help="of a row; 0 chooses")
+    parser.add_argument("--select", nargs="+", default=["default"], help="e.g. blocks=4,apart=1")
     parser.add_argument("--last", type=float, default=0.02, help="seconds of a timed loop")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--no-check", action="store_true")
@@ -237,7 +239,7 @@ def main():
     )
     parser.add_argument("--json", type=pathlib.Path)
     options = parser.parse_args()
-    variants = {"scores": options.scores, "select": [n or None for n in options.blocks]}
+    variants = {"scores": options.scores, "select": options.select}
     copy, matmul = decode.ceilings(0.1)
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}: copy {copy / 1e12:.2f} TB/s, "
           f"matmul {matmul / 1e12:.0f} TFLOP/s", flush=True)  # fmt: skip

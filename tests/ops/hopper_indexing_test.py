@@ -44,11 +44,11 @@ def mixed(rng, shape, limits):
     return made.astype(np.float32)
 
 
-def run_select(scores, limits, count, blocks, interpret=INTERPRET):
+def run_select(scores, limits, count, blocks, interpret=INTERPRET, **tuning):
     run = indexing.run_select
     chosen = run(
         jnp.asarray(scores), jnp.asarray(limits), count=count, sms=132, interpret=interpret,
-        blocks=blocks,
+        tuning=(() if blocks is None else (("blocks", blocks),)) + tuple(tuning.items()),
     )  # fmt: skip
     return jax.block_until_ready(chosen)
 
@@ -354,14 +354,15 @@ def card():
 @pytest.mark.usefixtures("card")
 @pytest.mark.parametrize("blocks", [None, 1, 2, 4, 8])
 @pytest.mark.parametrize("slots", [3, 2048, 5001, 40000])
-def test_native_choice_is_numpys(slots, blocks, rng):
+@pytest.mark.parametrize("apart", [False, True])
+def test_native_choice_is_numpys(slots, blocks, apart, rng):
     if blocks is not None and slots > blocks * 16 * 2048:
         pytest.skip("more than such a block holds")
     limits = rng.integers(0, slots + 1, (3, 3))
     limits[0, 0], limits[2, 2] = 0, slots
     made = mixed(rng, (3, 3, slots), limits)
     count = min(slots - 1, 500)
-    got = run_select(made, limits, count, blocks, None)
+    got = run_select(made, limits, count, blocks, None, apart=apart)
     np.testing.assert_array_equal(got, exact(made, limits, count))
 
 

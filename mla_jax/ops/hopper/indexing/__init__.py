@@ -101,13 +101,13 @@ def run_scores(query, weights, keys, limits, table, *, slots, sms, interpret, tu
     return sequential_vmap(guard.unsplit(run, "pallas_gpu", interpret))(*arrays)
 
 
-@functools.partial(jax.jit, static_argnames=("count", "sms", "interpret", "blocks"))
-def run_select(scores, limits, *, count, sms, interpret, blocks=None):
-    """The kernel of the choice on arrays; `blocks` share a row, None leaves that open."""
+@functools.partial(jax.jit, static_argnames=("count", "sms", "interpret", "tuning"))
+def run_select(scores, limits, *, count, sms, interpret, tuning=()):
+    """The kernel of the choice on arrays; `tuning` are pairs of what `select.shape_of` takes."""
     from mla_jax.ops.hopper.indexing import select
 
     (batch, tokens, slots), rows = scores.shape, scores.shape[0] * scores.shape[1]
-    shape = select.shape_of(rows, slots, count, sms, blocks)
+    shape = select.shape_of(rows, slots, count, sms, **dict(tuning))
 
     def run(scores, limits):
         if interpret is not None:

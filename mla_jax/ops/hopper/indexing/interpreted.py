@@ -71,6 +71,9 @@ class InterpretedRow(Row):
         own = self.more[1].at[self.row, self.block, self.wg, index]
         own[...] = own[...] + found
 
+    def add_lanes(self):
+        pass
+
     def find(self, index, want):
         counts = self.more[1][self.row][:, :, index].sum((0, 1))
         up_to = jnp.cumsum(counts)

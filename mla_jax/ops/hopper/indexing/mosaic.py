@@ -9,7 +9,7 @@ import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-GROUP, WARP, BINS = 512, 128, 256
+GROUP, WARP, BINS, LANES = 512, 128, 256, 32
 FOURS = plgpu.Layout.WG_STRIDED((GROUP,), vec_size=4)
 SPLAT = plgpu.Layout.WG_SPLAT
 _REF = plgpu.RefType()
@@ -42,8 +42,11 @@ def load_scores(ref, row, start, limit):
     return load(ref, row, start, limit)
 
 
-def count_digits(ref, keys, prefix, shift: int) -> None:
+def count_digits(ref, keys, prefix, shift: int, apart: bool = False) -> None:
     """ref[d] += 1 for every key whose bits above shift + 8 are `prefix`, and d the eight below.
+
+    With `apart` it is ref[32 d + lane] += 1: the lanes of a warp, which add to one number one after
+    the other, never meet. `add_lanes` sums these.
 
     The sign bit counts the other way, so that digits order as keys do. The highest digit of the
     greatest key of all is not counted, so that slots that cannot be chosen cost nothing.
@@ -56,10 +59,13 @@ def count_digits(ref, keys, prefix, shift: int) -> None:
         else:
             which = f"shr.u32 h, d, {shift + 8}; setp.eq.u32 p, h, $2; "
         base = _shared(ref)
+        if apart:
+            base = _add(base, _mul(_lane(31), 4))
         for key in _words(keys):
             mgpu.utils.inline_ptx(
                 "{ .reg .pred p; .reg .u32 d, h; xor.b32 d, $1, 0x80000000; "
-                f"{which}bfe.u32 d, d, {shift}, 8; shl.b32 d, d, 2; add.u32 d, d, $0; "
+                f"{which}bfe.u32 d, d, {shift}, 8; shl.b32 d, d, {7 if apart else 2}; "
+                "add.u32 d, d, $0; "
                 "@p red.shared.add.u32 [d], 1; }",
                 base,
                 key,
@@ -68,6 +74,38 @@ def count_digits(ref, keys, prefix, shift: int) -> None:
             )
 
     count(ref, keys, prefix)
+
+
+def add_lanes(ref, lanes, warpgroups: int) -> None:
+    """ref[d] = the sum of lanes[32 d : 32 d + 32], by all warps of a block."""
+
+    @plgpu.inline_mgpu(arg_types=(_REF, _REF))
+    def call(_, ref, lanes):
+        warps = 4 * warpgroups
+        warp = mgpu.utils.arith.shrui(mgpu.utils.thread_idx(), _c(5))
+        base = _add(_shared(lanes), _add(_mul(warp, 4 * LANES), _mul(_lane(31), 4)))
+        to = _add(_shared(ref), _mul(warp, 4))
+        loaded = [
+            mgpu.utils.inline_ptx(
+                f"ld.shared.b32 $0, [$1 + {4 * LANES * first}];",
+                base,
+                result_types=_i32(),
+                has_side_effects=True,
+            )
+            for first in range(0, BINS, warps)
+        ]
+        for i, count in enumerate(loaded):
+            mgpu.utils.inline_ptx(
+                "{ .reg .pred p; .reg .u32 s; redux.sync.add.u32 s, $1, 0xffffffff; "
+                f"setp.eq.u32 p, $2, 0; @p st.shared.b32 [$0 + {4 * warps * i}], s; }}",
+                to,
+                count,
+                _lane(31),
+                has_side_effects=True,
+                convergent=True,
+            )
+
+    call(ref, lanes)
 
 
 def find_digit(ref, found, want, blocks: int) -> None:

@@ -16,6 +16,7 @@ how many lie before, so that every thread knows where its own go.
 Shared memory of a block:
 
     name    shape       holds
+    lanes   [4, 2048]   of the first digit, how often it occurs in each lane of all warps
     counts  [4, 256]    of every pass and digit, how often it occurs in this block
     tally   [256]       how many are chosen of 128 neighbours; then, how many before them
     found   [8]         a pass's digit and how many digits are less; scratch
@@ -33,7 +34,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mla_jax.ops.hopper import mosaic as hopper_mosaic
 from mla_jax.ops.hopper.indexing import mosaic
-from mla_jax.ops.hopper.indexing.mosaic import BINS, FOURS, GROUP
+from mla_jax.ops.hopper.indexing.mosaic import BINS, FOURS, GROUP, LANES
 from mla_jax.ops.hopper.merge import like
 
 WARPGROUPS = 4
@@ -48,7 +49,8 @@ PAIR = plgpu.Layout.WG_STRIDED((BINS,), vec_size=2)
 class Shape(NamedTuple):
     """What one kernel is compiled for: a row is cut over `blocks`.
 
-    Each of their warpgroups has `groups` of 512 slots.
+    Each of their warpgroups has `groups` of 512 slots. First digits, which are signs and exponents,
+    are nearly all alike: `apart` has every lane count them for itself.
     """
 
     rows: int
@@ -56,6 +58,7 @@ class Shape(NamedTuple):
     count: int
     blocks: int
     groups: int
+    apart: bool
     warpgroups: int = WARPGROUPS
 
     @property
@@ -64,7 +67,9 @@ class Shape(NamedTuple):
         return self.warpgroups * self.groups * GROUP
 
 
-def shape_of(rows: int, slots: int, count: int, sms: int, blocks: int | None = None) -> Shape:
+def shape_of(
+    rows: int, slots: int, count: int, sms: int, blocks: int | None = None, apart: bool = False
+) -> Shape:
     """How rows are cut: over as many blocks as keep registers few and multiprocessors busy.
 
     Few rows are cut finer, up to half of the multiprocessors: a cluster's blocks must find room at
@@ -78,7 +83,7 @@ def shape_of(rows: int, slots: int, count: int, sms: int, blocks: int | None = N
             or (4 * blocks * rows <= sms and slots > blocks * unit)
         ):
             blocks *= 2
-    return Shape(rows, slots, count, blocks, -(-slots // (blocks * unit)))
+    return Shape(rows, slots, count, blocks, -(-slots // (blocks * unit)), apart)
 
 
 def select(scores, limits, shape: Shape):
@@ -133,8 +138,9 @@ class Row:
     @classmethod
     def scratch(cls, shape: Shape) -> dict[str, Any]:
         """The shared memory of the table above."""
-        del shape
         sizes = {"counts": (len(_SHIFTS), BINS), "tally": (BINS,), "found": (8,), "total": (4,)}
+        if shape.apart:
+            sizes["lanes"] = (shape.warpgroups, BINS * LANES // shape.warpgroups)
         return {name: plgpu.SMEM(size, jnp.int32) for name, size in sizes.items()}
 
     def run(self):
@@ -146,6 +152,9 @@ class Row:
         for index, shift in enumerate(_SHIFTS):
             for key in keys:
                 self.count(index, key, known)
+            if self.shape.apart and index == 0:
+                self.block_sync()
+                self.add_lanes()
             self.sync()
             pl.when(self.wg == 0)(lambda index=index, want=want: self.find(index, want))
             self.block_sync()
@@ -215,9 +224,19 @@ class Row:
     def clear(self):
         self.smem["counts"][self.wg] = plgpu.layout_cast(jnp.zeros((BINS,), jnp.int32), PAIR)
         self.smem["tally"][...] = plgpu.layout_cast(jnp.zeros((BINS,), jnp.int32), PAIR)
+        if self.shape.apart:
+            size = BINS * LANES // self.shape.warpgroups
+            layout = plgpu.Layout.WG_STRIDED((size,), vec_size=4)
+            zeros = plgpu.layout_cast(jnp.zeros((size,), jnp.int32), layout)
+            self.smem["lanes"][self.wg] = zeros
 
     def count(self, index, key, known):
-        mosaic.count_digits(self.smem["counts"].at[index], key, known, _SHIFTS[index])
+        apart = self.shape.apart and index == 0
+        counts = self.smem["lanes"] if apart else self.smem["counts"].at[index]
+        mosaic.count_digits(counts, key, known, _SHIFTS[index], apart)
+
+    def add_lanes(self):
+        mosaic.add_lanes(self.smem["counts"].at[0], self.smem["lanes"], self.shape.warpgroups)
 
     def find(self, index, want):
         mosaic.find_digit(
