@@ -103,7 +103,11 @@ class InterpretedRow(Row):
         totals = jnp.where(jnp.arange(self.shape.blocks) < self.block, totals, 0)
         return (totals >> 16).sum(dtype=jnp.int32), (totals & 0xFFFF).sum(dtype=jnp.int32)
 
-    def put(self, g, position):
+    def put(self, g, flags, before, earlier, equals):
+        less = lax.shift_right_logical(before, jnp.full_like(before, 16)) + earlier[0]
+        equal = (before & 0xFFFF) + earlier[1]
+        chosen = (flags > 1) | ((flags == 1) & (equal < equals))
+        position = jnp.where(chosen, less + jnp.minimum(equal, equals), -1)
         self.more[0][self.row, pl.ds(self.first(g), GROUP)] = position
 
     def fill(self, first):

@@ -42,38 +42,56 @@ def load_scores(ref, row, start, limit):
     return load(ref, row, start, limit)
 
 
-def count_digits(ref, keys, prefix, shift: int, apart: bool = False) -> None:
+def count_digits(ref, keys, prefix, shift: int, dummy, apart: bool = False) -> None:
     """ref[d] += 1 for every key whose bits above shift + 8 are `prefix`, and d the eight below.
+
+    The sign bit counts the other way, so that digits order as keys do. Keys that do not agree are
+    counted in dummy[0]: a branch around each of them takes longer. Threads of whose four keys none
+    agrees go on at once.
 
     With `apart` it is ref[32 d + lane] += 1: the lanes of a warp, which add to one number one after
     the other, never meet. `add_lanes` sums these.
-
-    The sign bit counts the other way, so that digits order as keys do. The highest digit of the
-    greatest key of all is not counted, so that slots that cannot be chosen cost nothing.
     """
+    size = 7 if apart else 2  # 2^size bytes from a digit's number to the next one's
 
-    @plgpu.inline_mgpu(arg_types=(_REF, FOURS, SPLAT))
-    def count(_, ref, keys, prefix):
-        if shift == 24:
-            which = "setp.ne.s32 p, $1, 0x7fffffff; "
-        else:
-            which = f"shr.u32 h, d, {shift + 8}; setp.eq.u32 p, h, $2; "
+    @plgpu.inline_mgpu(arg_types=(_REF, FOURS, SPLAT, _REF))
+    def count(_, ref, keys, prefix, dummy):
         base = _shared(ref)
         if apart:
             base = _add(base, _mul(_lane(31), 4))
-        for key in _words(keys):
-            mgpu.utils.inline_ptx(
-                "{ .reg .pred p; .reg .u32 d, h; xor.b32 d, $1, 0x80000000; "
-                f"{which}bfe.u32 d, d, {shift}, 8; shl.b32 d, d, {7 if apart else 2}; "
-                "add.u32 d, d, $0; "
-                "@p red.shared.add.u32 [d], 1; }",
-                base,
-                key,
-                _scalar(prefix),
-                has_side_effects=True,
+        if shift == 24:
+            for key in _words(keys):
+                mgpu.utils.inline_ptx(
+                    "{ .reg .u32 d; xor.b32 d, $1, 0x80000000; shr.u32 d, d, 24; "
+                    f"shl.b32 d, d, {size}; add.u32 d, d, $0; red.shared.add.u32 [d], 1; }}",
+                    base,
+                    key,
+                    has_side_effects=True,
+                )
+            return
+        # How far a key lies above the first that agrees, in integers without a sign.
+        first = mgpu.utils.arith.shli(_scalar(prefix), _c(shift + 8))
+        first = mgpu.utils.arith.xori(first, _c(-(2**31)))
+        body = [".reg .pred p0, p1, p2, p3, any; .reg .u32 d0, d1, d2, d3;"]
+        for i in range(4):
+            body.append(f"sub.u32 d{i}, ${i + 1}, $5; setp.lt.u32 p{i}, d{i}, {1 << (shift + 8)};")
+        body.append("or.pred any, p0, p1; or.pred any, any, p2; or.pred any, any, p3;")
+        body.append("@!any bra none;")
+        for i in range(4):
+            body.append(
+                f"shr.u32 d{i}, d{i}, {shift}; shl.b32 d{i}, d{i}, 2; add.u32 d{i}, d{i}, $0; "
+                f"selp.b32 d{i}, d{i}, $6, p{i}; red.shared.add.u32 [d{i}], 1;"
             )
+        mgpu.utils.inline_ptx(
+            f"{{ {' '.join(body)} none: }}",
+            base,
+            *_words(keys),
+            first,
+            _shared(dummy),
+            has_side_effects=True,
+        )
 
-    count(ref, keys, prefix)
+    count(ref, keys, prefix, dummy)
 
 
 def add_lanes(ref, lanes, warpgroups: int) -> None:
@@ -234,24 +252,38 @@ def sum_of_earlier(ref, block, blocks: int):
     return call(ref, block)
 
 
-def store_chosen(ref, row, position, slots) -> None:
-    """ref[row, position] = slots, for positions from 0 on."""
+def store_chosen(ref, row, slots, flags, before, earlier, equals) -> None:
+    """ref[row, p] = slots wherever a flag is not 0, p the number of those chosen before.
 
-    @plgpu.inline_mgpu(arg_types=(_REF, SPLAT, FOURS, FOURS))
-    def store(_, ref, row, position, slots):
+    Args:
+        flags: 2^16 is chosen; 1 is, where fewer than `equals` such flags lie before it.
+        before: sums of all flags before in this block.
+        earlier: how many flags of either kind, 2^16 and 1, earlier blocks have.
+        equals: how many with flag 1 are chosen.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(_REF, SPLAT, FOURS, FOURS, FOURS, SPLAT, SPLAT, SPLAT))
+    def store(_, ref, row, slots, flags, before, less, equal, equals):
         width = mgpu.utils.ir.MemRefType(ref.type).shape[-1]
         base = _global(ref, _mul64(_wide(_scalar(row)), width))
-        for at, slot in zip(_words(position), _words(slots), strict=True):
+        for slot, flag, sums in zip(*map(_words, (slots, flags, before)), strict=True):
             mgpu.utils.inline_ptx(
-                "{ .reg .pred p; .reg .u64 a; setp.ge.s32 p, $1, 0; mul.wide.u32 a, $1, 4; "
-                "add.u64 a, a, $0; @p st.global.b32 [a], $2; }",
+                "{ .reg .pred p; .reg .s32 l, e; .reg .u64 a; setp.eq.s32 p, $2, 0; @p bra none; "
+                "and.b32 e, $3, 0xffff; add.s32 e, e, $5; setp.ge.s32 p, e, $6; "
+                "setp.eq.and.s32 p, $2, 1, p; @p bra none; "
+                "shr.u32 l, $3, 16; add.s32 l, l, $4; min.s32 e, e, $6; add.s32 l, l, e; "
+                "mul.wide.u32 a, l, 4; add.u64 a, a, $0; st.global.b32 [a], $1; none: }",
                 base,
-                at,
                 slot,
+                flag,
+                sums,
+                _scalar(less),
+                _scalar(equal),
+                _scalar(equals),
                 has_side_effects=True,
             )
 
-    store(ref, row, position, slots)
+    store(ref, row, slots, flags, before, *earlier, equals)
 
 
 def fill(ref, row, first, value, threads: int) -> None:

@@ -20,7 +20,7 @@ Shared memory of a block:
     counts  [4, 256]    of every pass and digit, how often it occurs in this block
     tally   [256]       how many are chosen of 128 neighbours; then, how many before them
     found   [8]         a pass's digit and how many digits are less; scratch
-    total   [4]         how many are chosen of this block
+    total   [4]         how many are chosen of this block; the last counts what nobody asks for
 
 Letters: B rows, S slots, K chosen.
 """
@@ -182,14 +182,10 @@ class Row:
         self.block_sync()
         pl.when(self.wg == 0)(self.scan)
         self.sync()
-        less_before, equal_before = self.of_earlier_blocks()
+        earlier = self.of_earlier_blocks()
         for g, flag in enumerate(flags):
             before = self.before(self.group(g), flag)
-            less = lax.shift_right_logical(before, jnp.full_like(before, 16)) + less_before
-            equal = (before & 0xFFFF) + equal_before
-            first = less + jnp.minimum(equal, equals)
-            chosen = (flag > 1) | ((flag == 1) & (equal < equals))
-            self.put(g, jnp.where(chosen, first, -1))
+            self.put(g, flag, before, earlier, equals)
 
         @pl.when((self.block == 0) & ~some)
         def _():  # fewer than K can be chosen: these are `count - equals`
@@ -233,7 +229,8 @@ class Row:
     def count(self, index, key, known):
         apart = self.shape.apart and index == 0
         counts = self.smem["lanes"] if apart else self.smem["counts"].at[index]
-        mosaic.count_digits(counts, key, known, _SHIFTS[index], apart)
+        dummy = self.smem["total"].at[pl.ds(3, 1)]
+        mosaic.count_digits(counts, key, known, _SHIFTS[index], dummy, apart)
 
     def add_lanes(self):
         mosaic.add_lanes(self.smem["counts"].at[0], self.smem["lanes"], self.shape.warpgroups)
@@ -260,8 +257,8 @@ class Row:
             return jnp.int32(0), jnp.int32(0)
         return mosaic.sum_of_earlier(self.smem["total"], self.block, self.shape.blocks)
 
-    def put(self, g, position):
-        mosaic.store_chosen(self.chosen, self.row, position, self.slots(g))
+    def put(self, g, flags, before, earlier, equals):
+        mosaic.store_chosen(self.chosen, self.row, self.slots(g), flags, before, earlier, equals)
 
     def fill(self, first):
         threads = 128 * self.shape.warpgroups
