@@ -6,16 +6,18 @@ import time
 
 import jax
 import jax.numpy as jnp
+from decode import alone  # beside this file
 from jax import lax
 
 CALLS = 16  # in a turn of a loop, whose own counter takes microseconds
+TURNS = 16
 
 
 def looped(step, operands, copies, calls=CALLS):
-    """f(turns) and how many calls of step(*fixed, copy) a turn has, which XLA must all make."""
+    """f() and how many calls of step(*fixed, copy) it makes, none of which XLA can leave out."""
 
-    @functools.partial(jax.jit, static_argnames="turns")
-    def loop(fixed, several, turns):
+    @jax.jit
+    def loop(fixed, several):
         def turn(_, state):
             fixed, _ = state
             made = []
@@ -26,24 +28,30 @@ def looped(step, operands, copies, calls=CALLS):
 
         shapes = jax.eval_shape(step, *fixed, several[0])
         start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), [shapes] * calls)
-        return lax.fori_loop(0, turns, turn, (fixed, start))[1]
+        # A static count: with a dynamic one XLA asks the device after every turn.
+        return lax.fori_loop(0, TURNS, turn, (fixed, start))[1]
 
-    return functools.partial(loop, *operands), calls
+    return functools.partial(loop.lower(*operands).compile(), *operands), TURNS * calls
 
 
 def compare(loops, last, rounds):
-    """Median seconds of a call of every loop, in rounds that alternate."""
-    turns, seconds = {}, {name: [] for name in loops}
-    for name, (loop, _) in loops.items():
-        jax.block_until_ready(loop(turns=2))
-        started = time.perf_counter()
-        jax.block_until_ready(loop(turns=2))
-        one = (time.perf_counter() - started) / 2
-        turns[name] = max(2, min(2000, int(last / one)))
-        jax.block_until_ready(loop(turns=turns[name]))
-    for _ in range(rounds):
-        for name, (loop, calls) in loops.items():
+    """Median seconds of a call of every loop, in rounds of `last` seconds that alternate.
+
+    Processes side by side compile meanwhile and take turns on the device.
+    """
+    repeats, seconds = {}, {name: [] for name in loops}
+    with alone():
+        for name, (loop, _) in loops.items():
+            jax.block_until_ready(loop())
             started = time.perf_counter()
-            jax.block_until_ready(loop(turns=turns[name]))
-            seconds[name].append((time.perf_counter() - started) / turns[name] / calls)
+            jax.block_until_ready(loop())
+            repeats[name] = max(1, int(last / (time.perf_counter() - started)))
+        for _ in range(rounds):
+            for name, (loop, calls) in loops.items():
+                started = time.perf_counter()
+                for _ in range(repeats[name]):
+                    result = loop()
+                jax.block_until_ready(result)
+                taken = time.perf_counter() - started
+                seconds[name].append(taken / repeats[name] / calls)
     return {name: statistics.median(taken) for name, taken in seconds.items()}
