@@ -99,6 +99,21 @@ def test_pages_interpreted_are_the_loop():
     check(got, loop(whole, lengths), jnp.bfloat16)
 
 
+def test_few_rows_interpreted_are_the_loop():
+    """Two parts of the kernel of few rows, one row that both have, and a row without a slot."""
+    arrays, lengths = make(4, 3, 2, 264, 3, 512, 64, (70, 0, 257), jnp.bfloat16)
+    held, scale, whole = encoded(arrays, lengths)
+    check(attend(held, scale, lengths, 2), loop(whole, lengths), jnp.bfloat16)
+
+
+def test_few_rows_on_pages_interpreted_are_the_loop():
+    arrays, lengths = make(5, 2, 1, 256, 16, 512, 64, (129, 64), jnp.bfloat16)
+    held, scale, whole = encoded(arrays, lengths)
+    pages, scales, table = paginate(held, scale, lengths)
+    got = attend(pages, scales, lengths, 1, table=table)
+    check(got, loop(whole, lengths), jnp.bfloat16)
+
+
 REAL = {name: getattr(scaled.ScaledPart, name) for name in ("extent", "place_after", "fetch")}
 
 

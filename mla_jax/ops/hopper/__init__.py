@@ -264,8 +264,10 @@ def _call(scale, interpret, arrays, table, schedule):
     slots, rope = held[1].shape[1:]
     if table is not None:
         slots = table.shape[1] * STEP
+    encoded = len(held) > 2
+    few = encoded and (rank, rope) == (512, 64) and tokens * heads <= 16
     # Copies take query rows by eights; the interpreter stores whole tiles only.
-    unit = TILE if interpret else 8
+    unit = 16 if few else TILE if interpret else 8
     rows = -(-tokens * heads // unit) * unit
 
     def flat(query):
@@ -274,6 +276,10 @@ def _call(scale, interpret, arrays, table, schedule):
         query = query.reshape(batch * rows, query.shape[-1])
         return jnp.pad(query, ((0, max(0, TILE - batch * rows)), (0, 0)))
 
+    if few:
+        from mla_jax.ops.hopper.fragments import order_pattern, order_rope
+
+        pattern, q_rope = order_pattern(pattern), order_rope(q_rope)
     operands = [flat(pattern), flat(q_rope)]
     operands += [x.reshape(x.shape[0] * x.shape[1], x.shape[2]) for x in held]
     if not rope:
@@ -290,12 +296,16 @@ def _call(scale, interpret, arrays, table, schedule):
         scale=float(scale),
         dtype=pattern.dtype,
     )
-    encoded = len(held) > 2
     if interpret:
         from mla_jax.ops.hopper import interpreted
 
         run = interpreted.decode_scaled if encoded else interpreted.decode
+        run = interpreted.decode_few if few else run
         out, lse = run(operands, schedule, table, shape, batch, interpret)
+    elif few:
+        from mla_jax.ops.hopper import few as few_rows
+
+        out, lse = few_rows.decode(operands, schedule, table, shape, batch)
     elif encoded:
         from mla_jax.ops.hopper import scaled
 
