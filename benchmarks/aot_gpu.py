@@ -36,8 +36,8 @@ from mla_jax.ops import dispatch, hopper  # noqa: E402
 from mla_jax.ops.hopper import attention  # noqa: E402
 from mla_jax.ops.seen import Seen  # noqa: E402
 
-SHAPES = ((128, 16, 1, 512, 64), (128, 128, 1, 512, 64), (128, 20, 4, 512, 64), (64, 16, 1, 512, 0), (8, 40, 2, 256, 32),
-          (8, 40, 8, 128, 16))  # fmt: skip  # B, N, T, R, P
+SHAPES = ((128, 128, 1, 512, 64), (128, 20, 4, 512, 64), (64, 16, 1, 512, 0), (8, 40, 2, 256, 32),
+          (8, 40, 8, 128, 16), (128, 16, 1, 512, 64))  # fmt: skip  # B, N, T, R, P
 ATTENTION = ((128, 64, 128), (192, 64, 256), (64, 32, 64))  # H, P, V
 # Bytes by kernel. dK, dV, S and dP leave no register free at H + P + V = 320: what spills are
 # numbers of a tile, used once a step of 2,500 cycles. So it is with scalars of decoding over fp8.

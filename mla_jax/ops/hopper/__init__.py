@@ -31,6 +31,7 @@ from mla_jax.ops.hopper.schedule import BLOCK, SLACK, STEP, TILE, Schedule, make
 
 _RANKS, _ROPES = (128, 256, 384, 512), (0, 16, 32, 64)
 _MOST_QUERIES = 1024  # of a chunk: with more, the expanded form is faster at any width
+_FEW_ROWS = 16  # T N up to which fp8 latents of (512, 64) have a kernel of their own
 _H200_SMS = 132  # taken where the device does not say: compiling for a GPU, and the interpreter
 
 
@@ -265,7 +266,7 @@ def _call(scale, interpret, arrays, table, schedule):
     if table is not None:
         slots = table.shape[1] * STEP
     encoded = len(held) > 2
-    few = encoded and (rank, rope) == (512, 64) and tokens * heads <= 16
+    few = encoded and (rank, rope) == (512, 64) and tokens * heads <= _FEW_ROWS
     # Copies take query rows by eights; the interpreter stores whole tiles only.
     unit = 16 if few else TILE if interpret else 8
     rows = -(-tokens * heads // unit) * unit
@@ -277,9 +278,10 @@ def _call(scale, interpret, arrays, table, schedule):
         return jnp.pad(query, ((0, max(0, TILE - batch * rows)), (0, 0)))
 
     if few:
-        from mla_jax.ops.hopper.fragments import order_pattern, order_rope
+        from mla_jax.ops.hopper import fragments
 
-        pattern, q_rope = order_pattern(pattern), order_rope(q_rope)
+        pattern = fragments.order_pattern(pattern)
+        q_rope = fragments.order_rope(q_rope * fragments.SMALL)
     operands = [flat(pattern), flat(q_rope)]
     operands += [x.reshape(x.shape[0] * x.shape[1], x.shape[2]) for x in held]
     if not rope:

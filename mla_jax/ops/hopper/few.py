@@ -40,7 +40,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mla_jax.ops.hopper import fragments, kernel
-from mla_jax.ops.hopper.fragments import HEADS, RANK, ROPE, WIDTH
+from mla_jax.ops.hopper.fragments import HEADS, RANK, ROPE, SMALL, WIDTH
 from mla_jax.ops.hopper.kernel import WG, Shape, tiled
 from mla_jax.ops.hopper.merge import LOG2E, LOWEST, piece
 from mla_jax.ops.hopper.scaled import Place, ScaledPart
@@ -71,6 +71,10 @@ def _filled(value):
 
 class FewPart(ScaledPart):
     """One thread block: part `part` of the batch."""
+
+    def __init__(self, refs, smem, shape: Shape, paged: bool):
+        super().__init__(refs, smem, shape, paged)
+        self.scale2 /= SMALL
 
     @classmethod
     def scratch(cls, shape: Shape) -> dict[str, Any]:
@@ -118,21 +122,21 @@ class FewPart(ScaledPart):
         then = self.place_after(self.first_step, here)
         self.fetch_block(me, 1, then)
         after = self.place_after(self.first_step + 1, then)
-        scales = self.load_scales(here, me)
+        scales = self.load_block_scales(here, me)
 
         def one_row(row, carry):
             here, then, after, scales, begin = carry
             end = self.row_step[row + 1] + 0
             lo, hi = jnp.maximum(begin, self.first_step), jnp.minimum(end, self.end_step)
             plgpu.barrier_wait(self.smem["q_bar"])
-            self.clear(acc)
+            self.clear_output(acc)
             m, total = _filled(LOWEST), self.zeros(BLOCK)
 
             def one_step(g, carry):
                 here, then, after, scales, m, total = carry
                 buffer = 2 * me + lax.rem(g - self.first_step, jnp.int32(2))
-                coming = self.load_scales(then, me)
-                m, total = self.step(me, acc, buffer, here, scales, m, total)
+                coming = self.load_block_scales(then, me)
+                m, total = self.one_block(me, acc, buffer, here, scales, m, total)
                 self.warpgroup_sync()
                 self.fetch_block(me, buffer - 2 * me, after)
                 return then, after, self.place_after(g + 2, after), coming, m, total
@@ -148,12 +152,12 @@ class FewPart(ScaledPart):
         for buffer in range(2):  # copies of the two blocks past the end
             plgpu.barrier_wait(self.smem["k_bar"].at[2 * me + buffer])
 
-    def step(self, me, acc, buffer, here, scales, m, total):
+    def one_block(self, me, acc, buffer, here, scales, m, total):
         """One block: scores, softmax, values."""
         factors = self.factors(scales, me)
         plgpu.barrier_wait(self.smem["k_bar"].at[buffer])
         o = self.opaque_zero()
-        s = self.new_scores(me, lambda a: self.scores(a, o, buffer, here, factors, me))
+        s = self.new_scores(me, lambda a: self.block_scores(a, o, buffer, here, factors, me))
         s = self.mask_rows(s, here, me)
         m_new = jnp.maximum(m, self.reduce(s, me, "max") * self.scale2)
         alpha = jnp.exp2(m - m_new)
@@ -161,7 +165,7 @@ class FewPart(ScaledPart):
         self.p[me] = p.astype(self.dtype)
         self.fence()
         total = total * _over(alpha, BLOCK) + p
-        self.rescale(acc, alpha)
+        self.rescale_output(acc, alpha)
         held = self.load_values(buffer, 0)
         self.warpgroup_sync()
         for j in range(BLOCK // 16):
@@ -173,7 +177,7 @@ class FewPart(ScaledPart):
         self.retire(0)
         return m_new, total
 
-    def scores(self, acc, o, buffer, here, factors, me):
+    def block_scores(self, acc, o, buffer, here, factors, me):
         """The scores of a block."""
         held = self.load_keys(buffer, 0)
         self.mma(acc, self.load_rope(buffer), self.q.at[o + PIECES].T)
@@ -223,7 +227,7 @@ class FewPart(ScaledPart):
             total = total * mine + other_total * theirs
             some = total > 0
             safe = jnp.where(some, total, 1.0)
-            inverse = jnp.where(some, 1.0 / safe, 0.0)
+            inverse = jnp.where(some, (1 / SMALL) / safe, 0.0)
             value = self.current(acc) * _over(mine * inverse, RANK)
             value = value + self.take() * _over(theirs * inverse, RANK)
             lse2 = jnp.where(some, top + jnp.log2(safe), -jnp.inf)
@@ -265,7 +269,7 @@ class FewPart(ScaledPart):
 
     # -- what the interpreter has other ways for
 
-    def clear(self, acc):
+    def clear_output(self, acc):
         acc[...] = self.zeros(RANK)
 
     def zeros(self, rows):
@@ -275,10 +279,10 @@ class FewPart(ScaledPart):
         del me
         return pl.run_scoped(body, plgpu.ACC((BLOCK, WIDTH), jnp.float32))
 
-    def rescale(self, acc, alpha):
+    def rescale_output(self, acc, alpha):
         acc[...] = self.current(acc) * _over(alpha, RANK)
 
-    def load_scales(self, place, me):
+    def load_block_scales(self, place, me):
         return fragments.load_scales(self.scale_hbm, *self.extent(place, me))
 
     def factors(self, scales, me):

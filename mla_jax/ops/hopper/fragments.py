@@ -1,6 +1,9 @@
 """Bytes of latents become left sides of matrix products in registers: pieces of `few.py`.
 
-A number of e4m3 becomes one of bfloat16 by its bits, as `dequantise.py` describes. A left side in
+A number of e4m3 becomes one of bfloat16 by its bits, as `dequantise.py` describes, but 2^60 too
+small (`SMALL`): 2^60 times the scale, which these bits are multiplied with, is then finite for any
+scale up to 2^67, and the product exact from 2^-57 on. A larger scale gives infinity or NaN. A
+rotary query is made as small, and the kernel makes scores and outputs large again. A left side in
 registers may have its rows and its inner axis in any order, as long as whatever meets it has the
 same; the orders here are such that every thread loads 16 bytes of a slot at once and that eight
 neighbours load from different banks.
@@ -26,9 +29,10 @@ WG, SPLAT, STRIDED = plgpu.Layout.WGMMA, plgpu.Layout.WG_SPLAT, plgpu.Layout.WG_
 HEADS = WG.reduce(0)  # one value a column of a tile
 RANK, ROPE, WIDTH = 512, 64, 16  # channels of a latent and of a rotary key; columns of a tile
 GROUPS = RANK // 128
+SMALL = 2.0**-60  # what numbers in registers are too small by
 _SCALES = STRIDED((1024,), 4)  # the groups of two slots a thread
 _FACTORS = STRIDED((1024,), 4)
-_LARGE = 2.0**7  # the largest scale whose product with 2^120 is a bfloat16
+_BYTES = STRIDED((2048,), 4)  # four times 16 bytes a thread
 BYTES = (plgpu.TilingTransform((8, 128)), plgpu.SwizzleTransform(128))  # of a tile of bytes
 ROPES = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # of one of rotary keys
 
@@ -115,7 +119,8 @@ def load_scales(scale, source, live):
 def factors(scales, shared):
     """What bits of numbers are multiplied with: of this thread's keys, and in `shared` of values.
 
-    2^120 and the scale, twice in a register; [4, 64] in shared memory, in the order of rows.
+    2^120, `SMALL` and the scale: twice in a register, and [4, 64] in shared memory in the order of
+    rows.
     """
 
     @plgpu.inline_mgpu(
@@ -123,7 +128,7 @@ def factors(scales, shared):
         return_type=plgpu.ShapeDtypeStruct((1024,), jnp.dtype(jnp.int32), _FACTORS),
     )
     def call(_, scales, shared):
-        arith, c, ir = mgpu.utils.arith, mgpu.utils.c, mgpu.utils.ir
+        arith, c = mgpu.utils.arith, mgpu.utils.c
         me = _Thread()
         base = _shared_address(shared)
         row = arith.addi(arith.muli(me.warp, c(16, me.i32)), me.g)
@@ -133,8 +138,8 @@ def factors(scales, shared):
         for h, register in enumerate(scales.registers.flat):
             words = [
                 mgpu.utils.inline_ptx(
-                    f"{{ .reg .f32 f; .reg .b32 x; min.NaN.f32 f, $1, 0f{_bits(_LARGE)}; "
-                    f"mul.f32 f, f, 0f{_bits(2.0**120)}; mov.b32 x, f; "
+                    f"{{ .reg .f32 f; .reg .b32 x; mul.f32 f, $1, 0f{_bits(2.0**120 * SMALL)}; "
+                    "mov.b32 x, f; "
                     "prmt.b32 $0, x, x, 0x3232; }",
                     scale,
                     result_types=me.i32,
@@ -152,14 +157,9 @@ def factors(scales, shared):
                 has_side_effects=True,
             )
             registers.append(_vector(words, me.i32))
-        del ir
         return _array(registers, _FACTORS, True)
 
     return call(scales, shared)
-
-
-_KEYS = STRIDED((2048,), 4)  # four times 16 bytes a thread
-_PIECE = STRIDED((2048,), 4)
 
 
 def load_keys(tile, group):
@@ -167,7 +167,7 @@ def load_keys(tile, group):
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(BYTES),),
-        return_type=plgpu.ShapeDtypeStruct((2048,), jnp.dtype(jnp.int32), _KEYS),
+        return_type=plgpu.ShapeDtypeStruct((2048,), jnp.dtype(jnp.int32), _BYTES),
     )
     def call(_, tile):
         arith, c = mgpu.utils.arith, mgpu.utils.c
@@ -182,7 +182,7 @@ def load_keys(tile, group):
             for base in (first, second)
             for h in range(2)
         ]
-        return _array([_vector(words, me.i32) for words in loads], _KEYS, True)
+        return _array([_vector(words, me.i32) for words in loads], _BYTES, True)
 
     return call(tile)
 
@@ -191,7 +191,7 @@ def turn_keys(held, factors, group, piece):
     """The left side [64, 64] of piece 0 or 1 of the 128 channels that `load_keys` loaded."""
 
     @plgpu.inline_mgpu(
-        arg_types=(_KEYS, _FACTORS),
+        arg_types=(_BYTES, _FACTORS),
         return_type=plgpu.ShapeDtypeStruct((BLOCK, 64), jnp.dtype(jnp.bfloat16), WG),
     )
     def call(_, held, factors):
@@ -241,7 +241,7 @@ def load_values(tile, j):
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(BYTES),),
-        return_type=plgpu.ShapeDtypeStruct((2048,), jnp.dtype(jnp.int32), _PIECE),
+        return_type=plgpu.ShapeDtypeStruct((2048,), jnp.dtype(jnp.int32), _BYTES),
     )
     def call(_, tile):
         arith, c = mgpu.utils.arith, mgpu.utils.c
@@ -256,7 +256,7 @@ def load_values(tile, j):
             for h in range(2)
             for e, base in enumerate((first, second))
         ]
-        return _array([_vector(words, me.i32) for words in loads], _PIECE, True)
+        return _array([_vector(words, me.i32) for words in loads], _BYTES, True)
 
     return call(tile)
 
@@ -265,7 +265,7 @@ def turn_values(held, shared, j):
     """The left side [512, 16] of the slots that `load_values` loaded; `shared` is of `factors`."""
 
     @plgpu.inline_mgpu(
-        arg_types=(_PIECE, plgpu.RefType()),
+        arg_types=(_BYTES, plgpu.RefType()),
         return_type=plgpu.ShapeDtypeStruct((RANK, 16), jnp.dtype(jnp.bfloat16), WG),
     )
     def call(_, held, shared):

@@ -216,11 +216,12 @@ class InterpretedFewPart(few.FewPart):
         self.smem["s_acc"][me] = self.zeros(BLOCK)
         return body(self.smem["s_acc"].at[me])
 
-    def mma(self, acc, a, b):
+    def mma(self, acc, a, b, park=None):
+        del park
         right = b[...].astype(jnp.float32)
         acc[...] = acc[...] + jnp.dot(a.astype(jnp.float32), right)
 
-    def load_scales(self, place, me):
+    def load_block_scales(self, place, me):
         return ()
 
     def factors(self, scales, me):
@@ -248,7 +249,8 @@ class InterpretedFewPart(few.FewPart):
         scales = self.scale_hbm[pl.ds(jnp.where(live > 0, start, 0), BLOCK), :]
         value = self.k[buffer].astype(jnp.float32).reshape(BLOCK, -1, GROUP) * scales[..., None]
         slot = lax.broadcasted_iota(jnp.int32, value.shape, 0)
-        return jnp.where(slot < live, value, 0).astype(self.dtype).reshape(BLOCK, -1)
+        value = jnp.where(slot < live, value * fragments.SMALL, 0)
+        return value.astype(self.dtype).reshape(BLOCK, -1)
 
     def reduce(self, x, me, kind):
         return x.max(0) if kind == "max" else x.sum(0)
