@@ -3,8 +3,9 @@
 `kernel.py` is the algorithm, `merge.py` its end where parts share a row, `schedule.py` the cut of a
 ragged batch into equal parts, `mosaic.py` what Pallas lacks, and `interpreted.py` what the kernel
 does instead on a CPU. It reads dense caches, and paged ones through their table. Latents in fp8
-with scales have a kernel of their own, `scaled.py` with `dequantise.py`. Both kernels are forward
-only: derivatives are those of the XLA backend.
+with scales have kernels of their own: `scaled.py` with `dequantise.py`, and for up to 16 query rows
+a batch row, of ranks (512, 64), `few.py` with `fragments.py`. All are forward only: derivatives are
+those of the XLA backend.
 
 The kernel's thread blocks wait for each other where they share a batch row, so all of them must be
 on the device at once: their number never exceeds the multiprocessors that the device reports, but

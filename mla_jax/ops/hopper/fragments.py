@@ -22,7 +22,7 @@ import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from mla_jax.ops.hopper.dequantise import _address, _bits, _row_bytes
+from mla_jax.ops.hopper.dequantise import address, bits, row_bytes
 from mla_jax.ops.hopper.schedule import BLOCK
 
 WG, SPLAT, STRIDED = plgpu.Layout.WGMMA, plgpu.Layout.WG_SPLAT, plgpu.Layout.WG_STRIDED
@@ -96,7 +96,7 @@ def load_scales(scale, source, live):
         f32 = mgpu.utils.ir.F32Type.get()
         slot = arith.addi(arith.muli(me.warp, c(16, me.i32)), me.permuted)
         row = arith.addi(source.registers.item(), slot)
-        at, registers = _address(scale, row, _row_bytes(scale)), []
+        at, registers = address(scale, row, row_bytes(scale)), []
         for h in range(2):
             is_live = arith.cmpi(
                 arith.CmpIPredicate.slt, arith.addi(slot, c(8 * h, me.i32)), live.registers.item()
@@ -138,7 +138,7 @@ def factors(scales, shared):
         for h, register in enumerate(scales.registers.flat):
             words = [
                 mgpu.utils.inline_ptx(
-                    f"{{ .reg .f32 f; .reg .b32 x; mul.f32 f, $1, 0f{_bits(2.0**120 * SMALL)}; "
+                    f"{{ .reg .f32 f; .reg .b32 x; mul.f32 f, $1, 0f{bits(2.0**120 * SMALL)}; "
                     "mov.b32 x, f; "
                     "prmt.b32 $0, x, x, 0x3232; }",
                     scale,
@@ -400,7 +400,7 @@ def store_columns(ref, value, row, count) -> None:
         me = _Thread()
         width = mgpu.utils.bitwidth(ir.MemRefType(ref.type).element_type) // 8
         column = arith.muli(me.t, c(2, me.i32))
-        at = _address(ref, arith.addi(row.registers.item(), column), RANK * width)
+        at = address(ref, arith.addi(row.registers.item(), column), RANK * width)
         channel = arith.addi(
             arith.muli(me.warp, c(128, me.i32)), arith.muli(me.permuted, c(16, me.i32))
         )
@@ -443,7 +443,7 @@ def store_heads(ref, value, row, count) -> None:
         arith, c = mgpu.utils.arith, mgpu.utils.c
         me = _Thread()
         column = arith.muli(me.t, c(2, me.i32))
-        at = _address(ref, arith.addi(row.registers.item(), column), 4)
+        at = address(ref, arith.addi(row.registers.item(), column), 4)
         one = arith.ori(me.g, me.warp)  # zero in one quad
         for n in range(2):
             for k, x in enumerate(_elements(value.registers[n, 0, 0], 2)):
