@@ -16,6 +16,8 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from mla_jax.plain import Ready
+
 
 def standard_library_text(megabytes: float = 4.0) -> np.ndarray:
     """The first `megabytes` of the standard library's own sources, file by file, as uint8.
@@ -34,7 +36,7 @@ def standard_library_text(megabytes: float = 4.0) -> np.ndarray:
     return np.frombuffer(b"\n".join(parts)[:wanted], np.uint8)
 
 
-def loss_bits(model, tokens: Int[Array, "B T"] | Int[np.ndarray, "B T"]) -> Float[Array, ""]:
+def loss_bits(model, tokens: Int[Ready, "B T"]) -> Float[Array, ""]:
     """Mean cross-entropy of every next token, in bits."""
     losses = optax.softmax_cross_entropy_with_integer_labels(model(tokens[:, :-1]), tokens[:, 1:])
     return losses.mean() / math.log(2)

@@ -35,7 +35,7 @@ from mla_jax.cache.rows import copied, inserted
 from mla_jax.cache.scaled import ENCODINGS as ENCODINGS
 from mla_jax.cache.scaled import Scaled as Scaled
 from mla_jax.cache.scaled import is_encoding as is_encoding
-from mla_jax.plain import Plain, Whole
+from mla_jax.plain import Plain, Ready, Whole
 from mla_jax.sharding import Rules, mesh_of, move, spec
 from mla_jax.sharding import count as parts_of
 
@@ -191,7 +191,7 @@ class Cache:
         mesh = mesh_of(self.stores)
         return 0 if mesh is None else parts_of(mesh, spec(jax.tree.leaves(self.stores)[0])[0])
 
-    def beside(self, x: Array) -> Array:
+    def beside(self, x: Ready) -> Ready:
         """`x` [B ...] with its rows where the cache's rows lie, unless a mesh splits it already."""
         mesh = mesh_of(self.stores)
         if mesh is None or self.pages is not None or any(spec(x)):

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from mla_jax.cache import PAGE, Cache
+from mla_jax.plain import Plain
 from mla_jax.sharding import Rules
 
 
@@ -91,7 +92,7 @@ class Bound:
         return self.model.init_cache(batch_size, max_length, **given)
 
     def prefill(
-        self, x: Int[Array, "B T"] | Float[Array, "B T D"], cache: Cache, lengths=None
+        self, x: Int[Array, "B T"] | Float[Array, "B T D"] | Plain, cache: Cache, lengths=None
     ) -> tuple[Float[Array, "B T W"] | Float[Array, "B T D"], Cache]:
         """Appends `lengths[b]` of T tokens to row b; None is T for all.
 
@@ -107,18 +108,18 @@ class Bound:
         return _prefill(self, _array(x), cache, None if lengths is None else _array(lengths))
 
     def decode(
-        self, x: Int[Array, "B T"] | Float[Array, "B T D"], cache: Cache
+        self, x: Int[Array, "B T"] | Float[Array, "B T D"] | Plain, cache: Cache
     ) -> tuple[Float[Array, "B T W"] | Float[Array, "B T D"], Cache]:
         """`prefill` with T tokens for every row."""
         return _decode(self, _array(x), cache)
 
     def extend(
-        self, tokens: Int[Array, "B T"], cache: Cache, lengths=None
+        self, tokens: Int[Array, "B T"] | Plain, cache: Cache, lengths=None
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """`prefill` that stops at the states: logits of some of them are `logits(states)`."""
         return _extend(self, _array(tokens), cache, None if lengths is None else _array(lengths))
 
-    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T W"]:
+    def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B W"]:
         """The model's `logits`."""
         return _logits(self, hidden)
 

@@ -20,6 +20,7 @@ from mla_jax import sharding
 from mla_jax.cache import Cache
 from mla_jax.generation.sampling import Sampling, mark_seen
 from mla_jax.generation.steps import finite
+from mla_jax.plain import Ready
 
 
 @jax.tree_util.register_dataclass
@@ -58,7 +59,7 @@ class Writing:
 
     def put(
         self, drawn: Int[Array, "B C"], logits: Float[Array, "B C W"], count: Int[Array, "B"],
-        stops: Int[Array, "stops"], prompt_lengths: Int[Array, "B"],
+        stops: Int[Ready, "stops"], prompt_lengths: Int[Array, "B"],
     ) -> Self:  # fmt: skip
         """Writes the first `count` drawn tokens of every active row, or up to a stop token.
 

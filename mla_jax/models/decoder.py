@@ -36,7 +36,7 @@ from mla_jax.models.longcat import ShortcutBlock
 from mla_jax.models.predictor import MultiTokenPredictor
 from mla_jax.ops import dense, dispatch, embedding
 from mla_jax.ops.cross_entropy import linear_cross_entropy, mean_linear_cross_entropy
-from mla_jax.plain import Plain, Whole
+from mla_jax.plain import Plain, Ready, Whole
 from mla_jax.sharding import Rules
 
 _HEAD = dense.linear("D", "W", plain=True)
@@ -100,13 +100,13 @@ class Decoder(nnx.Module):
         self.quantization: str | None = None
 
     def __call__(
-        self, tokens: Int[Array, "B T"], *, remat: Save | None = None, **options: Any
+        self, tokens: Int[Ready, "B T"], *, remat: Save | None = None, **options: Any
     ) -> Float[Array, "B T W"]:
         """Logits [B T W] in float32, without a cache; arguments as in `states`."""
         return self.logits(self.states(tokens, remat=remat, **options))
 
     def states(
-        self, tokens: Int[Array, "B T"], *, remat: Save | None = None, **options: Any
+        self, tokens: Int[Ready, "B T"], *, remat: Save | None = None, **options: Any
     ) -> Float[Array, "B T D"]:
         """States after the final norm, without a cache: training and scoring.
 
@@ -122,7 +122,7 @@ class Decoder(nnx.Module):
         return self.norm(x)
 
     def states_with_routing(
-        self, tokens: Int[Array, "B T"], *, remat: Save | None = None, **options: Any
+        self, tokens: Int[Ready, "B T"], *, remat: Save | None = None, **options: Any
     ) -> tuple[Float[Array, "B T D"], tuple[Routing, ...]]:
         """The same, and what the router of each layer with experts did.
 
@@ -156,7 +156,7 @@ class Decoder(nnx.Module):
         return self._cross_entropy(mean_linear_cross_entropy, hidden, labels, self.head, **more)
 
     def indexer_loss(
-        self, tokens: Int[Array, "B T"], *, warmup: bool = False, **options: Any
+        self, tokens: Int[Ready, "B T"], *, warmup: bool = False, **options: Any
     ) -> Float[Array, ""]:
         """What the indexers of sparse attention learn from: the mean over the layers that have one.
 
@@ -194,7 +194,7 @@ class Decoder(nnx.Module):
 
     def extend(
         self,
-        tokens: Int[Array, "B T"],
+        tokens: Int[Ready, "B T"],
         cache: Cache,
         lengths: Int[Array, "B"] | Plain | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
@@ -233,7 +233,7 @@ class Decoder(nnx.Module):
 
     def prefill(
         self,
-        tokens: Int[Array, "B T"],
+        tokens: Int[Ready, "B T"],
         cache: Cache,
         lengths: Int[Array, "B"] | Plain | None = None,
     ) -> tuple[Float[Array, "B T W"], Cache]:
@@ -242,7 +242,7 @@ class Decoder(nnx.Module):
         return self.logits(hidden), cache
 
     def prefill_last(
-        self, tokens: Int[Array, "B T"], cache: Cache, lengths: Int[Array, "B"]
+        self, tokens: Int[Ready, "B T"], cache: Cache, lengths: Int[Array, "B"]
     ) -> tuple[Float[Array, "B W"], Cache]:
         """`extend` with the logits of each row's last token only: a prompt's are often too many.
 
@@ -253,7 +253,7 @@ class Decoder(nnx.Module):
         return self.logits(jnp.take_along_axis(hidden, last, axis=1))[:, 0], cache
 
     def decode(
-        self, tokens: Int[Array, "B T"], cache: Cache
+        self, tokens: Int[Ready, "B T"], cache: Cache
     ) -> tuple[Float[Array, "B T W"], Cache]:
         """`prefill` with T tokens for every row."""
         return self.prefill(tokens, cache)
@@ -273,7 +273,7 @@ class Decoder(nnx.Module):
     def draft(
         self,
         hidden: Float[Array, "B T D"],
-        tokens: Int[Array, "B T"],
+        tokens: Int[Ready, "B T"],
         cache: Cache,
         lengths: Int[Array, "B"] | Plain | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
@@ -298,7 +298,7 @@ class Decoder(nnx.Module):
         return self._words(hidden, predictor.head or self.head)
 
     def draft_states(
-        self, hidden: Float[Array, "B T D"], tokens: Int[Array, "B T"], **options: Any
+        self, hidden: Float[Array, "B T D"], tokens: Int[Ready, "B T"], **options: Any
     ) -> tuple[Float[Array, "B T D"], Routing | None]:
         """`draft` without a cache, and what the block's router did: training.
 

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mla_jax.layers.remat import Save
 from mla_jax.models.decoder import Decoder
+from mla_jax.plain import Ready
 
 
 class LossTerms(NamedTuple):
@@ -37,7 +38,7 @@ class LossTerms(NamedTuple):
 
 def training_loss(
     model: Decoder,
-    tokens: Int[Array, "B T"],
+    tokens: Int[Ready, "B T"],
     *,
     segment_ids: Int[Array, "B T"] | None = None,
     valid: Bool[Array, "B T"] | None = None,
