@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from mla_jax.generation.vocabulary import UNKNOWN, Vocabulary
+from mla_jax.plain import Ready
 
 _CHARACTER = 4  # bytes of UTF-8 in a character, at most
 _WAITING = 16  # tokens; more than bytes of a character, since a token may end one and begin another
@@ -122,7 +123,7 @@ class TextStream:
     def stopped(self) -> str | None:
         return self._stop.found
 
-    def push(self, tokens: Sequence[int]) -> str:
+    def push(self, tokens: Ready | Sequence[int]) -> str:
         """Takes the tokens that follow; returns what they add to the text shown so far.
 
         Tokens after a stop string are not looked at.

@@ -8,6 +8,7 @@ from mla_jax.families import language_model, read_json
 from mla_jax.generation import chat, vocabulary
 from mla_jax.generation.files import FILES, Settings, checkpoint_folder, read_vocabulary
 from mla_jax.generation.stream import TextStream, token_ids
+from mla_jax.plain import Ready
 
 
 class Tokenizer:
@@ -122,7 +123,7 @@ class Tokenizer:
         rows = self._vocabulary.encode(texts)
         return [self._framed(row) for row in rows] if special_tokens else rows
 
-    def decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
+    def decode(self, tokens: Ready | Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids.
 
         Args:
@@ -144,14 +145,14 @@ class Tokenizer:
         return b"".join(one for one in raw if one is not None).decode(errors="replace")
 
     def decode_batch(
-        self, rows: Sequence[Sequence[int]], skip_special_tokens: bool = True
+        self, rows: Ready | Sequence[Ready | Sequence[int]], skip_special_tokens: bool = True
     ) -> list[str]:
         """The text of every row: see `decode`."""
         return [self.decode(row, skip_special_tokens) for row in rows]
 
     def stream(
         self,
-        prompt_tokens: Sequence[int] = (),
+        prompt_tokens: Ready | Sequence[int] = (),
         *,
         stop_strings: str | Sequence[str] = (),
         skip_special_tokens: bool = True,

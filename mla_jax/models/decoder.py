@@ -135,7 +135,7 @@ class Decoder(nnx.Module):
         return self.norm(x), tuple(routings)
 
     def losses(
-        self, hidden: Float[Array, "B T D"], labels: Int[Array, "B T"], *, chunk: int = 2048
+        self, hidden: Float[Array, "B T D"], labels: Int[Ready, "B T"], *, chunk: int = 2048
     ) -> Float[Array, "B T"]:
         """Cross-entropy of every token in nats, from its states and the token that came next.
 
@@ -146,7 +146,7 @@ class Decoder(nnx.Module):
     def loss(
         self,
         hidden: Float[Array, "B T D"],
-        labels: Int[Array, "B T"],
+        labels: Int[Ready, "B T"],
         counted: Bool[Array, "B T"] | None = None,
         *,
         chunk: int = 2048,
@@ -313,7 +313,7 @@ class Decoder(nnx.Module):
     def draft_loss(
         self,
         hidden: Float[Array, "B T D"],
-        labels: Int[Array, "B T"],
+        labels: Int[Ready, "B T"],
         counted: Bool[Array, "B T"] | None = None,
         *,
         chunk: int = 2048,

@@ -21,12 +21,13 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from mla_jax import sharding
+from mla_jax.plain import Ready
 
 
 def linear_cross_entropy(
     hidden: Float[Array, "*B T D"],
     kernel: Float[Array, "D W"],
-    labels: Int[Array, "*B T"],
+    labels: Int[Ready, "*B T"],
     *,
     scale: float = 1.0,
     chunk: int = 2048,
@@ -73,7 +74,7 @@ def linear_cross_entropy(
 def mean_linear_cross_entropy(
     hidden: Float[Array, "*B T D"],
     kernel: Float[Array, "D W"],
-    labels: Int[Array, "*B T"],
+    labels: Int[Ready, "*B T"],
     counted: Bool[Array, "*B T"] | None = None,
     *,
     scale: float = 1.0,
