@@ -97,7 +97,7 @@ def test_kernels_of_experts_that_are_split_otherwise_are_refused():
     layer, x, _ = mixture(1)
     with jax.set_mesh(mesh()):
         layer = jax.device_put(layer, Rules().of(layer))
-        layer.gate_proj.set_value(put(layer.gate_proj[...], (), (), "model"))
+        layer.gate_proj.set_value(put(layer.gate_proj[...], (), (), ("model",)))
         with pytest.raises(NotImplementedError, match="only E may be, and alike for all three"):
             layer(x)
 

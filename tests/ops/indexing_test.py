@@ -92,7 +92,8 @@ def test_attention_to_chosen_slots_is_the_masked_reference(rng, pieces, monkeypa
     chosen[1, 2, :3] = 98, 99, 120  # on the border, and beyond what is seen
     unseen = ~(np.arange(S) < LIMITS.max(1)[:, None])
     latent[unseen], k_rope[unseen] = np.nan, np.nan
-    queries = [jnp.asarray(rng.standard_normal((B, T, N, n)), jnp.float32) for n in (R, P)]
+    q = [jnp.asarray(rng.standard_normal((B, T, N, n)), jnp.float32) for n in (R, P)]
+    queries = q[0], q[1]
     seen = Seen(limits=jnp.asarray(LIMITS), chosen=jnp.asarray(chosen, jnp.int32))
     assert "chosen" in seen.options
     mask = members(seen.chosen, S)
