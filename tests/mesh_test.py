@@ -230,7 +230,7 @@ def test_rows_come_and_go_between_devices():
     """`fork` and `insert` where rows and their slots lie on several devices."""
     place = Rules(B="data", S="model")
     layer = MultiHeadLatentAttention(ATTENTION, rngs=nnx.Rngs(0))
-    x = np.random.default_rng(2).normal(size=(B, 200, 24)).astype(np.float32)
+    x = jnp.asarray(np.random.default_rng(2).normal(size=(B, 200, 24)).astype(np.float32))
     lengths = np.array([200, 3, 0, 128, 129, 1, 199, 50], np.int32)
 
     @jax.jit

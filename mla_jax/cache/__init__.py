@@ -259,7 +259,7 @@ class Cache:
             pages=pages.shrink(-(-length // PAGE)),
         )  # fmt: skip
 
-    def reset(self, rows: Bool[Array, "B"] | None = None) -> Self:
+    def reset(self, rows: Bool[Array, "B"] | Plain | None = None) -> Self:
         """Empties the rows where `rows` is True; all of them where it is None.
 
         Raises:
@@ -303,7 +303,7 @@ class Cache:
     def fork(
         self,
         source: Int[Array, ""] | int,
-        rows: Bool[Array, "B"],
+        rows: Bool[Array, "B"] | Plain,
         length: Int[Array, ""] | int | None = None,
     ) -> Self:
         """Gives the rows where `rows` is True the first tokens of row `source`, not their own.

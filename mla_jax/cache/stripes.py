@@ -16,6 +16,7 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from mla_jax import sharding
+from mla_jax.plain import Ready
 
 STRIPE = 128  # slots, as of a page
 
@@ -81,7 +82,7 @@ class Stripes:
         here = ((block + self.rows[:, None]) % self.count == self.device) & (local < size)
         return jnp.where(here, local, size + slots)
 
-    def seen(self, limits: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    def seen(self, limits: Int[Ready, "B T"]) -> Int[Array, "B T"]:
         """How many of the device's slots lie below limits; those come first."""
         first, (whole, rest) = self._first(), (limits // STRIPE, limits % STRIPE)
         blocks = jnp.maximum(whole - first + self.count - 1, 0) // self.count
