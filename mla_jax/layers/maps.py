@@ -24,6 +24,7 @@ from mla_jax.layers import query_scale
 from mla_jax.layers.indexer import Indexer
 from mla_jax.layers.memory import Memory
 from mla_jax.layers.mixer import Mixer
+from mla_jax.layers.norm import RMSNorm
 from mla_jax.layers.projection import Projection, apart, kernel_of, together
 from mla_jax.layers.quantised import Quantised
 from mla_jax.layers.step import check_positions, row_counts
@@ -76,7 +77,7 @@ class LatentMaps(Mixer):
             )  # fmt: skip
 
         def norm(width):
-            return nnx.RMSNorm(
+            return RMSNorm(
                 width, epsilon=config.latent_norm_eps, dtype=dtype, param_dtype=param_dtype,
                 rngs=rngs,
             )  # fmt: skip
