@@ -24,6 +24,7 @@ class RMSNorm(nnx.RMSNorm):
         """The norm over the last axis; `mask` is not taken."""
         if mask is not None:
             raise ValueError("mask: this norm is over all channels, it must be None.")
+        assert self.scale is not None
         x, scale = self.promote_dtype((x, self.scale[...]), dtype=self.dtype)
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         mean = jnp.square(wide).mean(-1, keepdims=True)

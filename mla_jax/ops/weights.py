@@ -77,6 +77,10 @@ class Weight:
         """The matrix of one expert."""
         return dataclasses.replace(self, values=self.values[index], scale=self.scale[index])
 
+    def stacked(self) -> "Weight":
+        """A matrix as that of the only expert."""
+        return dataclasses.replace(self, values=self.values[None], scale=self.scale[None])
+
 
 def matmul(x: Float[Array, "*B K"], weight: Weight, *, precision=None) -> Float[Array, "*B M"]:
     """X W^T, accumulated in float32, in x's dtype."""

@@ -10,6 +10,7 @@ Letters: M tokens, K experts per token, E experts, D hidden size, F inner size.
 import dataclasses
 import functools
 import types
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from mla_jax import sharding
 from mla_jax import target as targets
-from mla_jax.ops.experts import hopper, mesh, ragged, stored, xla
+from mla_jax.ops.experts import hopper, mesh, ragged, xla
 from mla_jax.ops.experts.call import Call as Call
 from mla_jax.ops.weights import Weight
 
@@ -35,6 +36,7 @@ def routed_experts(
     *,
     precision=None,
     implementation: str | None = None,
+    shared: Sequence[Float[Array, "1 D F"] | Weight] | None = None,
 ) -> Float[Array, "M D"]:
     """The weighted sum of each token's experts, where an expert is down(silu(gate x) * up x).
 
@@ -46,11 +48,13 @@ def routed_experts(
         experts: each token's experts [M K], below E.
         weights: of these experts [M K].
         gate, up: kernels [E D F] of any floating dtype; they are cast to x's. Or, all three, as a
-            checkpoint stores them: a `Weight` [E F D], and down [E D F], which XLA serves.
+            checkpoint stores them: a `Weight` [E F D], and down [E D F].
         down: kernels [E F D].
         precision: of the matmuls, as in jax.lax.dot; kernels ignore it.
         implementation: a backend's name ("pallas_gpu", "ragged", "xla"), or None for the first that
             can serve.
+        shared: gate, up and down of an expert that every token sees, with an axis of one expert
+            and an F of its own: it is added. Only where `takes_shared` says so.
 
     Returns:
         [M D] in x's dtype; products are accumulated in float32. It differentiates in reverse, with
@@ -69,33 +73,59 @@ def routed_experts(
     Traceback (most recent call last):
     ValueError: weights has shape (5, 3): it must be [M K] = (5, 2), as experts.
     """
-    if isinstance(gate, Weight) or isinstance(up, Weight) or isinstance(down, Weight):
-        if not (isinstance(gate, Weight) and isinstance(up, Weight) and isinstance(down, Weight)):
-            raise ValueError("gate, up and down: all three must be a Weight, or none.")
-        if sharding.mesh_of(gate.values, x) is not None:
-            raise NotImplementedError("experts as a checkpoint stores them: not on a mesh yet.")
-        if implementation not in (None, "xla"):
-            raise NotImplementedError(
-                f"implementation={implementation!r} cannot serve these experts: it takes no "
-                "weights as a checkpoint stores them."
-            )
-        with jax.named_scope("routed_experts.stored"):
-            return stored.run(x, experts, weights, gate, up, down, precision=precision)
     _checked(x, experts, weights, gate, up, down)
     run = functools.partial(_run, precision=precision, implementation=implementation)
     if sharding.mesh_of(gate, x) is None:
-        return run(x, experts, weights, gate, up, down)
-    partial = functools.partial(run, partial=bool(sharding.spec(gate)[0]))
+        return run(x, experts, weights, gate, up, down, shared=shared)
+    values = gate.values if isinstance(gate, Weight) else gate
+    partial = functools.partial(run, partial=bool(sharding.spec(values)[0]))
     return mesh.routed(partial, x, experts, weights, (gate, up, down))
 
 
-def _run(x, experts, weights, gate, up, down, *, precision, implementation, partial=False):
+def takes_shared(
+    x: Float[Array, "M D"],
+    experts: Int[Array, "M K"],
+    weights: Float[Array, "M K"],
+    kernels: Sequence[Float[Array, "E D F"] | Weight],
+    shared: Sequence[Float[Array, "1 D F"] | Weight],
+    *,
+    implementation: str | None = None,
+) -> bool:
+    """Whether `routed_experts` with these arguments may be given the shared expert."""
+    arrays = (x, *kernels, *shared)
+    if sharding.mesh_of(arrays) is not None:
+        return False
+    call, other = (_checked(x, experts, weights, *group) for group in (kernels, shared))
+    target = targets.current()
+    backend = _choose(call, target, implementation)
+    alike = dataclasses.replace(call, experts=1, widths=other.widths)
+    return (
+        backend == "pallas_gpu"
+        and alike == other
+        and hopper.takes_shared(call, target)
+        and hopper.takes_shared(other, target)
+    )
+
+
+def _run(
+    x, experts, weights, gate, up, down, *, precision, implementation, partial=False, shared=None
+):
     call = dataclasses.replace(_checked(x, experts, weights, gate, up, down), partial=partial)
     target = targets.current()
     backend = _choose(call, target, implementation)
+    more = {} if shared is None else {"shared": shared}
     with jax.named_scope(f"routed_experts.{backend}"):
         return BACKENDS[backend].run(
-            x, experts, weights, gate, up, down, precision=precision, call=call, target=target
+            x,
+            experts,
+            weights,
+            gate,
+            up,
+            down,
+            precision=precision,
+            call=call,
+            target=target,
+            **more,
         )
 
 
@@ -128,6 +158,17 @@ def _choose(call: Call, target: targets.Target, name: str | None) -> str:
 
 def _checked(x, experts, weights, gate, up, down) -> Call:
     """The call that these arrays make, or a ValueError that names the argument at fault."""
+    found = [isinstance(kernel, Weight) for kernel in (gate, up, down)]
+    if any(found) and not all(found):
+        raise ValueError("gate, up and down: all three must be a Weight, or none.")
+    kept = None
+    if all(found):  # in torch's order: [E F D]
+        kinds = {(jnp.dtype(k.values.dtype).name, k.block) for k in (gate, up, down)}
+        kept = kinds.pop() if len(kinds) == 1 else ("several dtypes or blocks", (None, None))
+        gate, up, down = (
+            jax.ShapeDtypeStruct((*k.shape[:-2], *k.shape[:-3:-1]), x.dtype)
+            for k in (gate, up, down)
+        )
     for name, array, letters in (
         ("x", x, "M D"),
         ("experts", experts, "M K"),
@@ -157,4 +198,5 @@ def _checked(x, experts, weights, gate, up, down) -> Call:
     for name, array in (("x", x), ("weights", weights), ("gate", gate), ("up", up), ("down", down)):
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise ValueError(f"{name} is {array.dtype}: it must be floating.")
-    return Call(tokens, experts.size, count, (width, inner), jnp.dtype(x.dtype).name)
+    dtype = jnp.dtype(x.dtype).name
+    return Call(tokens, experts.size, count, (width, inner), dtype, stored=kept)

@@ -1,0 +1,152 @@
+"""The Hopper kernels for few tokens, interpreted on the CPU, against float64; and planted bugs.
+
+Tolerances count roundings to bfloat16, as in `grouped_test.py`: of hidden states, of an expert's
+output, of y. Weights are exact, those of 8 bits too.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from common import relative, slow
+from experts_oracle import gradients, loop, problem
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from mla_jax import target
+from mla_jax.ops.experts import few, hopper, routed_experts, takes_shared
+from mla_jax.ops.experts.tiles import Chosen, chosen_experts
+from mla_jax.ops.weights import Weight
+
+INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
+BLOCKS = {"e4m3": (128, 128), "int8": (1, None)}
+
+
+def tolerance(roundings):
+    return (roundings / 3) ** 0.5 * 2.0**-8
+
+
+def weight(kind, shape, rng):
+    """A kernel [E K N], or the like [E N K] as it is stored; and its numbers [E K N] in float64."""
+    count, inputs, outputs = shape
+    if kind == "plain":
+        kernel = jnp.asarray(rng.standard_normal(shape) * inputs**-0.5, jnp.bfloat16)
+        return kernel, np.asarray(kernel, np.float64)
+    if kind == "e4m3":
+        values = jnp.asarray(rng.standard_normal((count, outputs, inputs)), jnp.float8_e4m3fn)
+        grid = (count, -(-outputs // 128), -(-inputs // 128))
+    else:
+        values = jnp.asarray(rng.integers(-127, 128, (count, outputs, inputs)), jnp.int8)
+        grid = (count, outputs, 1)
+    size = inputs**-0.5 / (1 if kind == "e4m3" else 64)
+    scale = jnp.asarray(rng.uniform(0.5, 2, grid) * size, jnp.float32)
+    made = Weight(values, scale, BLOCKS[kind])
+    return made, np.asarray(made.dense(jnp.float32), np.float64).swapaxes(1, 2)
+
+
+def check_products(kind, rng, rows=8):
+    """Two of three experts and a shared one of another width; places in use, one behind them."""
+    chosen = Chosen(jnp.array([0, 2, 1]), jnp.array([0, 1, 1, 2]))
+    x = jnp.asarray(rng.standard_normal((rows, 256)), jnp.bfloat16)
+    shapes = {"gate": (256, 128), "up": (256, 128), "down": (128, 256)}
+    wide = {"gate": (256, 256), "up": (256, 256), "down": (256, 256)}
+    made = {name: weight(kind, (3, *shape), rng) for name, shape in shapes.items()}
+    own = {name: weight(kind, (1, *shape), rng) for name, shape in wide.items()}
+    groups = tuple((kernels["gate"][0], kernels["up"][0]) for kernels in (made, own))
+    plan = few.Plan(rows, 2, INTERPRET)
+    hidden = jax.block_until_ready(few.gate_up(x, groups, chosen, plan=plan))
+    down = tuple(kernels["down"][0] for kernels in (made, own))
+    y = jax.block_until_ready(few.down(hidden, down, chosen, plan=plan))
+    for kernels, part, expert, place in ((made, 0, 0, 0), (made, 0, 2, 1), (own, 1, 0, 0)):
+        at = slice(place * rows, (place + 1) * rows)
+        exact = {name: kernel[1][expert] for name, kernel in kernels.items()}
+        a, b = (np.asarray(x, np.float64) @ exact[name] for name in ("gate", "up"))
+        assert relative(hidden[part][at], a / (1 + np.exp(-a)) * b) < tolerance(1)
+        right = np.asarray(hidden[part][at], np.float64) @ exact["down"]
+        assert relative(y[part][at], right) < tolerance(1)
+
+
+@pytest.mark.parametrize("kind", ["plain", "e4m3", "int8"])
+def test_the_products_of_chosen_and_shared_experts(kind, rng):
+    check_products(kind, rng)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "kind"), [(1, "plain"), (13, "e4m3"), slow(64, "plain"), slow(33, "int8")]
+)
+def test_the_op_is_float64s(tokens, kind, rng):
+    """With the shared expert, and with experts that lie elsewhere."""
+    (x, weights, *_), experts = problem(
+        tokens, count=5, chosen=2, widths=(128, 128), dtype=jnp.bfloat16
+    )
+    kernels = [weight(kind, (5, 128, 128), rng) for _ in range(3)]
+    shared = [weight(kind, (1, 128, 128), rng) for _ in range(3)]
+    with plgpu.force_gpu_interpret_mode():
+        arrays = [k for k, _ in kernels], [k for k, _ in shared]
+        assert takes_shared(x, experts, weights, *arrays)
+        y = routed_experts(x, experts, weights, *arrays[0], shared=arrays[1])
+        jax.block_until_ready(y)
+    right = loop(experts, x, weights, *(k for _, k in kernels))
+    right += loop(jnp.zeros((tokens, 1), int), x, jnp.ones((tokens, 1)), *(k for _, k in shared))
+    assert relative(y, right) < tolerance(3)
+
+
+@pytest.mark.parametrize("kind", ["plain", "e4m3"])
+def test_experts_that_lie_elsewhere_are_dropped_and_derivatives_are_float64s(kind, rng):
+    (x, weights, *_), experts = problem(
+        24, count=4, chosen=2, widths=(128, 128), dtype=jnp.bfloat16
+    )
+    kernels = [weight(kind, (3, 128, 128), rng) for _ in range(3)]  # the expert 3 lies elsewhere
+    stored = None if kind == "plain" else ("float8_e4m3fn", BLOCKS[kind])
+    call = hopper.Call(24, 48, 3, (128, 128), "bfloat16", partial=True, stored=stored)
+    dy = jnp.asarray(rng.standard_normal(x.shape), jnp.bfloat16)
+    with plgpu.force_gpu_interpret_mode():
+        run = lambda x, weights: hopper.run(  # noqa: E731
+            x, experts, weights, *(k for k, _ in kernels), precision=None, call=call,
+            target=target.current(),
+        )  # fmt: skip
+        y, pull = jax.vjp(run, x, weights)
+        dx, dweights = jax.block_until_ready(pull(dy))
+    there = np.asarray(experts) < 3
+    shares = jnp.where(there, weights, 0)
+    inside = jnp.where(there, experts, 0)
+    exact = [k for _, k in kernels]
+    assert relative(y, loop(inside, x, shares, *exact)) < tolerance(3)
+    right = gradients(inside, dy, x, shares, *exact)
+    # XLA's way rounds stored weights, too, and both products: a twice, four times each, b twice,
+    # hidden, down and its product; dx in the same way.
+    plain = kind == "plain"
+    assert relative(dx, right[0]) < tolerance(8 if plain else 4 * 2 + 2 + 1 + 1 + 1 + 3)
+    assert relative(dweights, np.where(there, right[1], 0)) < tolerance(5 if plain else 13)
+
+
+def test_the_chosen_experts():
+    experts = jnp.array([[4, 1], [7, 4], [9, 9]])  # 9 is none of nine
+    chosen = chosen_experts(experts, 9)
+    assert chosen.rank[-1] == 3
+    assert chosen.owner.shape == (6,)
+    assert chosen.owner[:3].tolist() == [1, 4, 7]
+    assert chosen.rank[jnp.array([1, 4, 7])].tolist() == [0, 1, 2]
+
+
+def other_place(self, source, operand, slot):
+    swapped = (0, 2, 1)[operand] if len(self.operands) == 3 else operand
+    REAL(self, source, swapped, slot)
+
+
+REAL = few.Ring.copy
+
+
+@pytest.mark.parametrize("bug", ["gate and up change places", "a scale of a neighbour"])
+def test_bugs_planted_in_the_kernels_are_noticed(bug, monkeypatch, rng):
+    for kernel in (few.gate_up, few.down):
+        kernel.clear_cache()
+    kind = "plain"
+    if bug == "gate and up change places":
+        monkeypatch.setattr(few.Ring, "copy", other_place)
+    else:
+        kind = "e4m3"
+        monkeypatch.setattr(few, "block_of", lambda step, steps, blocks: step * 0)
+    with pytest.raises(AssertionError):
+        check_products(kind, rng)
+    for kernel in (few.gate_up, few.down):
+        kernel.clear_cache()
