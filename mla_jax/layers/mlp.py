@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from mla_jax import sharding
 from mla_jax.layers.quantised import Quantised
 from mla_jax.ops import dense
+from mla_jax.ops.experts import gated_mlp
 
 
 class GatedMLP(nnx.Module):
@@ -29,6 +30,11 @@ class GatedMLP(nnx.Module):
         self.down_proj = linear(inner, width, "FD")
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        kernels = self.kernels()
+        if kernels is not None and self.down_proj.dtype in (None, x.dtype):
+            y = gated_mlp(x, kernels)
+            if y is not None:
+                return y
         y = self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
         return sharding.beside(y, x)
 

@@ -8,6 +8,7 @@ What multiplies is of x's dtype, but no copy of all values in it ever stands in 
   result; those of blocks multiply one result for every block of K, which are summed. That is for
   few tokens: M numbers a block of K would outgrow the weights.
 * by tile: some rows of W at a time are dequantised and multiplied, in a loop.
+* by a kernel: for up to 64 tokens on a Hopper GPU (`ops.experts.few`).
 
 Letters: T tokens, M outputs, K inputs (torch's [out, in]), E experts, N heads, R latent, H and V
 channels of a head.
@@ -82,14 +83,55 @@ class Weight:
         return dataclasses.replace(self, values=self.values[None], scale=self.scale[None])
 
 
-def matmul(x: Float[Array, "*B K"], weight: Weight, *, precision=None) -> Float[Array, "*B M"]:
-    """X W^T, accumulated in float32, in x's dtype."""
+def matmul(
+    x: Float[Array, "*B K"], weight: Weight, *, precision=None, kernel: bool = True
+) -> Float[Array, "*B M"]:
+    """X W^T, accumulated in float32, in x's dtype; without `kernel` through XLA everywhere."""
     lead, flat = x.shape[:-1], x.reshape(-1, x.shape[-1])
-    y = _matmul(flat, weight, precision)
+    y = (_matmul if kernel else _by_xla)(flat, weight, precision)
     return y.astype(x.dtype).reshape(*lead, -1)
 
 
 def _matmul(x, weight, precision):
+    few = _few_rows(x, weight)
+    return _by_xla(x, weight, precision) if few is None else _by_kernel(few, precision, x, weight)
+
+
+def _few_rows(x, weight):
+    """The plan of the Hopper kernel for few rows; None where it does not serve."""
+    here = target.current()
+    rows, (outputs, inputs) = x.shape[0], weight.shape
+    if not isinstance(rows, int) or outputs % 64 or inputs % 128:
+        return None
+    from mla_jax.ops.experts import hopper  # it imports this module
+
+    kind = (jnp.dtype(weight.values.dtype).name, weight.block)
+    return hopper.few_plan(rows, jnp.dtype(x.dtype).name, kind, here)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _by_kernel(plan, precision, x, weight):
+    del precision
+    from mla_jax.ops.experts import few
+
+    rows = jnp.pad(x, ((0, plan.rows - x.shape[0]), (0, 0)))
+    return few.linear(rows, weight.stacked(), plan=plan)[: x.shape[0]]
+
+
+def _kernel_forward(plan, precision, x, weight):
+    return _by_kernel(plan, precision, x, weight), (x, weight)
+
+
+def _kernel_backward(plan, precision, residuals, dy):
+    x, weight = residuals
+    back = jax.vjp(lambda x: _by_xla(x, weight, precision).astype(x.dtype), x)[1]
+    return back(dy)[0], None
+
+
+_by_kernel.defvjp(_kernel_forward, _kernel_backward)
+
+
+def _by_xla(x, weight, precision):
     gpu = target.current().platform == "gpu"
     by_row = weight.scale.shape[-1] == 1
     few = isinstance(x.shape[0], int) and x.shape[0] <= _FEW

@@ -9,8 +9,10 @@ Letters: M tokens, K experts per token, E experts, D hidden size, F inner size.
 
 import dataclasses
 import functools
+import math
 import types
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -105,6 +107,36 @@ def takes_shared(
         and hopper.takes_shared(call, target)
         and hopper.takes_shared(other, target)
     )
+
+
+def gated_mlp(
+    x: Float[Array, "*B D"], kernels: Sequence[Float[Array, "1 D F"] | Weight]
+) -> Float[Array, "*B D"] | None:
+    """down(silu(gate x) * up x) through a kernel for few tokens; None where none serves.
+
+    Args:
+        x: tokens.
+        kernels: gate, up and down with an axis of one expert, all of x's dtype, or all as a
+            checkpoint stores them.
+    """
+    tokens, (gate, up, down) = math.prod(x.shape[:-1]), kernels
+    if sharding.mesh_of((x, *kernels)) is not None or not isinstance(tokens, int):
+        return None
+    kinds: set[Any] = {
+        (jnp.dtype(k.values.dtype).name, k.block)
+        if isinstance(k, Weight)
+        else (None if k.dtype == x.dtype else "another dtype")
+        for k in (gate, up, down)
+    }
+    wide = 128 if isinstance(gate, Weight) else 64
+    inner = gate.shape[1 if isinstance(gate, Weight) else 2]
+    if len(kinds) > 1 or "another dtype" in kinds or x.shape[-1] % wide or inner % wide:
+        return None
+    plan = hopper.few_plan(tokens, jnp.dtype(x.dtype).name, kinds.pop(), targets.current())
+    if plan is None:
+        return None
+    with jax.named_scope("gated_mlp.pallas_gpu"):
+        return hopper.gated(plan, x.reshape(tokens, -1), tuple(kernels)).reshape(x.shape)
 
 
 def _run(

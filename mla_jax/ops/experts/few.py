@@ -7,6 +7,8 @@ goes through the same two kernels as one expert more:
 
     gate_up   silu(x gate) * (x up)          down   hidden down
 
+`linear` is one matrix of a layer alone, whose inputs several thread blocks share out.
+
 Weights are 16-bit, [K N] as a layer has them; or, as a checkpoint stores them, 8 bits wide, [N K]
 with scales: they come into shared memory as they are stored, and are made 16-bit in registers, from
 where the matrix unit takes its left side. 8-bit numbers are exact there. Scales of blocks multiply
@@ -64,7 +66,7 @@ def why_not_stored(stored: tuple[str, tuple], tokens: int, dtype: str) -> str | 
 def gate_up(
     x: Float[Array, "M K"],
     kernels: tuple[tuple[Kernel, Kernel], ...],
-    chosen: Chosen,
+    chosen: Chosen | None,
     *,
     plan: Plan,
 ) -> tuple[Float[Array, "J*M N"], ...]:
@@ -73,7 +75,7 @@ def gate_up(
     Args:
         x: tokens.
         kernels: gate and up of the experts, and, where there is one, of the shared expert [1 K N].
-        chosen: which experts.
+        chosen: which experts; None where there is the shared one alone.
         plan: `plan.rows` is M.
 
     Returns:
@@ -96,29 +98,65 @@ def down(
     return _products(x, groups, chosen, lambda sums: sums[0], plan, "few_down", False)
 
 
+@functools.partial(jax.jit, static_argnames=("plan",))
+def linear(x: Float[Array, "M K"], kernel: Kernel, *, plan: Plan) -> Float[Array, "M N"]:
+    """X times one kernel [1 K N], in x's dtype; N is a multiple of 64."""
+    stored = isinstance(kernel, Weight)
+    inputs, outputs = kernel.shape[2 if stored else 1], kernel.shape[1 if stored else 2]
+    parts, steps = -(-outputs // WIDTH), inputs // DEPTH[1 if stored else 2]
+    # As many items as multiprocessors, or nearly, each of at least two steps.
+    fitting = [n for n in range(1, steps // 2 + 1) if steps % n == 0 and n * parts <= plan.cores]
+    split = max(fitting, default=1)
+    (made,) = _products(
+        (x,), ((kernel,),), None, lambda sums: sums[0], plan, "few_linear", True, split
+    )
+    return made.reshape(split, plan.rows, outputs).sum(0).astype(x.dtype) if split > 1 else made
+
+
 def block_of(tile, tiles: int, blocks: int):
     """The block of scales that a tile lies in; of one past the last, the last."""
     return lax.div(jnp.minimum(tile, tiles - 1), jnp.int32(-(-tiles // blocks)))
 
 
 class _Part(NamedTuple):
-    """The experts, or the shared one, within a kernel: references of its arrays."""
+    """The experts, or one matrix, within a kernel: references of its arrays.
+
+    Attributes:
+        x, values, scales, out: references.
+        columns: tiles of N.
+        steps: of an item.
+        depth: steps of all of K.
+        first: its first item.
+        routed: whether its items are of the chosen experts, else parts of K of the only one.
+    """
 
     x: Any
     values: Any
     scales: Any
     out: Any
-    columns: int  # tiles of N
+    columns: int
     steps: int
-    shared: bool
+    depth: int
+    first: int
+    routed: bool
+
+    @property
+    def items(self) -> int:
+        """How many, where they are not routed."""
+        return self.columns * (self.depth // self.steps)
 
     def tile(self, at):
-        """The place and the tile of N of its item `at`."""
+        """The place, or the part of K, and the tile of N of item `at` of the kernel."""
+        at = jnp.maximum(at - self.first, 0)
+        at = at if self.routed else jnp.minimum(at, self.items - 1)
         return lax.div(at, jnp.int32(self.columns)), lax.rem(at, jnp.int32(self.columns))
 
 
-def _products(xs, groups, chosen, finish, plan, name, one_x):
-    """One kernel over all parts: `groups[p]` are the kernels that meet `xs[p]`."""
+def _products(xs, groups, chosen, finish, plan, name, one_x, split=1):
+    """One kernel over all parts: `groups[p]` are the kernels that meet `xs[p]`.
+
+    With `chosen` the first part is the experts'. Of parts of K the sums come apart, in float32.
+    """
     stored = isinstance(groups[0][0], Weight)
     blocks, parts, size = len(groups[0]), len(groups), 1 if stored else 2
     depth, stages, rows = DEPTH[size], _STAGES[size], plan.rows
@@ -131,29 +169,59 @@ def _products(xs, groups, chosen, finish, plan, name, one_x):
         scales = [
             jnp.broadcast_to(table[..., 0], values[i].shape[:2]) for i, table in enumerate(scales)
         ]
-    places = chosen.owner.shape[0]
+    narrow, wide = values[0].dtype, xs[0].dtype
+    result = jnp.float32 if split > 1 else wide
+    copies = [split] * parts if chosen is None else [chosen.owner.shape[0]] + [1] * (parts - 1)
     out = [
-        like(x, (rows if p else places * rows, group[0].shape[outputs]), x.dtype)
-        for p, (x, group) in enumerate(zip(xs, groups, strict=True))
+        like(x, (count * rows, group[0].shape[outputs]), result)
+        for x, group, count in zip(xs, groups, copies, strict=True)
     ]
     cut = 1 if one_x else parts
-    narrow, wide = values[0].dtype, xs[0].dtype
+    tables = [] if chosen is None else [chosen.owner, chosen.rank]
 
     def body(*refs):
         x_refs, refs = refs[:cut], refs[cut:]
         value_refs, refs = refs[: len(values)], refs[len(values) :]
         scale_refs, refs = refs[: len(scales)], refs[len(scales) :]
-        (owner_ref, rank_ref), out_refs = refs[:2], refs[2:]
-        every = []
-        for p, group in enumerate(groups):
-            own = slice(p * blocks, (p + 1) * blocks)
-            every.append(
-                _Part(
-                    x_refs[0 if one_x else p], value_refs[own], scale_refs[own], out_refs[p],
-                    group[0].shape[outputs] // WIDTH, group[0].shape[inputs] // depth, bool(p),
-                )
+        table_refs, out_refs = refs[: len(tables)], refs[len(tables) :]
+        every, fixed = [], 0
+        for p in (*range(1, parts), 0):  # the experts' items come last: their number is not known
+            own, kernel = slice(p * blocks, (p + 1) * blocks), groups[p][0]
+            steps = kernel.shape[inputs] // depth
+            columns = -(-kernel.shape[outputs] // WIDTH)
+            part = _Part(
+                x_refs[0 if one_x else p], value_refs[own], scale_refs[own], out_refs[p], columns,
+                steps // split, steps, fixed, chosen is not None and p == 0,
             )  # fmt: skip
-        few = every[1].columns if parts > 1 else 0  # items of the shared expert, which come first
+            fixed += 0 if part.routed else part.items
+            every.append(part)
+        total = fixed
+        if chosen is not None:
+            owner_ref, rank_ref = table_refs
+            total = fixed + rank_ref[rank_ref.shape[0] - 1] * every[-1].columns
+
+        def expert_of(part, j):
+            return owner_ref[j] if part.routed else 0
+
+        def each(at, f):
+            """`f(part, place, expert, tile of N)` of the part that item `at` belongs to."""
+            for part in every:
+
+                def call(part=part):
+                    j, n = part.tile(at)
+                    f(part, j, expert_of(part, j), n)
+
+                inside = at >= part.first
+                if not part.routed:
+                    inside &= at < part.first + part.items
+                pl.when(inside)(call) if parts > 1 else call()
+
+        def pick(at, of):
+            """The scalar `of(part)` of the part that item `at` belongs to."""
+            found = of(every[-1])
+            for part in every[-2::-1]:
+                found = jnp.where(at < part.first + part.items, of(part), found)
+            return found
 
         def scope(*refs):
             *operands, full, empty, rooms = refs
@@ -161,36 +229,22 @@ def _products(xs, groups, chosen, finish, plan, name, one_x):
             ring = Ring(operands, full, empty, stages, plan.cores)
             tokens = depth // _CHUNK
 
-            def each(at, f):
-                """`f(part, place, expert, tile of N)` of the part that item `at` belongs to."""
-                if parts > 1:
-                    pl.when(at < few)(lambda: f(every[1], 0, 0, at))
-
-                def routed():
-                    j, n = every[0].tile(at - few)
-                    f(every[0], j, owner_ref[j], n)
-
-                pl.when(at >= few)(routed) if parts > 1 else routed()
-
             def fetch(at):
-                steps = every[0].steps
-                if parts > 1:
-                    steps = jnp.where(at < few, every[1].steps, steps)
-
                 def copy(step, slot):
                     def of(part, j, expert, n):
-                        first = pl.ds(0 if one_x else j * rows, rows)
+                        first = 0 if one_x else j * rows
+                        begin = (step if part.routed else step + j * part.steps) * depth
                         for i in range(tokens):
-                            inner = pl.ds(step * depth + i * _CHUNK, _CHUNK)
-                            ring.copy(part.x.at[first, inner], i, slot)
-                        inner, outer = pl.ds(step * depth, depth), pl.ds(n * WIDTH, WIDTH)
+                            inner = pl.ds(begin + i * _CHUNK, _CHUNK)
+                            ring.copy(part.x.at[pl.ds(first, rows), inner], i, slot)
+                        inner, outer = pl.ds(begin, depth), pl.ds(n * WIDTH, WIDTH)
                         where = (outer, inner) if stored else (inner, outer)
                         for b, ref in enumerate(part.values):
                             ring.copy(ref.at[expert].at[where], tokens + b, slot)
 
                     each(at, of)
 
-                return steps, copy
+                return pick(at, lambda part: part.steps), copy
 
             wg = lax.axis_index("wg")
             half = pl.ds(wg * (WIDTH // 2), WIDTH // 2)
@@ -216,21 +270,21 @@ def _products(xs, groups, chosen, finish, plan, name, one_x):
             def scale(b, at, step):
                 """Of the block that a step of item `at` meets; past its last step any."""
 
-                def of(part, expert, n):
+                def of(part):
+                    j, n = part.tile(at)
                     table = part.scales[b]
-                    row = block_of(n, part.columns, table.shape[1])
-                    return table[expert, row, block_of(step, part.steps, table.shape[2])]
+                    at_step = step if part.routed else step + j * part.steps
+                    column = block_of(at_step, part.depth, table.shape[2])
+                    return table[
+                        expert_of(part, j), block_of(n, part.columns, table.shape[1]), column
+                    ]
 
-                j, n = every[0].tile(jnp.maximum(at - few, 0))
-                routed = of(every[0], owner_ref[j], n)
-                if parts == 1:
-                    return routed
-                return jnp.where(at < few, of(every[1], 0, jnp.minimum(at, few - 1)), routed)
+                return pick(at, of)
 
             def take(at, done):
                 """An item of weights whose scales change from step to step."""
                 steps, _ = fetch(at)
-                scales = lambda step: [scale(b, at, step) for b in range(blocks)]  # noqa: E731
+                factors_of = lambda step: [scale(b, at, step) for b in range(blocks)]  # noqa: E731
 
                 def step(k, carry):
                     done, factors, sums = carry
@@ -245,37 +299,41 @@ def _products(xs, groups, chosen, finish, plan, name, one_x):
                     made = pl.run_scoped(product, *[tile] * blocks)
                     plgpu.barrier_arrive(ring.empty.at[slot])
                     sums = [a + f * b for a, f, b in zip(sums, factors, made, strict=True)]
-                    return done + 1, scales(k + 1), sums
+                    return done + 1, factors_of(k + 1), sums
 
                 zero = jnp.zeros((WIDTH // 2, rows), jnp.float32)
                 sums = [plgpu.layout_cast(zero, plgpu.Layout.WGMMA)] * blocks
-                done, _, sums = lax.fori_loop(0, steps, step, (done, scales(0), sums))
+                done, _, sums = lax.fori_loop(0, steps, step, (done, factors_of(0), sums))
                 write(at, sums)
                 return done
 
             def write(at, sums):
                 def of(part, j, expert, n):
-                    sums_ = sums
+                    first, scaled = n * WIDTH + wg * (WIDTH // 2), sums
                     if by_row:
-                        mine = pl.ds(n * WIDTH + wg * (WIDTH // 2), WIDTH // 2)
-                        factors = [table.at[expert, mine] for table in part.scales]
-                        layout = plgpu.Layout.WGMMA.reduce(1)
-                        factors = [plgpu.load(f, layout=layout, optimized=False) for f in factors]
+                        layout, mine = plgpu.Layout.WGMMA.reduce(1), pl.ds(first, WIDTH // 2)
                         over = lambda f: lax.broadcast_in_dim(f, sums[0].shape, (0,))  # noqa: E731
-                        sums_ = [a * over(f) for a, f in zip(sums, factors, strict=True)]
+                        scaled = [
+                            a * over(plgpu.load(f.at[expert, mine], layout=layout, optimized=False))
+                            for a, f in zip(sums, part.scales, strict=True)
+                        ]
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     room = rooms.at[wg]
-                    room.T[...] = plgpu.layout_cast(
-                        finish(sums_).astype(wide), plgpu.Layout.WGMMA_TRANSPOSED
-                    )
+                    made = finish(scaled).astype(result)
+                    room.T[...] = plgpu.layout_cast(made, plgpu.Layout.WGMMA_TRANSPOSED)
                     plgpu.commit_smem()
-                    goal = part.out.at[pl.ds(j * rows, rows)]
-                    first = n * WIDTH + wg * (WIDTH // 2)
-                    plgpu.copy_smem_to_gmem(room, goal.at[:, pl.ds(first, WIDTH // 2)])
+                    goal = part.out.at[pl.ds(j * rows, rows), pl.ds(first, WIDTH // 2)]
+                    plgpu.copy_smem_to_gmem(room, goal)
 
-                each(at, of)
+                def inside(part, j, expert, n):
+                    if part.out.shape[1] % WIDTH == 0:
+                        of(part, j, expert, n)
+                    else:  # the last tile is half of one
+                        first = n * WIDTH + wg * (WIDTH // 2)
+                        pl.when(first < part.out.shape[1])(lambda: of(part, j, expert, n))
 
-            total = rank_ref[rank_ref.shape[0] - 1] * every[0].columns + few
+                each(at, inside)
+
             if stored and not by_row:
                 ring.share(total, fetch, take)
                 return
@@ -291,9 +349,9 @@ def _products(xs, groups, chosen, finish, plan, name, one_x):
             *parking,
             plgpu.Barrier(num_arrivals=depth // _CHUNK + blocks, num_barriers=stages),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-            swizzled((2, rows, WIDTH // 2), wide),
+            swizzled((2, rows, WIDTH // 2), result),
             collective_axes="wg",
         )
 
-    arrays = (*xs[:cut], *values, *scales, chosen.owner, chosen.rank)
+    arrays = (*xs[:cut], *values, *scales, *tables)
     return tuple(launch(body, out, plan, name)(*arrays))

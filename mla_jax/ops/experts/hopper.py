@@ -67,6 +67,27 @@ def why_not(call: Call, target: Target) -> str | None:
     return None
 
 
+def few_plan(tokens: int, dtype: str, stored: tuple | None, target: Target) -> Any:
+    """The plan of `few.py` for one matrix; None where it does not serve.
+
+    Args:
+        tokens, dtype: of x.
+        stored: dtype and blocks of the weights, or None where they are plain.
+        target: where.
+    """
+    if not_hopper(target) or _modules() is None or tokens > max(_few().ROWS):
+        return None
+    if dtype not in ("bfloat16", "float16"):
+        return None
+    if stored and _few().why_not_stored(stored, tokens, dtype):
+        return None
+    return _few().Plan(_few().rows_of(tokens), _cores(target), target.interpret)
+
+
+def _cores(target):
+    return _INTERPRETED_CORES if target.interprets else multiprocessors(target)
+
+
 def takes_shared(call: Call, target: Target) -> bool:
     """Whether `run` takes the shared expert along, for a call that it serves."""
     return why_not(call, target) is None and call.tokens <= max(_few().ROWS)
@@ -74,7 +95,7 @@ def takes_shared(call: Call, target: Target) -> bool:
 
 def run(x, experts, weights, gate, up, down, *, precision, call: Call, target: Target, shared=None):
     """See `routed_experts`; `shared` are gate, up and down of the shared expert [1 D F]."""
-    cores = _INTERPRETED_CORES if target.interprets else multiprocessors(target)
+    cores = _cores(target)
     if call.tokens <= max(_few().ROWS):
         plan = _few().Plan(_few().rows_of(call.tokens), cores, target.interpret)
         kernels = [(gate, up, down), *([] if shared is None else [shared])]
@@ -128,8 +149,38 @@ def _few_backward(plan, call, target, residuals, dy):
             y = y + _alone(x, gate, up, down)
         return y
 
+    if call.stored:  # numbers that are not trained
+        dx, dweights = jax.vjp(lambda x, weights: general(x, weights, kernels), x, weights)[1](dy)
+        return dx, None, dweights, None
     dx, dweights, dkernels = jax.vjp(general, x, weights, kernels)[1](dy)
     return dx, None, dweights, dkernels
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def gated(plan, x, kernels):
+    """One gated MLP, kernels [1 D F], [1 D F], [1 F D] or `Weight`s, on a few tokens [M D].
+
+    `plan` is of `few_plan`.
+    """
+    gate, up, down = kernels
+    rows = jnp.pad(x, ((0, plan.rows - len(x)), (0, 0)))
+    (hidden,) = _few().gate_up(rows, ((gate, up),), None, plan=plan)
+    return _few().linear(hidden, down, plan=plan)[: len(x)]
+
+
+def _gated_forward(plan, x, kernels):
+    return gated(plan, x, kernels), (x, kernels)
+
+
+def _gated_backward(plan, residuals, dy):
+    del plan
+    x, kernels = residuals
+    if isinstance(kernels[0], Weight):  # numbers that are not trained
+        return jax.vjp(lambda x: _alone(x, *kernels), x)[1](dy)[0], None
+    return jax.vjp(lambda x, kernels: _alone(x, *kernels), x, kernels)[1](dy)
+
+
+gated.defvjp(_gated_forward, _gated_backward)
 
 
 def _alone(x, gate, up, down):

@@ -27,7 +27,9 @@ def run(x, experts, weights, gate: Weight, up: Weight, down: Weight, *, precisio
         tile, tokens, expert = block
 
         def gated(tokens):
-            product = lambda x, kernel: matmul(x, kernel.expert(expert), precision=precision)  # noqa: E731
+            product = lambda x, kernel: matmul(  # noqa: E731
+                x, kernel.expert(expert), precision=precision, kernel=False
+            )
             a, b = product(tokens, gate), product(tokens, up)
             hidden = jax.nn.silu(a.astype(jnp.float32)) * b.astype(jnp.float32)
             return product(hidden.astype(x.dtype), down)
