@@ -101,7 +101,7 @@ def _few_rows(x, weight):
     """The plan of the Hopper kernel for few rows; None where it does not serve."""
     here = target.current()
     rows, (outputs, inputs) = x.shape[0], weight.shape
-    if not isinstance(rows, int) or outputs % 64 or inputs % 128:
+    if not isinstance(rows, int) or outputs % 64 or inputs % 64:
         return None
     from mla_jax.ops.experts import hopper  # it imports this module
 

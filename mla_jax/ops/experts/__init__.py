@@ -128,9 +128,8 @@ def gated_mlp(
         else (None if k.dtype == x.dtype else "another dtype")
         for k in (gate, up, down)
     }
-    wide = 128 if isinstance(gate, Weight) else 64
     inner = gate.shape[1 if isinstance(gate, Weight) else 2]
-    if len(kinds) > 1 or "another dtype" in kinds or x.shape[-1] % wide or inner % wide:
+    if len(kinds) > 1 or "another dtype" in kinds or x.shape[-1] % 64 or inner % 64:
         return None
     plan = hopper.few_plan(tokens, jnp.dtype(x.dtype).name, kinds.pop(), targets.current())
     if plan is None:

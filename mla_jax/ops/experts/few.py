@@ -12,7 +12,8 @@ goes through the same two kernels as one expert more:
 Weights are 16-bit, [K N] as a layer has them; or, as a checkpoint stores them, 8 bits wide, [N K]
 with scales: they come into shared memory as they are stored, and are made 16-bit in registers, from
 where the matrix unit takes its left side. 8-bit numbers are exact there. Scales of blocks multiply
-a block's sums in float32, those of rows the whole sum.
+a block's sums in float32, those of rows the whole sum. More tokens with such weights come sorted
+into tiles of 64, each tile at a place of its own.
 
 Letters: J chosen experts, M tokens (8, 16, 32 or 64, padded), E experts, K inputs, N outputs.
 """
@@ -34,8 +35,8 @@ from mla_jax.ops.hopper.widen import widened
 from mla_jax.ops.weights import Weight
 
 ROWS = (8, 16, 32, 64)  # M
-WIDTH = 128  # outputs of a tile of both warpgroups: what N must be a multiple of
-DEPTH = {2: 64, 1: 128}  # inputs of a step, by bytes of a weight: what K must be a multiple of
+WIDTH = 128  # outputs of a tile of both warpgroups
+DEPTH = {2: 64, 1: 128}  # inputs of a step, by bytes of a weight
 _STAGES = {2: 5, 1: 4}
 _CHUNK = 64  # inputs of one product: 128 bytes of a token
 
@@ -47,11 +48,9 @@ def rows_of(tokens: int) -> int:
     return next(rows for rows in ROWS if tokens <= rows)
 
 
-def why_not_stored(stored: tuple[str, tuple], tokens: int, dtype: str) -> str | None:
+def why_not_stored(stored: tuple[str, tuple], dtype: str) -> str | None:
     """Why weights of this dtype and these blocks are not taken, or None."""
     kind, (rows, columns) = stored
-    if tokens > max(ROWS):
-        return f"takes weights as a checkpoint stores them for up to {max(ROWS)} tokens"
     if dtype != "bfloat16":
         return f"takes weights as a checkpoint stores them in bfloat16, not in {dtype}"
     if kind not in ("float8_e4m3fn", "int8"):
@@ -62,13 +61,14 @@ def why_not_stored(stored: tuple[str, tuple], tokens: int, dtype: str) -> str | 
     return None
 
 
-@functools.partial(jax.jit, static_argnames=("plan",))
+@functools.partial(jax.jit, static_argnames=("plan", "apart"))
 def gate_up(
-    x: Float[Array, "M K"],
+    x: Float[Array, "M K"] | Float[Array, "J*M K"],
     kernels: tuple[tuple[Kernel, Kernel], ...],
     chosen: Chosen | None,
     *,
     plan: Plan,
+    apart: bool = False,
 ) -> tuple[Float[Array, "J*M N"], ...]:
     """`silu(x gate) * (x up)`, in x's dtype.
 
@@ -77,6 +77,7 @@ def gate_up(
         kernels: gate and up of the experts, and, where there is one, of the shared expert [1 K N].
         chosen: which experts; None where there is the shared one alone.
         plan: `plan.rows` is M.
+        apart: every place has tokens of its own.
 
     Returns:
         of every chosen expert, what is behind those in use being anything; of the shared one.
@@ -86,7 +87,7 @@ def gate_up(
         a, b = sums
         return a / (1 + jnp.exp(-a)) * b
 
-    return _products((x,) * len(kernels), kernels, chosen, finish, plan, "few_gate_up", True)
+    return _products((x,) * len(kernels), kernels, chosen, finish, plan, "few_gate_up", not apart)
 
 
 @functools.partial(jax.jit, static_argnames=("plan",))
@@ -100,10 +101,10 @@ def down(
 
 @functools.partial(jax.jit, static_argnames=("plan",))
 def linear(x: Float[Array, "M K"], kernel: Kernel, *, plan: Plan) -> Float[Array, "M N"]:
-    """X times one kernel [1 K N], in x's dtype; N is a multiple of 64."""
+    """X times one kernel [1 K N], in x's dtype; K and N are multiples of 64."""
     stored = isinstance(kernel, Weight)
     inputs, outputs = kernel.shape[2 if stored else 1], kernel.shape[1 if stored else 2]
-    parts, steps = -(-outputs // WIDTH), inputs // DEPTH[1 if stored else 2]
+    parts, steps = -(-outputs // WIDTH), -(-inputs // DEPTH[1 if stored else 2])
     # As many items as multiprocessors, or nearly, each of at least two steps.
     fitting = [n for n in range(1, steps // 2 + 1) if steps % n == 0 and n * parts <= plan.cores]
     split = max(fitting, default=1)
@@ -187,7 +188,7 @@ def _products(xs, groups, chosen, finish, plan, name, one_x, split=1):
         every, fixed = [], 0
         for p in (*range(1, parts), 0):  # the experts' items come last: their number is not known
             own, kernel = slice(p * blocks, (p + 1) * blocks), groups[p][0]
-            steps = kernel.shape[inputs] // depth
+            steps = -(-kernel.shape[inputs] // depth)  # copies past the end bring zeros
             columns = -(-kernel.shape[outputs] // WIDTH)
             part = _Part(
                 x_refs[0 if one_x else p], value_refs[own], scale_refs[own], out_refs[p], columns,

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from mla_jax.ops.experts import stored
 from mla_jax.ops.experts.call import Call
-from mla_jax.ops.experts.tiles import Tiles, chosen_experts, make_tiles
+from mla_jax.ops.experts.tiles import Chosen, Tiles, chosen_experts, make_tiles
 from mla_jax.ops.hopper import multiprocessors, not_hopper
 from mla_jax.ops.weights import Weight, matmul
 from mla_jax.target import Target
@@ -63,7 +63,7 @@ def why_not(call: Call, target: Target) -> str | None:
     if not call.static:
         return "the number of tokens must be static"
     if call.stored:
-        return _few().why_not_stored(call.stored, call.tokens, call.dtype)
+        return _few().why_not_stored(call.stored, call.dtype)
     return None
 
 
@@ -79,7 +79,7 @@ def few_plan(tokens: int, dtype: str, stored: tuple | None, target: Target) -> A
         return None
     if dtype not in ("bfloat16", "float16"):
         return None
-    if stored and _few().why_not_stored(stored, tokens, dtype):
+    if stored and _few().why_not_stored(stored, dtype):
         return None
     return _few().Plan(_few().rows_of(tokens), _cores(target), target.interpret)
 
@@ -100,6 +100,9 @@ def run(x, experts, weights, gate, up, down, *, precision, call: Call, target: T
         plan = _few().Plan(_few().rows_of(call.tokens), cores, target.interpret)
         kernels = [(gate, up, down), *([] if shared is None else [shared])]
         return _of_few(plan, call, target, x, experts, weights, kernels)
+    if call.stored:
+        plan = _few().Plan(max(_few().ROWS), cores, target.interpret)
+        return _of_few(plan, call, target, x, experts, weights, [(gate, up, down)])
     rows = tile_rows(call)
     plan = _grouped().Plan(rows, cores, target.interpret)
     tiles = make_tiles(experts, call.experts, rows, call.partial)
@@ -111,13 +114,18 @@ def _of_few(plan, call: Call, target: Target, x, experts, weights, kernels):
     count, (tokens, _) = call.experts, x.shape
     if not call.stored:
         kernels = [[kernel.astype(x.dtype) for kernel in group] for group in kernels]
-    chosen = chosen_experts(experts, count)
-    rows = jnp.pad(x, ((0, plan.rows - tokens), (0, 0)))
-    pairs = tuple((gate, up) for gate, up, _ in kernels)
-    hidden = _few().gate_up(rows, pairs, chosen, plan=plan)
+    groups = tuple((gate, up) for gate, up, _ in kernels)
+    if tokens <= plan.rows:
+        chosen = chosen_experts(experts, count)
+        rows = jnp.pad(x, ((0, plan.rows - tokens), (0, 0)))
+        place = chosen.rank[jnp.minimum(experts, count - 1)] * plan.rows
+        place = place + jnp.arange(tokens, dtype=jnp.int32)[:, None]
+    else:
+        tiles = make_tiles(experts, count, plan.rows, call.partial)
+        chosen = Chosen(tiles.owner, tiles.used)
+        rows, place = tiles.rows_of(x), tiles.place
+    hidden = _few().gate_up(rows, groups, chosen, plan=plan, apart=tokens > plan.rows)
     made = _few().down(hidden, tuple(down for *_, down in kernels), chosen, plan=plan)
-    place = chosen.rank[jnp.minimum(experts, count - 1)] * plan.rows
-    place = place + jnp.arange(tokens, dtype=jnp.int32)[:, None]
     own = made[0][place]
     if call.partial:
         own = jnp.where((experts < count)[..., None], own, 0)
