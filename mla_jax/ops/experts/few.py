@@ -37,7 +37,7 @@ from mla_jax.ops.weights import Weight
 ROWS = (8, 16, 32, 64)  # M
 WIDTH = 128  # outputs of a tile of both warpgroups
 DEPTH = {2: 64, 1: 128}  # inputs of a step, by bytes of a weight
-_STAGES = {2: 5, 1: 4}
+_ROOM, _MOST = 190 * 1024, 12  # bytes of all stages, and how many of them
 _CHUNK = 64  # inputs of one product: 128 bytes of a token
 
 Kernel = Float[Array, "E K N"] | Weight
@@ -160,7 +160,10 @@ def _products(xs, groups, chosen, finish, plan, name, one_x, split=1):
     """
     stored = isinstance(groups[0][0], Weight)
     blocks, parts, size = len(groups[0]), len(groups), 1 if stored else 2
-    depth, stages, rows = DEPTH[size], _STAGES[size], plan.rows
+    depth, rows = DEPTH[size], plan.rows
+    stages = min(_MOST, _ROOM // (depth * (2 * rows + size * WIDTH * blocks)))
+    if plan.interpret:  # every room of every stage is a slow one there
+        stages = 3
     values = [kernel.values if stored else kernel for group in groups for kernel in group]
     # A layer's matrix is [K N], a checkpoint's [N K].
     inputs, outputs = (2, 1) if stored else (1, 2)
@@ -267,6 +270,8 @@ def _products(xs, groups, chosen, finish, plan, name, one_x, split=1):
                             mine[...] = part
                             part = mine
                         plgpu.wgmma(acc, part, ring.at(i, slot).T)
+                if stored:  # it has been read otherwise than by copies, which write it next
+                    plgpu.commit_smem()
 
             def scale(b, at, step):
                 """Of the block that a step of item `at` meets; past its last step any."""
