@@ -13,6 +13,7 @@ are; with `--shared` the shared expert comes along. Then the first rows are comp
 """
 
 import argparse
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from mla_jax.layers.experts import MixtureOfExperts
 from mla_jax.models import DecoderConfig
 from mla_jax.models.rounding import rounded
 from mla_jax.ops.experts import routed_experts, xla
-from mla_jax.ops.weights import Weight
+from mla_jax.ops.weights import Weight, matmul
 
 CHECKED = 2048  # tokens up to which float32 gradients are made for comparison
 
@@ -140,6 +141,38 @@ def stored(options, mlp):
                 print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
 
+def linears(options):
+    """Times and checks single linear maps with weights in each form."""
+    print("\n| tokens | K | N | weights | us | TB/s | off by | repeatable |\n"
+          "|---|---|---|---|---|---|---|---|")  # fmt: skip
+    shapes = itertools.product(options.tokens, (s.split("x") for s in options.linear))
+    for count, (inputs, outputs) in ((count, map(int, shape)) for count, shape in shapes):
+        if count > 64:
+            continue
+        keys = jax.random.split(jax.random.key(inputs + outputs + count), 2)
+        x = jax.random.normal(keys[0], (count, inputs), jnp.bfloat16)
+        kernel = jax.random.normal(keys[1], (outputs, inputs), jnp.bfloat16) * inputs**-0.5
+        for form in options.weights:
+            weight = (
+                kernel.T if form == "plain" else jax.jit(rounded, static_argnums=1)(kernel, form)
+            )
+            size = sum(leaf.nbytes for leaf in jax.tree.leaves(weight))
+            # Copies that do not fit the second-level cache together, one a call.
+            many = min(24, max(1, int(2e8 / size)))
+            leaves = [jax.tree.map(jnp.copy, weight) for _ in range(many)]
+
+            def each(x, *leaves, form=form):
+                return [x @ own if form == "plain" else matmul(x, own) for own in leaves]
+
+            taken, agree, ys = measure(each, (x, *leaves), many * size / 3e12, options.seconds)
+            numbers = weight.T if form == "plain" else weight.dense(jnp.float32)
+            right = np.asarray(x, np.float64) @ np.asarray(numbers, np.float64).T
+            far = np.linalg.norm(np.asarray(ys[-1], np.float64) - right) / np.linalg.norm(right)
+            print(f"| {count} | {inputs} | {outputs} | {form} | {taken / many * 1e6:.2f} | "
+                  f"{size * many / taken / 1e12:.2f} | {far:.1e} | {agree} |",
+                  flush=True)  # fmt: skip
+
+
 def off(found, expected):
     """Relative Frobenius error."""
     found, expected = found.astype(jnp.float32), expected.astype(jnp.float32)
@@ -166,6 +199,7 @@ def main():
     parser.add_argument("--forward-only", action="store_true")
     parser.add_argument("--weights", nargs="+", help="plain, float8_e4m3fn, int8: forward only")
     parser.add_argument("--shared", action="store_true", help="with the shared expert")
+    parser.add_argument("--linear", nargs="*", default=[], metavar="KxN", help="linear maps, too")
     parser.add_argument("--rounds", type=int, default=2, help="in which forms alternate")
     parser.add_argument("--seconds", type=float, default=0.1, help="a timed loop lasts so long")
     options = parser.parse_args()
@@ -182,6 +216,7 @@ def main():
     nnx.update(mlp, make())
     if options.weights:
         stored(options, mlp)
+        linears(options)
         return
     kernels = tuple(k[...] for k in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
     one = sum(kernel[0].size for kernel in kernels)  # weights of one expert

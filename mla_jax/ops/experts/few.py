@@ -194,9 +194,16 @@ def _products(xs, groups, chosen, finish, plan, name, one_x, split=1):
             steps = -(-kernel.shape[inputs] // depth)  # copies past the end bring zeros
             columns = -(-kernel.shape[outputs] // WIDTH)
             part = _Part(
-                x_refs[0 if one_x else p], value_refs[own], scale_refs[own], out_refs[p], columns,
-                steps // split, steps, fixed, chosen is not None and p == 0,
-            )  # fmt: skip
+                x=x_refs[0 if one_x else p],
+                values=value_refs[own],
+                scales=scale_refs[own],
+                out=out_refs[p],
+                columns=columns,
+                steps=steps // split,
+                depth=steps,
+                first=fixed,
+                routed=chosen is not None and p == 0,
+            )
             fixed += 0 if part.routed else part.items
             every.append(part)
         total = fixed
