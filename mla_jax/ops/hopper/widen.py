@@ -53,8 +53,8 @@ def widened(ref, dtype):
         for index, register in np.ndenumerate(x.registers):
             word = utils.bitcast(register, i32)
             made: Any = llvm.inline_asm(pair, [word], _E4M3, "=r,=r,r")
-            words = [utils.bitcast(llvm.extractvalue(i32, made, [i]), ir.VectorType.get((1,), i32))
-                     for i in range(2)]  # fmt: skip
+            words = [llvm.extractvalue(i32, made, [i]) for i in range(2)]
+            words = [utils.bitcast(word, ir.VectorType.get((1,), i32)) for word in words]
             both = utils.vector_concat(words)
             kind = ir.VectorType.get((4,), ir.BF16Type.get())
             registers[index] = utils.vector.bitcast(kind, both)
