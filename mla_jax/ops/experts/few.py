@@ -354,11 +354,14 @@ def _products(xs, groups, chosen, finish, plan, name, one_x, split=1):
             ring.stream(total, fetch, multiply, end, (WIDTH // 2, rows), blocks)
 
         kernel = (WIDTH, depth) if stored else (depth, WIDTH)
+        # Arrays must be whole tiles: K of some is an odd multiple of 64.
+        halves = stored and any(group[0].shape[inputs] % depth for group in groups)
+        row = 64 if halves else 128
         parking = [swizzled((2, WIDTH // 2, _CHUNK), wide)] if plan.interpret and stored else []
         pl.run_scoped(
             scope,
             *[swizzled((stages, rows, _CHUNK), wide)] * (depth // _CHUNK),
-            *[swizzled((stages, *kernel), narrow)] * blocks,
+            *[swizzled((stages, *kernel), narrow, row)] * blocks,
             *parking,
             plgpu.Barrier(num_arrivals=depth // _CHUNK + blocks, num_barriers=stages),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),

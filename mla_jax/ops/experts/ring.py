@@ -190,9 +190,10 @@ def row_elements(dtype) -> int:
     return 128 // jnp.dtype(dtype).itemsize
 
 
-def swizzled(shape, dtype):
-    """Shared memory in the layout of matrix operands."""
-    transforms = (plgpu.TilingTransform((8, row_elements(dtype))), plgpu.SwizzleTransform(128))
+def swizzled(shape, dtype, row=128):
+    """Shared memory in the layout of matrix operands, in rows of so many bytes."""
+    elements = row // jnp.dtype(dtype).itemsize
+    transforms = (plgpu.TilingTransform((8, elements)), plgpu.SwizzleTransform(row))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
