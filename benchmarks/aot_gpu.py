@@ -1,8 +1,9 @@
 """Compiles the Hopper kernels for an H200 with no GPU there; prints what the compiler made.
 
-For every shape, of the decode kernel on a dense cache and on pages, it prints registers and spilled
-bytes a thread, shared memory, matrix instructions, and the compiler's warnings. It fails where more
-spills than is known to cost nothing, or where a warning says that matrix products were serialised.
+For every shape, of the decode kernels on a dense cache, on pages and over fp8 latents, it prints
+registers and spilled bytes a thread, shared memory, matrix instructions, and the compiler's
+warnings. It fails where more spills than is known to cost nothing, or where a warning says that
+matrix products were serialised.
 It needs jax's CUDA plugin (no driver) and a CUDA toolkit with `ptxas`; where one is missing, it
 says so and leaves.
 """
@@ -29,7 +30,8 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 
-from mla_jax.cache import PAGE, Dense, Paged  # noqa: E402
+from mla_jax.cache import PAGE, Dense, Paged, Scaled  # noqa: E402
+from mla_jax.cache.scaled import GROUP  # noqa: E402
 from mla_jax.ops import dispatch, hopper  # noqa: E402
 from mla_jax.ops.experts import few  # noqa: E402
 from mla_jax.ops.experts.tiles import Chosen  # noqa: E402
@@ -41,10 +43,19 @@ SHAPES = ((128, 128, 1, 512, 64), (128, 20, 4, 512, 64), (64, 16, 1, 512, 0), (8
           (8, 40, 8, 128, 16))  # fmt: skip  # B, N, T, R, P
 # Tokens, and how weights are stored: None is 16-bit.
 FEW = ((8, None), (64, None), (8, "float8_e4m3fn"), (64, "float8_e4m3fn"), (64, "int8"))
+CHOSEN = ((16, 128, 1, 512, 64, 2048), (1, 40, 5, 384, 16, 300), (2, 16, 3, 256, 0, 128))
+# B, N, T, R, P, K
 ATTENTION = ((128, 64, 128), (192, 64, 256), (64, 32, 64))  # H, P, V
 # Bytes by kernel. dK, dV, S and dP leave no register free at H + P + V = 320: what spills are
-# numbers of a tile, used once a step of 2,500 cycles.
-SPILLS = {"mla_attention": 64, "mla_attention_dq": 64, "mla_attention_dkv": 512}
+# numbers of a tile, used once a step of 2,500 cycles. So it is with scalars of decoding over fp8,
+# and with addresses of the warpgroup that copies chosen slots.
+SPILLS = {
+    "mla_chosen": 128,
+    "mla_decode_fp8": 640,
+    "mla_attention": 64,
+    "mla_attention_dq": 64,
+    "mla_attention_dkv": 512,
+}
 SERIALISED = {"C7510", "C7511", "C7512", "C7513"}
 H200 = """gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32
   shared_memory_per_block: 49152 shared_memory_per_core: 233472 threads_per_core_limit: 2048
@@ -57,26 +68,34 @@ H200 = """gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32
   device_description_str: "NVIDIA H200" """
 
 
-def compile_shape(target, batch, heads, tokens, rank, rope, slots, dtype, paged=False):
-    """Compiles one call of the decode kernel; leaves its PTX in DUMP."""
+def compile_shape(
+    target, batch, heads, tokens, rank, rope, slots, dtype, paged=False, encoding=None, count=None
+):
+    """Compiles one call of the decode kernel, over `count` chosen slots; leaves its PTX in DUMP."""
     held = (batch * slots // PAGE, PAGE) if paged else (batch, slots)
-    shapes = ((batch, tokens, heads, rank), (batch, tokens, heads, rope), (*held, rank),
-              (*held, rope))  # fmt: skip
+    queries = [((batch, tokens, heads, width), dtype) for width in (rank, rope)]
+    held_in = dtype if encoding is None else jnp.dtype(encoding)
     static = dispatch.Call(
         "latent_attention", batch, tokens, slots, heads, (rank, rope), rank, dtype.name,
-        ("lengths",), "paged" if paged else "dense", 192**-0.5,
+        ("chosen", "lengths") if count else ("lengths",), "paged" if paged else "dense", 192**-0.5,
+        encoding=encoding,
     )  # fmt: skip
+    reason = hopper.unsupported(static)
+    assert reason is None, reason
 
-    def call(pattern, q_rope, latent, k_rope, lengths, table=None):
-        seen = Seen.of(lengths, batch=batch, queries=tokens, slots=slots)
-        store = Dense({"latent": latent, "k_rope": k_rope})
+    def call(pattern, q_rope, lengths, table, chosen, arrays):
+        chosen = chosen if count else None
+        seen = Seen.of(lengths, batch=batch, queries=tokens, slots=slots, chosen=chosen)
+        store = Dense(arrays) if encoding is None else Scaled(arrays)
         store = Paged(store, table) if paged else store
         return hopper.latent_attention((pattern, q_rope), store, seen, static)
 
-    arguments = [*((shape, dtype) for shape in shapes), ((batch,), jnp.int32)]
-    if paged:
-        arguments.append(((batch, slots // PAGE), jnp.int32))
-    lower(target, call, arguments)
+    arrays = {"latent": ((*held, rank), held_in), "k_rope": ((*held, rope), dtype)}
+    if encoding is not None:
+        arrays["latent_scale"] = ((*held, rank // GROUP), jnp.float32)
+    table = ((batch, slots // PAGE), jnp.int32)
+    chosen = ((batch, tokens, count or 1), jnp.int32)
+    lower(target, call, [*queries, ((batch,), jnp.int32), table, chosen, arrays])
 
 
 def lower(target, call, arguments):
@@ -85,7 +104,11 @@ def lower(target, call, arguments):
     from jax.sharding import AbstractMesh, SingleDeviceSharding
 
     where = SingleDeviceSharding(target)
-    structs = [jax.ShapeDtypeStruct(*argument, sharding=where) for argument in arguments]
+    structs = jax.tree.map(
+        lambda argument: jax.ShapeDtypeStruct(*argument, sharding=where),
+        arguments,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
     # Pallas asks which GPU it lowers for: an abstract one answers.
     device = AbstractDevice(device_kind=target.device_kind, num_cores=132, platform="gpu")
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
@@ -166,6 +189,7 @@ def main():
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--few", action="store_true", help="the kernels of few tokens only")
     parser.add_argument("--quick", action="store_true", help="the first shape only")
+    parser.add_argument("--chosen", action="store_true", help="attention to chosen slots only")
     options = parser.parse_args()
     ptxas = shutil.which("ptxas") or shutil.which("ptxas", path=str(CUDA / "bin"))
     if ptxas is None:
@@ -179,18 +203,28 @@ def main():
     quick_dumps()
     print(f"jax {jax.__version__}, {ptxas}\n\n| kernel | shape | registers | spilled bytes | "
           "shared memory | wgmma | warnings |\n|---|---|---|---|---|---|---|")  # fmt: skip
-    decode = lambda *shape, paged=False: compile_shape(  # noqa: E731
-        topology.devices[0], *shape, options.slots, jnp.dtype(options.dtype), paged
+    decode = lambda *shape, **kinds: compile_shape(  # noqa: E731
+        topology.devices[0], *shape, options.slots, jnp.dtype(options.dtype), **kinds
     )
+    on_chosen = lambda *shape, paged=False: decode(*shape[:-1], paged=paged, count=shape[-1])  # noqa: E731
     expanded = lambda *widths: compile_attention(  # noqa: E731
         topology.devices[0], *widths, jnp.dtype(options.dtype)
     )
     on_pages = functools.partial(decode, paged=True)
+    in_fp8 = functools.partial(decode, encoding="float8_e4m3fn")
     shapes = SHAPES[:1] if options.quick else SHAPES
     calls = [(call, shape) for shape in shapes for call in (decode, on_pages)]
+    of_pages = functools.partial(on_chosen, paged=True)
+    chosen = CHOSEN[:1] if options.quick else CHOSEN
+    calls += [(call, shape) for shape in chosen for call in (on_chosen, of_pages)]
+    if options.dtype == "bfloat16":
+        calls += [(in_fp8, shape) for shape in shapes]
     calls += [(expanded, widths) for widths in (() if options.quick else ATTENTION)]
+    if options.chosen:
+        calls = [(call, shape) for call, shape in calls if call in (on_chosen, of_pages)]
     of_few = lambda *what: compile_few(topology.devices[0], *what)  # noqa: E731
-    calls = [(of_few, what) for what in FEW] + ([] if options.few else calls)
+    if not options.chosen:
+        calls = [(of_few, what) for what in FEW] + ([] if options.few else calls)
     bad = False
     for compile_call, shape in calls:
         shutil.rmtree(DUMP, ignore_errors=True)
@@ -208,7 +242,7 @@ def main():
             registers, spilled, products, warnings = report(ptx, ptxas)
             bad |= spilled > SPILLS.get(name, 0) or not products
             bad |= bool(SERIALISED & set(warnings))
-            name += " on pages" * (compile_call is on_pages)
+            name += " on pages" * (compile_call in (on_pages, of_pages))
             cells = (name, ", ".join(map(str, shape)), registers, spilled, ", ".join(shared),
                      products, ", ".join(warnings))  # fmt: skip
             print(f"| {' | '.join(map(str, cells))} |", flush=True)

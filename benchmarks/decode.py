@@ -3,10 +3,11 @@
 Device time is that of many calls inside one jitted loop of static length, less an empty call, the
 median of five, so that dispatch does not count; small shapes rotate among copies of the cache, so
 that the L2 cache does not count either. Loops of shapes and ceilings last equally long, as a chip
-at its power limit lowers its clock within milliseconds. The floor is the longer of 2 B S N T (2R+P)
-operations at the rate of an 8192^3 matmul and the bytes of cache, queries and outputs at the rate
-of a copy, both measured in the same run. Every result is compared with float64 on a few rows and
-heads.
+at its power limit lowers its clock within milliseconds. Processes of this script that run side by
+side compile beside each other and take turns on the device. The floor is the longer of
+2 B S N T (2R+P) operations at the rate of an 8192^3 matmul and the bytes of cache, queries and
+outputs at the rate of a copy, both measured in the same run. Every result is compared with float64
+on a few rows and heads.
 
 `--implementation` may be several backends of `latent_attention`, and peers: `expanded`, the same
 attention with per-head keys and values through cuDNN, where they fit, and `flash_mla`, DeepSeek's
@@ -14,15 +15,21 @@ CUDA kernel, where its package and torch are installed (leave them memory:
 XLA_PYTHON_CLIENT_MEM_FRACTION=0.6). The cut of the batch that a kernel may
 want is made once per step for all layers, so it is timed apart ("cut").
 
+`--cache-dtype` quantises the latents to fp8 or int8 with scales. Floors and rates then count these
+bytes, and errors are those of attention to the numbers that are held.
+
 `--pages` compares each implementation with itself on a paged cache: the same rows on pages in
 random order, in rounds that alternate between the two, and whether both results are the same.
 """
 
 import argparse
+import contextlib
+import fcntl
 import functools
 import json
 import pathlib
 import statistics
+import tempfile
 import time
 import tomllib
 
@@ -32,20 +39,31 @@ import numpy as np
 from jax import lax
 
 from mla_jax import ops
-from mla_jax.cache import PAGE, Dense, Paged
+from mla_jax.cache import PAGE, Dense, Paged, Scaled
+from mla_jax.cache.scaled import ENCODINGS, GROUP, dequantise, quantise
 from mla_jax.config import configs_dir
 from mla_jax.ops import dispatch
 from mla_jax.ops.seen import Seen
 
 R, P, H, V, SCALE = 512, 64, 128, 128, 192**-0.5
 CACHED_BYTES = 2e8  # rotate among copies up to here: a few times the L2
+LOCK = pathlib.Path(tempfile.gettempdir()) / "benchmark_decode.lock"
 CALLS = 4  # at least, in a turn of the loop, whose own counter takes microseconds
+
+
+@contextlib.contextmanager
+def alone():
+    """Keeps the device from other processes that time here, which compile meanwhile."""
+    with LOCK.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def timer(step, guess, last):
     """f(state): device seconds of `state = step(state)`, and the last states of two runs.
 
-    `guess` is about what a step takes, `last` what a timed loop should.
+    `guess` is about what a step takes, `last` what a timed loop should. f.compile(state) makes the
+    program that f(state) runs.
     """
     calls = max(5, min(5000, int(last / guess)))
 
@@ -55,18 +73,28 @@ def timer(step, guess, last):
         return lax.fori_loop(0, calls, lambda _, s: lax.optimization_barrier(step(s)), state)
 
     empty = jax.jit(lambda state: jax.tree.leaves(state)[-1])
+    made = {}
+
+    def compiled(state):
+        kind = str(jax.tree.map(jax.typeof, state))
+        if kind not in made:
+            made[kind] = tuple(program.lower(state).compile() for program in (loop, empty))
+        return made[kind]
 
     def run(f, state):
         started = time.perf_counter()
         result = jax.block_until_ready(f(state))
         return time.perf_counter() - started, result
 
-    def measured(state, rounds=5):
-        run(empty, state)
-        results = [run(loop, state)[1] for _ in range(2)]
-        taken = (run(loop, state)[0] - run(empty, state)[0] for _ in range(rounds))
-        return statistics.median(taken) / calls, results
+    def measured(state, rounds=5, lock=True):
+        loop, empty = compiled(state)
+        with alone() if lock else contextlib.nullcontext():
+            run(empty, state)
+            results = [run(loop, state)[1] for _ in range(2)]
+            taken = (run(loop, state)[0] - run(empty, state)[0] for _ in range(rounds))
+            return statistics.median(taken) / calls, results
 
+    measured.compile = compiled
     return measured
 
 
@@ -83,12 +111,13 @@ def ceilings(last):
     add = jax.jit(lambda x: x + 1, donate_argnums=0)
     big = jax.block_until_ready(add(big))
     rates, calls = [], max(3, int(last / 2e-3))
-    for _ in range(5):
-        started = time.perf_counter()
-        for _ in range(calls):
-            big = add(big)
-        jax.block_until_ready(big)
-        rates.append(2 * big.nbytes * calls / (time.perf_counter() - started))
+    with alone():
+        for _ in range(5):
+            started = time.perf_counter()
+            for _ in range(calls):
+                big = add(big)
+            jax.block_until_ready(big)
+            rates.append(2 * big.nbytes * calls / (time.perf_counter() - started))
     return statistics.median(rates), matmul
 
 
@@ -126,45 +155,61 @@ def errors(out, lse, want):
     return {"error": float(out_error), "lse_error": float(lse_error)}
 
 
-def latent_case(implementation, arrays, lengths):
-    """run(arrays, seen), what makes `seen` of lengths, and whether the backend plans."""
-    (batch, tokens), slots = arrays[0].shape[:2], arrays[2].shape[1]
+def drawn_store(key, batch, slots, dtype, cache_dtype=None):
+    """A cache of random numbers; with a cache dtype its latents have scales."""
+    keys = jax.random.split(jax.random.key(key))
+    widths = {"latent": R, "k_rope": P}
+    arrays = {
+        name: jax.random.normal(k, (batch, slots, width), dtype)
+        for k, (name, width) in zip(keys, widths.items(), strict=True)
+    }
+    if cache_dtype is None:
+        return Dense(arrays)
+    latent, scale = jax.jit(quantise, static_argnums=1)(arrays["latent"], cache_dtype)
+    return Scaled(arrays | {"latent": latent, "latent_scale": scale})
+
+
+def latent_case(implementation, queries, store, lengths):
+    """run(queries, store, seen), what makes `seen` of lengths, and whether the backend plans."""
+    (batch, tokens), slots = queries[0].shape[:2], store.slots
 
     def cut(lengths):
         seen = Seen.of(lengths, batch=batch, queries=tokens, slots=slots)
-        store = Dense({"latent": arrays[2], "k_rope": arrays[3]})
-        call = ops.latent_call(arrays[:2], store, seen, SCALE)
+        call = ops.latent_call(queries, store, seen, SCALE)
         return dispatch.plan(seen, call, implementation)
 
-    def run(arrays, seen):
-        store = Dense({"latent": arrays[2], "k_rope": arrays[3]})
-        return ops.attend_latents(
-            arrays[:2], store, seen, scale=SCALE, implementation=implementation
-        )
+    def run(queries, store, seen):
+        return ops.attend_latents(queries, store, seen, scale=SCALE, implementation=implementation)
 
     return run, cut, jax.eval_shape(cut, lengths).plan is not None
 
 
-def measure(implementation, shape, lengths, dtype, guess, last):
+def held_bytes(dtype, cache_dtype=None):
+    """Bytes of a slot."""
+    if cache_dtype is None:
+        return dtype.itemsize * (R + P)
+    return R + 4 * (R // GROUP) + dtype.itemsize * P
+
+
+def measure(implementation, shape, lengths, dtype, guess, last, cache_dtype=None):
     """Seconds of a call and of the cut, and the errors of the result."""
     batch, slots, heads, tokens = shape
     draw = lambda i, *shape: jax.random.normal(jax.random.key(i), shape, dtype)  # noqa: E731
     queries = (draw(0, batch, tokens, heads, R), draw(1, batch, tokens, heads, P))
-    one = batch * slots * (R + P) * dtype.itemsize
-    copies = copies_of(one)
-    caches = [(draw(2 + i, batch, slots, R), draw(90 + i, batch, slots, P)) for i in range(copies)]
+    copies = copies_of(batch * slots * held_bytes(dtype, cache_dtype))
+    caches = [drawn_store(2 + i, batch, slots, dtype, cache_dtype) for i in range(copies)]
     limits = jnp.asarray(lengths, jnp.int32)
-    run, make, plans = latent_case(implementation, (*queries, *caches[0]), limits)
+    run, make, plans = latent_case(implementation, queries, caches[0], limits)
     seen = jax.jit(make)(limits)
     results = tuple(jnp.full(x.shape, jnp.nan, x.dtype) for x in jax.eval_shape(
-        run, (*queries, *caches[0]), seen))  # fmt: skip
+        run, queries, caches[0], seen))  # fmt: skip
 
     def step(state):
         # As many results as calls: none is computed in vain, or only copied.
         queries, caches, results = state
         results = []
         for cache in caches * (calls // copies):
-            results.append(run((*queries, *cache), seen))
+            results.append(run(queries, cache, seen))
             queries, results = lax.optimization_barrier((queries, results))
         return queries, caches, results
 
@@ -174,7 +219,7 @@ def measure(implementation, shape, lengths, dtype, guess, last):
     pairs = zip(jax.tree.leaves(state[2]), jax.tree.leaves(again[2]), strict=True)
     same = all(bool((x == y).all()) for x, y in pairs)
     rows, some = few(batch, heads)
-    want = oracle((*queries, *caches[0]), lengths, rows, some)
+    want = oracle((*queries, *whole(caches[0], dtype)), lengths, rows, some)
     out, lse = (np.asarray(x[np.array(rows)], np.float64)[:, :, some] for x in state[2][0])
     cut = None
     if plans:
@@ -192,22 +237,30 @@ def measure(implementation, shape, lengths, dtype, guess, last):
     return {"seconds": taken / calls, "cut": cut, "repeatable": same, **compared}
 
 
-def paginated(cache, lengths, key):
-    """Rows [B S ...] as a pool of pages in random order [B S / 128, 128 ...], and their table.
+def whole(store, dtype):
+    """The latents that a store stands for, and its rotary keys."""
+    latent, k_rope = store.arrays["latent"], store.arrays["k_rope"]
+    if store.encoding is not None:
+        latent = dequantise(latent, store.arrays["latent_scale"], dtype)
+    return latent, k_rope
+
+
+def paginated(store, lengths, key):
+    """Rows [B S ...] as a pool of pages in random order [B S / 128, 128 ...], with their table.
 
     Slots past a row's length hold what they did; the table names no page past the row's last.
     """
-    batch, slots = cache[0].shape[:2]
+    batch, slots = store.arrays["latent"].shape[:2]
     count = batch * slots // PAGE
     order = jax.random.permutation(key, count).astype(jnp.int32)
     place = jnp.argsort(order)  # of each page of the pool, which page of the rows it is
-    pools = tuple(x.reshape(count, PAGE, x.shape[2])[place] for x in cache)
+    pool = {n: x.reshape(count, PAGE, x.shape[2])[place] for n, x in store.arrays.items()}
     table = order.reshape(batch, slots // PAGE)
     held = jnp.arange(slots // PAGE)[None] * PAGE < jnp.asarray(lengths)[:, None]
-    return pools, jnp.where(held, table, count)
+    return Paged(type(store)(pool), jnp.where(held, table, count))
 
 
-def compare_pages(implementation, shape, lengths, dtype, guess, last, rounds=6):
+def compare_pages(implementation, shape, lengths, dtype, guess, last, cache_dtype=None, rounds=10):
     """Seconds of a call on a dense and on a paged cache, in alternating rounds, and their ratio.
 
     The ratio is the median of those of the rounds, each of which lasts as long as a clock needs to
@@ -216,14 +269,9 @@ def compare_pages(implementation, shape, lengths, dtype, guess, last, rounds=6):
     batch, slots, heads, tokens = shape
     draw = lambda i, *shape: jax.random.normal(jax.random.key(i), shape, dtype)  # noqa: E731
     queries = (draw(0, batch, tokens, heads, R), draw(1, batch, tokens, heads, P))
-    copies = copies_of(batch * slots * (R + P) * dtype.itemsize)
-    dense, paged = [], []
-    for i in range(copies):
-        cache = (draw(2 + i, batch, slots, R), draw(90 + i, batch, slots, P))
-        dense.append(Dense(dict(zip(("latent", "k_rope"), cache, strict=True))))
-        pools, table = paginated(cache, lengths, jax.random.key(200 + i))
-        pool = Dense(dict(zip(("latent", "k_rope"), pools, strict=True)))
-        paged.append(Paged(pool, table))
+    copies = copies_of(batch * slots * held_bytes(dtype, cache_dtype))
+    dense = [drawn_store(2 + i, batch, slots, dtype, cache_dtype) for i in range(copies)]
+    paged = [paginated(x, lengths, jax.random.key(200 + i)) for i, x in enumerate(dense)]
     seen = Seen.of(jnp.asarray(lengths, jnp.int32), batch=batch, queries=tokens, slots=slots)
     call = ops.latent_call(queries, dense[0], seen, SCALE)
     seen = jax.jit(lambda seen: dispatch.plan(seen, call, implementation))(seen)
@@ -243,12 +291,15 @@ def compare_pages(implementation, shape, lengths, dtype, guess, last, rounds=6):
         queries, dense[0], seen, scale=SCALE, implementation=implementation))  # fmt: skip
     zeros = [tuple(jnp.zeros(x.shape, x.dtype) for x in one) for _ in range(calls)]
     measured = timer(step, guess * calls, last)
+    for stores in (dense, paged):
+        measured.compile((queries, stores, seen, zeros))
     taken, results = {"dense": [], "pages": []}, {}
-    for _ in range(rounds):
-        for name, stores in (("dense", dense), ("pages", paged)):
-            seconds, again = measured((queries, stores, seen, zeros), rounds=1)
-            taken[name].append(seconds / calls)
-            results[name] = again[-1][-1]
+    with alone():
+        for _ in range(rounds):
+            for name, stores in (("dense", dense), ("pages", paged)):
+                seconds, again = measured((queries, stores, seen, zeros), rounds=1, lock=False)
+                taken[name].append(seconds / calls)
+                results[name] = again[-1][-1]
     pairs = zip(*(jax.tree.leaves(results[name]) for name in taken), strict=True)
     return {
         "dense": statistics.median(taken["dense"]),
@@ -268,9 +319,11 @@ def print_pages(options, dtype, copy, matmul):
     for name, shape, lengths in cases(options.most_bytes, dtype.itemsize):
         if options.only and options.only not in name:
             continue
-        floor = floor_of(shape, lengths, dtype, copy, matmul)[0]
+        floor = floor_of(shape, lengths, dtype, copy, matmul, options.cache_dtype)[0]
         for implementation in options.implementation:
-            row = compare_pages(implementation, shape, lengths, dtype, floor, options.last)
+            row = compare_pages(
+                implementation, shape, lengths, dtype, floor, options.last, options.cache_dtype
+            )
             rows.append({"name": name, "implementation": implementation, **row})
             print(f"| {name} | {implementation} | {row['dense'] * 1e6:.1f} | "
                   f"{row['pages'] * 1e6:.1f} | {row['ratio']:.3f} | {row['same']} |",
@@ -278,12 +331,13 @@ def print_pages(options, dtype, copy, matmul):
     return rows
 
 
-def floor_of(shape, lengths, dtype, copy, matmul):
+def floor_of(shape, lengths, dtype, copy, matmul, cache_dtype=None):
     """The least seconds that a call can take, its operations and the bytes that it moves."""
     batch, _, heads, tokens = shape
     used = int(lengths.sum())
     flops = 2 * used * heads * tokens * (2 * R + P)
-    moved = dtype.itemsize * (used * (R + P) + batch * tokens * heads * (2 * R + P))
+    moved = used * held_bytes(dtype, cache_dtype)
+    moved += dtype.itemsize * batch * tokens * heads * (2 * R + P)
     return max(flops / matmul, moved / copy), flops, moved
 
 
@@ -401,6 +455,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--implementation", nargs="+", default=["xla"])
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--cache-dtype", choices=ENCODINGS, help="latents in it, with scales")
     parser.add_argument("--last", type=float, default=0.06, help="seconds of a timed loop")
     parser.add_argument("--most-bytes", type=float, default=8e9, help="skip larger caches")
     parser.add_argument("--only", help="shapes whose name contains this")
@@ -435,7 +490,7 @@ def print_implementations(options, dtype, copy, matmul):
         if options.only and options.only not in name:
             continue
         batch, slots, heads, _ = shape
-        floor, flops, moved = floor_of(shape, lengths, dtype, copy, matmul)
+        floor, flops, moved = floor_of(shape, lengths, dtype, copy, matmul, options.cache_dtype)
         times = {}
         for implementation in options.implementation:
             if implementation in PEERS:
@@ -448,7 +503,9 @@ def print_implementations(options, dtype, copy, matmul):
                     print(f"| {name} | {implementation} | {str(error).splitlines()[0][:80]} |")
                     continue
             else:
-                row = measure(implementation, shape, lengths, dtype, floor, options.last)
+                row = measure(
+                    implementation, shape, lengths, dtype, floor, options.last, options.cache_dtype
+                )
             taken = times[implementation] = row["seconds"]
             row |= {"name": name, "shape": shape, "implementation": implementation, "floor": floor,
                     "fraction": floor / taken}  # fmt: skip

@@ -1,9 +1,9 @@
 """Times a whole decoder with random weights on the default device: prefill and decode steps.
 
-Per batch: seconds to the first token (of a second run, so that nothing is loaded meanwhile),
-milliseconds per decode step, both without compilation, which is printed apart; the floor of a step,
-which is what it must read over the rate of a copy measured in the same run; and where a step's
-time goes, by named scope, from a trace of the profiler.
+Per batch: seconds to the first token (the median of three runs after the first, of which one makes
+XLA's graphs of kernels), milliseconds per decode step, both without compilation, which is printed
+apart; the floor of a step, which is what it must read over the rate of a copy measured in the same
+run; and where a step's time goes, by named scope, from a trace of the profiler.
 
 What a step must read: the cache; all weights but the embedding (a row per token) and the routed
 experts; of those what B tokens choose of E when choices are uniform, E (1 - (1 - K/E)^B).
@@ -18,6 +18,7 @@ import collections
 import json
 import pathlib
 import re
+import statistics
 import tempfile
 import time
 import traceback
@@ -162,23 +163,27 @@ def measure(model, batch, options, copy, result):
     prompts = list(random.integers(0, words, (batch, prompt), np.int32))
     bound, none = mla_jax.bind(model), np.zeros(batch, np.int32)
     width, dtype = model.config.attention.hidden_size, jnp.dtype(options.dtype)
-    for run in ("first", "second"):
+    seconds = []
+    for run in range(4):
         cache = jax.block_until_ready(model.init_cache(batch, slots, options.cache_dtype))
         ends = jnp.zeros((batch, words), jnp.float32), jnp.zeros((batch, width), dtype)
         started = time.perf_counter()
         ends, cache, state = jax.block_until_ready(
             prefill.prefill(bound, prompts, cache, (), PLAIN["drafter"], none, ends)
         )
-        taken = time.perf_counter() - started
-        if run == "first":
-            result["prefill_compile_s"] = taken
-            say(f"batch {batch}: prefill compiled and ran in {taken:.1f} s")
-            if taken > options.again:
+        seconds.append(time.perf_counter() - started)
+        if run == 0:
+            result["prefill_compile_s"] = seconds[0]
+            say(f"batch {batch}: prefill compiled and ran in {seconds[0]:.1f} s")
+            if seconds[0] > options.again:
                 break
+    taken = statistics.median(seconds[1:] or seconds)
+    result["prefill_s"] = seconds[1:]
     flops = 2 * active(model) * batch * prompt
     result |= {"first_token_s": taken, "prefill_tflops": flops / taken / 1e12}
     say(f"batch {batch}: first token after {taken:.3f} s, {batch * prompt / taken:,.0f} tokens/s, "
-        f"{flops / taken / 1e12:.0f} TFLOP/s in matrices")  # fmt: skip
+        f"{flops / taken / 1e12:.0f} TFLOP/s in matrices; runs of "
+        + ", ".join(f"{1e3 * each:.1f}" for each in seconds[1:]) + " ms")  # fmt: skip
     held = cache.nbytes
     text = np.zeros((batch, slots), np.int32)
     text[:, :prompt] = prompts

@@ -22,7 +22,9 @@ from typing import get_args
 
 import jax
 import jax.numpy as jnp
+import kernels  # beside this file
 import optax
+from decode import alone  # beside this file
 from flax import nnx
 
 from mla_jax.layers.remat import Save
@@ -69,6 +71,7 @@ def main():
     saves = ["everything", *get_args(Save)]
     parser.add_argument("--save", nargs="+", default=saves[:1], choices=saves)
     parser.add_argument("--chunk", type=int, default=2048, help="tokens whose logits exist at once")
+    parser.add_argument("--profile", action="store_true", help="the kernels that take longest, too")
     options = parser.parse_args()
     tokens = options.batch * options.length
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {options.preset}, "
@@ -107,18 +110,28 @@ def main():
         memory = compiled.memory_analysis()
         planned = memory.argument_size_in_bytes + memory.temp_size_in_bytes
         times, losses = [], []
-        for _ in range(6):
-            started = time.perf_counter()
-            for _ in range(options.steps):
-                params, state, value = compiled(params, state, rest, given)
-            losses.append(float(value))
-            times.append((time.perf_counter() - started) / options.steps)
+        with alone():  # processes side by side compile meanwhile
+            for _ in range(6):
+                started = time.perf_counter()
+                for _ in range(options.steps):
+                    params, state, value = compiled(params, state, rest, given)
+                losses.append(float(value))
+                times.append((time.perf_counter() - started) / options.steps)
         taken = statistics.median(times[1:])
         peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
         print(f"| {case} | {save} | {taken * 1e3:.1f} | {tokens / taken:.0f} | "
               f"{flops / taken / 1e12:.0f} | {planned / 1e9:.1f} | {peak / 1e9:.1f} | "
               f"{losses[0]:.3f} {losses[-1]:.3f} |",
               flush=True)  # fmt: skip
+        if options.profile:
+
+            def steps(compiled=compiled, rest=rest, given=given):
+                nonlocal params, state
+                for _ in range(3):
+                    params, state, value = compiled(params, state, rest, given)
+                return value
+
+            print(kernels.report(steps, 3, most=40), flush=True)
         del params, state
 
 

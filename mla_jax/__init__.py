@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from mla_jax.ops import latent_attention as latent_attention
     from mla_jax.ops import merge_attention as merge_attention
     from mla_jax.ops.cross_entropy import linear_cross_entropy as linear_cross_entropy
+    from mla_jax.ops.cross_entropy import mean_linear_cross_entropy as mean_linear_cross_entropy
     from mla_jax.placing import Placement as Placement
     from mla_jax.placing import placement as placement
 
@@ -58,7 +59,7 @@ _HOMES = {
     "layers.remat": ("remat_policy",),
     "layers.step": ("Step",),
     "ops": ("expanded_attention", "latent_attention", "merge_attention"),
-    "ops.cross_entropy": ("linear_cross_entropy",),
+    "ops.cross_entropy": ("linear_cross_entropy", "mean_linear_cross_entropy"),
     "placing": ("Placement", "placement"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

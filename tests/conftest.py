@@ -39,3 +39,28 @@ def _room_for_programs():
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
+
+
+@pytest.fixture
+def traced_anew():
+    """Neither finds a program traced before nor leaves a broken one behind."""
+    from mla_jax.ops import hopper
+
+    hopper._call.clear_cache()
+    yield
+    hopper._call.clear_cache()
+
+
+@pytest.fixture
+def card():
+    """The Hopper GPU that native tests run on; without one they are skipped."""
+    from hopper_common import SPEC
+
+    from mla_jax import target
+    from mla_jax.ops import hopper
+
+    device = target.current()
+    reason = hopper.why_not(SPEC, device)
+    if reason is not None:
+        pytest.skip(reason)
+    return device

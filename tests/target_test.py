@@ -32,7 +32,8 @@ def mesh_of(kind, platform, axis="x", axis_type=jax.sharding.AxisType.Explicit):
 @pytest.mark.parametrize("where", ["mesh", "jit", "shard_map"])
 @pytest.mark.parametrize(
     ("kind", "platform", "latent", "expanded"),
-    [("NVIDIA H200", "gpu", "pallas_gpu", "cudnn"), ("NVIDIA A100-SXM4-80GB", "gpu", "xla", "xla"),
+    [("NVIDIA H200", "gpu", "pallas_gpu", "pallas_gpu"),
+     ("NVIDIA A100-SXM4-80GB", "gpu", "xla", "xla"),
      *((kind, "tpu", "pallas_tpu", "pallas_tpu") for kind in TPUS)],
 )  # fmt: skip
 def test_kernels_are_chosen_for_a_device_that_is_not_there(kind, platform, latent, expanded, where):

@@ -120,8 +120,8 @@ def generate(
     less than that can change places. A sampled text is another draw from the same distribution.
 
     Programs are compiled for the number of rows, the cache's length (see `request.cache_length`)
-    and the widths of a prompt's chunks (128, 512, 2048 and 8192 tokens): another prompt that needs
-    no others compiles nothing.
+    and the widths of a prompt's chunks (128, 512, 2048, 4096 and 8192 tokens): another prompt that
+    needs no others compiles nothing.
 
     Args:
         model: a `models.Decoder`, a `Bound`, or a model of one's own: see the module.

@@ -25,7 +25,7 @@ from mla_jax.generation.drafts import Drafter
 from mla_jax.generation.loop import fork, log_probabilities
 from mla_jax.generation.steps import finite
 
-WIDTHS = (128, 512, 2048, 8192)  # tokens of a row in one chunk
+WIDTHS = (128, 512, 2048, 4096, 8192)  # tokens of a row in one chunk
 TOKENS = 16384  # of all rows together, in one chunk: bounds the experts' activations
 _SCORED = 2048  # tokens of all rows together in one chunk whose logits are all made
 
@@ -45,8 +45,10 @@ def widths(longest: int, most: int) -> list[int]:
     while longest > 0:
         over = [width for width in allowed if width >= longest]
         under = [width for width in allowed if width < longest]
-        small = not under or (over and longest > over[0] // 2)
-        chunks.append(over[0] if small else under[-1])
+        whole = not under
+        if over and under:  # a second chunk costs about a quarter of a step between two widths
+            whole = longest > max(over[0] // 2, under[-1] + (over[0] - under[-1]) // 4)
+        chunks.append(over[0] if whole else under[-1])
         longest -= chunks[-1]
     return chunks
 

@@ -249,7 +249,9 @@ class MultiHeadLatentAttention(LatentMaps):
         if self.config.index_topk is not None:
             q_latent = step.own(q_latent)
             seen, relay = self._chosen(x, q_latent, step.positions, by, own, seen, relay)
-        form = self._form(tokens, step.slots) if step.form == "auto" else step.form
+        form = step.form
+        if form == "auto":  # a fresh row has nothing but the new tokens to attend to
+            form = self._form(tokens, tokens if step.fresh else step.slots)
         if form == "absorbed":
             heads, lse = self._absorbed(q_nope, q_rope, source, seen, step)
         else:
@@ -346,7 +348,7 @@ class MultiHeadLatentAttention(LatentMaps):
         return seen.replace(chosen=chosen), relay.with_choice(chosen)
 
     def _form(self, queries, slots):
-        """The form that is cheaper; under `jax.export` sizes may be symbols."""
+        """The form that is cheaper on S slots; under `jax.export` either size may be a symbol."""
         if not isinstance(queries, int):
             return "expanded"
         slots = slots if isinstance(slots, int) else 2**30

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from mla_jax import sharding
 from mla_jax.cache import Cache
@@ -37,7 +37,7 @@ from mla_jax.models.config import DecoderConfig
 from mla_jax.models.longcat import ShortcutBlock
 from mla_jax.models.predictor import MultiTokenPredictor
 from mla_jax.ops import dense, dispatch, embedding
-from mla_jax.ops.cross_entropy import linear_cross_entropy
+from mla_jax.ops.cross_entropy import linear_cross_entropy, mean_linear_cross_entropy
 from mla_jax.sharding import Rules
 
 _HEAD = dense.linear("D", "W", plain=True)
@@ -142,7 +142,19 @@ class Decoder(nnx.Module):
 
         The logits never exist for more than `chunk` tokens: see `mla_jax.linear_cross_entropy`.
         """
-        return self._losses(hidden, labels, self.head, chunk)
+        return self._cross_entropy(linear_cross_entropy, hidden, labels, self.head, chunk=chunk)
+
+    def loss(
+        self,
+        hidden: Float[Array, "B T D"],
+        labels: Int[Array, "B T"],
+        counted: Bool[Array, "B T"] | None = None,
+        *,
+        chunk: int = 2048,
+    ) -> Float[Array, ""]:
+        """The mean of `losses` over the tokens that count: `mla_jax.mean_linear_cross_entropy`."""
+        more = {"counted": counted, "chunk": chunk}
+        return self._cross_entropy(mean_linear_cross_entropy, hidden, labels, self.head, **more)
 
     def indexer_loss(
         self, tokens: Int[Array, "B T"], *, warmup: bool = False, **options: Any
@@ -302,11 +314,17 @@ class Decoder(nnx.Module):
         predictor = self._predictor()
         return predictor(hidden, self._embed(tokens, predictor.embed), **options)
 
-    def draft_losses(
-        self, hidden: Float[Array, "B T D"], labels: Int[Array, "B T"], *, chunk: int = 2048
-    ) -> Float[Array, "B T"]:
-        """`losses` from the states that `draft_states` gives and the tokens next but one."""
-        return self._losses(hidden, labels, self._predictor().head or self.head, chunk)
+    def draft_loss(
+        self,
+        hidden: Float[Array, "B T D"],
+        labels: Int[Array, "B T"],
+        counted: Bool[Array, "B T"] | None = None,
+        *,
+        chunk: int = 2048,
+    ) -> Float[Array, ""]:
+        """`loss` from the states that `draft_states` gives and the tokens next but one."""
+        head, more = self._predictor().head or self.head, {"counted": counted, "chunk": chunk}
+        return self._cross_entropy(mean_linear_cross_entropy, hidden, labels, head, **more)
 
     def balance(self, load: Int[Array, "L E"], *, rate: float = 1e-3) -> None:
         """Moves the biases of all routers by their loads, in place: see `layers.balance_bias`.
@@ -360,17 +378,15 @@ class Decoder(nnx.Module):
             x = embedding.embed(table.embedding[...].astype(table.dtype), tokens)
         return x if self.config.embed_scale == 1 else x * self.config.embed_scale
 
-    def _losses(self, hidden, labels, head, chunk):
+    def _cross_entropy(self, function, hidden, labels, head, **more):
         if head is None:
             kernel, dtype = self.embed.embedding[...].T, self.embed.dtype
         else:
             words = (self.config.vocab_size,)
             kernel, dtype = kernel_of(head, hidden.shape[-1], words), self.embed.dtype
         dtype = dtype or jnp.promote_types(hidden.dtype, kernel.dtype)
-        return linear_cross_entropy(
-            hidden.astype(dtype), kernel, labels, scale=self.config.logit_scale, chunk=chunk,
-            precision=self.precision,
-        )  # fmt: skip
+        more |= {"scale": self.config.logit_scale, "precision": self.precision}
+        return function(hidden.astype(dtype), kernel, labels, **more)
 
     def _words(self, hidden, head: nnx.Linear | None):
         with jax.named_scope("head"):

@@ -60,7 +60,7 @@ def training_loss(
         remat: what every layer's backward pass finds: see `mla_jax.remat_policy`.
         mtp_weight: lambda; DeepSeek-V3 took 0.3 for the first 10 T tokens, then 0.1.
         balance_weight: alpha; 0.0001 there.
-        chunk: tokens whose logits exist at once: see `mla_jax.linear_cross_entropy`.
+        chunk: tokens whose logits exist at once: see `mla_jax.mean_linear_cross_entropy`.
 
     Returns:
         The loss, a mean over the tokens that count, and its terms.
@@ -90,7 +90,7 @@ def training_loss(
     read = None if segment_ids is None else segment_ids[:, :-1]
     options = {"segment_ids": read, "valid": follows[:, :-1], "remat": remat}
     hidden, routings = model.states_with_routing(tokens[:, :-1], **options)
-    next_token = _mean(model.losses(hidden, tokens[:, 1:], chunk=chunk), counted)
+    next_token = model.loss(hidden, tokens[:, 1:], counted, chunk=chunk)
     loss, draft = next_token, None
     if model.predictor is not None:
         # As many positions as the model's, the last of which counts for nothing: kernels like
@@ -98,7 +98,7 @@ def training_loss(
         states, routing = model.draft_states(hidden, tokens[:, 1:], **options)
         routings += () if routing is None else (routing,)
         labels, after = _earlier(tokens[:, 1:]), counted & _earlier(counted)
-        draft = _mean(model.draft_losses(states, labels, chunk=chunk), after)
+        draft = model.draft_loss(states, labels, after, chunk=chunk)
         loss += mtp_weight * draft
     if not routings:
         return loss, LossTerms(next_token, draft, None, None)
@@ -111,7 +111,3 @@ def training_loss(
 def _earlier(x):
     """x[b, t + 1] at [b, t]; zeros or False at the last."""
     return jnp.pad(x[:, 1:], [(0, 0), (0, 1)])
-
-
-def _mean(losses, counted):
-    return jnp.where(counted, losses, 0).sum() / jnp.maximum(counted.sum(), 1)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from mla_jax.cache import Dense, Paged, Store
+from mla_jax.cache import Dense, Paged, Scaled, Store
 from mla_jax.ops import dispatch
 from mla_jax.ops.dispatch import Attended, Call, Implementation
 from mla_jax.ops.indexing import attention_weights as attention_weights
@@ -215,23 +215,27 @@ def attend_latents(
     return dispatch.attend(queries, store, seen, call, implementation)
 
 
-def latent_gradients(arrays, table, lengths, scale, cotangents) -> tuple[Array, ...]:
+def latent_gradients(arrays, table, lengths, scale, cotangents, chosen=None) -> tuple[Array, ...]:
     """Cotangents of pattern, q_rope, latent and k_rope, for kernels without a backward.
 
     Args:
-        arrays: these four; with a table the last two are the pool's.
+        arrays: these four, and latent_scale where latents have scales, which then has a cotangent
+            too; with a table the cache's are the pool's.
         table: int32 [B M] of a paged store; None where rows have slots of their own.
         lengths: as in `latent_attention`.
         scale: softmax temperature.
         cotangents: of out_latent and lse.
+        chosen: as in `latent_attention`.
     """
 
-    def attend(pattern, q_rope, latent, k_rope):
+    def attend(pattern, q_rope, latent, k_rope, *scale_of_latents):
         store = Dense({"latent": latent, "k_rope": k_rope})
+        if scale_of_latents:
+            store = Scaled(store.arrays | {"latent_scale": scale_of_latents[0]})
         if table is not None:
             store = Paged(store, table)  # of which XLA gathers the rows
         batch, tokens = pattern.shape[:2]
-        seen = Seen.of(lengths, batch=batch, queries=tokens, slots=store.slots)
+        seen = Seen.of(lengths, batch=batch, queries=tokens, slots=store.slots, chosen=chosen)
         return attend_latents((pattern, q_rope), store, seen, scale=scale, implementation="xla")
 
     return jax.vjp(attend, *arrays)[1](cotangents)

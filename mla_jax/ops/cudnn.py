@@ -6,6 +6,10 @@ queries and keys, are padded with zeros to the wider of the two. On an H200 (409
 `jax.nn.dot_product_attention` refuses unequal widths and rounds lse to the operands' dtype, so the
 function below it is called where it is there; where it is not, `why_not` says so and XLA serves.
 
+cuDNN does not promise that gradients repeat bit for bit: its backward may add in any order unless
+it is asked for a deterministic algorithm, which XLA does under `--xla_gpu_deterministic_ops`. The
+kernels in `ops/hopper/attention` repeat.
+
 Letters: B batch, T tokens, N heads, H key, P rotary, V value channels.
 """
 

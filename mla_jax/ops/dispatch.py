@@ -33,17 +33,16 @@ _BACKENDS: dict[str, dict[str, str]] = {
         "reference": "mla_jax.ops.reference",
     },
     "expanded_attention": {
+        "pallas_gpu": "mla_jax.ops.hopper.attention.backend",
         "cudnn": "mla_jax.ops.cudnn",
         "pallas_tpu": "mla_jax.ops.tpu.attention",
         "xla": "mla_jax.ops.xla",
-        # Where it is named only: its last revision has not run on a GPU yet.
-        "pallas_gpu": "mla_jax.ops.hopper.attention.backend",
         "reference": "mla_jax.ops.reference",
     },
     "context_attention": {
+        "pallas_gpu": "mla_jax.ops.hopper.context",
         "pallas_tpu": "mla_jax.ops.tpu.context",
         "xla": "mla_jax.ops.xla",
-        "pallas_gpu": "mla_jax.ops.hopper.context",  # where it is named only, as above
         "reference": "mla_jax.ops.reference",
     },
 }

@@ -9,7 +9,7 @@ import optax
 import pytest
 from common import relative
 
-from mla_jax import linear_cross_entropy
+from mla_jax import linear_cross_entropy, mean_linear_cross_entropy
 
 D, W = 12, 37
 EPS = {"float32": 2.0**-23, "bfloat16": 2.0**-7}  # spacing of numbers at 1
@@ -77,6 +77,56 @@ def test_losses_and_gradients_are_float64s_and_optaxs(rng, lead, chunk, scale):
     assert relative(slopes[1], of_usual[1]) < 4 * bound
 
 
+@pytest.mark.parametrize(
+    ("lead", "chunk", "dtype"),
+    [((3, 7), 7, "float32"), ((3, 7), 2, "float32"), ((4, 64), 32, "bfloat16")],
+    ids=["padded chunks", "more rows than a chunk", "bfloat16"],
+)
+def test_the_mean_makes_the_same_gradients_with_the_loss(rng, lead, chunk, dtype):
+    """Against float64, with a factor behind the mean, and labels that may be left out."""
+    hidden, kernel, labels, weights = problem(rng, lead, jnp.dtype(dtype))
+    counted, factor = weights > 0, 3.0
+    mean_of = counted / counted.sum()
+    losses, of_hidden, of_kernel = exact(hidden, kernel, labels, factor * mean_of, 0.7)
+    wrong = jnp.where(counted, labels, -1)
+
+    @jax.jit
+    def step(hidden, kernel, labels, counted):
+        options = {"scale": 0.7, "chunk": chunk, "precision": "highest"}
+
+        def mean(hidden, kernel):
+            return factor * mean_linear_cross_entropy(hidden, kernel, labels, counted, **options)
+
+        return jax.value_and_grad(mean, argnums=(0, 1))(hidden, kernel), mean(hidden, kernel)
+
+    (loss, slopes), alone = step(hidden, kernel, wrong, counted)
+    size = np.abs(np.asarray(hidden, np.float64)) @ np.abs(np.asarray(kernel, np.float64))
+    bound = (D + W) * EPS["float32"] / 2 * size.max()
+    want = factor * (losses * np.asarray(mean_of)).sum()
+    for value in (loss, alone):
+        assert abs(float(value) - want) < factor * bound
+    # A share's relative error is its logit's, twice; what bfloat16 holds is rounded to half a
+    # spacing, slopes before their products and the result after them.
+    rounded = 0 if dtype == "float32" else EPS["bfloat16"]
+    for got, expected in zip(slopes, (of_hidden, of_kernel), strict=True):
+        assert got.dtype == jnp.dtype(dtype)
+        assert relative(got, expected) < 2 * bound + 256 * EPS["float32"] + rounded
+    assert bool(jnp.isnan(step(hidden, kernel, wrong, jnp.ones(lead, bool))[0][0]))
+    with pytest.raises(ValueError, match="labels has -1"):
+        mean_linear_cross_entropy(hidden, kernel, wrong)
+    with pytest.raises(ValueError, match=r"counted has shape \(2,\)"):
+        mean_linear_cross_entropy(hidden, kernel, labels, jnp.ones(2, bool))
+
+
+def test_the_mean_of_no_token_is_nothing(rng):
+    hidden, kernel, labels, weights = problem(rng)
+    loss, slope = jax.value_and_grad(mean_linear_cross_entropy)(
+        hidden, kernel, labels, jnp.zeros_like(weights, bool)
+    )
+    assert float(loss) == 0
+    assert not bool(slope.any())
+
+
 def test_bfloat16_sums_in_float32(rng):
     """Logits and losses are exact but for float32; gradients are rounded once or twice."""
     hidden, kernel, labels, weights = problem(rng, (4, 64), jnp.bfloat16)
@@ -107,10 +157,31 @@ def test_the_logits_never_stand_whole(rng):
     arguments = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
     arguments += [jax.ShapeDtypeStruct((2, tokens // 2), t) for t in (jnp.int32, jnp.float32)]
     step = lambda *a: jax.grad(weighted, argnums=(0, 1), has_aux=True)(*a, chunk=chunk)  # noqa: E731
-    largest = max(array.size for array in arrays_of(jax.make_jaxpr(step)(*arguments).jaxpr))
-    assert largest <= chunk * words
-    memory = jax.jit(step).lower(*arguments).compile().memory_analysis()
-    assert memory.temp_size_in_bytes < tokens * words * 4 / 2
+    mean = lambda *a: mean_linear_cross_entropy(*a[:3], a[3] > 0, chunk=chunk)  # noqa: E731
+    for program in (step, jax.grad(mean, argnums=(0, 1))):
+        arrays = arrays_of(jax.make_jaxpr(program)(*arguments).jaxpr)
+        assert max(array.size for array in arrays) <= chunk * words
+        memory = jax.jit(program).lower(*arguments).compile().memory_analysis()
+        assert memory.temp_size_in_bytes < tokens * words * 4 / 2
+
+
+def products_of(jaxpr):
+    """The shapes of the results of matrix products."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield equation.outvars[0].aval.shape
+        for inner in jax.tree.leaves(list(equation.params.values())):
+            inner = getattr(inner, "jaxpr", inner)
+            yield from products_of(inner) if hasattr(inner, "eqns") else ()
+
+
+def test_the_mean_takes_three_products():
+    arguments = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((8, D), (D, W))]
+    labels = jax.ShapeDtypeStruct((8,), jnp.int32)
+    of = {3: mean_linear_cross_entropy, 4: lambda *a: linear_cross_entropy(*a).mean()}
+    for count, function in of.items():
+        program = jax.make_jaxpr(jax.grad(function, argnums=(0, 1)))(*arguments, labels)
+        assert len(list(products_of(program.jaxpr))) == count
 
 
 def test_under_shard_map_rows_are_apart_and_the_kernels_gradient_is_the_sum(rng):
@@ -139,11 +210,19 @@ def test_on_a_mesh_rows_and_words_may_be_split(rng):
         arrays = (hidden, jax.P("x")), (kernel, jax.P(None, "y")), (labels, jax.P("x"))
         placed = [jax.device_put(array, spec) for array, spec in arrays]
         got = both(*placed, jax.device_put(weights, jax.P("x")), chunk=4)[1]
+        mean = jax.jit(jax.value_and_grad(
+            lambda *a: mean_linear_cross_entropy(*a, placed[2], chunk=4), argnums=(0, 1)
+        ))  # fmt: skip
+        loss, of_mean = mean(*placed[:2])
     assert [jax.typeof(array).sharding.spec for array in got] == [
         jax.P("x", None, None), jax.P(None, "y")
     ]  # fmt: skip
     for one, want in zip(got, expected, strict=True):
         assert relative(one, want) < 1e-5
+    (total, _), of_sum = both(hidden, kernel, labels, jnp.ones_like(weights))
+    assert float(loss) == pytest.approx(float(total) / labels.size, rel=1e-5)
+    for one, want in zip(of_mean, of_sum, strict=True):
+        assert relative(one, want / labels.size) < 1e-5
 
 
 def test_a_label_that_is_no_word_is_an_error_or_nan_and_may_be_left_out(rng):

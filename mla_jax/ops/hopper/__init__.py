@@ -2,11 +2,14 @@
 
 `kernel.py` is the algorithm, `merge.py` its end where parts share a row, `schedule.py` the cut of a
 ragged batch into equal parts, `mosaic.py` what Pallas lacks, and `interpreted.py` what the kernel
-does instead on a CPU. It reads dense caches, and paged ones through their table. It is forward
-only: derivatives are those of the XLA backend.
+does instead on a CPU. It reads dense caches, and paged ones through their table. Latents in fp8
+with scales have a kernel of their own, `scaled.py` with `dequantise.py`, and so has attention to
+chosen slots, `gathered.py` with `copies.py`, which `chosen.py` calls. All are forward only:
+derivatives are those of the XLA backend.
 
 The kernel's thread blocks wait for each other where they share a batch row, so all of them must be
-on the device at once: their number never exceeds the multiprocessors that the device reports. Where
+on the device at once: their number never exceeds the multiprocessors that the device reports, but
+where there are more tiles of queries than these, and no two blocks share a row's tile. Where
 something else keeps multiprocessors from them for seconds (a limit set by MPS, say), the wait ends
 in a device error instead of a hang.
 
@@ -25,9 +28,12 @@ from jaxtyping import Array, Float, Int
 from mla_jax import ops, target
 from mla_jax.config import configs_dir
 from mla_jax.ops import guard
+from mla_jax.ops.hopper import chosen
+from mla_jax.ops.hopper.mapped import joined
 from mla_jax.ops.hopper.schedule import BLOCK, SLACK, STEP, TILE, Schedule, make_schedule
 
 _RANKS, _ROPES = (128, 256, 384, 512), (0, 16, 32, 64)
+_MOST_QUERIES = 1024  # of a chunk: with more, the expanded form is faster at any width
 _H200_SMS = 132  # taken where the device does not say: compiling for a GPU, and the interpreter
 
 
@@ -75,19 +81,25 @@ def unsupported(call) -> str | None:
         return "takes no soft_cap"
     if call.dtype not in ("bfloat16", "float16"):
         return f"takes bfloat16 and float16, not {call.dtype}"
-    if call.encoding is not None:
-        return f"takes no {call.encoding} latents"
-    options = [name for name in call.options if name != "lengths"]
-    if options:
-        return f"takes lengths [B] only, not {', '.join(options)}"
+    if call.encoding not in (None, "float8_e4m3fn"):
+        return (
+            f"takes latents in fp8 (float8_e4m3fn) or in the operands' dtype, not {call.encoding}"
+        )
+    if call.encoding is not None and call.dtype != "bfloat16":
+        return f"takes fp8 latents with bfloat16 operands, not {call.dtype}"
     if rank not in _RANKS:
         return f"kv_lora_rank must be one of {_RANKS}, not {rank}"
     if rope not in _ROPES:
         return f"qk_rope_head_dim must be one of {_ROPES}, not {rope}"
-    if not 1 <= call.queries <= 8:
-        return f"takes 1 to 8 query tokens, not {call.queries}"
     if not 1 <= call.heads <= 128:
         return f"takes 1 to 128 heads, not {call.heads}"
+    if "chosen" in call.options:
+        return chosen.unsupported(call)
+    options = [name for name in call.options if name != "lengths"]
+    if options:
+        return f"takes lengths [B] only, not {', '.join(options)}"
+    if not 1 <= call.queries <= _MOST_QUERIES:
+        return f"takes 1 to {_MOST_QUERIES} query tokens, not {call.queries}"
     if slots % 8:
         return f"the cache must hold a multiple of 8 slots, not {slots}: choose its max_length so"
     if batch * slots < BLOCK:
@@ -98,13 +110,15 @@ def unsupported(call) -> str | None:
     return None
 
 
-def plan(seen, call, slack: int | None = None) -> Schedule:
-    """The cut of the batch: once a step for all layers.
+def plan(seen, call, slack: int | None = None) -> Schedule | None:
+    """The cut of the batch: once a step for all layers. None for chosen slots, which need none.
 
     Args:
         seen, call: as `latent_attention` takes them.
         slack: as in `make_schedule`; None takes the device's from `configs/tuning`.
     """
+    if seen.chosen is not None:
+        return None
     rows, device = call.queries * call.heads, target.current()
     if slack is None:
         slack = tuned(device.kind, rows).get("slack", SLACK)
@@ -129,14 +143,28 @@ def tuned(device_kind: str, rows: int) -> dict[str, int]:
 def latent_attention(queries, store, seen, call):
     """The absorbed form: see `ops.latent_attention`."""
     device = target.current()
-    schedule = plan(seen, call) if seen.plan is None else seen.plan
     pattern, q_rope = queries
+    if seen.chosen is not None:
+        return chosen.attend(
+            pattern,
+            q_rope,
+            store.latent,
+            store.k_rope,
+            seen.chosen,
+            seen.limits,
+            table=store.table if call.store == "paged" else None,
+            scale=call.scale,
+            interpret=device.interpret if device.interprets == "gpu" else None,
+            sms=multiprocessors(device),
+        )
+    schedule: Any = plan(seen, call) if seen.plan is None else seen.plan
     out, lse = decode(
         seen.last(pattern),
         seen.last(q_rope),
         store.latent,
         store.k_rope,
         schedule,
+        latent_scale=None if call.encoding is None else store.latent_scale,
         table=store.table if call.store == "paged" else None,
         scale=call.scale,
         interpret=device.interpret if device.interprets == "gpu" else None,
@@ -155,6 +183,7 @@ def decode(
     k_rope: Float[Array, "B S P"] | Float[Array, "G 128 P"],
     schedule: Schedule,
     *,
+    latent_scale: Float[Array, "B S G"] | Float[Array, "G 128 C"] | None = None,
     table: Int[Array, "B M"] | None = None,
     scale: float,
     interpret: Any = None,
@@ -165,6 +194,8 @@ def decode(
         pattern, q_rope: queries.
         latent, k_rope: the cache; with a table, the pool's pages.
         schedule: the cut of the batch, whose `lengths` say what rows hold.
+        latent_scale: of latents in fp8, which are then quantised as `cache.Scaled` does it: scales
+            are powers of two. None where latents are in the queries' dtype.
         table: the page of every 128 slots of a row, G where it has none.
         scale: softmax temperature.
         interpret: parameters of Pallas's interpreter, which runs the kernel on a CPU. It takes
@@ -180,7 +211,10 @@ def decode(
             f"schedule is for {schedule.lengths.shape[0]} rows and "
             f"{schedule.arrivals.size} tiles: this call has {batch} and {batch * tiles}."
         )
-    return _attention(scale, interpret, (pattern, q_rope, latent, k_rope), table, schedule)
+    arrays = (pattern, q_rope, latent, k_rope)
+    if latent_scale is not None:
+        arrays += (latent_scale,)
+    return _attention(scale, interpret, arrays, table, schedule)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -193,25 +227,10 @@ def _attention(scale, interpret, arrays, table, schedule):
     @call.def_vmap
     def _(size, mapped, arrays, table, schedule):
         # The calls become one call of more rows, with a schedule of its own.
-        def join(x, is_mapped):
-            x = x if is_mapped else jnp.broadcast_to(x, (size, *x.shape))
-            return x.reshape(-1, *x.shape[2:])
-
         of_arrays, of_table, of_schedule = mapped
-        queries = [join(*pair) for pair in zip(arrays[:2], of_arrays[:2], strict=True)]
-        held, of_held = arrays[2:], of_arrays[2:]
-        if table is None:
-            slots = held[0].shape[1 + of_held[0]]
-        else:
-            slots = table.shape[-1] * STEP
-            rows = table.shape[of_table]
-            table = join(table, of_table)
-            if any(of_held):  # the pools of all calls, one after the other
-                pages = held[0].shape[of_held[0]]
-                before = jnp.repeat(jnp.arange(size, dtype=table.dtype) * pages, rows)[:, None]
-                table = jnp.where(table < pages, table + before, size * pages)
-        if table is None or any(of_held):
-            held = [join(*pair) for pair in zip(held, of_held, strict=True)]
+        arrays, table, join = joined(size, arrays, of_arrays, table, of_table)
+        queries, held = arrays[:2], arrays[2:]
+        slots = held[0].shape[1] if table is None else table.shape[-1] * STEP
         tokens, heads = queries[0].shape[1:3]
         device = target.current()
         again = make_schedule(
@@ -245,9 +264,9 @@ _attention.defvjp(_forward, _backward)
 # This is jitted, so that the layers of a model share one lowering, which takes seconds.
 @functools.partial(jax.jit, static_argnames=("scale", "interpret"))
 def _call(scale, interpret, arrays, table, schedule):
-    pattern, q_rope, latent, k_rope = arrays
+    pattern, q_rope, *held = arrays
     batch, tokens, heads, rank = pattern.shape
-    slots, rope = k_rope.shape[1:]
+    slots, rope = held[1].shape[1:]
     if table is not None:
         slots = table.shape[1] * STEP
     # Copies take query rows by eights; the interpreter stores whole tiles only.
@@ -261,7 +280,7 @@ def _call(scale, interpret, arrays, table, schedule):
         return jnp.pad(query, ((0, max(0, TILE - batch * rows)), (0, 0)))
 
     operands = [flat(pattern), flat(q_rope)]
-    operands += [x.reshape(x.shape[0] * x.shape[1], x.shape[2]) for x in (latent, k_rope)]
+    operands += [x.reshape(x.shape[0] * x.shape[1], x.shape[2]) for x in held]
     if not rope:
         operands = operands[::2]
     shape = _kernel().Shape(
@@ -276,10 +295,16 @@ def _call(scale, interpret, arrays, table, schedule):
         scale=float(scale),
         dtype=pattern.dtype,
     )
+    encoded = len(held) > 2
     if interpret:
         from mla_jax.ops.hopper import interpreted
 
-        out, lse = interpreted.decode(operands, schedule, table, shape, batch, interpret)
+        run = interpreted.decode_scaled if encoded else interpreted.decode
+        out, lse = run(operands, schedule, table, shape, batch, interpret)
+    elif encoded:
+        from mla_jax.ops.hopper import scaled
+
+        out, lse = scaled.decode(operands, schedule, table, shape, batch)
     else:
         out, lse = _kernel().decode(operands, schedule, table, shape, batch)
     out = out.reshape(batch, rows, rank)[:, : tokens * heads]

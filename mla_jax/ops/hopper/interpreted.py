@@ -13,22 +13,32 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from mla_jax.cache.scaled import GROUP
+from mla_jax.ops.hopper import scaled
 from mla_jax.ops.hopper.kernel import FLAGS, WG, Part, Shape, launch, launch_options, tiled
 from mla_jax.ops.hopper.merge import like, merge
-from mla_jax.ops.hopper.schedule import BLOCK, TILE, Column
+from mla_jax.ops.hopper.schedule import BLOCK, STEP, TILE, Column
 
 
-def decode(operands, schedule, table, shape: Shape, batch: int, interpret: Any):
-    """`kernel.decode` in the interpreter, with its parameters."""
+def decode(operands, schedule, table, shape: Shape, batch: int, interpret: Any, part=None):
+    """`kernel.decode` in the interpreter, with its parameters, by a class of parts."""
     options = launch_options(shape) | {"interpret": interpret}
-    out, lse, part_out, part_lse = launch(
-        InterpretedPart, operands, schedule, table, shape, batch, **options
-    )
-    return _merged(out, lse, part_out, part_lse, schedule, shape, options)
+    part = InterpretedPart if part is None else part
+    results = launch(part, operands, schedule, table, shape, batch, **options)
+    return _merged(results, schedule, shape, options)
 
 
-def _merged(out, lse, part_out, part_lse, schedule, shape, options):
+def decode_scaled(operands, schedule, table, shape: Shape, batch: int, interpret: Any):
+    """`scaled.decode` in the interpreter, with its parameters."""
+    # The last block of a row may end past the cache: no load here takes part of a block's scales.
+    *operands, scales = operands
+    operands.append(jnp.pad(scales, ((0, STEP), (0, 0))))
+    return decode(operands, schedule, table, shape, batch, interpret, InterpretedScaledPart)
+
+
+def _merged(results, schedule, shape, options):
     """Results with the rows that several parts share, merged from their pieces."""
+    out, lse, part_out, part_lse = results
 
     def body(*refs):
         names = ("part_out", "part_lse", "row_parts", "part", "out", "lse")
@@ -40,7 +50,7 @@ def _merged(out, lse, part_out, part_lse, schedule, shape, options):
         pl.when(end_step > first_step)(lambda: merge(part, tile, wg, named, shape))
 
     results = [like(x, x.shape, x.dtype) for x in (out, lse)]
-    merged = plgpu.kernel(body, out_type=results, **options)(
+    merged = plgpu.kernel(body, out_type=results, num_threads=2, **options)(
         part_out, part_lse, schedule.row_parts, schedule.part
     )
     first, last = schedule.row_parts
@@ -72,7 +82,8 @@ class InterpretedPart(Part):
         self.clear(self.smem["s_acc"].at[me], BLOCK)
         return body(self.smem["s_acc"].at[me])
 
-    def opaque_zero(self):
+    def begin_step(self, step):
+        del step
         return jnp.int32(0)
 
     def mma(self, acc, a, b, park=None):
@@ -132,4 +143,36 @@ class InterpretedPart(Part):
         pass
 
     def merge(self):
+        pass
+
+
+class InterpretedScaledPart(InterpretedPart, scaled.ScaledPart):
+    """`ScaledPart` with memory of its own for bytes, and loads of scales where they are used."""
+
+    @classmethod
+    def scratch(cls, shape: Shape) -> dict[str, Any]:
+        """Tiles, and their bytes apart from them."""
+        raw = scaled.raw_tiles(shape.rank // 2)
+        tiles = tiled((4, BLOCK, shape.rank // 2), shape.dtype)
+        return super().scratch(shape) | {"k": tiles, "raw": raw}
+
+    def views(self, smem):
+        return smem["k"], smem["raw"].at[:, 1]
+
+    def load_scales(self, place, tile):
+        return ()
+
+    def turn(self, buffer, scales, place):
+        block, h = divmod(buffer, 2)
+        start, live = self.extent(place, block)
+        channel = h * self.half + lax.broadcasted_iota(jnp.int32, (BLOCK, self.half), 1)
+        scales = self.scale_hbm[pl.ds(jnp.where(live > 0, start, 0), BLOCK), :]
+        chosen = jnp.zeros(channel.shape, jnp.float32)
+        for group in range(scales.shape[1]):
+            chosen = jnp.where(channel // GROUP == group, scales[:, group : group + 1], chosen)
+        value = self.raw[buffer].astype(jnp.float32) * chosen
+        slot = lax.broadcasted_iota(jnp.int32, value.shape, 0)
+        self.k[buffer] = jnp.where(slot < live, value, 0).astype(self.dtype)
+
+    def take_registers(self, count, action):
         pass

@@ -1,0 +1,72 @@
+"""What the tests of the Hopper kernels share: operands, a float64 loop, fixtures, a small model."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from common import relative
+from flax import nnx
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+import mla_jax
+from mla_jax import target
+from mla_jax.models.decoder import Decoder, DecoderConfig
+from mla_jax.ops import dispatch
+
+SCALE = 192**-0.5
+INTERPRET = plgpu.InterpretGPUParams()
+HOPPER = target.Target("gpu", "NVIDIA H200", 9.0, 132)
+SPEC = dispatch.Call("latent_attention", 2, 1, 4096, 128, (512, 64), 512, "bfloat16", ("lengths",))
+
+
+def make(seed, batch, tokens, slots, heads, rank, rope, lengths, dtype):
+    """Standard normal operands; NaN and infinity in every slot past a row's length."""
+    rng = np.random.default_rng(seed)
+    draw = lambda *shape: rng.standard_normal(shape, np.float32)  # noqa: E731
+    dead = (np.arange(slots)[None] >= np.asarray(lengths)[:, None])[..., None]
+    bad = np.where(np.arange(slots) % 3 == 0, np.inf, np.nan)[None, :, None]
+    arrays = [draw(batch, tokens, heads, rank), draw(batch, tokens, heads, rope)]
+    arrays += [np.where(dead, bad, draw(batch, slots, width)) for width in (rank, rope)]
+    return [jnp.asarray(a, dtype) for a in arrays], jnp.asarray(lengths, jnp.int32)
+
+
+def loop(arrays, lengths, scale=SCALE):
+    """float64, one query token at a time."""
+    pattern, q_rope, latent, k_rope = (np.asarray(a, np.float64) for a in arrays)
+    out = np.zeros(pattern.shape)
+    lse = np.full(pattern.shape[:-1], -np.inf)
+    for b, t in np.ndindex(pattern.shape[:2]):
+        n = int(lengths[b]) - (pattern.shape[1] - 1 - t)
+        if n <= 0:
+            continue
+        scores = pattern[b, t] @ latent[b, :n].T + q_rope[b, t] @ k_rope[b, :n].T
+        top = scale * scores.max(1, keepdims=True)
+        weights = np.exp(scale * scores - top)
+        out[b, t] = weights @ latent[b, :n] / weights.sum(1, keepdims=True)
+        lse[b, t] = top[:, 0] + np.log(weights.sum(1))
+    return out, lse
+
+
+def check(got, want, dtype, tolerance=None):
+    """Rounding of the weights, relative to the row's maximum, and of the result: half a unit each.
+
+    The joint error of both, each uniform within half a unit of the last place, is at most 0.8 eps
+    of the elements' root mean square; rows with nothing to see are exact.
+    """
+    out, lse = (np.asarray(x, np.float64) for x in got)
+    dead = np.isneginf(want[1])
+    assert np.isfinite(out).all()
+    assert (np.isneginf(lse) == dead).all()
+    assert (out[dead] == 0).all()
+    assert relative(out, want[0]) < (tolerance or 0.8 * float(jnp.finfo(dtype).eps))
+    # float32 sums of exponentials by approximate instructions
+    np.testing.assert_allclose(lse[~dead], want[1][~dead], atol=2e-5)
+
+
+def two_layers():
+    """A decoder of DeepSeek-V2-Lite's attention, prompts for it and their lengths."""
+    config = mla_jax.MLAConfig.from_preset("deepseek_v2_lite").replace(
+        hidden_size=256, num_hidden_layers=2
+    )
+    model = Decoder(DecoderConfig(attention=config), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    prompt = jax.random.randint(jax.random.key(0), (3, 40), 0, 256)
+    return model, prompt, jnp.array([40, 1, 17])

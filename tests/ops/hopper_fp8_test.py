@@ -1,0 +1,264 @@
+"""The Hopper kernel over fp8 latents against float64: interpreted here, native on a Hopper GPU.
+
+The loop that it is compared with sees the numbers that bytes and scales stand for.
+"""
+
+import dataclasses
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from common import relative
+from hopper_common import (
+    HOPPER,
+    INTERPRET,
+    SCALE,
+    SPEC,
+    check,
+    loop,
+    make,
+    two_layers,
+)  # fmt: skip
+
+import mla_jax
+from mla_jax import ops
+from mla_jax.cache import PAGE, Scaled
+from mla_jax.cache.scaled import dequantise, quantise
+from mla_jax.ops import hopper
+from mla_jax.ops.hopper import make_schedule, scaled
+from mla_jax.ops.seen import Seen
+
+pytestmark = [
+    # Infinity in slots that nobody sees meets zero, before the mask.
+    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
+]
+FP8 = "float8_e4m3fn"
+_VALUES = np.arange(256, dtype=np.uint8)
+FINITE = _VALUES[(_VALUES & 127) != 127]
+
+
+def encoded(arrays, lengths, seed=0):
+    """(queries and cache with latents in fp8, their scales, the arrays that they stand for).
+
+    Slots past a row's length hold any byte, and NaN and infinity for scales.
+    """
+    rng = np.random.default_rng(seed)
+    pattern, q_rope, latent, k_rope = arrays
+    latent = jnp.where(jnp.isfinite(latent), latent, 0)
+    # Groups differ in size, so that each needs its own scale.
+    size = np.exp2(rng.integers(-3, 4, (*latent.shape[:2], latent.shape[2] // 128)))
+    latent = latent * jnp.asarray(np.repeat(size, 128, axis=2), latent.dtype)
+    codes, scale = quantise(latent, FP8)
+    dead = (np.arange(latent.shape[1])[None] >= np.asarray(lengths)[:, None])[..., None]
+    bad = jnp.asarray(rng.integers(0, 256, codes.shape, np.uint8)).view(codes.dtype)
+    bad_scale = np.where(rng.random(scale.shape) < 0.5, np.nan, np.inf).astype(np.float32)
+    codes, scale = jnp.where(dead, bad, codes), jnp.where(dead, bad_scale, scale)
+    held = [pattern, q_rope, codes, k_rope]
+    return held, scale, [pattern, q_rope, dequantise(codes, scale, pattern.dtype), k_rope]
+
+
+def attend(arrays, scale, lengths, sms, interpret=INTERPRET, table=None):
+    tokens, heads = arrays[0].shape[1:3]
+    slots = arrays[2].shape[1] if table is None else table.shape[1] * PAGE
+    schedule = make_schedule(lengths, rows=tokens * heads, slots=slots, num_sms=sms, slack=0)
+    got = hopper.decode(
+        *arrays, schedule, latent_scale=scale, table=table, scale=SCALE, interpret=interpret
+    )
+    return jax.block_until_ready(got) if interpret else got
+
+
+def paginate(arrays, scale, lengths, seed=0):
+    """Rows on pages in random order: (arrays with pools, pool of scales, table)."""
+    rng = np.random.default_rng(seed)
+    batch, slots = arrays[2].shape[:2]
+    count = batch * slots // PAGE
+    order = rng.permutation(count).astype(np.int32)
+    place = np.argsort(order)
+    pool = lambda x: x.reshape(count, PAGE, x.shape[2])[place]  # noqa: E731
+    held = np.arange(slots // PAGE)[None] * PAGE < np.asarray(lengths)[:, None]
+    table = np.where(held, order.reshape(batch, -1), count)
+    return [*arrays[:2], *map(pool, arrays[2:])], pool(scale), jnp.asarray(table)
+
+
+def test_interpreted_is_the_loop():
+    """Two parts, of which each has rows of several steps, and one row that both have."""
+    arrays, lengths = make(1, 2, 2, 296, 3, 256, 16, (70, 290), jnp.bfloat16)
+    held, scale, whole = encoded(arrays, lengths)
+    check(attend(held, scale, lengths, 3), loop(whole, lengths), jnp.bfloat16)
+
+
+def test_pages_interpreted_are_the_loop():
+    arrays, lengths = make(2, 2, 1, 256, 16, 128, 0, (129, 64), jnp.bfloat16)
+    held, scale, whole = encoded(arrays, lengths)
+    pages, scales, table = paginate(held, scale, lengths)
+    got = attend(pages, scales, lengths, 2, table=table)
+    check(got, loop(whole, lengths), jnp.bfloat16)
+
+
+REAL = {name: getattr(scaled.ScaledPart, name) for name in ("extent", "place_after", "fetch")}
+
+
+def _one_slot_too_many(self, place, block):
+    source, live = REAL["extent"](self, place, block)
+    return source, live + 1
+
+
+def _scales_of_the_block_before(self, place, block):
+    source, live = REAL["extent"](self, place, block)
+    return source - 64 * (block == 1), live
+
+
+def _left_half_twice(self, block, h, source):
+    dense = types.SimpleNamespace(k_hbm=self.k_hbm, half=self.half, smem=self.smem)
+    dense.raw = types.SimpleNamespace(at={2 * block: self.raw.at[2 * block + h]})
+    dense.smem = {
+        "raw_bar": types.SimpleNamespace(at={2 * block: self.smem["raw_bar"].at[2 * block + h]})
+    }
+    REAL["fetch"](dense, block, 0, source)
+
+
+PLANTED = {
+    "dead_slot_turned": ("extent", _one_slot_too_many),
+    "scales_of_another_block": ("extent", _scales_of_the_block_before),
+    "length_of_the_row_before": (
+        "place_after",
+        lambda self, g, place: REAL["place_after"](self, g, place)._replace(length=place.length),
+    ),
+    "left_half_twice": ("fetch", _left_half_twice),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bug", PLANTED)
+@pytest.mark.usefixtures("traced_anew")
+def test_planted_bugs_are_noticed(bug, monkeypatch):
+    monkeypatch.setattr(scaled.ScaledPart, *PLANTED[bug])
+    arrays, lengths = make(1, 2, 2, 296, 3, 256, 16, (70, 290), jnp.bfloat16)
+    held, scale, whole = encoded(arrays, lengths)
+    with pytest.raises(AssertionError):
+        check(attend(held, scale, lengths, 1), loop(whole, lengths), jnp.bfloat16)
+
+
+def test_gradients_of_the_queries_are_those_of_xla():
+    arrays, lengths = make(3, 1, 1, 64, 2, 128, 16, (50,), jnp.bfloat16)
+    held, scale, _ = encoded(arrays, lengths)
+
+    weights = jnp.asarray(np.random.default_rng(0).standard_normal((1, 1, 2, 128)), jnp.float32)
+
+    def loss(attend, pattern, q_rope):
+        out, lse = attend(pattern, q_rope)
+        return (out * weights).sum() + lse.sum()
+
+    def ours(pattern, q_rope):
+        schedule = make_schedule(lengths, rows=2, slots=64, num_sms=1, slack=0)
+        return hopper.decode(
+            pattern, q_rope, *held[2:], schedule,
+            latent_scale=scale, scale=SCALE, interpret=INTERPRET,
+        )  # fmt: skip
+
+    def theirs(pattern, q_rope):
+        seen = Seen.of(lengths, batch=1, queries=1, slots=64)
+        store = Scaled(arrays_of(held, scale))
+        return ops.attend_latents((pattern, q_rope), store, seen, scale=SCALE, implementation="xla")
+
+    one, two = (
+        jax.block_until_ready(jax.grad(functools.partial(loss, f), (0, 1))(*held[:2]))
+        for f in (ours, theirs)
+    )
+    for a, b in zip(one, two, strict=True):
+        # Both go through XLA with the same cotangents; only the programs may differ.
+        assert relative(a, b) < float(jnp.finfo(jnp.bfloat16).eps)
+
+
+def arrays_of(held, scale):
+    """The arrays of a `Scaled` store."""
+    return {"latent": held[2], "k_rope": held[3], "latent_scale": scale}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [({"encoding": "int8"}, "not int8"), ({"encoding": FP8, "dtype": "float16"}, "not float16")],
+)
+def test_what_it_cannot_serve(change, reason):
+    assert reason in hopper.why_not(dataclasses.replace(SPEC, **change), HOPPER)
+
+
+def test_where_it_runs():
+    assert hopper.why_not(dataclasses.replace(SPEC, encoding=FP8), HOPPER) is None
+
+
+# ---- on a Hopper GPU
+
+NATIVE = [  # B, T, S, N, R, P, lengths
+    (5, 2, 1408, 40, 512, 64, (1399, 0, 65, 700, 1400)),
+    (3, 1, 2048, 128, 512, 64, (2047, 129, 1)),
+    (3, 1, 896, 16, 384, 32, (640, 1, 896)),
+    (2, 3, 512, 20, 128, 0, (511, 64)),
+    (2, 1, 1024, 64, 256, 64, (1000, 63)),
+]
+
+
+@pytest.mark.accelerator
+@pytest.mark.parametrize("case", NATIVE, ids=lambda c: "N{3}-T{1}-R{4}-P{5}".format(*c))
+def test_native(case, card):
+    """Against the loop, bit for bit again, and bit for bit on pages; few parts and many."""
+    *shape, lengths = case
+    arrays, lengths = make(NATIVE.index(case), *shape, lengths, jnp.bfloat16)
+    held, scale, whole = encoded(arrays, lengths)
+    want = loop(whole, lengths)
+    run = jax.jit(functools.partial(attend, sms=card.cores, interpret=None))
+    got = run(held, scale, lengths)
+    check(got, want, jnp.bfloat16, tolerance=4e-3)
+    pages, scales, table = paginate(held, scale, lengths)
+    for again in (run(held, scale, lengths), run(pages, scales, lengths, table=table)):
+        for one, two in zip(got, again, strict=True):
+            np.testing.assert_array_equal(np.asarray(one), np.asarray(two))
+    few = 4 * -(-shape[1] * shape[3] // 64)
+    got = jax.jit(functools.partial(attend, sms=few, interpret=None))(held, scale, lengths)
+    check(got, want, jnp.bfloat16, tolerance=4e-3)
+
+
+@pytest.mark.accelerator
+def test_native_turns_every_byte_exactly(card):
+    """Every finite number of e4m3 with scales of 2^-100 to 2^117: out is the only latent."""
+    rows, rank, slots = 64, 512, 128
+    rng = np.random.default_rng(0)
+    codes = np.zeros((rows, slots, rank), np.uint8)
+    codes[:, 0] = rng.permuted(np.resize(FINITE, (rows, rank)), axis=1)
+    powers = (np.arange(rows * 4) % 218 - 100).reshape(rows, 4)
+    scale = np.full((rows, slots, 4), np.nan, np.float32)
+    scale[:, 0] = np.ldexp(1.0, powers)
+    latent = jnp.asarray(codes).view(FP8)
+    want = dequantise(latent[:, 0], jnp.asarray(scale[:, 0]), jnp.bfloat16)
+    zeros = lambda *shape: jnp.zeros(shape, jnp.bfloat16)  # noqa: E731
+    held = [zeros(rows, 1, 16, rank), zeros(rows, 1, 16, 64), latent, zeros(rows, slots, 64)]
+    lengths = jnp.ones(rows, jnp.int32)
+    run = jax.jit(functools.partial(attend, sms=card.cores, interpret=None))
+    out = np.asarray(run(held, jnp.asarray(scale), lengths)[0].astype(jnp.float32))[:, 0]
+    for head in (0, 15):
+        np.testing.assert_array_equal(out[:, head], np.asarray(want.astype(jnp.float32)))
+    scale[5, 0, 1] = np.nan  # a group that had no finite number
+    out = np.asarray(run(held, jnp.asarray(scale), lengths)[0].astype(jnp.float32))[:, 0, 0]
+    assert np.isnan(out[5, 128:256]).any()
+    np.testing.assert_array_equal(np.isfinite(np.delete(out, 5, 0)), True)
+
+
+@pytest.mark.accelerator
+def test_native_in_the_layer(card):
+    """Steps over an fp8 cache run through the kernel and agree with XLA's."""
+    model, prompt, lengths = two_layers()
+    results = []
+    for implementation in (None, "xla"):
+        for block in model.blocks:
+            block.attention.implementation = implementation
+        cache = model.init_cache(3, 128, dtype=FP8)
+        _, cache = mla_jax.prefill_step(model, prompt, cache, lengths)
+        text = mla_jax.decode_step.lower(model, prompt[:, :1], cache).compile().as_text()
+        assert ("mosaic_gpu" in text) == (implementation is None)
+        logits, cache = mla_jax.decode_step(model, prompt[:, :1], cache)
+        results.append(np.asarray(logits, np.float64))
+    assert relative(*results) < 2e-2
