@@ -229,7 +229,7 @@ class MultiHeadLatentAttention(LatentMaps):
                 without index keys; a relay that lacks what the layer takes from it.
         """
         tokens = self.check_input(x)[1]
-        view, batch = step.view(store), len(step.own(x))
+        view, batch = step.view(store), step.own(x).shape[0]
         self._check_store(view, batch, self._widths())
         x, by = step.clear(x), step.rotation(self.config)
         q_nope, q_rope, gate, q_latent = self._queries(x, step.positions, by)

@@ -14,8 +14,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 _UPCAST = plgpu.Layout.WGMMA_UPCAST_2X
 _E4M3 = """{
-.reg .b32 lo, hi, mlo, mhi, up;
+.reg .b32 lo, hi, mlo, mhi, up, over, zero;
 mov.b32 up, 0x7B807B80;
+mov.b32 over, 0x7B107B10;
+mov.b32 zero, 0;
 prmt.b32 lo, $2, 0, 0x1404;
 prmt.b32 hi, $2, 0, 0x3424;
 shr.u32 mlo, lo, 4;
@@ -26,16 +28,17 @@ and.b32 lo, lo, 0x80008000;
 and.b32 hi, hi, 0x80008000;
 or.b32 lo, lo, mlo;
 or.b32 hi, hi, mhi;
-mul.rn.bf16x2 $0, lo, up;
-mul.rn.bf16x2 $1, hi, up;
+mul.rn.bf16x2 lo, lo, up;
+mul.rn.bf16x2 hi, hi, up;
+mul.rn.bf16x2 mlo, lo, over;
+mul.rn.bf16x2 mhi, hi, over;
+fma.rn.bf16x2 $0, mlo, zero, lo;
+fma.rn.bf16x2 $1, mhi, zero, hi;
 }"""
 
 
 def widened(ref, dtype):
-    """The numbers [64 K] of float8_e4m3fn or int8 in bfloat16, as matrix products take them.
-
-    e4m3's two codes for NaN become 480 and -480.
-    """
+    """The numbers [64 K] of float8_e4m3fn or int8 in bfloat16, as matrix products take them."""
     narrow = ref.dtype
     loaded = plgpu.load(ref, layout=_UPCAST, optimized=False)
     if narrow != jnp.float8_e4m3fn:
