@@ -29,7 +29,7 @@ from mla_jax.layers.projection import Projection, apart, kernel_of, together
 from mla_jax.layers.quantised import Quantised
 from mla_jax.layers.step import check_positions, row_counts
 from mla_jax.ops import dispatch
-from mla_jax.ops.weights import fold_keys, unfold_values
+from mla_jax.ops.weights_mesh import fold_keys, unfold_values
 
 _BIASED = ("q_a_proj", "kv_a_proj", "o_proj")  # what attention_bias=True means
 # Of each kernel's axes; ranks count as D, the axis that FSDP splits.

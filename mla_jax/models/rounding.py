@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from mla_jax.layers.experts import MixtureOfExperts
 from mla_jax.layers.projection import Projection
-from mla_jax.layers.quantised import Quantised
+from mla_jax.layers.quantised import Quantised, letters_of
 from mla_jax.ops.weights import Weight
 
 # Rows and columns that share a scale, and the largest number, of every form.
@@ -67,10 +67,10 @@ def round_weights(module: nnx.Module, form: str) -> None:
     for _, parent in list(nnx.iter_modules(module)):
         if isinstance(parent, MixtureOfExperts):
             for name in _EXPERTS:
-                kernel = getattr(parent, name)[...]
+                kernel = getattr(parent, name)
                 types = {"dtype": parent.dtype, "precision": parent.precision}
-                weight = rounded(jnp.swapaxes(kernel, 1, 2), form)
-                setattr(parent, name, Quantised(weight, **types))
+                weight = rounded(jnp.swapaxes(kernel[...], 1, 2), form)
+                setattr(parent, name, Quantised(weight, letters=letters_of(kernel), **types))
         for name, child in list(vars(parent).items()):
             if isinstance(child, nnx.Linear | Projection):
                 setattr(parent, name, _of_linear(child, form))
@@ -79,6 +79,9 @@ def round_weights(module: nnx.Module, form: str) -> None:
 def _of_linear(linear: Any, form: str) -> Quantised:
     kernel = linear.kernel[...]
     inputs = linear.in_features
-    width = inputs if isinstance(inputs, int) else math.prod(inputs)
-    weight = rounded(kernel.reshape(width, -1).T, form)
-    return Quantised(weight, bias=linear.bias, dtype=linear.dtype, precision=linear.precision)
+    inputs = (inputs,) if isinstance(inputs, int) else tuple(inputs)
+    weight = rounded(kernel.reshape(math.prod(inputs), -1).T, form)
+    return Quantised(
+        weight, bias=linear.bias, dtype=linear.dtype, precision=linear.precision,
+        letters=letters_of(linear.kernel, len(inputs)),
+    )  # fmt: skip
