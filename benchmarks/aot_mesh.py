@@ -50,6 +50,7 @@ from typing import Any
 
 CUDA = pathlib.Path(os.environ.get("CUDA_ROOT", "/usr/local/cuda"))
 os.environ.update({
+    "MLA_JAX_FEW": "1",
     "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v6e-4",
     "TPU_WORKER_HOSTNAMES": "localhost", "TPU_LOG_DIR": "disabled",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
@@ -194,7 +195,8 @@ def program(mesh, what: str, config: DecoderConfig, weights: str | None = None):
     cached = {local(x) for x in jax.tree.leaves(cache) if x.ndim > 2}
     kernels = {local(x) for x in jax.tree.leaves(model) if x.size > 2**20}
     kernels |= {x.shape for x in jax.tree.leaves(model) if x.size > 2**20}
-    stored = {local(x) for x in jax.tree.leaves(nnx.state(model, Frozen)) if x.dtype.itemsize == 1}
+    frozen = [x for x in jax.tree.leaves(nnx.state(model, Frozen)) if x.dtype.itemsize == 1]
+    stored = {shape for x in frozen for shape in (local(x), x.shape)}
     return compiled, lowering, compiling, cached | kernels, stored
 
 
@@ -246,8 +248,8 @@ def look(target: str, mesh, name: str, what: str, options: argparse.Namespace) -
         + f" | {lowering[0]:.0f} + {seconds[0]:.0f} ({lowering[1]:.0f} + {seconds[1]:.0f}) |",
         flush=True,
     )  # fmt: skip
-    wide = widened(text, stored)
-    assert not wide, f"makes arrays of more than 8 bits as large as a stored weight: {wide[:5]}"
+    wide = widened(text, stored, held - stored)
+    assert not wide, f"makes arrays of more than 8 bits as large as a stored weight: {wide}"
     if weights is not None and target == "h200-host":
         limits = (92e9 if config.attention.num_hidden_layers == 61 else math.inf), 1e9
         found = memory.argument_size_in_bytes, memory.temp_size_in_bytes
@@ -266,11 +268,12 @@ def look(target: str, mesh, name: str, what: str, options: argparse.Namespace) -
     }  # fmt: skip
 
 
-def widened(text: str, stored: set[tuple[int, ...]]) -> list[str]:
-    """Lines that write 16 or 32 bits a number as often as there are numbers in a stored weight.
+def widened(text: str, stored: set[tuple[int, ...]], others: set[tuple[int, ...]]) -> list[str]:
+    """Arrays of 16 or 32 bits a number that have as many numbers as a stored weight.
 
-    What is within a fusion is not written. A layer's weight counts, an expert's alone, and half of
-    one, such as the keys' part of kv_b_proj.
+    Shapes in `others`, the cache's and those of weights that are not stored, do not count; nor does
+    what is within a fusion, which is not written. A layer's weight counts, an expert's alone, and
+    half of one, such as the keys' part of kv_b_proj.
     """
     sizes = {math.prod(shape) for shape in stored} | {math.prod(shape[-2:]) for shape in stored}
     sizes |= {size // 2 for size in sizes}
@@ -288,8 +291,9 @@ def widened(text: str, stored: set[tuple[int, ...]]) -> list[str]:
             continue
         for line in own:
             for made in re.findall(r" = (?:bf16|f16|f32)\[([\d,]+)\]", line):
-                if math.prod(int(size) for size in made.split(",")) in sizes:
-                    found.append(line.strip()[:160])
+                shape = tuple(map(int, made.split(",")))
+                if math.prod(shape) in sizes and shape not in others:
+                    found.append(line.strip().partition("(")[0][-80:])
     return found
 
 

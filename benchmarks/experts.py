@@ -14,6 +14,7 @@ are; with `--shared` the shared expert comes along. Then the first rows are comp
 
 import argparse
 import itertools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from flax import nnx
 from mla_jax.layers.experts import MixtureOfExperts
 from mla_jax.models import DecoderConfig
 from mla_jax.models.rounding import rounded
-from mla_jax.ops.experts import routed_experts, xla
+from mla_jax.ops.experts import routed_experts, takes_shared, xla
 from mla_jax.ops.weights import Weight, matmul
 
 CHECKED = 2048  # tokens up to which float32 gradients are made for comparison
@@ -110,6 +111,8 @@ def stored(options, mlp):
         for round_ in range(options.rounds):
             for form, (kernels, shared) in made.items():
                 shared = shared if options.shared else None
+                if shared is not None and not takes_shared(x, experts, weights, kernels, shared):
+                    shared = None
                 size = (
                     sum(leaf.nbytes for leaf in jax.tree.leaves(kernels))
                     / len(plain[0])
@@ -198,11 +201,14 @@ def main():
     parser.add_argument("--param-dtype", default="bfloat16")
     parser.add_argument("--forward-only", action="store_true")
     parser.add_argument("--weights", nargs="+", help="plain, float8_e4m3fn, int8: forward only")
+    parser.add_argument("--few", action=argparse.BooleanOptionalAction, default=True,
+                        help="the kernels of few tokens, MLA_JAX_FEW")  # fmt: skip
     parser.add_argument("--shared", action="store_true", help="with the shared expert")
     parser.add_argument("--linear", nargs="*", default=[], metavar="KxN", help="linear maps, too")
     parser.add_argument("--rounds", type=int, default=2, help="in which forms alternate")
     parser.add_argument("--seconds", type=float, default=0.1, help="a timed loop lasts so long")
     options = parser.parse_args()
+    os.environ["MLA_JAX_FEW"] = str(int(options.few))
     config = DecoderConfig.from_preset(options.preset)
     config = config if options.shared else config.replace(n_shared_experts=0)
     types = {"dtype": jnp.bfloat16, "param_dtype": jnp.dtype(options.param_dtype)}

@@ -16,6 +16,7 @@ A line is printed as soon as it is known, and a batch that fails does not end th
 import argparse
 import collections
 import json
+import os
 import pathlib
 import re
 import statistics
@@ -268,9 +269,12 @@ def main():
     parser.add_argument("--again", type=float, default=1e9,
                         help="prefill once only where it compiles longer than this")  # fmt: skip
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no batch after these")
+    parser.add_argument("--few", action=argparse.BooleanOptionalAction, default=True,
+                        help="the kernels of few tokens, MLA_JAX_FEW")  # fmt: skip
     parser.add_argument("--no-profile", action="store_true")
     parser.add_argument("--json", type=pathlib.Path, help="write the figures here, batch by batch")
     options = parser.parse_args()
+    os.environ["MLA_JAX_FEW"] = str(int(options.few))
     config = DecoderConfig.from_preset(options.preset)
     if options.layers:
         shorter = config.attention.replace(num_hidden_layers=options.layers)

@@ -63,7 +63,8 @@ def routed_experts(
         respect to x, the weights and the kernels; a kernel's gradient has the kernel's dtype.
 
     Raises:
-        ValueError: shapes or dtypes that do not go together, or a backend that is not known.
+        ValueError: shapes or dtypes that do not go together, a backend that is not known, or a
+            shared expert that cannot be taken along.
         NotImplementedError: the named backend cannot serve this call; the message says why.
 
     >>> x, experts = jnp.ones((5, 16)), jnp.array([[0, 2]] * 5)
@@ -75,7 +76,12 @@ def routed_experts(
     Traceback (most recent call last):
     ValueError: weights has shape (5, 3): it must be [M K] = (5, 2), as experts.
     """
-    _checked(x, experts, weights, gate, up, down)
+    kernels = gate, up, down
+    _checked(x, experts, weights, *kernels)
+    if shared is not None and not takes_shared(
+        x, experts, weights, kernels, shared, implementation=implementation
+    ):
+        raise ValueError("shared: these arguments do not take a shared expert, see takes_shared.")
     run = functools.partial(_run, precision=precision, implementation=implementation)
     if sharding.mesh_of(gate, x) is None:
         return run(x, experts, weights, gate, up, down, shared=shared)

@@ -4,6 +4,8 @@ Tolerances count roundings to bfloat16, as in `grouped_test.py`: of hidden state
 output, of y. Weights are exact, those of 8 bits too.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,8 +19,14 @@ from mla_jax.ops.experts import few, gated_mlp, hopper, routed_experts, takes_sh
 from mla_jax.ops.experts.tiles import Chosen, chosen_experts
 from mla_jax.ops.weights import Weight
 
+pytestmark = pytest.mark.usefixtures("switched_on")
 INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
 BLOCKS = {"e4m3": (128, 128), "int8": (1, None)}
+
+
+@pytest.fixture
+def switched_on(monkeypatch):
+    monkeypatch.setenv(hopper.SWITCH, "1")
 
 
 def tolerance(roundings):
@@ -157,6 +165,21 @@ def test_the_chosen_experts():
     assert chosen.rank[jnp.array([1, 4, 7])].tolist() == [0, 1, 2]
 
 
+def test_the_default_is_another_way(monkeypatch):
+    """Experts in 16 bits go by the kernels of many tokens, those as stored are refused by name."""
+    call = hopper.Call(8, 48, 64, (2048, 1408), "bfloat16")
+    kept = dataclasses.replace(call, stored=("float8_e4m3fn", BLOCKS["e4m3"]))
+    here = target.Target("gpu", "NVIDIA H200", 9.0, 132)
+    assert hopper.takes_shared(call, here)
+    assert hopper.why_not(kept, here) is None
+    assert hopper.few_plan(8, "bfloat16", None, here) is not None
+    monkeypatch.delenv(hopper.SWITCH)
+    assert hopper.why_not(call, here) is None
+    assert not hopper.takes_shared(call, here)
+    assert "only with MLA_JAX_FEW=1" in hopper.why_not(kept, here)
+    assert hopper.few_plan(8, "bfloat16", None, here) is None
+
+
 def other_place(self, source, operand, slot):
     swapped = (0, 2, 1)[operand] if len(self.operands) == 3 else operand
     REAL(self, source, swapped, slot)
@@ -179,3 +202,18 @@ def test_bugs_planted_in_the_kernels_are_noticed(bug, monkeypatch, rng):
         check_products(kind, rng)
     for kernel in (few.gate_up, few.down):
         kernel.clear_cache()
+
+
+@pytest.mark.accelerator
+@pytest.mark.parametrize("kind", ["e4m3", "int8"])
+def test_every_code_is_its_number_on_a_gpu(kind):
+    """Each row of the weights holds one code. That of NaN gives NaN in its own row only."""
+    dtype = jnp.float8_e4m3fn if kind == "e4m3" else jnp.int8
+    codes = jnp.arange(256, dtype=jnp.uint8)
+    values = jnp.zeros((256, 128), dtype).at[:, 5].set(jax.lax.bitcast_convert_type(codes, dtype))
+    scale = jnp.ones((2, 1) if kind == "e4m3" else (256, 1), jnp.float32)
+    x = jnp.zeros((8, 128), jnp.bfloat16).at[:, 5].set(1)
+    y = few.linear(x, Weight(values, scale, BLOCKS[kind]).stacked(), plan=few.Plan(8, 132))
+    expected = np.broadcast_to(np.asarray(values[:, 5], np.float32), y.shape)
+    assert np.isnan(expected).sum() == (16 if kind == "e4m3" else 0)
+    np.testing.assert_array_equal(np.asarray(y, np.float32), expected)
