@@ -11,7 +11,7 @@ decode step moves at most 1.3 times the closed form.
     python benchmarks/aot_mesh.py h200-host --models deepseek_v3 --what wide --weights float8_e4m3fn
 
 The last one is one host of 8 H200s with weights kept in 8 bits, 32 rows of 8192 slots. Checked
-there: a device's arguments and temporaries, and that no array of more than 8 bits is as large as a
+there: a device's arguments and temporaries, and that no array of more than 8 bits has the shape of a
 weight.
 
 The short form also compiles a decode step of the attention layer alone, and what moves in it must
@@ -248,8 +248,8 @@ def look(target: str, mesh, name: str, what: str, options: argparse.Namespace) -
         + f" | {lowering[0]:.0f} + {seconds[0]:.0f} ({lowering[1]:.0f} + {seconds[1]:.0f}) |",
         flush=True,
     )  # fmt: skip
-    wide = widened(text, stored, held - stored)
-    assert not wide, f"makes arrays of more than 8 bits as large as a stored weight: {wide}"
+    wide = widened(text, stored, config.attention.num_attention_heads // mesh.shape["model"])
+    assert not wide, f"makes arrays of more than 8 bits in the shape of a stored weight: {wide}"
     if weights is not None and target == "h200-host":
         limits = (92e9 if config.attention.num_hidden_layers == 61 else math.inf), 1e9
         found = memory.argument_size_in_bytes, memory.temp_size_in_bytes
@@ -268,17 +268,20 @@ def look(target: str, mesh, name: str, what: str, options: argparse.Namespace) -
     }  # fmt: skip
 
 
-def widened(text: str, stored: set[tuple[int, ...]], others: set[tuple[int, ...]]) -> list[str]:
-    """Arrays of 16 or 32 bits a number that have as many numbers as a stored weight.
+def widened(text: str, stored: set[tuple[int, ...]], heads: int) -> list[str]:
+    """Arrays of 16 or 32 bits a number that a program writes in the shape of a stored weight.
 
-    Shapes in `others`, the cache's and those of weights that are not stored, do not count; nor does
-    what is within a fusion, which is not written. A layer's weight counts, an expert's alone, and
-    half of one, such as the keys' part of kv_b_proj.
+    Axes may stand in another order. A layer's weight counts, an expert's alone, and that of so many
+    heads with an axis of its own for these, or half of it, such as the keys' part of kv_b_proj.
     """
-    sizes = {math.prod(shape) for shape in stored} | {math.prod(shape[-2:]) for shape in stored}
-    sizes |= {size // 2 for size in sizes}
+    shapes = set(stored)
+    for *_, rows, columns in stored:
+        shapes |= {(rows, columns), (heads, rows // heads, columns)}
+        shapes.add((heads, rows // heads // 2, columns))
+    bare = lambda shape: tuple(sorted(size for size in shape if size > 1))  # noqa: E731
+    weights = {bare(shape) for shape in shapes}
     _, lines = links.computations(text)
-    inside = {
+    inside = {  # a fusion writes its result alone
         name
         for own in lines.values()
         for line in own
@@ -286,14 +289,12 @@ def widened(text: str, stored: set[tuple[int, ...]], others: set[tuple[int, ...]
         for name in links.called(line)
     }
     found = []
-    for name, own in lines.items():
-        if name in inside:
+    for line in (line for name, own in lines.items() if name not in inside for line in own):
+        if re.search(r" (parameter|bitcast|get-tuple-element)\(", line):
             continue
-        for line in own:
-            for made in re.findall(r" = (?:bf16|f16|f32)\[([\d,]+)\]", line):
-                shape = tuple(map(int, made.split(",")))
-                if math.prod(shape) in sizes and shape not in others:
-                    found.append(line.strip().partition("(")[0][-80:])
+        for made in re.findall(r" = (?:bf16|f16|f32)\[([\d,]+)\]", line):
+            if bare(map(int, made.split(","))) in weights:
+                found.append(line.strip().partition("(")[0][-80:])
     return found
 
 

@@ -172,9 +172,7 @@ def test_inputs_as_stored_are_split_between_blocks_only():
     model = rounded_decoder((16, 12))  # o_proj has 32 inputs, 8 on each of four devices
     with jax.set_mesh(mesh()):
         placed = jax.device_put(model, STORED.of(model))
-        with pytest.raises(
-            NotImplementedError, match=r"its 32 inputs into parts of 8\. Load"
-        ):
+        with pytest.raises(NotImplementedError, match=r"its 32 inputs into parts of 8\. Load"):
             jax.eval_shape(prompt_and_token, placed, put(np.zeros((B, 4), np.int32), BOTH))
 
 
