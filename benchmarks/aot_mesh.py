@@ -11,8 +11,8 @@ decode step moves at most 1.3 times the closed form.
     python benchmarks/aot_mesh.py h200-host --models deepseek_v3 --what wide --weights float8_e4m3fn
 
 The last one is one host of 8 H200s with weights kept in 8 bits, 32 rows of 8192 slots. Checked
-there: a device's arguments and temporaries, and that no array of more than 8 bits has the shape of a
-weight.
+there: a device's arguments and temporaries, and that no array of more than 8 bits has the shape of
+a weight.
 
 The short form also compiles a decode step of the attention layer alone, and what moves in it must
 be what its layout names: kinds and sizes, no collective more and none less.
