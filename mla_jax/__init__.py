@@ -1,11 +1,15 @@
 """Multi-head Latent Attention for JAX and Flax.
 
 To read the code, begin with `layers.attention`: the layer, its two forms and its data flow. What it
-keeps of tokens is a `cache.Cache`, what a call appends to all layers' stores a `layers.step.Step`,
-and its cores are in `ops`, which choose a backend in `ops.dispatch`. `models.decoder` makes a whole
-model of layers, `checkpoint` loads it by what `families` says, `generation` lets it write. A module
-imports only from those before it: config, costs, cache, ops, layers, models, families, checkpoint,
-generation, cli.
+keeps of tokens is a `cache.Cache`; what a call appends to all layers' stores is a
+`layers.step.Step`; its cores are in `ops`, which chooses a backend in `ops.dispatch`.
+`models.decoder` makes a whole model of layers, `checkpoint` loads it by what `families` says, and
+`generation` lets it write.
+
+A module imports only from those of its own group or before it: check, config, target, sharding;
+rates; rope, costs; cache; ops; layers; models; families; checkpoint; generation; training, explain,
+placing; cli. The exceptions are config and models, whose `from_hf` asks families how to read a
+config.json.
 
 Public names are imported when they are first used, so that what needs no JAX (configs, costs, the
 command line's help) does not wait for it.

@@ -44,7 +44,7 @@ class Cache:
     """Rows of up to S tokens, and what every layer keeps of them.
 
     Attributes:
-        stores: of all mixers, in the order in which the model declares them.
+        stores: of all mixers (attention layers), in the order in which the model declares them.
         length: int32 [B], tokens that each row holds, the same for all stores.
         overflowed: bool [B], rows that were given more tokens than they had room for since they
             were last empty or cut back: the tokens beyond were dropped, nothing was overwritten.
@@ -206,7 +206,7 @@ class Cache:
         return store if self.pages is None else Paged(store, self.pages.table)
 
     def end(self, stores: Sequence[Dense], step: Any) -> Self:
-        """The cache after a `layers.Step` that it began, with the stores that the layers gave back.
+        """The cache after a `layers.step.Step` on it, with the stores that the layers gave back.
 
         Raises:
             ValueError: another number of stores than the cache has.

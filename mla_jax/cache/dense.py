@@ -2,11 +2,11 @@
 
 Every array has its rows first and its slots second, then what belongs to one token:
 
-    latent [B S R]    k_rope [B S P]    index_key [B S I]
+    latent [B S R]    k_rope [B S P]    index_key [B S I]    latent_scale [B S C]
+    k_nope [B S N H]  value [B S N V]   which no cache holds
 
-Letters: B batch rows, S slots of a row, T new tokens, K chosen slots; R latent, P rotary, I
-    index-key
-channels.
+Letters: B batch rows, S slots of a row, T new tokens, K chosen slots, N heads; R latent, P rotary,
+I index-key, H key and V value channels; C groups of 128 latent channels, which share a scale.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from mla_jax.cache.stripes import Stripes
 
 # The letters of every array that a store may have; a mesh axis is given to letters.
 LETTERS = {
-    "latent": "BSR", "latent_scale": "BSG", "k_rope": "BSP", "index_key": "BSI", "k_nope": "BSNH",
+    "latent": "BSR", "latent_scale": "BSC", "k_rope": "BSP", "index_key": "BSI", "k_nope": "BSNH",
     "value": "BSNV",
 }  # fmt: skip
 
@@ -90,7 +90,9 @@ class Dense:
         return held
 
     def write(self, at: Int[Array, "B T"], **new: Array) -> Self:
-        """The store with new [B T ...] at the slots `at`, no slot twice; S and more is nowhere.
+        """The store with new [B T ...] at the slots `at`, no slot twice.
+
+        What goes to slot S or beyond is dropped.
 
         Raises:
             ValueError: names, widths or dtypes that are not this store's.

@@ -36,9 +36,9 @@ def serves(held: Array, at: Array, follow: bool = True) -> bool:
 def write(
     held: Shaped[Array, "G W P"], new: Shaped[Array, "B T P"], at: Int[Array, "B T"], place: Place
 ) -> Shaped[Array, "G W P"]:
-    """The array with new tokens at the slots `at` of their rows; a slot that is not is nowhere.
+    """The array with new tokens at the slots `at` of their rows.
 
-    What is read of a place that is not there is written back where it was read.
+    What goes to a slot that does not exist is dropped: what is read in its stead is written back.
     """
     mesh = sharding.mesh_of(new, at)
     if mesh is not None and sharding.mesh_of(held) is None:
@@ -47,7 +47,7 @@ def write(
     if at.shape[1] <= _SINGLY:
         return _singly(held, new, at, place)
     run = at[:, :1] + jnp.arange(at.shape[1], dtype=at.dtype)[None]
-    # Tokens that go nowhere come last in a row, and their slots lie past all that there are.
+    # Tokens that are dropped come last in a row, and their slots lie past all that there are.
     exists = place(jnp.arange(len(at), dtype=at.dtype)[:, None], at)[2]
     follows = (at == run) | ~exists
     return jax.lax.cond(

@@ -79,7 +79,7 @@ class Paged:
         return self.pool.decode(held)
 
     def write(self, at: Int[Array, "B T"], **new: Array) -> Self:
-        """As `Dense.write`; a slot whose page the row does not have is nowhere."""
+        """As `Dense.write`; what goes to a page that the row does not have is dropped, too."""
         # Every token is a row of its own to the pool, which sees pages as rows.
         self.pool.check(at, new)
         return self.put(at, self.encode(new))
@@ -255,7 +255,7 @@ class Pages:
 
 
 def _copy_pages(stores, old, new):
-    """Pages `old` [B] of every store copied to pages `new`; G and above is nowhere."""
+    """Pages `old` [B] of every store copied to pages `new`; at G or beyond it is dropped."""
     return jax.tree.map(
         lambda held: held.at[new].set(held.at[old].get(mode="clip"), mode="drop"), stores
     )

@@ -10,7 +10,7 @@ significant bits, int8 has 7, and bfloat16 takes 8), and a kernel makes the prod
 to the exponent. The price is at most one bit of int8 and none of fp8, whose steps follow the
 number's own size.
 
-Letters: B batch rows, S slots of a row, T new tokens, R latent channels, G groups of 128 of them.
+Letters: B batch rows, S slots of a row, T new tokens, R latent channels, C groups of 128 of them.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ class Scaled(Dense):
     has no derivative: what asks for one is an error.
 
     Attributes:
-        arrays: latent [B S R] in fp8 or int8, latent_scale [B S G] in float32, and others as they
+        arrays: latent [B S R] in fp8 or int8, latent_scale [B S C] in float32, and others as they
             are.
 
     >>> store = Scaled.init(1, 4, {"latent": 130, "k_rope": 2}, jnp.int8, jnp.float32)
@@ -106,7 +106,7 @@ def is_encoding(dtype) -> bool:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def quantise(latent: Float[Array, "*B R"], held: str) -> tuple[Array, Float[Array, "*B G"]]:
+def quantise(latent: Float[Array, "*B R"], held: str) -> tuple[Array, Float[Array, "*B C"]]:
     """Latents in fp8 or int8, and their scales.
 
     A scale is the smallest power of two by which its group's numbers fit.
@@ -138,7 +138,7 @@ def _quantise_jvp(held, primals, tangents):
     )
 
 
-def dequantise(latent: Array, scale: Float[Array, "*B G"], dtype) -> Float[Array, "*B R"]:
+def dequantise(latent: Array, scale: Float[Array, "*B C"], dtype) -> Float[Array, "*B R"]:
     """What `quantise` made: exactly, but for what float16 has no room for.
 
     >>> dequantise(*quantise(jnp.array([[449.0, 1.0]]), "float8_e4m3fn"), jnp.bfloat16)
@@ -152,7 +152,7 @@ def dequantise(latent: Array, scale: Float[Array, "*B G"], dtype) -> Float[Array
 
 
 def _groups(latent):
-    """[... R] as [... G 128], the last group filled up with zeros."""
+    """[... R] as [... C 128], the last group filled up with zeros."""
     width = latent.shape[-1]
     count = math.ceil(width / GROUP)
     padding = [(0, 0)] * (latent.ndim - 1) + [(0, count * GROUP - width)]

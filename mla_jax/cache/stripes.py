@@ -44,7 +44,7 @@ class Stripes:
         count: n, how many they are.
 
     >>> first, second = (Stripes(jnp.array([0]), device, 2) for device in range(2))
-    >>> first.place(jnp.array([[0, 127, 128, 256]]), size=256).tolist()  # 384 is nowhere
+    >>> first.place(jnp.array([[0, 127, 128, 256]]), size=256).tolist()  # 384: dropped
     [[0, 127, 384, 128]]
     >>> limits = jnp.array([[0, 100, 128, 200, 300]])
     >>> first.seen(limits).tolist(), second.seen(limits).tolist()
@@ -71,9 +71,10 @@ class Stripes:
         return cls(own, lax.axis_index(slots), lax.axis_size(slots))
 
     def place(self, slots: Int[Array, "B T"], size: int) -> Int[Array, "B T"]:
-        """Where the device has these slots, of `size` in all; those of others are nowhere.
+        """Where the device has these slots, of `size` in all.
 
-        Nowhere is `size` and more, for every slot another.
+        A slot of another device becomes one at `size` or beyond, where a write is dropped; no two
+        of them become the same.
         """
         block = slots // STRIPE
         local = block // self.count * STRIPE + slots % STRIPE

@@ -1,4 +1,4 @@
-"""Weights that stay as a checkpoint stores them: from files into `layers.Quantised` and back.
+"""Weights that stay as a checkpoint stores them: from files into `Quantised` layers and back.
 
 Letters: M rows, K columns (torch's [out, in]), E experts.
 """

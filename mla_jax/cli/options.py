@@ -281,6 +281,11 @@ COMMANDS: dict[str, type[Options]] = {
     "presets": Presets, "devices": Devices,
 }  # fmt: skip
 
+# What a word behind a command that takes flags alone was probably meant as.
+_INSTEAD = {
+    "generate": ["--checkpoint FOLDER --prompt TEXT"], "chat": ["--checkpoint FOLDER"],
+}  # fmt: skip
+
 
 class _Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line."""
@@ -332,8 +337,9 @@ def parse(args: Sequence[str] | None = None) -> Options:
         parser = parsers[found.command]
         flags = [_name(field) for field in dataclasses.fields(COMMANDS[found.command])]
         name = unknown[0].partition("=")[0]
-        close = difflib.get_close_matches(name, flags, n=1)
-        what = "flag" if name.startswith("-") else "argument of this command"
+        close, what = difflib.get_close_matches(name, flags, n=1), "flag"
+        if not name.startswith("-"):
+            what, close = "argument of this command", close or _INSTEAD.get(found.command)
         parser.error(f"{name} is no {what}." + (f" Did you mean {close[0]}?" if close else ""))
     values = vars(found)
     return COMMANDS[values.pop("command")](**values)

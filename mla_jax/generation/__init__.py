@@ -13,12 +13,13 @@ A model is whatever has
 
 and, to be placed on a mesh, the argument sharding=None of `init_cache` too.
 
-The way of a token: `request` makes rows of the prompts and `room` asks whether they fit; `bound`
-takes the model's arrays out once; `prefill` puts the prompts into the cache in chunks of a few
-widths; `loop` draws (`sampling`), verifies and writes on the device, in blocks of steps that are
-one compiled program with the cache donated; `drafts` guess ahead. The host hears of tokens a block
-at a time, and `collector` keeps them. From there a step goes on in the model's `extend`
-(`models.Decoder`) to its layers (`layers.attention`) and to their cores (`ops`).
+The way of a token: `bound` takes the model's arrays out once; `request` makes rows of the prompts
+and `room` asks whether they fit; `prefill` puts the prompts into the cache in chunks of a few
+widths; `loop` has `drafts` guess ahead, draws (`sampling`), verifies and writes on the device, in
+blocks of steps that are one compiled program with the cache donated. The host hears of tokens a
+block at a time: `collector` keeps them, and `stream` makes text of them. Prefill and loop both call
+the model's `extend` (`models.Decoder`), which calls its layers (`layers.attention`), and these call
+their cores (`ops`).
 
 Letters: P prompts, B = P n rows, T tokens of a step, S slots of the cache, W words, K drafts.
 """
@@ -180,40 +181,41 @@ def generate(
     slots = check_fits(model, prompts, request, cache, sharding)
     kind = drafts.MultiToken if request.draft == "mtp" else drafts.PromptLookup
     drafter = kind(request.speculate)
-    placed: dict[str, Any] = {} if sharding is None else {"sharding": sharding}
+    made_with: dict[str, Any] = {} if sharding is None else {"sharding": sharding}
     if cache is None:
         asked = {"dtype": request.cache_dtype, "pages": request.pages}
         asked = {name: value for name, value in asked.items() if value is not None}
-        cache = clock.call(model.init_cache, rows, slots, **asked, **placed)
+        cache = clock.call(model.init_cache, rows, slots, **asked, **made_with)
     if request.cache_dtype is not None:
-        placed["dtype"] = request.cache_dtype
-    state = clock.call(drafter.init, model, rows, slots, **placed)
+        made_with["dtype"] = request.cache_dtype
+    state = clock.call(drafter.init, model, rows, slots, **made_with)
     cache_bytes = sum(one.nbytes for one in (cache, *drafter.caches(state)))
 
-    ends, cache, state = _prefill.fill(
+    last, cache, state = _prefill.fill(
         bound, prompts, cache, state, drafter, held, shape, request, clock
     )
-    least = np.tile(np.array([len(prompt) for prompt in prompts], np.int32), request.samples)
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    prompt_lengths = np.tile(lengths, request.samples)
     text = np.zeros((rows, slots), np.int32)
     for row in range(rows):
-        text[row, : least[row]] = prompts[row % len(prompts)]
+        text[row, : prompt_lengths[row]] = prompts[row % len(prompts)]
     seen = None
     if request.sampling.penalizes:
         seen = np.zeros((rows, words), bool)
         for row in range(rows):
-            seen[row, text[row, : least[row]]] = True
+            seen[row, text[row, : prompt_lengths[row]]] = True
     stops = np.array(request.stop_tokens, np.int32)
     static: dict[str, Any] = {"drafter": drafter, "sampling": request.sampling}
-    goal, key = least + request.max_new_tokens, jax.random.key(request.seed)
-    given = _whole((text, least, held, goal, seen, stops, key), cache.length)
+    goal, key = prompt_lengths + request.max_new_tokens, jax.random.key(request.seed)
+    given = _whole((text, prompt_lengths, held, goal, seen, stops, key), cache.length)
     writing, new = clock.call(
-        loop.begin, ends, *given, cache, state, logprobs=request.logprobs,
-        samples=rows // len(ends[0]), **static,
+        loop.begin, last, *given, cache, state, logprobs=request.logprobs,
+        samples=rows // len(last[0]), **static,
     )  # fmt: skip
     del cache, state
-    texts = [text[row, : least[row]] for row in range(rows)]
+    texts = [text[row, : prompt_lengths[row]] for row in range(rows)]
     collector = _collector.Collector(texts, request, tokenizer, on_tokens, on_text)
-    passes, before, first_seconds = 0, least, None
+    passes, before, first_seconds = 0, prompt_lengths, None
     while True:
         new, length, active, bad = jax.device_get(
             (new, writing.length, writing.active, writing.bad)
@@ -227,21 +229,20 @@ def generate(
         if (active & ended).any():  # by a stop string, which the device knows nothing of
             writing = dataclasses.replace(writing, active=active & ~ended)
         writing, new, done = clock.call(
-            loop.run_block, bound, writing, stops, least, steps=request.block, **static
+            loop.run_block, bound, writing, stops, prompt_lengths, steps=request.block, **static
         )
         passes += int(done)
     texts = collector.finish()
     written = np.array([len(tokens) for tokens in collector.tokens], np.int32)
     cache = writing.cache
-    if (least + written < before).any():  # a stop string ended a row before its last tokens
-        cache = clock.call(loop.cut, cache, held + least + written - 1)
+    ends = prompt_lengths + written
+    if (ends < before).any():  # a stop string ended a row before its last tokens
+        cache = clock.call(loop.cut, cache, held + ends - 1)
     drafted, right = map(int, writing.drafted)
     logprobs = None
     if writing.logprobs is not None:
         found = np.asarray(writing.logprobs)
-        logprobs = [
-            found[row, least[row] : least[row] + written[row]].tolist() for row in range(rows)
-        ]
+        logprobs = [found[row, prompt_lengths[row] : ends[row]].tolist() for row in range(rows)]
     return Result(
         tokens=collector.tokens, first_token_seconds=first_seconds, decode_seconds=clock.lap(),
         compile_seconds=clock.compiling, new_tokens=int(written.sum()), steps=passes,

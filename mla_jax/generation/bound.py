@@ -2,7 +2,8 @@
 
 jit takes a model apart at every call: for an nnx model of 27 layers that is several hundred arrays
 behind as many Python objects, and takes longer than a step of a small model. A `Bound` holds the
-arrays in a plain tuple, and what they were taken from as one object that compares by identity.
+arrays in a plain tuple, and what they were taken from as one object, which is hashed once and
+mostly compared by identity.
 
 Letters: B batch rows, T tokens, D hidden size, W words of the vocabulary.
 """

@@ -1,12 +1,8 @@
 """Drafts: tokens that are guessed, to be verified by one step of the model over all of them.
 
-A drafter is a hashable object, and its state a pytree that goes through the loop on the device. To
-the loop (`loop.run_block`) they are:
-
-    prefill(model, hidden, following, known, state, cut)   hears of a chunk of the prompts
-    begin(hidden, state)                                   of the prompts' last states
-    propose(model, text, length, state)                    guesses [B K], and the state
-    heard(hidden, state)                                   of the states of what was verified
+A drafter is a hashable object, and its state a pytree that goes through the loop on the device: see
+`Drafter`. The chunks of a prefill call its `prefill`, `loop.begin` its `begin`, and every round of
+`loop.run_block` its `propose` and then its `heard`.
 
 Letters: B rows, T tokens of a chunk, S tokens of a text, D hidden size, K drafted tokens.
 """

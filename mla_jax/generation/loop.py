@@ -58,11 +58,11 @@ class Writing:
 
     def put(
         self, drawn: Int[Array, "B K+1"], logits: Float[Array, "B K+1 W"], count: Int[Array, "B"],
-        stops: Int[Array, "stops"], least: Int[Array, "B"],
+        stops: Int[Array, "stops"], prompt_lengths: Int[Array, "B"],
     ) -> Self:  # fmt: skip
         """Writes the first `count` drawn tokens of every active row, or up to a stop token.
 
-        `least` is the number of tokens of this call's prompts.
+        `prompt_lengths` are those of this call's prompts, from which steps are counted.
         """
         rows = jnp.arange(drawn.shape[0], dtype=jnp.int32)[:, None]
         offsets = jnp.arange(drawn.shape[1], dtype=jnp.int32)[None]
@@ -73,7 +73,7 @@ class Writing:
         counts = offsets < count[:, None]
         place = jnp.where(counts, self.length[:, None] + offsets, self.text.shape[1])
         wrong = counts & ~sharding.move(finite(logits))
-        step = self.length - least + lax.argmax(wrong, 1, jnp.int32)
+        step = self.length - prompt_lengths + lax.argmax(wrong, 1, jnp.int32)
         changes: dict[str, Any] = {
             "text": self.text.at[rows, place].set(drawn, mode="drop"),
             "length": self.length + count,
@@ -108,46 +108,47 @@ def log_probabilities(
     donate_argnames=("cache", "state"),
 )  # fmt: skip
 def begin(
-    ends, text, least, held, goal, seen, stops, key, cache, state, *, drafter, sampling, logprobs,
-    samples,
+    last, text, prompt_lengths, held, goal, seen, stops, key, cache, state, *, drafter, sampling,
+    logprobs, samples,
 ):  # fmt: skip
     """A `Writing` with every row's first token, out of what the prefill left.
 
     Args:
-        ends: logits [P W] and states [P D] of the P prompts' last tokens; row j P + p of B = P n is
+        last: logits [P W] and states [P D] of the P prompts' last tokens; row j P + p of B = P n is
             sample j of prompt p.
         text: int32 [B S] with the prompts.
-        least: int32 [B], their lengths.
+        prompt_lengths: int32 [B], tokens of this call's prompts.
         held, goal, seen, cache, state: see `Writing`.
         stops: int32, stop tokens.
         key: of the sampling.
         drafter, sampling, logprobs, samples: how to go on; `samples` is n.
     """
-    logits, hidden = (jnp.tile(end, (samples, 1)) for end in ends)
+    logits, hidden = (jnp.tile(each, (samples, 1)) for each in last)
     key, own = jax.random.split(key)
     drawn = sampling.draw(logits, own, seen)
-    none = jnp.full(least.shape, -1, jnp.int32)
+    none = jnp.full(prompt_lengths.shape, -1, jnp.int32)
     writing = Writing(
-        text=text, length=least, held=held, goal=goal, active=least < goal, cache=cache,
-        state=drafter.begin(hidden, state), key=key, seen=seen,
+        text=text, length=prompt_lengths, held=held, goal=goal, active=prompt_lengths < goal,
+        cache=cache, state=drafter.begin(hidden, state), key=key, seen=seen,
         logprobs=jnp.zeros(text.shape, jnp.float32) if logprobs else None, bad=none,
         drafted=jnp.zeros((2,), jnp.int32),
     )  # fmt: skip
-    writing = writing.put(drawn[:, None], logits[:, None], jnp.ones_like(least), stops, least)
+    one = jnp.ones_like(prompt_lengths)
+    writing = writing.put(drawn[:, None], logits[:, None], one, stops, prompt_lengths)
     return writing, drawn[:, None]
 
 
 @functools.partial(
     jax.jit, static_argnames=("drafter", "sampling", "steps"), donate_argnames=("writing",)
 )
-def run_block(bound, writing, stops, least, *, drafter, sampling, steps):
+def run_block(bound, writing, stops, prompt_lengths, *, drafter, sampling, steps):
     """Up to `steps` rounds; fewer where all rows have ended.
 
     Args:
         bound: the model, as a `Bound`.
         writing: donated.
         stops: int32, stop tokens.
-        least: int32 [B], tokens of this call's prompts.
+        prompt_lengths: int32 [B], tokens of this call's prompts.
         drafter, sampling, steps: how.
 
     Returns:
@@ -177,7 +178,7 @@ def run_block(bound, writing, stops, least, *, drafter, sampling, steps):
         writing = dataclasses.replace(
             writing, cache=cache, key=key, state=drafter.heard(hidden, state),
             drafted=writing.drafted + counted,
-        ).put(drawn, logits, right + 1, stops, least)  # fmt: skip
+        ).put(drawn, logits, right + 1, stops, prompt_lengths)  # fmt: skip
         if drafter.count:
             cut = writing.cache.truncate(writing.held + writing.length - 1)
             writing = dataclasses.replace(writing, cache=cut)

@@ -1,11 +1,11 @@
-"""Prefill: prompts go into the cache in chunks of a few fixed widths.
+"""Prefill: prompts go into the cache in chunks of a few fixed widths. It begins in `fill`.
 
-A chunk's width is the only shape that a prompt's length decides, and its last chunk is padded: so a
-second prompt of another length compiles nothing, unless it needs a width that was not used yet. A
-chunk is a few rows whole rather than a piece of all rows: then fewer tokens attend to what an
-earlier chunk left in the cache, which would be expanded again for each chunk.
+A prompt's last chunk is padded, so that prompts of any length make chunks of a few shapes: another
+prompt compiles nothing, unless it needs a shape that was not used yet. A chunk holds a few rows'
+prompts, as whole as its tokens allow, rather than a piece of every row's. For a piece attends to
+those before it through the cache, whose latents are expanded again for every chunk.
 
-Letters: B rows, R rows of a chunk, T its width, W words, D hidden size.
+Letters: B rows, P prompts, R rows of a chunk, T its width, W words, D hidden size.
 """
 
 import dataclasses
@@ -21,8 +21,10 @@ from jax import lax
 from mla_jax import sharding
 from mla_jax.cache import PAGE, Cache
 from mla_jax.generation.bound import Bound
+from mla_jax.generation.clock import Clock
 from mla_jax.generation.drafts import Drafter
 from mla_jax.generation.loop import fork, log_probabilities
+from mla_jax.generation.request import Request
 from mla_jax.generation.steps import finite
 
 WIDTHS = (128, 512, 2048, 4096, 8192)  # tokens of a row in one chunk
@@ -30,12 +32,55 @@ TOKENS = 16384  # of all rows together, in one chunk: bounds the experts' activa
 _SCORED = 2048  # tokens of all rows together in one chunk whose logits are all made
 
 
+def fill(
+    bound: Bound, prompts: list[np.ndarray], cache: Cache, state: Any, drafter: Drafter,
+    held: np.ndarray, shape: Any, request: Request, clock: Clock,
+) -> tuple[Any, Cache, Any]:  # fmt: skip
+    """Puts the prompts into all B rows: what they begin with in common once, and samples as copies.
+
+    Args:
+        bound: the model.
+        prompts: tokens of the P prompts; row j P + p is sample j of prompt p.
+        cache, state: of the model and of the drafter; donated.
+        drafter: hears of the prompts.
+        held: int32 [B], tokens that the rows hold already.
+        shape: logits [1 1 W] and states [1 1 D], as `bound.output_shape` gives them.
+        request: says how many samples there are of every prompt.
+        clock: keeps the time to compile apart from the time to run.
+
+    Returns:
+        logits [P W] and states [P D] of the prompts' last tokens, the cache and the drafter's
+        state. On a mesh that splits rows the first two have all B rows: there every row is
+        prefilled, because a copy would come from another device.
+    """
+    prompts = prompts * request.samples if cache.parts else prompts
+    last = tuple(np.zeros((len(prompts), one.shape[-1]), one.dtype) for one in shape)
+    held, rests = held[: len(prompts)], prompts
+    if cache.pages is not None and not held.any() and (common := shared_prefix(prompts)):
+        last, cache, state = clock.call(
+            prefill, bound, [prompts[0][:common]], cache, state, drafter, held, last
+        )
+        others = np.arange(cache.batch_size) < len(prompts)
+        cache, state = clock.call(spread, cache, state, drafter, 0, others, common)
+        held, rests = held + common, [prompt[common:] for prompt in prompts]
+    last, cache, state = clock.call(prefill, bound, rests, cache, state, drafter, held, last)
+    if len(prompts) < cache.batch_size:
+        lengths = np.asarray(cache.length)
+        for row in range(len(prompts)):
+            same = np.arange(cache.batch_size) % len(prompts) == row
+            cache, state = clock.call(spread, cache, state, drafter, row, same, int(lengths[row]))
+    return last, cache, state
+
+
 def widths(longest: int, most: int) -> list[int]:
-    """The widths of the chunks of a prompt: less than half of them is padding, 127 tokens aside.
+    """The widths of the chunks that hold a prompt, one behind the other.
+
+    More than half of all their tokens are the prompt's, unless it has 64 or fewer: then there is
+    one chunk of 128.
 
     Args:
         longest: tokens of the prompt.
-        most: tokens of a chunk, at most.
+        most: tokens of a chunk, at most; below 128 it is the only width.
 
     >>> widths(100, TOKENS), widths(300, TOKENS), widths(700, TOKENS)
     ([128], [512], [512, 128, 128])
@@ -107,7 +152,7 @@ def chunks(prompts: Sequence[np.ndarray], tokens: int, parts: int = 0) -> Iterat
 
 def prefill(
     bound: Bound, prompts: list[np.ndarray], cache: Cache, state: Any, drafter: Drafter,
-    held: np.ndarray, ends: Any,
+    held: np.ndarray, last: Any,
 ) -> tuple[Any, Cache, Any]:  # fmt: skip
     """Puts prompts into the first rows of a cache, behind what they hold.
 
@@ -117,47 +162,54 @@ def prefill(
         cache, state: of the model and of the drafter; donated.
         drafter: hears of the prompts.
         held: int [B], tokens that the cache holds already.
-        ends: zeros for logits [P W] and states [P D]; donated.
+        last: logits [P W] and states [P D] to be replaced by those of the prompts' last tokens;
+            donated.
 
     Returns:
         logits and states of the prompts' last tokens, the cache and the drafter's state.
     """
-    ends = sharding.whole(ends, cache.length)
+    last = sharding.whole(last, cache.length)
     for chunk in chunks(prompts, TOKENS, cache.parts):
         fresh = chunk.first and not held[chunk.start : chunk.start + len(chunk.tokens)].any()
-        ends, cache, state = _chunk(
+        last, cache, state = _chunk(
             bound, chunk.tokens, chunk.following, chunk.lengths, chunk.known,
-            np.int32(chunk.start), cache, state, ends, drafter=drafter, fresh=fresh,
+            np.int32(chunk.start), cache, state, last, drafter=drafter, fresh=fresh,
         )  # fmt: skip
-    return ends, cache, state
+    return last, cache, state
 
 
 @functools.partial(
-    jax.jit, static_argnames=("drafter", "fresh"), donate_argnames=("cache", "state", "ends")
+    jax.jit, static_argnames=("drafter", "fresh"), donate_argnames=("cache", "state", "last")
 )
 def _chunk(
-    bound, tokens, following, lengths, known, start, cache, state, ends, *, drafter, fresh
+    bound, tokens, following, lengths, known, start, cache, state, last, *, drafter, fresh
 ):  # fmt: skip
-    model, whole, states = bound.model, cache, state
-    part = lambda cache: _part(cache, start, len(tokens), fresh)  # noqa: E731
-    hidden, cache = model.extend(tokens, part(cache), lengths)
-    state = drafter.prefill(model, hidden, following, known, drafter.map_caches(part, state))
-    last = jnp.maximum(lengths - 1, 0)[:, None, None]
-    hidden = jnp.take_along_axis(hidden, last, axis=1)
-    new = sharding.move(model.logits(hidden)[:, 0]), sharding.move(hidden[:, 0])
+    """A `Chunk`, whose R rows begin at row `start`; the rest is as in `prefill`.
 
-    def put(array, part):
-        old = lax.dynamic_slice_in_dim(array, start, len(part))
-        part = jnp.where(lengths[:, None] > 0, part.astype(array.dtype), old)
-        return lax.dynamic_update_slice_in_dim(array, part, start, 0)
+    In `last` its rows get what belongs to the last of their tokens in this chunk, if they have any:
+    a prompt's last chunk comes last.
+    """
+    model, whole, whole_state = bound.model, cache, state
+    rows = lambda cache: _rows(cache, start, len(tokens), fresh)  # noqa: E731
+    hidden, cache = model.extend(tokens, rows(cache), lengths)
+    state = drafter.prefill(model, hidden, following, known, drafter.map_caches(rows, state))
+    final = jnp.maximum(lengths - 1, 0)[:, None, None]
+    ended = jnp.take_along_axis(hidden, final, axis=1)
+    found = sharding.move(model.logits(ended)[:, 0]), sharding.move(ended[:, 0])
 
-    after = iter(drafter.caches(state))
-    states = drafter.map_caches(lambda cache: cache.with_rows(start, next(after)), states)
-    return jax.tree.map(put, ends, new), whole.with_rows(start, cache), states
+    def put(array, new):
+        old = lax.dynamic_slice_in_dim(array, start, len(new))
+        new = jnp.where(lengths[:, None] > 0, new.astype(array.dtype), old)
+        return lax.dynamic_update_slice_in_dim(array, new, start, 0)
+
+    extended = iter(drafter.caches(state))
+    put_back = lambda cache: cache.with_rows(start, next(extended))  # noqa: E731
+    whole_state = drafter.map_caches(put_back, whole_state)
+    return jax.tree.map(put, last, found), whole.with_rows(start, cache), whole_state
 
 
-def _part(cache, start, rows, fresh):
-    own = cache.rows(start, rows)
+def _rows(cache, start, count, fresh):
+    own = cache.rows(start, count)
     return own.as_fresh() if fresh else own
 
 
@@ -219,32 +271,8 @@ def score_rows(bound: Bound, rows: list[np.ndarray], cache: Cache) -> tuple[Any,
 
 @functools.partial(jax.jit, static_argnames="fresh", donate_argnames="cache")
 def _score_chunk(bound, tokens, following, lengths, start, cache, *, fresh):
-    model, own = bound.model, _part(cache, start, len(tokens), fresh)
+    model, own = bound.model, _rows(cache, start, len(tokens), fresh)
     hidden, own = model.extend(tokens, own, lengths)
     logits = model.logits(hidden)
     found = sharding.move(log_probabilities(logits, following)), sharding.move(finite(logits))
     return *found, cache.with_rows(start, own)
-
-
-def fill(bound, prompts, cache, state, drafter, held, shape, request, clock):
-    """The cache with all rows' prompts; logits and states of the P prompts' last tokens.
-
-    On a mesh they are of all rows: there a row's prompt is not copied from another device.
-    """
-    prompts = prompts * request.samples if cache.parts else prompts
-    ends = tuple(np.zeros((len(prompts), one.shape[-1]), one.dtype) for one in shape)
-    held, rests = held[: len(prompts)], prompts
-    if cache.pages is not None and not held.any() and (common := shared_prefix(prompts)):
-        ends, cache, state = clock.call(
-            prefill, bound, [prompts[0][:common]], cache, state, drafter, held, ends
-        )
-        others = np.arange(cache.batch_size) < len(prompts)
-        cache, state = clock.call(spread, cache, state, drafter, 0, others, common)
-        held, rests = held + common, [prompt[common:] for prompt in prompts]
-    ends, cache, state = clock.call(prefill, bound, rests, cache, state, drafter, held, ends)
-    if len(prompts) < cache.batch_size:
-        lengths = np.asarray(cache.length)
-        for row in range(len(prompts)):
-            same = np.arange(cache.batch_size) % len(prompts) == row
-            cache, state = clock.call(spread, cache, state, drafter, row, same, int(lengths[row]))
-    return ends, cache, state

@@ -49,11 +49,11 @@ _LATENTS = ("latent", "k_rope")
 class MultiHeadLatentAttention(LatentMaps):
     """Causal self-attention whose cache holds one latent per token.
 
-    Holds parameters only, no random state and no tables. Kernels: `q_a_proj` [D Q], `q_a_norm` [Q],
-    `q_b_proj` [Q N H+P] (or `q_proj` [D N H+P] where q_lora_rank is None), `kv_a_proj` [D R+P],
-    `kv_a_norm` [R], `kv_b_proj` [R N H+V], `o_proj` [N V D]. Where the config asks for them:
-    `k_rope_norm` [P], `g_proj` [D N 1] or [D N V] (output_gate; "query" widens q_b_proj to
-    [2Q N H+P+V]), `sinks` [N], `ssmax_scale` [N], `ssmax_bias` [N], `indexer` (an `Indexer`).
+    Its parameters, all that it holds, and the maps of single tokens are `LatentMaps`'s. Kernels:
+    `q_a_proj` [D Q], `q_a_norm` [Q], `q_b_proj` [Q N H+P] (or `q_proj` [D N H+P] where q_lora_rank
+    is None), `kv_a_proj` [D R+P], `kv_a_norm` [R], `kv_b_proj` [R N H+V], `o_proj` [N V D]. Where
+    the config asks for them: `k_rope_norm` [P], `g_proj` [D N 1] or [D N V] (output_gate; "query"
+    widens q_b_proj to [2Q N H+P+V]), `sinks`, `ssmax_scale`, `ssmax_bias` [N], `indexer`.
 
     Args:
         config: the widths, rotary embedding and scale factors.
@@ -240,7 +240,7 @@ class MultiHeadLatentAttention(LatentMaps):
             new["index_key"] = self.indexer.keys(x, by)
         with jax.named_scope("cache_append"):
             nothing = {} if new else {"index_key": x[..., :0].astype(view.index_key.dtype)}
-            own = view.write(step.place, **new, **nothing)
+            own = view.write(step.place, **new, **nothing)  # `nothing`: see `_widths`
             if "latent" in new:  # new tokens are attended to as later ones will find them
                 new |= own.decode(own.encode({"latent": new["latent"]}))
         source, relay = self._handed(own, relay)
@@ -300,7 +300,9 @@ class MultiHeadLatentAttention(LatentMaps):
         queries = self.indexer.queries(x, q_latent, positions, by)
         if not warmup and config.is_sparse(x.shape[1]):
             seen = seen.replace(
-                chosen=self.indexer.choose(queries, Dense({"index_key": keys}), seen)
+                chosen=self.indexer.choose(
+                    queries, Dense({"index_key": keys}), seen, self.implementation
+                )
             )
         target = ops.attention_weights(
             (self._pattern(q_nope), q_rope), Dense(new), seen, scale=config.scale
@@ -344,7 +346,7 @@ class MultiHeadLatentAttention(LatentMaps):
             )
         if config.is_sparse(slots):
             queries = self.indexer.queries(x, q_latent, positions, by)
-            chosen = self.indexer.choose(queries, store, seen)
+            chosen = self.indexer.choose(queries, store, seen, self.implementation)
         return seen.replace(chosen=chosen), relay.with_choice(chosen)
 
     def _form(self, queries, slots):
@@ -354,19 +356,19 @@ class MultiHeadLatentAttention(LatentMaps):
         slots = slots if isinstance(slots, int) else 2**30
         return choose_form(self.config, queries, slots, rates_of(target.current().kind))
 
-    def _absorbed(self, q_nope, q_rope, view, seen, step):
+    def _absorbed(self, q_nope, q_rope, source, seen, step):
         """Heads [B T N V] and lse [B T N] by the absorbed form, never making keys or values."""
         queries = step.own(self._pattern(q_nope)), step.own(q_rope)
         options = {"scale": self.config.scale, "precision": self.precision}
         if seen.chosen is None:  # a plan is of all layers, a choice of one
-            call = ops.latent_call(queries, view, seen, **options)
+            call = ops.latent_call(queries, source, seen, **options)
             seen = step.planned(seen, call, self.implementation)
         out_latent, lse = ops.attend_latents(
-            queries, view, seen, implementation=self.implementation, **options
+            queries, source, seen, implementation=self.implementation, **options
         )
         return self._heads(step.copied(out_latent)), step.copied(lse)
 
-    def _expanded(self, q_nope, q_rope, new, view, seen, step):
+    def _expanded(self, q_nope, q_rope, new, source, seen, step):
         """Heads and lse by the expanded form, over new tokens and what the rows held before.
 
         Under a sliding window every token has its own first slot, under sparse attention its own
@@ -379,7 +381,7 @@ class MultiHeadLatentAttention(LatentMaps):
         }  # fmt: skip
 
         def context(seen):
-            return ops.context_attention((q_nope, q_rope), view, seen, self._kv_b(), **options)
+            return ops.context_attention((q_nope, q_rope), source, seen, self._kv_b(), **options)
 
         if seen.window is not None or seen.chosen is not None or "latent" not in new:
             return context(seen)

@@ -41,7 +41,10 @@ _LETTERS = {
 
 
 class LatentMaps(Mixer):
-    """What `MultiHeadLatentAttention` computes of every token alone; see there for arguments."""
+    """What `MultiHeadLatentAttention` computes of every token alone; see there for arguments.
+
+    `by` is everywhere the rotation at the tokens' positions, a `rope.Rotation`, or None.
+    """
 
     def __init__(
         self,
@@ -258,7 +261,7 @@ class LatentMaps(Mixer):
             return jnp.split(both, [self.config.qk_nope_head_dim], axis=-1)
 
     def _output(self, heads, lse, gate):
-        """Y [B T D] from heads [B T N V], their lse [B T N] and the gate's logits."""
+        """`y` [B T D] from heads [B T N V], their lse [B T N] and the gate's logits."""
         dtype = heads.dtype
         if self.config.attention_sinks:
             with jax.named_scope("sinks"):

@@ -35,7 +35,7 @@ class Step:
     Attributes:
         start: int32 [B], tokens that each row held before.
         positions: int32 [B T] or [T], where each token stands in its text.
-        place: int32 [B T], the slot that each token goes to; S and more is nowhere.
+        place: int32 [B T], the slot that each token goes to; at S or beyond it is dropped.
         seen: what each token may attend to, itself the last.
         length, overflowed: of the cache after the step.
         valid: bool [B T], which tokens count; None is all.
@@ -124,7 +124,7 @@ class Step:
         limits = jnp.minimum(place + 1, grown.length[:, None])
         if valid is not None:
             limits = jnp.where(valid, limits, 0)
-            # Padding goes nowhere, each token to a slot of its own.
+            # Padding is dropped, each token at a slot of its own.
             place = jnp.where(valid, place, slots + token)
         return cls(
             start=start, positions=positions, place=place,
@@ -134,7 +134,10 @@ class Step:
         )  # fmt: skip
 
     def view(self, store: Dense) -> Store:
-        """What a layer sees of its store: itself, or its pages as rows of S slots."""
+        """What a layer sees of its store: itself, or rows of S slots in the step's `pages`.
+
+        These are the cache's after the step, with room for the new tokens.
+        """
         return store if self.pages is None else Paged(store, self.pages.table)
 
     @property
@@ -149,12 +152,16 @@ class Step:
         return self._once(("rotation", rope.spec(config)), make)
 
     def planned(self, seen: Seen, call: dispatch.Call, implementation) -> Seen:
-        """`seen` with the plan of the backend that serves the call, for all layers alike."""
+        """`seen` with the plan of the backend that serves the call, for all layers alike.
+
+        It must be the step's own `seen`, but for its window, and without chosen slots: all layers
+        get what the first one that asked was given.
+        """
         key = ("plan", call, seen.window, tuple(dispatch.normalized(implementation).items()))
         return self._once(key, lambda: dispatch.plan(seen, call, implementation))
 
     def clear(self, x: Array) -> Array:
-        """X [B T ...] with zeros in place of what does not count, which may be NaN."""
+        """`x` [B T D] with zeros in place of tokens that do not count, which may be NaN."""
         if self.valid is None:
             return x
         return jnp.where(self.valid[..., None], x, jnp.zeros((), x.dtype))

@@ -327,7 +327,7 @@ class Decoder(nnx.Module):
         return self._cross_entropy(mean_linear_cross_entropy, hidden, labels, head, **more)
 
     def balance(self, load: Int[Array, "L E"], *, rate: float = 1e-3) -> None:
-        """Moves the biases of all routers by their loads, in place: see `layers.balance_bias`.
+        """Moves all routers' biases by their loads, in place: see `layers.experts.balance_bias`.
 
         Args:
             load: of a whole training step, a row for each layer with experts, the block for

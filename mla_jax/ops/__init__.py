@@ -68,7 +68,8 @@ def latent_attention(
         segment_ids: int [B S]; a query attends to slots of its own segment. The queries' ids are
             the last T.
         chosen: int [B T K], the slots that each query attends to, of those that it sees (sparse
-            attention, `choose_slots`); no slot twice, S and more is none. None is all.
+            attention, `choose_slots`); no slot twice, and one at S or beyond does not count. None
+            is all.
         precision: of the matmuls, as in jax.lax.dot; kernels ignore it.
         implementation: a backend's name, or None for the first that can serve.
 
@@ -182,20 +183,20 @@ def attend_expanded(
     """`expanded_attention` over k_nope, k_rope and value, by what a `Seen` says."""
     (batch, tokens, heads, nope), rope = queries[0].shape, queries[1].shape[-1]
     call = Call(
-        "expanded_attention",
-        batch,
-        tokens,
-        store.slots,
-        heads,
-        (nope, rope),
-        store.value.shape[-1],
-        jnp.dtype(queries[0].dtype).name,
-        seen.options,
-        "dense",
-        float(scale),
-        checked_soft_cap(soft_cap),
-        precision,
-        Layout.of(queries, store),
+        op="expanded_attention",
+        batch=batch,
+        queries=tokens,
+        slots=store.slots,
+        heads=heads,
+        key_dims=(nope, rope),
+        value_dim=store.value.shape[-1],
+        dtype=jnp.dtype(queries[0].dtype).name,
+        options=seen.options,
+        store="dense",
+        scale=float(scale),
+        soft_cap=checked_soft_cap(soft_cap),
+        precision=precision,
+        layout=Layout.of(queries, store),
     )
     return dispatch.attend(queries, store, seen, call, implementation)
 
@@ -246,21 +247,21 @@ def latent_call(queries, store, seen, scale, soft_cap=None, precision=None) -> C
     pattern, q_rope = queries
     batch, tokens, heads, rank = pattern.shape
     return Call(
-        "latent_attention",
-        batch,
-        tokens,
-        store.slots,
-        heads,
-        (rank, q_rope.shape[3]),
-        rank,
-        jnp.dtype(pattern.dtype).name,
-        seen.options,
-        _kind(store),
-        float(scale),
-        checked_soft_cap(soft_cap),
-        precision,
-        Layout.of(queries, store),
-        store.encoding,
+        op="latent_attention",
+        batch=batch,
+        queries=tokens,
+        slots=store.slots,
+        heads=heads,
+        key_dims=(rank, q_rope.shape[3]),
+        value_dim=rank,
+        dtype=jnp.dtype(pattern.dtype).name,
+        options=seen.options,
+        store=_kind(store),
+        scale=float(scale),
+        soft_cap=checked_soft_cap(soft_cap),
+        precision=precision,
+        layout=Layout.of(queries, store),
+        encoding=store.encoding,
     )
 
 
@@ -290,21 +291,20 @@ def context_attention(
     """
     (batch, tokens, heads, nope), rope = queries[0].shape, queries[1].shape[-1]
     call = Call(
-        "context_attention",
-        batch,
-        tokens,
-        store.slots,
-        heads,
-        (nope, rope),
-        kv_b.shape[-1] - nope,
-        jnp.dtype(queries[0].dtype).name,
-        seen.options,
-        _kind(store),
-        float(scale),
-        None,
-        precision,
-        Layout.of(queries, store),
-        store.encoding,
+        op="context_attention",
+        batch=batch,
+        queries=tokens,
+        slots=store.slots,
+        heads=heads,
+        key_dims=(nope, rope),
+        value_dim=kv_b.shape[-1] - nope,
+        dtype=jnp.dtype(queries[0].dtype).name,
+        options=seen.options,
+        store=_kind(store),
+        scale=float(scale),
+        precision=precision,
+        layout=Layout.of(queries, store),
+        encoding=store.encoding,
     )
     return dispatch.attend(queries, store, seen, call, implementation, kv_b=kv_b)
 

@@ -20,12 +20,13 @@ class Seen:
         limits: int32 [B T], a query sees slots below it only; 0 sees nothing.
         ends: int32 [B], where a row's queries are its last tokens: the slots in use. Query t then
             sees ends - (T-1-t) slots, and kernels need one number a row. None where limits say all.
-        counts: int32 [B], how many of a row's T queries count, where rows are padded on the right:
-            then these are the row's last tokens, and the others see nothing. None is all.
+        counts: int32 [B], where rows are padded on the right: the first `counts` of a row's queries
+            count. They are its last tokens, query t sees ends - (counts-1-t) slots, and the queries
+            after them see nothing. None: all T count.
         segments: ids of the queries [B T] and of the slots [B S]; a query sees its own segment's.
         mask: boolean, broadcastable to [B N T S], True = may attend.
         chosen: int32 [B T K], the slots that each query attends to, of those that the rest lets it
-            see; no slot twice, S and more is none. None is all.
+            see; no slot twice, and one at S or beyond does not count. None is all.
         plan: how the backend that was chosen cuts its work, made of these limits by
             `dispatch.plan`; None makes it within the call.
         window: a query sees only the last `window` slots below its limit; None is all.
@@ -94,7 +95,7 @@ class Seen:
 
     @property
     def row_ends(self) -> Int[Array, "B"]:
-        """Slots in use of every row, where its queries are its last tokens."""
+        """The one number that gives a row's limits: `ends`, or with T = 1 the query's own limit."""
         if self.limits.shape[1] == 1:
             return self.limits[:, 0]
         assert self.ends is not None, "limits per query have no single end"

@@ -109,20 +109,20 @@ def begun(drafter: MultiToken, count: int) -> tuple[loop.Writing, dict]:
     """What the loop starts with, and what else it is given."""
     rows, width, slots = len(PROMPTS), RANDOM.attention.hidden_size, 32
     prompts = [np.array(prompt, np.int32) for prompt in PROMPTS]
-    least = np.array([len(prompt) for prompt in PROMPTS], np.int32)
-    ends = np.zeros((rows, WORDS), np.float32), np.zeros((rows, width), np.float32)
+    lengths = np.array([len(prompt) for prompt in PROMPTS], np.int32)
+    last = np.zeros((rows, WORDS), np.float32), np.zeros((rows, width), np.float32)
     none = np.zeros(rows, np.int32)
-    ends, cache, state = prefill.prefill(
+    last, cache, state = prefill.prefill(
         bind(model()), prompts, model().init_cache(rows, slots), drafter.init(model(), rows, slots),
-        drafter, none, ends,
+        drafter, none, last,
     )  # fmt: skip
     text = np.zeros((rows, slots), np.int32)
     for row, prompt in enumerate(prompts):
         text[row, : len(prompt)] = prompt
     fixed = {"drafter": drafter, "sampling": Sampling()}
-    given = {"stops": np.zeros(0, np.int32), "least": least}
+    given = {"stops": np.zeros(0, np.int32), "prompt_lengths": lengths}
     writing, _ = loop.begin(
-        ends, text, held=none, goal=least + count, seen=None, key=jax.random.key(0), cache=cache,
+        last, text, held=none, goal=lengths + count, seen=None, key=jax.random.key(0), cache=cache,
         state=state, logprobs=False, samples=1, **given, **fixed,
     )  # fmt: skip
     return writing, given | fixed

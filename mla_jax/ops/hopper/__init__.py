@@ -1,4 +1,6 @@
-"""Absorbed decode on Hopper GPUs (H100, H200): one Pallas kernel in Mosaic GPU, no CUDA source.
+"""Kernels for Hopper GPUs (H100, H200) in Mosaic GPU, no CUDA source; here the absorbed form.
+
+The expanded form is in `attention/`, and `context.py` takes that one over cached latents.
 
 `kernel.py` is the algorithm, `merge.py` its end where parts share a row, `schedule.py` the cut of a
 ragged batch into equal parts, `mosaic.py` what Pallas lacks, and `interpreted.py` what the kernel
@@ -13,8 +15,8 @@ where there are more tiles of queries than these, and no two blocks share a row'
 something else keeps multiprocessors from them for seconds (a limit set by MPS, say), the wait ends
 in a device error instead of a hang.
 
-Letters: B batch, T query tokens, S cache slots, N heads, R latent width, P rope width; a paged
-cache has G pages of 128 slots, of which a row may have M.
+Letters: B batch, T query tokens, S cache slots, N heads, R latent width, P rope width, C groups
+of 128 latent channels; a paged cache has G pages of 128 slots, of which a row may have M.
 """
 
 import functools
@@ -183,7 +185,7 @@ def decode(
     k_rope: Float[Array, "B S P"] | Float[Array, "G 128 P"],
     schedule: Schedule,
     *,
-    latent_scale: Float[Array, "B S G"] | Float[Array, "G 128 C"] | None = None,
+    latent_scale: Float[Array, "B S C"] | Float[Array, "G 128 C"] | None = None,
     table: Int[Array, "B M"] | None = None,
     scale: float,
     interpret: Any = None,

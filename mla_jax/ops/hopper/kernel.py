@@ -83,10 +83,10 @@ class Shape(NamedTuple):
 
 
 def decode(operands, schedule, table, shape: Shape, batch: int):
-    """Runs the kernel on flat operands: pattern [B rows, R], q_rope, latent [B S, R], k_rope.
+    """The kernel on pattern [B*rows, R], q_rope [B*rows, P], latent [B*S, R] and k_rope [B*S, P].
 
-    The rope operands are left out where P = 0. With a table [B M] the cache is the pool's pages one
-    after the other, [G 128, R]. Returns out [B rows, R] and lse [B rows].
+    There are at least 64 query rows, and no rope operands where P = 0. With a table [B M] the cache
+    is the pool's pages one after the other, [G*128, R]. Returns out [B*rows, R] and lse [B*rows].
     """
     return launch(Part, operands, schedule, table, shape, batch, **launch_options(shape))[:2]
 

@@ -14,7 +14,7 @@ their own.
 In slots past a row's length the producer stores zeros. Of 504 registers that three threads of a
 multiprocessor share, one of each warpgroup, a thread of the two takes most.
 
-Letters: B batch, S cache slots, R latent width, P rope width, G groups of 128 channels, M pages of
+Letters: B batch, S cache slots, R latent width, P rope width, C groups of 128 channels, M pages of
 a row.
 """
 
@@ -37,7 +37,7 @@ AHEAD = 2  # tiles by which scales are loaded ahead of their use
 
 
 def decode(operands, schedule, table, shape: Shape, batch: int):
-    """As `kernel.decode`, of pattern, q_rope, latent in fp8, k_rope and its scales [B S, G]."""
+    """As `kernel.decode`, of pattern, q_rope, latent in fp8, k_rope and its scales [B S, C]."""
     options = kernel.launch_options(shape)
     return kernel.launch(ScaledPart, operands, schedule, table, shape, batch, **options)[:2]
 

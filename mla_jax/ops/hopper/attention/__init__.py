@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from mla_jax.ops.hopper import multiprocessors
+from mla_jax.ops.hopper import multiprocessors, not_hopper
 from mla_jax.ops.hopper.attention.plan import Plan, limits_of, make_plan, padded
 from mla_jax.target import current
 
@@ -42,13 +42,9 @@ def why_not(call, target) -> str | None:
         call: a `dispatch.Call`.
         target: a `mla_jax.target.Target`.
     """
-    if target.partitioned:
-        return target.partitioned
-    if target.interprets != "gpu":
-        if target.platform != "gpu" or "NVIDIA" not in target.kind.upper():
-            return f"needs an NVIDIA GPU, this is {target}"
-        if target.capability is None or int(target.capability) != 9:
-            return f"needs compute capability 9.x (Hopper), this is {target.capability}"
+    reason = not_hopper(target)
+    if reason is not None:
+        return reason
     if _kernels() is None:
         return "this version of jax has no Mosaic GPU"
     if not all(isinstance(size, int) for size in (call.batch, call.queries, call.slots)):

@@ -1,7 +1,7 @@
 """Which blocks of slots a tile of queries meets, and which of these need no mask.
 
 A query sees the slots from its start to its end that carry its segment's id; `ops/blocks.py` sums
-that up by blocks, once a step for all layers and heads.
+that up by blocks, once a call for all heads, forward and backward.
 
 Letters: B batch, T query tokens, S slots.
 """
