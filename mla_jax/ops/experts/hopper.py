@@ -73,8 +73,15 @@ def why_not(call: Call, target: Target) -> str | None:
 
 
 def switched_on() -> bool:
-    """Whether the kernels of few tokens, and of weights as stored, are used."""
-    return os.environ.get(SWITCH, "0") not in ("", "0")
+    """Whether the kernels of few tokens, and of weights as stored, are used.
+
+    Raises:
+        ValueError: the environment variable is neither 0 nor 1.
+    """
+    value = os.environ.get(SWITCH) or "0"
+    if value not in ("0", "1"):
+        raise ValueError(f"{SWITCH}={value!r}: it must be 0 or 1.")
+    return value == "1"
 
 
 def few_plan(tokens: int, dtype: str, stored: tuple | None, target: Target) -> Any:

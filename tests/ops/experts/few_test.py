@@ -178,6 +178,9 @@ def test_the_default_is_another_way(monkeypatch):
     assert not hopper.takes_shared(call, here)
     assert "only with MLA_JAX_FEW=1" in hopper.why_not(kept, here)
     assert hopper.few_plan(8, "bfloat16", None, here) is None
+    monkeypatch.setenv(hopper.SWITCH, "yes")
+    with pytest.raises(ValueError, match="MLA_JAX_FEW='yes': it must be 0 or 1"):
+        hopper.switched_on()
 
 
 def other_place(self, source, operand, slot):
