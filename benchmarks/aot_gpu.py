@@ -1,9 +1,10 @@
 """Compiles the Hopper kernels for an H200 with no GPU there; prints what the compiler made.
 
-For every shape, of the decode kernels on a dense cache, on pages and over fp8 latents, it prints
-registers and spilled bytes a thread, shared memory, matrix instructions, and the compiler's
-warnings. It fails where more spills than is known to cost nothing, or where a warning says that
-matrix products were serialised.
+For every shape, of sparse attention's choice, of the decode kernels on a dense cache, on pages,
+over chosen slots and over fp8 latents, and of attention of the expanded form, it prints registers
+and spilled bytes a thread, shared memory, matrix instructions, and the compiler's warnings. It
+fails where more spills than is known to cost nothing, or where a warning says that matrix products
+were serialised.
 It needs jax's CUDA plugin (no driver) and a CUDA toolkit with `ptxas`; where one is missing, it
 says so and leaves.
 """
@@ -32,21 +33,28 @@ from jax.experimental import topologies  # noqa: E402
 
 from mla_jax.cache import PAGE, Dense, Paged, Scaled  # noqa: E402
 from mla_jax.cache.scaled import GROUP  # noqa: E402
-from mla_jax.ops import dispatch, hopper  # noqa: E402
+from mla_jax.ops import choose_slots, dispatch, hopper  # noqa: E402
 from mla_jax.ops.hopper import attention  # noqa: E402
 from mla_jax.ops.seen import Seen  # noqa: E402
 
 SHAPES = ((128, 128, 1, 512, 64), (128, 20, 4, 512, 64), (64, 16, 1, 512, 0), (8, 40, 2, 256, 32),
           (8, 40, 8, 128, 16))  # fmt: skip  # B, N, T, R, P
+CHOSEN = ((16, 128, 1, 512, 64, 2048), (1, 40, 5, 384, 16, 300), (2, 16, 3, 256, 0, 128))
+# B, N, T, R, P, K
 ATTENTION = ((128, 64, 128), (192, 64, 256), (64, 32, 64))  # H, P, V
 # Bytes by kernel. dK, dV, S and dP leave no register free at H + P + V = 320: what spills are
-# numbers of a tile, used once a step of 2,500 cycles. So it is with scalars of decoding over fp8.
+# numbers of a tile, used once a step of 2,500 cycles. So it is with scalars of decoding over fp8,
+# and with addresses of the warpgroup that copies chosen slots.
 SPILLS = {
+    "mla_chosen": 128,
     "mla_decode_fp8": 640,
     "mla_attention": 64,
     "mla_attention_dq": 64,
     "mla_attention_dkv": 512,
 }
+CHOICES = ((16, 1, 64, 128, 65536, 2048), (1, 256, 64, 128, 32768, 2048), (3, 3, 8, 64, 5000, 100))
+# B, T, J, I, S, K
+WITHOUT_PRODUCTS = ("mla_select",)
 SERIALISED = {"C7510", "C7511", "C7512", "C7513"}
 H200 = """gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32
   shared_memory_per_block: 49152 shared_memory_per_core: 233472 threads_per_core_limit: 2048
@@ -60,19 +68,23 @@ H200 = """gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32
 
 
 def compile_shape(
-    target, batch, heads, tokens, rank, rope, slots, dtype, paged=False, encoding=None
+    target, batch, heads, tokens, rank, rope, slots, dtype, paged=False, encoding=None, count=None
 ):
-    """Compiles one call of the decode kernel; leaves its PTX in DUMP."""
+    """Compiles one call of the decode kernel, over `count` chosen slots; leaves its PTX in DUMP."""
     held = (batch * slots // PAGE, PAGE) if paged else (batch, slots)
     queries = [((batch, tokens, heads, width), dtype) for width in (rank, rope)]
     held_in = dtype if encoding is None else jnp.dtype(encoding)
     static = dispatch.Call(
         "latent_attention", batch, tokens, slots, heads, (rank, rope), rank, dtype.name,
-        ("lengths",), "paged" if paged else "dense", 192**-0.5, encoding=encoding,
+        ("chosen", "lengths") if count else ("lengths",), "paged" if paged else "dense", 192**-0.5,
+        encoding=encoding,
     )  # fmt: skip
+    reason = hopper.unsupported(static)
+    assert reason is None, reason
 
-    def call(pattern, q_rope, lengths, table, arrays):
-        seen = Seen.of(lengths, batch=batch, queries=tokens, slots=slots)
+    def call(pattern, q_rope, lengths, table, chosen, arrays):
+        chosen = chosen if count else None
+        seen = Seen.of(lengths, batch=batch, queries=tokens, slots=slots, chosen=chosen)
         store = Dense(arrays) if encoding is None else Scaled(arrays)
         store = Paged(store, table) if paged else store
         return hopper.latent_attention((pattern, q_rope), store, seen, static)
@@ -81,7 +93,8 @@ def compile_shape(
     if encoding is not None:
         arrays["latent_scale"] = ((*held, rank // GROUP), jnp.float32)
     table = ((batch, slots // PAGE), jnp.int32)
-    lower(target, call, [*queries, ((batch,), jnp.int32), table, arrays])
+    chosen = ((batch, tokens, count or 1), jnp.int32)
+    lower(target, call, [*queries, ((batch,), jnp.int32), table, chosen, arrays])
 
 
 def lower(target, call, arguments):
@@ -118,6 +131,22 @@ def compile_attention(target, nope, rope, value, dtype, tokens=4096, heads=16):
     lower(target, both, [*arrays, ((1, tokens), jnp.int32)])
 
 
+def compile_choice(target, batch, tokens, heads, width, slots, count, dtype):
+    """Compiles an indexer's scores and the choice among them; leaves their PTX in DUMP."""
+    shapes = ((batch, tokens, heads, width), (batch, tokens, heads), (batch, slots, width))
+
+    def call(query, weights, keys, limits):
+        store, kernels = Dense({"index_key": keys}), {op: "pallas_gpu" for op in dispatch.CHOICE}
+        return choose_slots(
+            query, weights, store, Seen(limits=limits), count=count,
+            implementation=dispatch.frozen(kernels),
+        )  # fmt: skip
+
+    kinds = (dtype, jnp.float32, dtype)
+    arguments = [*zip(shapes, kinds, strict=True), ((batch, tokens), jnp.int32)]
+    lower(target, call, arguments)
+
+
 def quick_dumps():
     """Debug dumps print every operation of a constraint in full: most of the compile time."""
     from jax.experimental.mosaic.gpu import layout_inference
@@ -145,6 +174,7 @@ def main():
     parser.add_argument("--slots", type=int, default=4096)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--quick", action="store_true", help="the first shape only")
+    parser.add_argument("--chosen", action="store_true", help="attention to chosen slots only")
     options = parser.parse_args()
     ptxas = shutil.which("ptxas") or shutil.which("ptxas", path=str(CUDA / "bin"))
     if ptxas is None:
@@ -155,12 +185,17 @@ def main():
         )
     except Exception as error:
         sys.exit(f"skipped: jax's CUDA plugin is not here ({error})")
+    of_sparse = lambda *shape: compile_choice(  # noqa: E731
+        topology.devices[0], *shape, jnp.dtype(options.dtype)
+    )
+    choices = [(of_sparse, shape) for shape in (CHOICES[:1] if options.quick else CHOICES)]
     quick_dumps()
     print(f"jax {jax.__version__}, {ptxas}\n\n| kernel | shape | registers | spilled bytes | "
           "shared memory | wgmma | warnings |\n|---|---|---|---|---|---|---|")  # fmt: skip
     decode = lambda *shape, **kinds: compile_shape(  # noqa: E731
         topology.devices[0], *shape, options.slots, jnp.dtype(options.dtype), **kinds
     )
+    on_chosen = lambda *shape, paged=False: decode(*shape[:-1], paged=paged, count=shape[-1])  # noqa: E731
     expanded = lambda *widths: compile_attention(  # noqa: E731
         topology.devices[0], *widths, jnp.dtype(options.dtype)
     )
@@ -168,11 +203,16 @@ def main():
     in_fp8 = functools.partial(decode, encoding="float8_e4m3fn")
     shapes = SHAPES[:1] if options.quick else SHAPES
     calls = [(call, shape) for shape in shapes for call in (decode, on_pages)]
+    of_pages = functools.partial(on_chosen, paged=True)
+    chosen = CHOSEN[:1] if options.quick else CHOSEN
+    calls += [(call, shape) for shape in chosen for call in (on_chosen, of_pages)]
     if options.dtype == "bfloat16":
         calls += [(in_fp8, shape) for shape in shapes]
     calls += [(expanded, widths) for widths in (() if options.quick else ATTENTION)]
+    if options.chosen:
+        calls = [(call, shape) for call, shape in calls if call in (on_chosen, of_pages)]
     bad = False
-    for compile_call, shape in calls:
+    for compile_call, shape in choices + calls:
         shutil.rmtree(DUMP, ignore_errors=True)
         DUMP.mkdir()
         os.environ["MOSAIC_GPU_DUMP_RESOURCES"] = "1"
@@ -186,9 +226,10 @@ def main():
             memory = resources.read_text() if resources.exists() else ""
             shared = re.findall(r"smem_scratch_bytes=(\d+)", memory)
             registers, spilled, products, warnings = report(ptx, ptxas)
-            bad |= spilled > SPILLS.get(name, 0) or not products
+            bad |= spilled > SPILLS.get(name, 0)
+            bad |= not products and name not in WITHOUT_PRODUCTS
             bad |= bool(SERIALISED & set(warnings))
-            name += " on pages" * (compile_call is on_pages)
+            name += " on pages" * (compile_call in (on_pages, of_pages))
             cells = (name, ", ".join(map(str, shape)), registers, spilled, ", ".join(shared),
                      products, ", ".join(warnings))  # fmt: skip
             print(f"| {' | '.join(map(str, cells))} |", flush=True)

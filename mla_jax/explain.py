@@ -88,13 +88,16 @@ def explain(
         f"step of {queries} token(s) per row on {batch_size} x {length} slots: {form} "
         f"(absorbed up to {crossover:.0f} tokens, expanded above, by {rates.source})"
     )
-    if config.index_topk is not None:
-        _print_choice(config, length)
     store = "paged" if pages else "dense"
     if mesh is not None:
         heads = config.num_attention_heads
         _print_parts(rules, mesh, {"B": batch_size, "S": length, "N": heads})
     shapes = (batch_size, length, queries)
+    if config.index_topk is not None:
+        layout = None if mesh is None else Layout(mesh, rules.B, rules.S)
+        for call, what in _choice(config, form, *shapes, dtype, store, layout):
+            print(f"{call.op} ({what}):")
+            _print_backends(dispatch.report(call, device), named.get(call.op))
     for op, what, call in _calls(config, form, *shapes, dtype, store, encoding):
         if mesh is not None:
             slots = () if op == "expanded_attention" else rules.S
@@ -129,8 +132,8 @@ def _print_parts(rules, mesh, sizes):
     print(f"on each of {mesh.size} devices: {', '.join(parts)}")
 
 
-def _print_choice(config, slots):
-    """What sparse attention attends to of this many slots, and what chooses it."""
+def _choice(config, form, batch, slots, queries, dtype, store, layout):
+    """Says what sparse attention attends to; yields the calls that choose it, and their purpose."""
     if not config.is_sparse(slots):
         print(
             f"index_topk={config.index_topk}: every one of {slots} slots can be chosen, so "
@@ -138,12 +141,31 @@ def _print_choice(config, slots):
         )
         return
     print(f"index_topk={config.index_topk}: attention to chosen slots of {slots}")
-    if config.has_indexer:
-        heads, width = config.index_n_heads, config.index_head_dim
-        print(f"choose_slots ({heads} index heads of {width} channels, then the best):")
-        print("  xla: runs")
-    else:
-        print("choose_slots: not here, the choice is that of the last layer with an indexer")
+    if not config.has_indexer:
+        print("index_scores, best_slots: not here, the last layer with an indexer has chosen")
+        return
+    if layout is not None and layout.slots:
+        print(
+            f"index_scores, best_slots: refused, slots S are split over {', '.join(layout.slots)}"
+        )
+        return
+    heads, width, name = config.index_n_heads, config.index_head_dim, jnp.dtype(dtype).name
+    count, what, limits = config.index_topk, "slots", "lengths"
+    if form == "expanded" and queries > 1:
+        limits = "lengths per query"
+    if config.index_kpool is not None:  # pools are made of a whole row, for this call
+        count, slots = count // config.index_kpool, slots // config.index_kpool
+        what, store = f"pools of {config.index_kpool} slots", "dense"
+    call = dispatch.Call(
+        "index_scores", batch, queries, slots, heads, (width, 0), 0, name, (limits,), store,
+        layout=layout,
+    )  # fmt: skip
+    yield call, f"{heads} index heads of {width} channels on {slots} {what}"
+    best = dataclasses.replace(
+        call, op="best_slots", heads=1, key_dims=(0, 0), value_dim=count, dtype="float32",
+        options=("lengths",), store="dense",
+    )  # fmt: skip
+    yield best, f"the best {count} of {slots} {what}"
 
 
 def _print_backends(report, named):

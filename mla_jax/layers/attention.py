@@ -296,7 +296,9 @@ class MultiHeadLatentAttention(LatentMaps):
         queries = self.indexer.queries(x, q_latent, positions, by)
         if not warmup and config.is_sparse(x.shape[1]):
             seen = seen.replace(
-                chosen=self.indexer.choose(queries, Dense({"index_key": keys}), seen)
+                chosen=self.indexer.choose(
+                    queries, Dense({"index_key": keys}), seen, self.implementation
+                )
             )
         target = ops.attention_weights(
             (self._pattern(q_nope), q_rope), Dense(new), seen, scale=config.scale
@@ -340,7 +342,7 @@ class MultiHeadLatentAttention(LatentMaps):
             )
         if config.is_sparse(slots):
             queries = self.indexer.queries(x, q_latent, positions, by)
-            chosen = self.indexer.choose(queries, store, seen)
+            chosen = self.indexer.choose(queries, store, seen, self.implementation)
         return seen.replace(chosen=chosen), relay.with_choice(chosen)
 
     def _form(self, queries, slots):

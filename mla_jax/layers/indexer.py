@@ -131,6 +131,7 @@ class Indexer(nnx.Module):
         queries: tuple[Float[Array, "B T J I"], Float[Array, "B T J"]],
         store: Store,
         seen: Seen,
+        implementation: ops.dispatch.Implementation = None,
     ) -> Int[Array, "B T K"]:
         """The slots of `store` that queries attend to, of those that they see.
 
@@ -138,10 +139,11 @@ class Indexer(nnx.Module):
             queries: of `queries`.
             store: with the keys of all slots, these tokens' included.
             seen: what each query may see.
+            implementation: backends by name, as a layer keeps them; None chooses.
 
         Raises:
             ValueError: packed sequences (segments) with pools, which begin with the row.
-            NotImplementedError: a mesh splits the slots.
+            NotImplementedError: a mesh splits the slots, or a backend that is named cannot serve.
         """
         config, bias = self.config, None
         if config.index_kpool is not None:
@@ -156,6 +158,7 @@ class Indexer(nnx.Module):
             return ops.choose_slots(
                 *jax.lax.stop_gradient(queries), store, seen, count=config.index_topk,
                 pool_bias=bias, tail=config.index_kpool_always_select_tail,
+                implementation=implementation,
             )  # fmt: skip
 
     def scores(

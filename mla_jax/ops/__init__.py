@@ -216,7 +216,7 @@ def attend_latents(
     return dispatch.attend(queries, store, seen, call, implementation)
 
 
-def latent_gradients(arrays, table, lengths, scale, cotangents) -> tuple[Array, ...]:
+def latent_gradients(arrays, table, lengths, scale, cotangents, chosen=None) -> tuple[Array, ...]:
     """Cotangents of pattern, q_rope, latent and k_rope, for kernels without a backward.
 
     Args:
@@ -226,6 +226,7 @@ def latent_gradients(arrays, table, lengths, scale, cotangents) -> tuple[Array, 
         lengths: as in `latent_attention`.
         scale: softmax temperature.
         cotangents: of out_latent and lse.
+        chosen: as in `latent_attention`.
     """
 
     def attend(pattern, q_rope, latent, k_rope, *scale_of_latents):
@@ -235,7 +236,7 @@ def latent_gradients(arrays, table, lengths, scale, cotangents) -> tuple[Array, 
         if table is not None:
             store = Paged(store, table)  # of which XLA gathers the rows
         batch, tokens = pattern.shape[:2]
-        seen = Seen.of(lengths, batch=batch, queries=tokens, slots=store.slots)
+        seen = Seen.of(lengths, batch=batch, queries=tokens, slots=store.slots, chosen=chosen)
         return attend_latents((pattern, q_rope), store, seen, scale=scale, implementation="xla")
 
     return jax.vjp(attend, *arrays)[1](cotangents)

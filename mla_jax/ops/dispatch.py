@@ -46,8 +46,17 @@ _BACKENDS: dict[str, dict[str, str]] = {
         "xla": "mla_jax.ops.xla",
         "reference": "mla_jax.ops.reference",
     },
+    "index_scores": {
+        "pallas_gpu": "mla_jax.ops.hopper.indexing",
+        "xla": "mla_jax.ops.xla_choice",
+    },
+    "best_slots": {
+        "pallas_gpu": "mla_jax.ops.hopper.indexing",
+        "xla": "mla_jax.ops.xla_choice",
+    },
 }
-OPS = tuple(_BACKENDS)
+CHOICE = ("index_scores", "best_slots")  # what sparse attention does before it attends
+OPS = tuple(op for op in _BACKENDS if op not in CHOICE)  # the attention cores
 IMPLEMENTATIONS = tuple(dict.fromkeys(name for names in _BACKENDS.values() for name in names))
 # What a dict may name: also the experts of a whole model, which `ops.experts` dispatches.
 _NAMES = {op: tuple(names) for op, names in _BACKENDS.items()}
@@ -62,10 +71,10 @@ class Call:
     """What is static of a call: a backend says by it whether it can serve.
 
     Attributes:
-        op: "latent_attention", "expanded_attention" or "context_attention".
+        op: "latent_attention", "expanded_attention", "context_attention", or one of `CHOICE`.
         batch, queries, slots, heads: B, T, S, N.
-        key_dims: widths of the two parts of a key, (R, P) or (H, P).
-        value_dim: R or V.
+        key_dims: widths of the two parts of a key, (R, P) or (H, P); (I, 0) of an index key.
+        value_dim: R or V; K of `best_slots`.
         dtype: of the operands.
         options: names of what is asked for beyond plain causal attention, sorted.
         store: "dense" or "paged".
@@ -99,7 +108,9 @@ class Call:
 
 
 def normalized(implementation: Implementation) -> dict[str, str]:
-    """The backend of each op that `implementation` names; one name is of all attention cores.
+    """The backend of each op that `implementation` names.
+
+    One name is of all attention cores, and of sparse attention's choice if it has such a backend.
 
     Raises:
         ValueError: a backend or an op that does not exist.
@@ -113,7 +124,8 @@ def normalized(implementation: Implementation) -> dict[str, str]:
     if implementation is None:
         return {}
     if isinstance(implementation, str):
-        named = dict.fromkeys(OPS, implementation)
+        serves = [op for op in CHOICE if implementation in _BACKENDS[op]]
+        named = dict.fromkeys((*OPS, *serves), implementation)
     elif isinstance(implementation, Mapping | tuple):
         named = dict(implementation)
     else:
@@ -192,6 +204,16 @@ def attend(
     module = _module(_BACKENDS[call.op][name])
     with jax.named_scope(f"{call.op}.{name}"):
         return getattr(module, call.op)(queries, store, seen, call, **more)
+
+
+def choice(
+    operands: Any, store: Store | None, seen: Seen, call: Call, implementation: Implementation
+) -> Array:
+    """Runs one of `CHOICE` by the backend that serves it, on what one device has."""
+    name = choose(call, implementation)
+    module = _module(_BACKENDS[call.op][name])
+    with jax.named_scope(f"{call.op}.{name}"):
+        return getattr(module, call.op)(operands, store, seen, call)
 
 
 def _op_of(name: str) -> str:

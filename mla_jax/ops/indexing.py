@@ -13,7 +13,9 @@ bfloat16 other slots would win.
 An index key may also stand for a pool of tokens (GLM-5.3-Flash): the mean of their keys, weighted
 per channel by a softmax. Whole pools are chosen then.
 
-Nothing of size [B, T, J, S] is made: slots come in blocks, and queries in chunks.
+Scores and the choice among them are two ops, `index_scores` and `best_slots`, each by the backend
+that serves it (`dispatch`). Nothing of size [B, T, J, S] is made: slots come in blocks, and queries
+in chunks.
 
 Letters: B batch, T query tokens, S slots, J index heads, I index-key channels, K chosen slots,
 L tokens of a pool, M whole pools.
@@ -27,11 +29,10 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from mla_jax import sharding
-from mla_jax.cache import Dense, Store
-from mla_jax.ops import mesh
+from mla_jax.cache import Dense, Paged, Store
+from mla_jax.ops import dispatch, mesh, xla_choice
 from mla_jax.ops.seen import Seen
 
-_BLOCK_PRODUCTS = 2**24  # of index heads and slots made at once, 64 MiB in float32
 _CHUNK_SCORES = 2**24  # of queries and slots chosen from at once
 
 
@@ -49,36 +50,10 @@ def index_scores(
     >>> index_scores(jnp.ones((1, 1, 2, 4)), jnp.array([[[2.0, 1.0]]]), store)
     Array([[[3., 3., 3., 3.]]], dtype=float32)
     """
-    batch, tokens, heads, _ = query.shape
-    slots = store.slots
-
-    wide = jnp.promote_types(query.dtype, jnp.float32)
-
-    def block(start, size):
-        products = jnp.einsum(
-            "BTJI,BSI->BTJS",
-            query,
-            store.block(start, size, pages=True)["index_key"],
-            precision="highest",
-            preferred_element_type=wide,
-        )
-        return (jax.nn.relu(products) * weights.astype(wide)[..., None]).sum(2)
-
-    sizes = (batch, tokens, heads, slots)
-    if not all(isinstance(size, int) for size in sizes):  # under jax.export they may be symbols
-        return block(0, slots)
-    size = max(128, _BLOCK_PRODUCTS // (batch * tokens * heads) // 128 * 128)
-    if size >= slots:
-        return block(0, slots)
-    count = -(-slots // size)
-    # The last block starts early rather than run over the end.
-    starts = jnp.minimum(jnp.arange(count, dtype=jnp.int32) * size, slots - size)
-    made = jnp.moveaxis(lax.map(lambda start: block(start, size), starts), 0, 2)
-    whole = made[:, :, :-1].reshape(batch, tokens, -1)
-    return jnp.concatenate([whole, made[:, :, -1, count * size - slots :]], axis=-1)
+    return xla_choice.all_scores(query, weights, store)
 
 
-@functools.partial(jax.jit, static_argnames=("count", "tail"))
+@functools.partial(jax.jit, static_argnames=("count", "tail", "implementation"))
 def choose_slots(
     query: Float[Array, "B T J I"],
     weights: Float[Array, "B T J"],
@@ -88,8 +63,12 @@ def choose_slots(
     count: int,
     pool_bias: Float[Array, "L I"] | None = None,
     tail: bool = True,
+    implementation: dispatch.Implementation = None,
 ) -> Int[Array, "B T K"]:
     """The slots that each query attends to, as `Seen.chosen` holds them; S where there are fewer.
+
+    Nothing flows back through the choice. In what order slots come is the backend's affair: XLA
+    gives the best first, the Hopper kernel the lowest.
 
     Args:
         query, weights: as in `index_scores`.
@@ -99,6 +78,8 @@ def choose_slots(
         pool_bias: what is added to the gates of a pool's tokens; None chooses single tokens.
         tail: with pools, the visible tokens behind the last whole pool are chosen too, up to L - 1
             beyond `count`.
+        implementation: None, or backends of `index_scores` and `best_slots` by name: a tuple of
+            pairs, as `dispatch.frozen` makes it.
 
     >>> store = Dense({"index_key": jnp.array([[[1.0], [3.0], [0.0], [2.0]]])})
     >>> seen = Seen.of(None, batch=1, queries=4, slots=4)
@@ -109,17 +90,19 @@ def choose_slots(
             [1, 3]]], dtype=int32)
     """
     if sharding.mesh_of(query, store) is not None:
-        run = functools.partial(choose_slots, count=count, tail=tail)
+        run = functools.partial(choose_slots, count=count, tail=tail, implementation=implementation)
         return mesh.choose(run, query, weights, store, seen, pool_bias)
+    query, weights, store = lax.stop_gradient((query, weights, store))
     tokens, slots = query.shape[1], store.slots
     if pool_bias is None:
 
         def choose(query, weights, seen):
-            visible = seen.visible(jnp.arange(slots, dtype=jnp.int32))[:, 0]
-            return _best(index_scores(query, weights, store), visible, count, slots)
+            scores = _scores(query, weights, store, seen, implementation)
+            return _best(scores, seen.limits, count, implementation)
 
     else:
-        choose = _choice_of_pools(store, seen, pool_bias, count, tail)
+        pool_bias = lax.stop_gradient(pool_bias)
+        choose = _choice_of_pools(store, seen, pool_bias, count, tail, implementation)
     rows = _CHUNK_SCORES // (query.shape[0] * slots)
     return _by_chunks(choose, (query, weights), seen, tokens, rows)
 
@@ -151,7 +134,9 @@ def attention_weights(
         return jnp.where(visible, weights, 0).sum(2)
 
     (batch, tokens, heads, _), count = queries[0].shape, store.slots
-    return _by_chunks(weigh, queries, seen, tokens, _BLOCK_PRODUCTS // (batch * heads * count))
+    return _by_chunks(
+        weigh, queries, seen, tokens, xla_choice.BLOCK_PRODUCTS // (batch * heads * count)
+    )
 
 
 def _by_chunks(function, arrays, seen, tokens, rows):
@@ -172,17 +157,35 @@ def _by_chunks(function, arrays, seen, tokens, rows):
     return jnp.concatenate([whole, made[:, -1, number * rows - tokens :]], axis=1)
 
 
-def _best(scores, visible, count, nowhere):
-    """The `count` best visible ones of the last axis, best first; `nowhere` where there are none.
+def _scores(query, weights, store, seen, implementation):
+    """Scores of the visible slots, -inf of the others, by the backend that serves the call."""
+    batch, tokens, heads, width = query.shape
+    kinds = dict.fromkeys(str(x.dtype) for x in (query, store.index_key))
+    call = dispatch.Call(
+        "index_scores",
+        batch,
+        tokens,
+        store.slots,
+        heads,
+        (width, 0),
+        0,
+        " and ".join(kinds),
+        seen.options,
+        "paged" if isinstance(store, Paged) else "dense",
+    )
+    return dispatch.choice((query, weights), store, seen, call, implementation)
 
-    `lax.top_k` puts the lower of two equal ones first.
-    """
-    best, places = lax.top_k(jnp.where(visible, scores, -jnp.inf), count)
-    # A score that is not a number is chosen and seen, not dropped.
-    return jnp.where(jnp.isneginf(best), nowhere, places).astype(jnp.int32)
+
+def _best(scores, limits, count, implementation):
+    """The `count` best of the last axis that are not -inf; its size where there are fewer."""
+    batch, tokens, slots = scores.shape
+    call = dispatch.Call(
+        "best_slots", batch, tokens, slots, 1, (0, 0), count, str(scores.dtype), ("lengths",)
+    )
+    return dispatch.choice(scores, None, Seen(limits=limits), call, implementation)
 
 
-def _choice_of_pools(store, seen, bias, count, tail):
+def _choice_of_pools(store, seen, bias, count, tail, implementation):
     """A function of query, weights and Seen that chooses whole pools, and the tokens behind them.
 
     Pools begin at the first token that anybody sees, so that padding on the left changes nothing.
@@ -208,11 +211,17 @@ def _choice_of_pools(store, seen, bias, count, tail):
         visible = seen.visible(jnp.arange(slots, dtype=jnp.int32))[:, 0]
         visible = jnp.broadcast_to(visible, (batch, tokens, slots))
         at = lambda slot: jnp.take_along_axis(visible, jnp.minimum(slot, slots - 1), axis=-1)  # noqa: E731
-        of_pools = jnp.broadcast_to(place[:, None], (batch, tokens, pools * length))
-        whole = (at(of_pools) & (of_pools < slots)).reshape(batch, tokens, pools, length).all(-1)
+        if set(seen.options) <= {"lengths", "lengths per query"}:
+            of_pools = Seen(limits=seen.limits // length)  # those that are seen whole
+        else:
+            inside = jnp.broadcast_to(place[:, None], (batch, tokens, pools * length))
+            whole = (at(inside) & (inside < slots)).reshape(batch, tokens, pools, length).all(-1)
+            everywhere = jnp.full((batch, tokens), pools, jnp.int32)
+            of_pools = Seen(limits=everywhere, mask=whole[:, None])
         chosen = jnp.full((batch, tokens, 1), slots, jnp.int32)
         if number:
-            best = _best(index_scores(query, weights, pooled), whole, number, pools)
+            scores = _scores(query, weights, pooled, of_pools, implementation)
+            best = _best(scores, of_pools.limits, number, implementation)
             start = first[:, None, None] + best * length
             chosen = start[..., None] + jnp.arange(length, dtype=jnp.int32)[None, None, None]
             chosen = jnp.where((best == pools)[..., None], slots, chosen)

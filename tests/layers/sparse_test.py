@@ -52,6 +52,16 @@ def extend_all(layers, x, cache, lengths=None, form="auto"):
     return outputs, cache.end(stores, step)
 
 
+@pytest.mark.parametrize("op", ["index_scores", "best_slots"])
+def test_a_layer_asks_the_backend_of_the_choice_that_is_named(op):
+    layer = make(implementation={op: "pallas_gpu"})
+    with pytest.raises(NotImplementedError, match="'pallas_gpu': needs an NVIDIA GPU"):
+        layer(X)
+    with pytest.raises(NotImplementedError, match="'pallas_gpu': needs an NVIDIA GPU"):
+        layer.indexer_loss(X)
+    np.testing.assert_array_equal(plain(make(implementation={op: "xla"}), X), plain(make(), X))
+
+
 @pytest.mark.parametrize("name", ["deepseek_v32_dsa", "glm_moe_dsa_full_shared"])
 def test_the_choice_is_that_of_the_families_own_code(name):
     z = np.load(TESTDATA / f"{name}.npz")

@@ -79,9 +79,9 @@ def test_many_pieces(monkeypatch):
     check(interpreted(arrays, lengths, 5), loop(arrays, lengths), jnp.bfloat16)
 
 
-def _mask_without_causality(self, s, slot, length):
+def _mask_without_causality(self, s, block, slot, length):
     tokenless = types.SimpleNamespace(shape=self.shape._replace(tokens=1), tile=self.tile)
-    return REAL["mask"](tokenless, s, slot, length)
+    return REAL["mask"](tokenless, s, block, slot, length)
 
 
 REAL = {"mask": kernel.Part.mask, "source_slot": kernel.source_slot, "piece": merge.piece}
@@ -89,7 +89,7 @@ PLANTED = {
     "future_token_visible": (kernel.Part, "mask", _mask_without_causality),
     "off_by_one_slot": (
         kernel.Part, "mask",
-        lambda self, s, slot, length: REAL["mask"](self, s, slot, length - 1),
+        lambda self, s, block, slot, length: REAL["mask"](self, s, block, slot, length - 1),
     ),
     "dead_values_left": (kernel.Part, "kill_dead_values", lambda self, ref, live: None),
     "dropped_first_block": (

@@ -8,7 +8,7 @@ import pytest
 
 import mla_jax
 from mla_jax.cache import Dense, Paged
-from mla_jax.ops import choose_slots, index_scores, indexing, xla
+from mla_jax.ops import choose_slots, index_scores, indexing, xla, xla_choice
 from mla_jax.ops.seen import Seen, members
 
 B, T, S, J, I, K = 2, 5, 384, 3, 6, 7  # noqa: E741
@@ -54,7 +54,7 @@ def test_the_choice_is_exact_and_of_equal_scores_the_lower_slot_wins(case, block
     count = K - blocks  # another count is another program
     want = exact_choice(*case, count)
     if blocks:  # of 128 slots, for two queries at a time: neither divides what there is
-        monkeypatch.setattr(indexing, "_BLOCK_PRODUCTS", 1)
+        monkeypatch.setattr(xla_choice, "BLOCK_PRODUCTS", 1)
         monkeypatch.setattr(indexing, "_CHUNK_SCORES", 2 * B * S)
     seen = Seen(limits=jnp.asarray(LIMITS))
     of_query = jnp.asarray(query, jnp.float32), jnp.asarray(weights, jnp.float32)

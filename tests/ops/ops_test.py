@@ -322,6 +322,7 @@ def test_queries_padded_on_the_right_are_the_row_s_last(op, rng):
 def test_an_implementation_serves_every_op_or_raises():
     names = dispatch.normalized("cudnn")
     assert set(names) == set(dispatch.OPS)
+    assert set(dispatch.normalized("pallas_gpu")) == {*dispatch.OPS, *dispatch.CHOICE}
     layer = mla_jax.MultiHeadLatentAttention(MICRO, implementation="cudnn", rngs=nnx.Rngs(0))
     x = jnp.ones((1, 1, MICRO.hidden_size))
     with pytest.raises(NotImplementedError, match="'cudnn' does not serve latent_attention: "):

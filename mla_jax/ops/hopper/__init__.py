@@ -5,8 +5,9 @@ The expanded form is in `attention/`, and `context.py` takes that one over cache
 `kernel.py` is the algorithm, `merge.py` its end where parts share a row, `schedule.py` the cut of a
 ragged batch into equal parts, `mosaic.py` what Pallas lacks, and `interpreted.py` what the kernel
 does instead on a CPU. It reads dense caches, and paged ones through their table. Latents in fp8
-with scales have a kernel of their own, `scaled.py` with `dequantise.py`. Both kernels are forward
-only: derivatives are those of the XLA backend.
+with scales have a kernel of their own, `scaled.py` with `dequantise.py`, and so has attention to
+chosen slots, `gathered.py` with `copies.py`, which `chosen.py` calls. All are forward only:
+derivatives are those of the XLA backend.
 
 The kernel's thread blocks wait for each other where they share a batch row, so all of them must be
 on the device at once: their number never exceeds the multiprocessors that the device reports, but
@@ -29,6 +30,8 @@ from jaxtyping import Array, Float, Int
 from mla_jax import ops, target
 from mla_jax.config import configs_dir
 from mla_jax.ops import guard
+from mla_jax.ops.hopper import chosen
+from mla_jax.ops.hopper.mapped import joined
 from mla_jax.ops.hopper.schedule import BLOCK, SLACK, STEP, TILE, Schedule, make_schedule
 
 _RANKS, _ROPES = (128, 256, 384, 512), (0, 16, 32, 64)
@@ -86,17 +89,19 @@ def unsupported(call) -> str | None:
         )
     if call.encoding is not None and call.dtype != "bfloat16":
         return f"takes fp8 latents with bfloat16 operands, not {call.dtype}"
-    options = [name for name in call.options if name != "lengths"]
-    if options:
-        return f"takes lengths [B] only, not {', '.join(options)}"
     if rank not in _RANKS:
         return f"kv_lora_rank must be one of {_RANKS}, not {rank}"
     if rope not in _ROPES:
         return f"qk_rope_head_dim must be one of {_ROPES}, not {rope}"
-    if not 1 <= call.queries <= _MOST_QUERIES:
-        return f"takes 1 to {_MOST_QUERIES} query tokens, not {call.queries}"
     if not 1 <= call.heads <= 128:
         return f"takes 1 to 128 heads, not {call.heads}"
+    if "chosen" in call.options:
+        return chosen.unsupported(call)
+    options = [name for name in call.options if name != "lengths"]
+    if options:
+        return f"takes lengths [B] only, not {', '.join(options)}"
+    if not 1 <= call.queries <= _MOST_QUERIES:
+        return f"takes 1 to {_MOST_QUERIES} query tokens, not {call.queries}"
     if slots % 8:
         return f"the cache must hold a multiple of 8 slots, not {slots}: choose its max_length so"
     if batch * slots < BLOCK:
@@ -107,13 +112,15 @@ def unsupported(call) -> str | None:
     return None
 
 
-def plan(seen, call, slack: int | None = None) -> Schedule:
-    """The cut of the batch: once a step for all layers.
+def plan(seen, call, slack: int | None = None) -> Schedule | None:
+    """The cut of the batch: once a step for all layers. None for chosen slots, which need none.
 
     Args:
         seen, call: as `latent_attention` takes them.
         slack: as in `make_schedule`; None takes the device's from `configs/tuning`.
     """
+    if seen.chosen is not None:
+        return None
     rows, device = call.queries * call.heads, target.current()
     if slack is None:
         slack = tuned(device.kind, rows).get("slack", SLACK)
@@ -138,8 +145,21 @@ def tuned(device_kind: str, rows: int) -> dict[str, int]:
 def latent_attention(queries, store, seen, call):
     """The absorbed form: see `ops.latent_attention`."""
     device = target.current()
-    schedule = plan(seen, call) if seen.plan is None else seen.plan
     pattern, q_rope = queries
+    if seen.chosen is not None:
+        return chosen.attend(
+            pattern,
+            q_rope,
+            store.latent,
+            store.k_rope,
+            seen.chosen,
+            seen.limits,
+            table=store.table if call.store == "paged" else None,
+            scale=call.scale,
+            interpret=device.interpret if device.interprets == "gpu" else None,
+            sms=multiprocessors(device),
+        )
+    schedule: Any = plan(seen, call) if seen.plan is None else seen.plan
     out, lse = decode(
         seen.last(pattern),
         seen.last(q_rope),
@@ -209,25 +229,10 @@ def _attention(scale, interpret, arrays, table, schedule):
     @call.def_vmap
     def _(size, mapped, arrays, table, schedule):
         # The calls become one call of more rows, with a schedule of its own.
-        def join(x, is_mapped):
-            x = x if is_mapped else jnp.broadcast_to(x, (size, *x.shape))
-            return x.reshape(-1, *x.shape[2:])
-
         of_arrays, of_table, of_schedule = mapped
-        queries = [join(*pair) for pair in zip(arrays[:2], of_arrays[:2], strict=True)]
-        held, of_held = arrays[2:], of_arrays[2:]
-        if table is None:
-            slots = held[0].shape[1 + of_held[0]]
-        else:
-            slots = table.shape[-1] * STEP
-            rows = table.shape[of_table]
-            table = join(table, of_table)
-            if any(of_held):  # the pools of all calls, one after the other
-                pages = held[0].shape[of_held[0]]
-                before = jnp.repeat(jnp.arange(size, dtype=table.dtype) * pages, rows)[:, None]
-                table = jnp.where(table < pages, table + before, size * pages)
-        if table is None or any(of_held):
-            held = [join(*pair) for pair in zip(held, of_held, strict=True)]
+        arrays, table, join = joined(size, arrays, of_arrays, table, of_table)
+        queries, held = arrays[:2], arrays[2:]
+        slots = held[0].shape[1] if table is None else table.shape[-1] * STEP
         tokens, heads = queries[0].shape[1:3]
         device = target.current()
         again = make_schedule(

@@ -20,10 +20,11 @@ from mla_jax.ops.hopper.merge import like, merge
 from mla_jax.ops.hopper.schedule import BLOCK, STEP, TILE, Column
 
 
-def decode(operands, schedule, table, shape: Shape, batch: int, interpret: Any):
-    """`kernel.decode` in the interpreter, with its parameters."""
+def decode(operands, schedule, table, shape: Shape, batch: int, interpret: Any, part=None):
+    """`kernel.decode` in the interpreter, with its parameters, by a class of parts."""
     options = launch_options(shape) | {"interpret": interpret}
-    results = launch(InterpretedPart, operands, schedule, table, shape, batch, **options)
+    part = InterpretedPart if part is None else part
+    results = launch(part, operands, schedule, table, shape, batch, **options)
     return _merged(results, schedule, shape, options)
 
 
@@ -32,10 +33,7 @@ def decode_scaled(operands, schedule, table, shape: Shape, batch: int, interpret
     # The last block of a row may end past the cache: no load here takes part of a block's scales.
     *operands, scales = operands
     operands.append(jnp.pad(scales, ((0, STEP), (0, 0))))
-    options = scaled.launch_options(shape) | {"interpret": interpret}
-    results = launch(InterpretedScaledPart, operands, schedule, table, shape, batch, **options)
-    options = launch_options(shape) | {"interpret": interpret}
-    return _merged(results, schedule, shape, options)
+    return decode(operands, schedule, table, shape, batch, interpret, InterpretedScaledPart)
 
 
 def _merged(results, schedule, shape, options):
@@ -52,7 +50,7 @@ def _merged(results, schedule, shape, options):
         pl.when(end_step > first_step)(lambda: merge(part, tile, wg, named, shape))
 
     results = [like(x, x.shape, x.dtype) for x in (out, lse)]
-    merged = plgpu.kernel(body, out_type=results, **options)(
+    merged = plgpu.kernel(body, out_type=results, num_threads=2, **options)(
         part_out, part_lse, schedule.row_parts, schedule.part
     )
     first, last = schedule.row_parts
@@ -84,7 +82,8 @@ class InterpretedPart(Part):
         self.clear(self.smem["s_acc"].at[me], BLOCK)
         return body(self.smem["s_acc"].at[me])
 
-    def opaque_zero(self):
+    def begin_step(self, step):
+        del step
         return jnp.int32(0)
 
     def mma(self, acc, a, b, park=None):

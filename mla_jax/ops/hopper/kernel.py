@@ -59,7 +59,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mla_jax.ops.hopper import mosaic
 from mla_jax.ops.hopper.merge import LOG2E, LOWEST, like, merge, piece
-from mla_jax.ops.hopper.schedule import BLOCK, STEP, TILE, Column
+from mla_jax.ops.hopper.schedule import BLOCK, STEP, TILE, Column, source_slot
 
 WG = plgpu.Layout.WGMMA
 _ROW = plgpu.Layout.WGMMA.reduce(1)
@@ -79,6 +79,7 @@ class Shape(NamedTuple):
     parts: int
     scale: float
     dtype: Any
+    sharing: int = 1  # consecutive rows that read the same row of the cache
 
 
 def decode(operands, schedule, table, shape: Shape, batch: int):
@@ -91,13 +92,11 @@ def decode(operands, schedule, table, shape: Shape, batch: int):
 
 
 def launch_options(shape: Shape) -> dict[str, Any]:
-    """The grid and how it is compiled: a thread block of two warpgroups for every part and tile."""
+    """The grid and how it is compiled: a thread block for every part and tile."""
     return {
         "grid": (shape.parts, shape.tiles),
         "grid_names": ("part", "tile"),
-        "num_threads": 2,
         "thread_name": "wg",
-        "kernel_name": "mla_decode",
         "compiler_params": plgpu.CompilerParams(
             approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
         ),
@@ -118,19 +117,10 @@ def launch(part, operands, schedule, table, shape: Shape, batch: int, **options)
         body,
         out_type=[like(operands[0], s, d) for s, d in zip(outputs, dtypes, strict=True)],
         scratch_types=part.scratch(shape),
+        kernel_name=part.name,
+        num_threads=part.warpgroups,
         **options,
     )(*operands, *schedule, *(() if table is None else (table,)))
-
-
-def source_slot(row, slot, length, slots, total, page=None):
-    """Where a block begins in the flat cache: [B S], or [G 128] where the row's slots have a page.
-
-    Blocks past the row's length begin past the end of the cache, where a copy fills its buffer with
-    zeros and reads no memory.
-    """
-    in_use = slot < length
-    place = row * slots + slot if page is None else page * STEP + lax.rem(slot, jnp.int32(STEP))
-    return jnp.where(in_use, place, total)
 
 
 def tiled(shape, dtype):
@@ -155,6 +145,9 @@ def _row_vector(ref):
 
 class Part:
     """One thread block: part `part` of the batch for tile `tile` of the query rows."""
+
+    name = "mla_decode"
+    warpgroups = 2
 
     def __init__(self, refs, smem, shape: Shape, paged: bool):
         refs = list(refs)
@@ -251,7 +244,7 @@ class Part:
                 ]
                 then_end = lambda: jnp.where(last, next_end, there)  # noqa: E731
                 page = self.page_after(g + 1, then, then_slot, then_end, end_row)
-                o = self.opaque_zero()
+                o = self.begin_step(g)
                 step = self.step0 if me == 0 else self.step1
                 new_q = last & more
                 qr, s, m, total = step(acc, o, qr, s, m, total, slot, length, sources, new_q, then)
@@ -267,7 +260,7 @@ class Part:
 
     def step0(self, acc, o, qr, s, m, total, slot, length, sources, new_q, row):
         """Block 0's softmax; left columns of the output."""
-        s = self.mask(s, slot, length)
+        s = self.mask(s, 0, slot, length)
         m_new = jnp.maximum(m, s.max(axis=1) * self.scale2)
         alpha = jnp.exp2(m - m_new)
         self.stat[0] = m_new
@@ -307,7 +300,7 @@ class Part:
     def step1(self, acc, o, qr, s, m, total, slot, length, sources, new_q, row):
         """Block 1's softmax; right columns of the output."""
         del m
-        s = self.mask(s, slot + BLOCK, length)
+        s = self.mask(s, 1, slot + BLOCK, length)
         biggest = s.max(axis=1) * self.scale2
         self.wait("max0")
         self.fetch_rope(1, sources[1])
@@ -391,7 +384,7 @@ class Part:
         slot = jnp.where(over, 0, slot + STEP)
         return self.page(row, slot) + 0
 
-    def source(self, row, slot, length, page):
+    def source(self, row, slot, length, page) -> Any:
         return source_slot(row, slot, length, self.shape.slots, self.k_hbm.shape[0], page)
 
     def fetch(self, block, h, source):
@@ -433,22 +426,26 @@ class Part:
             return qr
         return lax.cond(new_q, lambda _: self.load_q_rope(row), lambda q: q, qr)
 
+    def await_copy(self, barrier, index):
+        plgpu.barrier_wait(self.smem[barrier].at[index])
+
     # -- scores
 
     def scores(self, acc, qr, block, o, between=None):
         """Adds q k^T of a block: rope, then the half that is loaded first, then the other."""
         if self.shape.rope:
-            plgpu.barrier_wait(self.smem["kr_bar"].at[block])
+            self.await_copy("kr_bar", block)
             self.mma(acc, qr, self.smem["kr"].at[o + block].T, park=("park_qr", block))
         if between is not None:
             between()
         for h in (block, 1 - block):
-            plgpu.barrier_wait(self.smem["k_bar"].at[2 * block + h])
+            self.await_copy("k_bar", 2 * block + h)
             self.mma(acc, self.q.at[o + h], self.k.at[o + (2 * block + h)].T)
         return acc[...]
 
-    def mask(self, s, slot, length):
+    def mask(self, s, block, slot, length):
         """Scores, -inf where a query may not look; only the last blocks of a row need it."""
+        del block
         tokens = self.shape.tokens
 
         def masked(s):
@@ -485,8 +482,9 @@ class Part:
         del me
         return pl.run_scoped(body, plgpu.ACC((TILE, BLOCK), jnp.float32))
 
-    def opaque_zero(self):
+    def begin_step(self, step):
         """Zero, added to the index of an operand; `mosaic.opaque` says why."""
+        del step
         return mosaic.opaque(0)
 
     def mma(self, acc, a, b, park=None):

@@ -97,7 +97,7 @@ def store_rows(ref, value, row, column, count) -> None:
         arith, ir, c = mgpu.utils.arith, mgpu.utils.ir, mgpu.utils.c
         index, i32 = ir.IndexType.get(), ir.IntegerType.get_signless(32)
         width = ir.MemRefType(ref.type).shape[-1]
-        row, column, count = _index(row), _index(column), count.registers.item()
+        row, column, count = index_of(row), index_of(column), count.registers.item()
         lane = arith.andi(mgpu.utils.thread_idx(), c(3, i32))
         groups = 4 // len(_words(value.registers.flat[0]))  # of eight columns, in one store
         if groups == 4:
@@ -110,7 +110,7 @@ def store_rows(ref, value, row, column, count) -> None:
         for offset, registers in rows.items():
             r = arith.addi(first[0], c(offset, index))
             at = arith.addi(arith.muli(arith.addi(r, row), c(width, index)), column)
-            base = _pointer(ref, at)  # one address a row, since one a register would spill
+            base = pointer(ref, at)  # one address a row, since one a register would spill
             live = arith.cmpi(arith.CmpIPredicate.slt, arith.index_cast(i32, r), count)
             live = arith.extui(i32, live)
             for g in range(0, len(registers), groups):
@@ -138,12 +138,12 @@ def store_row_values(ref, value, row, count) -> None:
     def store(_, ref, value, row, count):
         arith, c = mgpu.utils.arith, mgpu.utils.c
         index = mgpu.utils.ir.IndexType.get()
-        row, count = _index(row), _index(count)
+        row, count = index_of(row), index_of(count)
         rows, first = _by_row(value.layout, value.shape)
         for offset, [(register, _)] in rows.items():
             r = arith.addi(first[0], c(offset, index))
             with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.ult, r, count)):
-                to = _pointer(ref, arith.addi(r, row))
+                to = pointer(ref, arith.addi(r, row))
                 mgpu.utils.llvm.store(value.registers[register], to)
 
     store(ref, value, row, count)
@@ -162,7 +162,7 @@ def load_rows(ref, row, shape, dtype):
         arith, llvm, ir = mgpu.utils.arith, mgpu.utils.llvm, mgpu.utils.ir
         total, width = ir.MemRefType(ref.type).shape
         index = ir.IndexType.get()
-        row = _index(row)
+        row = index_of(row)
         layout = WG.to_mgpu()
         values = np.empty(layout.registers_shape(shape), dtype=object)
         kind = layout.registers_element_type(ir.MemRefType(ref.type).element_type)
@@ -170,7 +170,7 @@ def load_rows(ref, row, shape, dtype):
         for offset, registers in rows.items():
             r = arith.addi(arith.addi(first[0], row), mgpu.utils.c(offset, index))
             r = arith.minui(r, mgpu.utils.c(total - 1, index))
-            base = _pointer(ref, arith.addi(arith.muli(r, mgpu.utils.c(width, index)), first[1]))
+            base = pointer(ref, arith.addi(arith.muli(r, mgpu.utils.c(width, index)), first[1]))
             for register, column in registers:
                 values[register] = llvm.load(kind, _offset(ref, base, column))
         return mgpu.FragmentedArray(_registers=values, _layout=layout, _is_signed=None)
@@ -184,7 +184,7 @@ def arrive_global(ref, index) -> None:
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SPLAT))
     def call(_, ref, index):
         mgpu.warpgroup_barrier()
-        mgpu.utils.SemaphoreRef(_pointer(ref, _index(index))).signal(1, memory_scope="gpu")
+        mgpu.utils.SemaphoreRef(pointer(ref, index_of(index))).signal(1, memory_scope="gpu")
 
     call(ref, index)
 
@@ -200,7 +200,7 @@ def meet_global(ref, index, count, waiting) -> None:
         arith, i32 = mgpu.utils.arith, mgpu.utils.ir.IntegerType.get_signless(32)
         count, waiting = count.registers.item(), waiting.registers.item()
         with mgpu.utils.single_thread(mgpu.utils.ThreadSubset.WARPGROUP):
-            counter = _pointer(ref, _index(index))
+            counter = pointer(ref, index_of(index))
             mgpu.utils.inline_ptx(
                 "{ .reg .pred p; .reg .u32 v; .reg .u64 t0, t; mov.u64 t0, %globaltimer; "
                 "again: ld.acquire.gpu.global.u32 v, [$0]; setp.ge.u32 p, v, $1; @p bra done; "
@@ -245,11 +245,11 @@ def _transpose(words, lane):
     return words
 
 
-def _index(x):
+def index_of(x):
     return mgpu.utils.arith.index_cast(mgpu.utils.ir.IndexType.get(), x.registers.item())
 
 
-def _pointer(ref, element):
+def pointer(ref, element):
     ir = mgpu.utils.ir
     i64 = mgpu.utils.arith.index_cast(ir.IntegerType.get_signless(64), element)
     pointer, kind = mgpu.utils.memref_ptr(ref), ir.MemRefType(ref.type).element_type

@@ -38,13 +38,8 @@ AHEAD = 2  # tiles by which scales are loaded ahead of their use
 
 def decode(operands, schedule, table, shape: Shape, batch: int):
     """As `kernel.decode`, of pattern, q_rope, latent in fp8, k_rope and its scales [B S, C]."""
-    options = launch_options(shape)
+    options = kernel.launch_options(shape)
     return kernel.launch(ScaledPart, operands, schedule, table, shape, batch, **options)[:2]
-
-
-def launch_options(shape: Shape) -> dict[str, Any]:
-    """As `kernel.launch_options`, with a warpgroup more."""
-    return kernel.launch_options(shape) | {"num_threads": 3, "kernel_name": "mla_decode_fp8"}
 
 
 def raw_tiles(half: int):
@@ -66,6 +61,9 @@ class Place(NamedTuple):
 
 class ScaledPart(Part):
     """One thread block: its two warpgroups are `Part`'s, which here copy bytes."""
+
+    name = "mla_decode_fp8"
+    warpgroups = 3
 
     def __init__(self, refs, smem, shape: Shape, paged: bool):
         refs = list(refs)

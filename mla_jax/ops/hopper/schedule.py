@@ -9,7 +9,7 @@ Letters: B batch rows, T query tokens, N heads.
 """
 
 import enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -125,3 +125,66 @@ def make_schedule(
         part=jnp.stack([part[column].astype(jnp.int32) for column in Column], axis=1),
         arrivals=jnp.broadcast_to(zero[:, None], (batch, tiles)).reshape(-1),
     )
+
+
+def equal_rows(count: int, steps: int, *, rows: int, num_sms: int, slack: int = SLACK) -> Schedule:
+    """The cut of `count` batch rows of equally many steps, in numpy: it costs no time on a device.
+
+    As `make_schedule`, which weighs the same two cuts: parts of equal length that begin anywhere,
+    or parts that begin and end with a row. `arrivals` is left to the caller, who must not hand a
+    constant to a kernel that counts in place.
+
+    Args:
+        count: batch rows.
+        steps: of each of them.
+        rows, num_sms, slack: as there.
+    """
+    tiles = -(-rows // TILE)
+    parts = max(1, num_sms // tiles)
+    p = np.arange(parts + 1)
+    each = -(-count * (steps + ROW_COST) // parts)
+    if count <= parts:
+        per_row = parts // count
+        size = -(-steps // per_row)
+        row, done = p // per_row, np.minimum(p % per_row * size, steps)
+        longest = size
+    else:
+        row, done = p * count // parts, np.zeros_like(p)
+        longest = -(-count // parts) * (steps + ROW_COST) - ROW_COST
+    if longest > each + slack:
+        row, done = np.divmod(p * each, steps + ROW_COST)
+        done = np.clip(done - ROW_COST, 0, steps)
+    cut = np.where(row < count, row * steps + done, count * steps)
+    begin, end = cut[:-1], cut[1:]
+    row_step = np.arange(count + 1) * steps
+    first = np.searchsorted(end, row_step[:-1], side="right")
+    last = np.searchsorted(begin, row_step[1:], side="left") - 1
+    here, there = np.minimum(begin // steps, count - 1), np.maximum(end - 1, 0) // steps
+    part = {
+        Column.FIRST_STEP: begin,
+        Column.END_STEP: end,
+        Column.FIRST_ROW: here,
+        Column.FIRST_ROW_STEP: row_step[here],
+        Column.FIRST_ROW_LENGTH: np.full_like(begin, steps * STEP),
+        Column.LAST_ROW: there,
+        Column.LAST_ROW_SHARED: first[there] < last[there],
+    }
+    fields: dict[str, Any] = {
+        "lengths": np.full(count, steps * STEP),
+        "row_step": row_step,
+        "row_parts": np.stack([first, last]),
+        "part": np.stack([part[column] for column in Column], axis=1),
+        "arrivals": np.zeros(count * tiles),
+    }
+    return Schedule(**{name: x.astype(np.int32) for name, x in fields.items()})
+
+
+def source_slot(row, slot, length, slots, total, page=None):
+    """Where a block begins in the flat cache: [B S], or [G 128] where the row's slots have a page.
+
+    Blocks past the row's length begin past the end of the cache, where a copy fills its buffer with
+    zeros and reads no memory.
+    """
+    in_use = slot < length
+    place = row * slots + slot if page is None else page * STEP + lax.rem(slot, jnp.int32(STEP))
+    return jnp.where(in_use, place, total)
