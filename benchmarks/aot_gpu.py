@@ -38,7 +38,7 @@ from mla_jax.ops.hopper import attention  # noqa: E402
 from mla_jax.ops.seen import Seen  # noqa: E402
 
 SHAPES = ((128, 128, 1, 512, 64), (128, 20, 4, 512, 64), (64, 16, 1, 512, 0), (8, 40, 2, 256, 32),
-          (8, 40, 8, 128, 16))  # fmt: skip  # B, N, T, R, P
+          (8, 40, 8, 128, 16), (128, 16, 1, 512, 64))  # fmt: skip  # B, N, T, R, P
 CHOSEN = ((16, 128, 1, 512, 64, 2048), (1, 40, 5, 384, 16, 300), (2, 16, 3, 256, 0, 128))
 # B, N, T, R, P, K
 ATTENTION = ((128, 64, 128), (192, 64, 256), (64, 32, 64))  # H, P, V
