@@ -7,7 +7,8 @@ A case is `layer.prefill` of one row in one program: projections, append, attent
 to the cached tokens, output. The cache is donated and set back after each call. Every case runs in
 a process of its own, so that all compile at once; a lock lets one of them at a time use the device.
 TFLOP/s count the products of the form that is timed. The last column compares the output with that
-of the XLA backend, in the form that is not timed, on the chunk's last tokens.
+of the XLA backend, in the form that is not timed, on the chunk's last tokens. Nothing is timed
+before all cases are compiled: compilers try their products on the device, too.
 """
 
 import argparse
@@ -58,8 +59,8 @@ def flops(config, tokens, held, form):
     return 2 * (tokens * each + folds + (own + past) * heads * (2 * rank + rope))
 
 
-def measure(name, case, options, queue):
-    """Times one case; puts lines of the table into `queue`."""
+def measure(name, case, options, queue, compiled):
+    """Times one case once all are `compiled`; puts lines of the table into `queue`."""
     import mla_jax
 
     preset, tokens, held, forms = case
@@ -89,6 +90,7 @@ def measure(name, case, options, queue):
     check = (
         None if options.no_check else program(forms[-1] if len(forms) > 1 else "absorbed", "xla")
     )
+    compiled()
     with LOCK.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         held_copy = jax.tree.map(jnp.copy, cache)
@@ -131,14 +133,21 @@ def measure(name, case, options, queue):
     queue.put(None)
 
 
-def guarded(*arguments):
+def guarded(name, case, options, queue, barrier):
     """`measure`, which says so if it fails."""
+    waited = []
+
+    def compiled():
+        waited.append(barrier.wait())
+
     try:
-        measure(*arguments)
+        measure(name, case, options, queue, compiled)
     except Exception as error:
         text = f"{type(error).__name__}: {str(error)[:400]}".replace("\n", " ")
-        arguments[-1].put(f"| {arguments[0]} | {text} | | | | |")
-        arguments[-1].put(None)
+        queue.put(f"| {name} | {text} | | | | |")
+        queue.put(None)
+        if not waited:
+            compiled()
 
 
 def long_prompt(tokens):
@@ -187,10 +196,10 @@ def main():
     parser.add_argument("--long", type=int, help="tokens of a prompt for a whole model")
     options = parser.parse_args()
     context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
+    queue, barrier = context.Queue(), context.Barrier(max(1, len(options.cases)))
     for name in options.cases:
         context.Process(
-            target=guarded, args=(name, CASES[name], options, queue), daemon=True
+            target=guarded, args=(name, CASES[name], options, queue, barrier), daemon=True
         ).start()
     print("| case | form | ms | TFLOP/s | temporaries MiB | apart from XLA |\n"
           "|---|---|---|---|---|---|", flush=True)  # fmt: skip

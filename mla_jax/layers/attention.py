@@ -299,14 +299,11 @@ class MultiHeadLatentAttention(LatentMaps):
         keys = self.indexer.keys(x, by)
         queries = self.indexer.queries(x, q_latent, positions, by)
         if not warmup and config.is_sparse(x.shape[1]):
-            seen = seen.replace(
-                chosen=self.indexer.choose(
-                    queries, Dense({"index_key": keys}), seen, self.implementation
-                )
-            )
-        target = ops.attention_weights(
-            (self._pattern(q_nope), q_rope), Dense(new), seen, scale=config.scale
-        )
+            held = Dense({"index_key": keys})
+            chosen = self.indexer.choose(queries, held, seen, self.implementation)
+            seen = seen.replace(chosen=chosen)
+        absorbed = (self._pattern(q_nope), q_rope)
+        target = ops.attention_weights(absorbed, Dense(new), seen, scale=config.scale)
         visible = seen.visible(jnp.arange(x.shape[1], dtype=jnp.int32))[:, 0]
         visible = jnp.broadcast_to(visible, target.shape)
         return indexer_loss(target, self.indexer.scores(queries, keys), visible)

@@ -99,6 +99,21 @@ def test_pages_interpreted_are_the_loop():
     check(got, loop(whole, lengths), jnp.bfloat16)
 
 
+def test_few_rows_interpreted_are_the_loop():
+    """Two parts of the kernel of few rows, one row that both have, and a row without a slot."""
+    arrays, lengths = make(4, 3, 2, 264, 3, 512, 64, (70, 0, 257), jnp.bfloat16)
+    held, scale, whole = encoded(arrays, lengths)
+    check(attend(held, scale, lengths, 2), loop(whole, lengths), jnp.bfloat16)
+
+
+def test_few_rows_on_pages_interpreted_are_the_loop():
+    arrays, lengths = make(5, 2, 1, 256, 16, 512, 64, (129, 64), jnp.bfloat16)
+    held, scale, whole = encoded(arrays, lengths)
+    pages, scales, table = paginate(held, scale, lengths)
+    got = attend(pages, scales, lengths, 1, table=table)
+    check(got, loop(whole, lengths), jnp.bfloat16)
+
+
 REAL = {name: getattr(scaled.ScaledPart, name) for name in ("extent", "place_after", "fetch")}
 
 
@@ -199,6 +214,8 @@ NATIVE = [  # B, T, S, N, R, P, lengths
     (3, 1, 896, 16, 384, 32, (640, 1, 896)),
     (2, 3, 512, 20, 128, 0, (511, 64)),
     (2, 1, 1024, 64, 256, 64, (1000, 63)),
+    (5, 1, 1408, 16, 512, 64, (1399, 0, 65, 700, 1400)),
+    (3, 3, 1024, 5, 512, 64, (1023, 1, 130)),
 ]
 
 
@@ -223,23 +240,24 @@ def test_native(case, card):
 
 
 @pytest.mark.accelerator
-def test_native_turns_every_byte_exactly(card):
-    """Every finite number of e4m3 with scales of 2^-100 to 2^117: out is the only latent."""
+@pytest.mark.parametrize(("heads", "least", "most"), [(16, -57, 67), (20, -100, 117)])
+def test_native_turns_every_byte_exactly(heads, least, most, card):
+    """Every finite number of e4m3 with scales of many sizes: out is the only latent."""
     rows, rank, slots = 64, 512, 128
     rng = np.random.default_rng(0)
     codes = np.zeros((rows, slots, rank), np.uint8)
     codes[:, 0] = rng.permuted(np.resize(FINITE, (rows, rank)), axis=1)
-    powers = (np.arange(rows * 4) % 218 - 100).reshape(rows, 4)
+    powers = (np.arange(rows * 4) % (most - least + 1) + least).reshape(rows, 4)
     scale = np.full((rows, slots, 4), np.nan, np.float32)
     scale[:, 0] = np.ldexp(1.0, powers)
     latent = jnp.asarray(codes).view(FP8)
     want = dequantise(latent[:, 0], jnp.asarray(scale[:, 0]), jnp.bfloat16)
     zeros = lambda *shape: jnp.zeros(shape, jnp.bfloat16)  # noqa: E731
-    held = [zeros(rows, 1, 16, rank), zeros(rows, 1, 16, 64), latent, zeros(rows, slots, 64)]
+    held = [zeros(rows, 1, heads, rank), zeros(rows, 1, heads, 64), latent, zeros(rows, slots, 64)]
     lengths = jnp.ones(rows, jnp.int32)
     run = jax.jit(functools.partial(attend, sms=card.cores, interpret=None))
     out = np.asarray(run(held, jnp.asarray(scale), lengths)[0].astype(jnp.float32))[:, 0]
-    for head in (0, 15):
+    for head in (0, heads - 1):
         np.testing.assert_array_equal(out[:, head], np.asarray(want.astype(jnp.float32)))
     scale[5, 0, 1] = np.nan  # a group that had no finite number
     out = np.asarray(run(held, jnp.asarray(scale), lengths)[0].astype(jnp.float32))[:, 0, 0]

@@ -1,13 +1,15 @@
 """Kernels for Hopper GPUs (H100, H200) in Mosaic GPU, no CUDA source; here the absorbed form.
 
-The expanded form is in `attention/`, and `context.py` takes that one over cached latents.
+The expanded form is in `attention/`, and `context.py` takes that one over cached latents; what
+sparse attention does before it attends, scores and the choice of slots, is in `indexing/`.
 
 `kernel.py` is the algorithm, `merge.py` its end where parts share a row, `schedule.py` the cut of a
 ragged batch into equal parts, `mosaic.py` what Pallas lacks, and `interpreted.py` what the kernel
 does instead on a CPU. It reads dense caches, and paged ones through their table. Latents in fp8
-with scales have a kernel of their own, `scaled.py` with `dequantise.py`, and so has attention to
-chosen slots, `gathered.py` with `copies.py`, which `chosen.py` calls. All are forward only:
-derivatives are those of the XLA backend.
+with scales have kernels of their own: `scaled.py` with `dequantise.py`, and for up to 16 query rows
+a batch row, of ranks (512, 64), `few.py` with `fragments.py`. So has attention to chosen slots,
+`gathered.py` with `copies.py`, which `chosen.py` calls. All are forward only: derivatives are those
+of the XLA backend.
 
 The kernel's thread blocks wait for each other where they share a batch row, so all of them must be
 on the device at once: their number never exceeds the multiprocessors that the device reports, but
@@ -36,6 +38,7 @@ from mla_jax.ops.hopper.schedule import BLOCK, SLACK, STEP, TILE, Schedule, make
 
 _RANKS, _ROPES = (128, 256, 384, 512), (0, 16, 32, 64)
 _MOST_QUERIES = 1024  # of a chunk: with more, the expanded form is faster at any width
+_FEW_ROWS = 16  # T N up to which fp8 latents of (512, 64) have a kernel of their own
 _H200_SMS = 132  # taken where the device does not say: compiling for a GPU, and the interpreter
 
 
@@ -113,7 +116,7 @@ def unsupported(call) -> str | None:
 
 
 def plan(seen, call, slack: int | None = None) -> Schedule | None:
-    """The cut of the batch: once a step for all layers. None for chosen slots, which need none.
+    """The cut of the batch, once a pass for all layers. None for chosen slots, which need none.
 
     Args:
         seen, call: as `latent_attention` takes them.
@@ -271,8 +274,10 @@ def _call(scale, interpret, arrays, table, schedule):
     slots, rope = held[1].shape[1:]
     if table is not None:
         slots = table.shape[1] * STEP
+    encoded = len(held) > 2
+    few = encoded and (rank, rope) == (512, 64) and tokens * heads <= _FEW_ROWS
     # Copies take query rows by eights; the interpreter stores whole tiles only.
-    unit = TILE if interpret else 8
+    unit = 16 if few else TILE if interpret else 8
     rows = -(-tokens * heads // unit) * unit
 
     def flat(query):
@@ -281,6 +286,11 @@ def _call(scale, interpret, arrays, table, schedule):
         query = query.reshape(batch * rows, query.shape[-1])
         return jnp.pad(query, ((0, max(0, TILE - batch * rows)), (0, 0)))
 
+    if few:
+        from mla_jax.ops.hopper import fragments
+
+        pattern = fragments.order_pattern(pattern)
+        q_rope = fragments.order_rope(q_rope * fragments.SMALL)
     operands = [flat(pattern), flat(q_rope)]
     operands += [x.reshape(x.shape[0] * x.shape[1], x.shape[2]) for x in held]
     if not rope:
@@ -297,12 +307,16 @@ def _call(scale, interpret, arrays, table, schedule):
         scale=float(scale),
         dtype=pattern.dtype,
     )
-    encoded = len(held) > 2
     if interpret:
         from mla_jax.ops.hopper import interpreted
 
         run = interpreted.decode_scaled if encoded else interpreted.decode
+        run = interpreted.decode_few if few else run
         out, lse = run(operands, schedule, table, shape, batch, interpret)
+    elif few:
+        from mla_jax.ops.hopper import few as few_rows
+
+        out, lse = few_rows.decode(operands, schedule, table, shape, batch)
     elif encoded:
         from mla_jax.ops.hopper import scaled
 

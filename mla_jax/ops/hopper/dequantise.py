@@ -53,8 +53,8 @@ def load_scales(scale, source, live, half: int, columns: int):
         arith, c = mgpu.utils.arith, mgpu.utils.c
         row, _ = _lanes()
         i32, f32 = row.type, mgpu.utils.ir.F32Type.get()
-        groups = _row_bytes(scale) // 4
-        at = _address(scale, arith.addi(source.registers.item(), row), 4 * groups)
+        groups = row_bytes(scale) // 4
+        at = address(scale, arith.addi(source.registers.item(), row), 4 * groups)
         live = live.registers.item()
         values = []
         for slot in _ROWS:
@@ -166,8 +166,8 @@ class _Store:
     def _factor(self, scale):
         """2^120 and the scale, twice in a register; of a NaN and of a large scale, a finite one."""
         return self._ptx(
-            f"{{ .reg .f32 f; .reg .b32 x; min.f32 f, $1, 0f{_bits(_LARGE)}; "
-            f"mul.f32 f, f, 0f{_bits(2.0**120)}; mov.b32 x, f; prmt.b32 $0, x, x, 0x3232; }}",
+            f"{{ .reg .f32 f; .reg .b32 x; min.f32 f, $1, 0f{bits(_LARGE)}; "
+            f"mul.f32 f, f, 0f{bits(2.0**120)}; mov.b32 x, f; prmt.b32 $0, x, x, 0x3232; }}",
             scale,
         )
 
@@ -250,12 +250,12 @@ def _lanes():
     return row, arith.shrui(in_warp, c(3, i32))
 
 
-def _row_bytes(ref):
+def row_bytes(ref):
     kind = mgpu.utils.ir.MemRefType(ref.type)
     return kind.shape[-1] * mgpu.utils.bitwidth(kind.element_type) // 8
 
 
-def _address(ref, row, width):
+def address(ref, row, width):
     """Where a row of an array in device memory begins, as a number of 64 bits."""
     arith, i64 = mgpu.utils.arith, mgpu.utils.ir.IntegerType.get_signless(64)
     base = mgpu.utils.llvm.ptrtoint(i64, mgpu.utils.memref_ptr(ref))
@@ -263,5 +263,5 @@ def _address(ref, row, width):
     return arith.addi(base, row)
 
 
-def _bits(x):
+def bits(x):
     return f"{int(np.float32(x).view(np.uint32)):08X}"

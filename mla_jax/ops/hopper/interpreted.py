@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mla_jax.cache.scaled import GROUP
-from mla_jax.ops.hopper import scaled
+from mla_jax.ops.hopper import few, fragments, scaled
 from mla_jax.ops.hopper.kernel import FLAGS, WG, Part, Shape, launch, launch_options, tiled
 from mla_jax.ops.hopper.merge import like, merge
 from mla_jax.ops.hopper.schedule import BLOCK, STEP, TILE, Column
@@ -34,6 +34,13 @@ def decode_scaled(operands, schedule, table, shape: Shape, batch: int, interpret
     *operands, scales = operands
     operands.append(jnp.pad(scales, ((0, STEP), (0, 0))))
     return decode(operands, schedule, table, shape, batch, interpret, InterpretedScaledPart)
+
+
+def decode_few(operands, schedule, table, shape: Shape, batch: int, interpret: Any):
+    """`few.decode` in the interpreter, with its parameters."""
+    *operands, scales = operands
+    operands.append(jnp.pad(scales, ((0, STEP), (0, 0))))
+    return decode(operands, schedule, table, shape, batch, interpret, InterpretedFewPart)
 
 
 def _merged(results, schedule, shape, options):
@@ -176,3 +183,82 @@ class InterpretedScaledPart(InterpretedPart, scaled.ScaledPart):
 
     def take_registers(self, count, action):
         pass
+
+
+class InterpretedFewPart(few.FewPart):
+    """`FewPart` with plain arrays for what it has in registers."""
+
+    @classmethod
+    def scratch(cls, shape: Shape) -> dict[str, Any]:
+        """Also the accumulators and the barriers of the meetings."""
+        f32 = jnp.float32
+        return super().scratch(shape) | {
+            "o_acc": plgpu.SMEM((2, fragments.RANK, fragments.WIDTH), f32),
+            "s_acc": plgpu.SMEM((2, BLOCK, fragments.WIDTH), f32),
+            "meet": plgpu.Barrier(num_barriers=4),
+        }
+
+    begin = InterpretedPart.begin
+    begin_step = InterpretedPart.begin_step
+    current = InterpretedPart.current
+    retire = InterpretedPart.retire
+    meet = InterpretedPart.meet
+    fence = InterpretedPart.fence
+    warpgroup_sync = InterpretedPart.warpgroup_sync
+    announce = InterpretedPart.announce
+    merge = InterpretedPart.merge
+
+    def new_scores(self, me, body):
+        self.smem["s_acc"][me] = self.zeros(BLOCK)
+        return body(self.smem["s_acc"].at[me])
+
+    def mma(self, acc, a, b, park=None):
+        del park
+        right = b[...].astype(jnp.float32)
+        acc[...] = acc[...] + jnp.dot(a.astype(jnp.float32), right)
+
+    def load_block_scales(self, place, me):
+        return ()
+
+    def factors(self, scales, me):
+        return ()
+
+    def load_keys(self, buffer, group):
+        return buffer
+
+    def turn_keys(self, held, factors, group, n, here, me):
+        piece = fragments.order_pattern(fragments.order_slots(self.turned(held, here, me)))
+        return piece[:, 128 * group + 64 * n :][:, :64]
+
+    def load_rope(self, buffer):
+        return fragments.order_rope(fragments.order_slots(self.smem["kr"][buffer]))
+
+    def load_values(self, buffer, j):
+        return buffer
+
+    def turn_values(self, held, j, here, me):
+        return fragments.order_values(self.turned(held, here, me))[:, 16 * j : 16 * j + 16]
+
+    def turned(self, buffer, here, me):
+        """The numbers of a block."""
+        start, live = self.extent(here, me)
+        scales = self.scale_hbm[pl.ds(jnp.where(live > 0, start, 0), BLOCK), :]
+        value = self.k[buffer].astype(jnp.float32).reshape(BLOCK, -1, GROUP) * scales[..., None]
+        slot = lax.broadcasted_iota(jnp.int32, value.shape, 0)
+        value = jnp.where(slot < live, value * fragments.SMALL, 0)
+        return value.astype(self.dtype).reshape(BLOCK, -1)
+
+    def reduce(self, x, me, kind):
+        return x.max(0) if kind == "max" else x.sum(0)
+
+    def put(self, value):
+        self.smem["given"][...] = value
+
+    def take(self):
+        return self.smem["given"][...]
+
+    def store_columns(self, ref, value, row, count):
+        ref[pl.ds(row, fragments.WIDTH), :] = fragments.channels_of_values(value)
+
+    def store_heads(self, ref, value, row, count):
+        ref[pl.ds(row, fragments.WIDTH)] = value
