@@ -204,10 +204,8 @@ class MultiHeadLatentAttention(LatentMaps):
             if "latent" in widths:
                 return Scaled.init(batch_size, slots, widths, dtype, own)
             dtype = None
-        dtype = dtype or own
-        return Dense(
-            {name: jnp.zeros((batch_size, slots, width), dtype) for name, width in widths.items()}
-        )
+        rows, dtype = (batch_size, slots), dtype or own
+        return Dense({name: jnp.zeros((*rows, width), dtype) for name, width in widths.items()})
 
     def extend(
         self, x: Float[Array, "B T D"], store: Dense, step: Step, relay: Relay | None = None
@@ -247,8 +245,8 @@ class MultiHeadLatentAttention(LatentMaps):
         self._check_store(source, batch, {name: self._widths(True)[name] for name in _LATENTS})
         seen = step.seen.replace(window=self.config.sliding_window)
         if self.config.index_topk is not None:
-            q_latent = step.own(q_latent)
-            seen, relay = self._chosen(x, q_latent, step.positions, by, own, seen, relay)
+            latent = step.own(q_latent)
+            seen, relay = self._chosen(x, latent, step.positions, by, own, seen, relay)
         form = step.form
         if form == "auto":  # a fresh row has nothing but the new tokens to attend to
             form = self._form(tokens, tokens if step.fresh else step.slots)

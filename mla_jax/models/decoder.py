@@ -236,10 +236,7 @@ class Decoder(nnx.Module):
         return self._words(hidden, self.head)
 
     def prefill(
-        self,
-        tokens: Int[Array, "B T"],
-        cache: Cache,
-        lengths: Int[Array, "B"] | None = None,
+        self, tokens: Int[Array, "B T"], cache: Cache, lengths: Int[Array, "B"] | None = None
     ) -> tuple[Float[Array, "B T W"], Cache]:
         """`extend` with the logits of all tokens, [B T W]."""
         hidden, cache = self.extend(tokens, cache, lengths)

@@ -240,9 +240,12 @@ def test_a_single_row_may_be_carried_as_equal_ones(form, rng, monkeypatch):
     monkeypatch.setattr(Step, "begin", lambda *given: begin(*given, form=form))
     _, cache = model.extend(jnp.asarray(rng.integers(0, 31, (1, 5))), model.init_cache(1, 8))
     tokens, one = jnp.asarray(rng.integers(0, 31, (1, 1))), jnp.ones(1, jnp.int32)
-    alone = [model.extend(tokens, cache, count) for count in (None, one, one * 0)]
+    steps = lambda tokens, cache: [  # noqa: E731
+        model.extend(tokens, cache, count) for count in (None, one, one * 0)
+    ]
+    alone = jax.jit(steps)(tokens, cache)
     monkeypatch.setattr(dense, "copies", lambda x: 8)
-    carried = [model.extend(tokens, cache, count) for count in (None, one, one * 0)]
+    carried = jax.jit(lambda *given: steps(*given))(tokens, cache)
     for (x, after), (y, grown) in zip(alone[:2], carried[:2], strict=True):
         assert y.shape == (1, 1, 24)
         assert relative(y, x) < 2e-6
