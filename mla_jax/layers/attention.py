@@ -232,8 +232,7 @@ class MultiHeadLatentAttention(LatentMaps):
         x, by = step.clear(x), step.rotation(self.config)
         q_nope, q_rope, gate, q_latent = self._queries(x, step.positions, by)
         new = {} if self.config.kv_source_layer is not None else self._latents(x, by)
-        new = {name: step.own(array) for name, array in new.items()}
-        every, x = x, step.own(x)
+        new, every, x = {name: step.own(array) for name, array in new.items()}, x, step.own(x)
         if self.config.has_indexer:
             new["index_key"] = self.indexer.keys(x, by)
         with jax.named_scope("cache_append"):
@@ -245,8 +244,8 @@ class MultiHeadLatentAttention(LatentMaps):
         self._check_store(source, batch, {name: self._widths(True)[name] for name in _LATENTS})
         seen = step.seen.replace(window=self.config.sliding_window)
         if self.config.index_topk is not None:
-            latent = step.own(q_latent)
-            seen, relay = self._chosen(x, latent, step.positions, by, own, seen, relay)
+            q_latent = step.own(q_latent)
+            seen, relay = self._chosen(x, q_latent, step.positions, by, own, seen, relay)
         form = step.form
         if form == "auto":  # a fresh row has nothing but the new tokens to attend to
             form = self._form(tokens, tokens if step.fresh else step.slots)

@@ -208,6 +208,7 @@ def test_bugs_planted_in_the_kernels_are_noticed(bug, monkeypatch, rng):
 
 
 @pytest.mark.accelerator
+@pytest.mark.usefixtures("card")
 @pytest.mark.parametrize("kind", ["e4m3", "int8"])
 def test_every_code_is_its_number_on_a_gpu(kind):
     """Each row of the weights holds one code. That of NaN gives NaN in its own row only."""
