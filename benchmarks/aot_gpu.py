@@ -34,11 +34,16 @@ from jax.experimental import topologies  # noqa: E402
 from mla_jax.cache import PAGE, Dense, Paged, Scaled  # noqa: E402
 from mla_jax.cache.scaled import GROUP  # noqa: E402
 from mla_jax.ops import choose_slots, dispatch, hopper  # noqa: E402
+from mla_jax.ops.experts import few  # noqa: E402
+from mla_jax.ops.experts.tiles import Chosen  # noqa: E402
 from mla_jax.ops.hopper import attention  # noqa: E402
 from mla_jax.ops.seen import Seen  # noqa: E402
+from mla_jax.ops.weights import Weight  # noqa: E402
 
 SHAPES = ((128, 128, 1, 512, 64), (128, 20, 4, 512, 64), (64, 16, 1, 512, 0), (8, 40, 2, 256, 32),
           (8, 40, 8, 128, 16), (128, 16, 1, 512, 64))  # fmt: skip  # B, N, T, R, P
+# Tokens, and how weights are stored: None is 16-bit.
+FEW = ((8, None), (64, None), (8, "float8_e4m3fn"), (64, "float8_e4m3fn"), (64, "int8"))
 CHOSEN = ((16, 128, 1, 512, 64, 2048), (1, 40, 5, 384, 16, 300), (2, 16, 3, 256, 0, 128))
 # B, N, T, R, P, K
 ATTENTION = ((128, 64, 128), (192, 64, 256), (64, 32, 64))  # H, P, V
@@ -131,6 +136,35 @@ def compile_attention(target, nope, rope, value, dtype, tokens=4096, heads=16):
     lower(target, both, [*arrays, ((1, tokens), jnp.int32)])
 
 
+def compile_few(target, rows, form, experts=64, width=2048, inner=1408):
+    """Compiles the experts of few tokens with a shared one, and a linear; leaves their PTX."""
+    plan, wide = few.Plan(rows, 132), 2 * inner
+    block = {"float8_e4m3fn": (128, 128), "int8": (1, None), None: None}[form]
+    shapes = [(experts, inner, width)] * 2 + [(experts, width, inner)]
+    shapes += [(1, wide, width)] * 2 + [(1, width, wide), (1, 576, width)]
+
+    def call(x, owner, rank, *arrays):
+        if block is None:
+            kernels = arrays
+        else:
+            kernels = [Weight(*arrays[i : i + 2], block) for i in range(0, len(arrays), 2)]
+        gate, up, down, *shared, linear = kernels
+        chosen = Chosen(owner, rank)
+        hidden = few.gate_up(x, ((gate, up), tuple(shared[:2])), chosen, plan=plan)
+        made = few.down(hidden, (down, shared[2]), chosen, plan=plan)
+        return made, few.linear(x, linear, plan=plan)
+
+    arguments = [((rows, width), jnp.bfloat16), ((experts,), jnp.int32),
+                 ((experts + 1,), jnp.int32)]  # fmt: skip
+    for count, outputs, inputs in shapes:
+        if block is None:
+            arguments.append(((count, inputs, outputs), jnp.bfloat16))
+            continue
+        grid = (outputs, 1) if block[1] is None else (-(-outputs // 128), -(-inputs // 128))
+        arguments += [((count, outputs, inputs), jnp.dtype(form)), ((count, *grid), jnp.float32)]
+    lower(target, call, arguments)
+
+
 def compile_choice(target, batch, tokens, heads, width, slots, count, dtype):
     """Compiles an indexer's scores and the choice among them; leaves their PTX in DUMP."""
     shapes = ((batch, tokens, heads, width), (batch, tokens, heads), (batch, slots, width))
@@ -173,6 +207,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--slots", type=int, default=4096)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--few", action="store_true", help="the kernels of few tokens only")
     parser.add_argument("--quick", action="store_true", help="the first shape only")
     parser.add_argument("--chosen", action="store_true", help="attention to chosen slots only")
     options = parser.parse_args()
@@ -211,8 +246,13 @@ def main():
     calls += [(expanded, widths) for widths in (() if options.quick else ATTENTION)]
     if options.chosen:
         calls = [(call, shape) for call, shape in calls if call in (on_chosen, of_pages)]
+    of_few = lambda *what: compile_few(topology.devices[0], *what)  # noqa: E731
+    if not options.chosen:
+        calls = [(of_few, what) for what in FEW] + ([] if options.few else calls)
     bad = False
-    for compile_call, shape in choices + calls:
+    if not options.few:
+        calls = choices + calls
+    for compile_call, shape in calls:
         shutil.rmtree(DUMP, ignore_errors=True)
         DUMP.mkdir()
         os.environ["MOSAIC_GPU_DUMP_RESOURCES"] = "1"

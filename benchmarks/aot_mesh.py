@@ -8,6 +8,11 @@ decode step moves at most 1.3 times the closed form.
 
     python benchmarks/aot_mesh.py v6e h200 --what wide    some targets, some programs
     python benchmarks/aot_mesh.py --short                 two narrow layers on 8 chips: for CI
+    python benchmarks/aot_mesh.py h200-host --models deepseek_v3 --what wide --weights float8_e4m3fn
+
+The last one is one host of 8 H200s with weights kept in 8 bits, 32 rows of 8192 slots. Checked
+there: a device's arguments and temporaries, and that no array of more than 8 bits has the shape of
+a weight.
 
 The short form also compiles a decode step of the attention layer alone, and what moves in it must
 be what its layout names: kinds and sizes, no collective more and none less.
@@ -45,6 +50,7 @@ from typing import Any
 
 CUDA = pathlib.Path(os.environ.get("CUDA_ROOT", "/usr/local/cuda"))
 os.environ.update({
+    "MLA_JAX_FEW": "1",
     "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v6e-4",
     "TPU_WORKER_HOSTNAMES": "localhost", "TPU_LOG_DIR": "disabled",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
@@ -61,7 +67,9 @@ from flax import nnx  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 
 from mla_jax import MultiHeadLatentAttention, sharding  # noqa: E402
+from mla_jax.layers.quantised import Frozen  # noqa: E402
 from mla_jax.models import Decoder, DecoderConfig  # noqa: E402
+from mla_jax.models.rounding import round_weights  # noqa: E402
 from mla_jax.placing import placement  # noqa: E402
 from mla_jax.sharding import Rules  # noqa: E402
 
@@ -71,6 +79,7 @@ TARGETS: dict[str, tuple[str, tuple[int, int], float]] = {
     "v6e": ("v6e:8x8", (8, 8), 32),
     "tpu7x": ("tpu7x:4x4x4", (8, 16), 96),
     "h200": ("1x4x8", (4, 8), 141),
+    "h200-host": ("1x1x8", (1, 8), 141),
 }
 ALL = ("data", "model")
 WEIGHTS: dict[str, Any] = {"N": "model", "F": "model", "W": "model", "E": ALL}
@@ -103,7 +112,7 @@ MOVES: dict[str, tuple[Rules, Any]] = {
 def mesh_for(target: str):
     """The mesh of a target; None where its compiler is not installed."""
     shape, sizes, _ = TARGETS[target]
-    if target == "h200":
+    if target.startswith("h200"):
         if importlib.util.find_spec("jax_plugins") is None or not (CUDA / "bin" / "ptxas").exists():
             return None
         topology = topologies.get_topology_desc(platform="cuda", target_config=H200, topology=shape)
@@ -127,18 +136,21 @@ def narrow(config: DecoderConfig) -> DecoderConfig:
     )  # fmt: skip
 
 
-def sizes_of(what: str, mesh) -> tuple[int, int, int]:
-    """Rows, slots and new tokens of a program."""
+def sizes_of(what: str, mesh, kept: bool) -> tuple[int, int, int]:
+    """Rows, slots and new tokens of a program, by whether weights are kept as stored."""
     if what == "helix":
         return 8, 131072, 1
     if what == "prefill":
         return mesh.size, 512, 512
-    return (4 if mesh.size > 64 else 8) * mesh.size, 8192, 1
+    return (4 if mesh.size > 64 or kept else 8) * mesh.size, 8192, 1
 
 
-def program(mesh, what: str, config: DecoderConfig):
-    """(compiled, `_clock` of lowering, of compiling, shapes of a device's cache and kernels)."""
-    rows, slots, tokens = sizes_of(what, mesh)
+def program(mesh, what: str, config: DecoderConfig, weights: str | None = None):
+    """(compiled, `_clock` of lowering, of compiling, shapes of a device's cache and kernels).
+
+    And the shapes of a device's weights as stored in the form `weights`.
+    """
+    rows, slots, tokens = sizes_of(what, mesh, weights is not None)
     place: Any = LAYOUTS[what]
 
     def laid(tree):
@@ -148,10 +160,14 @@ def program(mesh, what: str, config: DecoderConfig):
         return jax.tree.map(one, tree, place.of(tree))
 
     with jax.set_mesh(mesh):
-        model = nnx.eval_shape(
-            lambda: Decoder(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16,
-                            rngs=nnx.Rngs(0))
-        )  # fmt: skip
+
+        def made():
+            model = Decoder(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+            if weights is not None:
+                round_weights(model.blocks, weights)
+            return model
+
+        model = nnx.eval_shape(made)
         cache = jax.eval_shape(lambda: model.init_cache(rows, slots))
         model, cache = laid(model), laid(cache)
         spot = jax.NamedSharding(mesh, sharding.pspec(place.B))
@@ -179,7 +195,9 @@ def program(mesh, what: str, config: DecoderConfig):
     cached = {local(x) for x in jax.tree.leaves(cache) if x.ndim > 2}
     kernels = {local(x) for x in jax.tree.leaves(model) if x.size > 2**20}
     kernels |= {x.shape for x in jax.tree.leaves(model) if x.size > 2**20}
-    return compiled, lowering, compiling, cached | kernels
+    frozen = [x for x in jax.tree.leaves(nnx.state(model, Frozen)) if x.dtype.itemsize == 1]
+    stored = {shape for x in frozen for shape in (local(x), x.shape)}
+    return compiled, lowering, compiling, cached | kernels, stored
 
 
 def _clock() -> np.ndarray:
@@ -187,36 +205,34 @@ def _clock() -> np.ndarray:
     return np.array([time.perf_counter(), time.process_time()])
 
 
-def closed_form(mesh, what: str, config: DecoderConfig) -> dict[str, float]:
+def closed_form(mesh, what: str, config: DecoderConfig, kept: bool) -> dict[str, float]:
     """Bytes that one device sends in a decode step, by part of the model."""
-    rows, slots, _ = sizes_of(what, mesh)
+    rows, slots, _ = sizes_of(what, mesh, kept)
     found = placement(
         config, mesh=dict(mesh.shape), sharding=LAYOUTS[what], batch_size=rows, length=slots
     )
     return dict(found.link_bytes)
 
 
-def look(
-    target: str, mesh, name: str, what: str, layers: int | None, short: bool = False
-) -> dict[str, Any]:
+def look(target: str, mesh, name: str, what: str, options: argparse.Namespace) -> dict[str, Any]:
     """Compiles one program; prints its row of the table.
 
     Raises:
         AssertionError: something moves that must not, or too much.
     """
-    config = DecoderConfig.from_preset(name)
+    config, weights, layers = DecoderConfig.from_preset(name), options.weights, options.layers
     if layers:
         config = config.replace(
             attention=config.attention.replace(num_hidden_layers=layers), first_k_dense_replace=1
         )
-    if short:
+    if options.short:
         config = narrow(config)
-    compiled, lowering, seconds, held = program(mesh, what, config)
+    compiled, lowering, seconds, held, stored = program(mesh, what, config, weights)
     memory, text = compiled.memory_analysis(), compiled.as_text()
     moved = links.collectives(text, mesh.size)
     kinds = links.by_kind(moved)
     sent = sum(sent for _, sent in kinds.values())
-    form = closed_form(mesh, what, config) if what != "prefill" else {}
+    form = closed_form(mesh, what, config, weights is not None) if what != "prefill" else {}
     least = sum(form.values())
     aliased = memory.alias_size_in_bytes
     total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
@@ -232,6 +248,13 @@ def look(
         + f" | {lowering[0]:.0f} + {seconds[0]:.0f} ({lowering[1]:.0f} + {seconds[1]:.0f}) |",
         flush=True,
     )  # fmt: skip
+    wide = widened(text, stored, config.attention.num_attention_heads // mesh.shape["model"])
+    assert not wide, f"makes arrays of more than 8 bits in the shape of a stored weight: {wide}"
+    if weights is not None and target == "h200-host":
+        limits = (92e9 if config.attention.num_hidden_layers == 61 else math.inf), 1e9
+        found = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+        within = all(a <= b for a, b in zip(found, limits, strict=True))
+        assert within, f"{found} bytes are above {limits}"
     large = [one for one in moved if any(_shape(s) in held for s in one.shapes)]
     assert not large, f"moves what is as large as a weight or the cache: {large[:3]}"
     if what != "prefill":
@@ -243,6 +266,36 @@ def look(
         "arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
         "moved": kinds, "closed_form": form, "lower_s": list(lowering), "compile_s": list(seconds),
     }  # fmt: skip
+
+
+def widened(text: str, stored: set[tuple[int, ...]], heads: int) -> list[str]:
+    """Arrays of 16 or 32 bits a number that a program writes in the shape of a stored weight.
+
+    Axes may stand in another order. A layer's weight counts, an expert's alone, and that of so many
+    heads with an axis of its own for these, or half of it, such as the keys' part of kv_b_proj.
+    """
+    shapes = set(stored)
+    for *_, rows, columns in stored:
+        shapes |= {(rows, columns), (heads, rows // heads, columns)}
+        shapes.add((heads, rows // heads // 2, columns))
+    bare = lambda shape: tuple(sorted(size for size in shape if size > 1))  # noqa: E731
+    weights = {bare(shape) for shape in shapes}
+    _, lines = links.computations(text)
+    inside = {  # a fusion writes its result alone
+        name
+        for own in lines.values()
+        for line in own
+        if " fusion(" in line
+        for name in links.called(line)
+    }
+    found = []
+    for line in (line for name, own in lines.items() if name not in inside for line in own):
+        if re.search(r" (parameter|bitcast|get-tuple-element)\(", line):
+            continue
+        for made in re.findall(r" = (?:bf16|f16|f32)\[([\d,]+)\]", line):
+            if bare(map(int, made.split(","))) in weights:
+                found.append(line.strip().partition("(")[0][-80:])
+    return found
 
 
 def layer_moves(mesh, layout: str) -> None:
@@ -295,6 +348,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--what", nargs="+", default=list(LAYOUTS), choices=list(LAYOUTS))
     parser.add_argument("--layers", type=int, help="fewer, the first one dense")
+    parser.add_argument("--weights", help="keep them in this form: float8_e4m3fn, int8 or int4")
     parser.add_argument("--short", action="store_true", help="two narrow layers on 8 v6e")
     parser.add_argument("--json", type=pathlib.Path)
     options = parser.parse_args()
@@ -315,7 +369,7 @@ def main() -> None:
         for name in options.models:
             for what in options.what:
                 try:
-                    rows.append(look(target, mesh, name, what, options.layers, options.short))
+                    rows.append(look(target, mesh, name, what, options))
                 except Exception as error:  # the compilers' and ours: the others still run
                     first = f"{type(error).__name__}: {error}".splitlines()[0][:400]
                     print(f"| {target} | {name}, {what} | {first} | | | |", flush=True)

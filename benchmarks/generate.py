@@ -16,6 +16,7 @@ A line is printed as soon as it is known, and a batch that fails does not end th
 import argparse
 import collections
 import json
+import os
 import pathlib
 import re
 import statistics
@@ -37,7 +38,7 @@ from mla_jax.models import DecoderConfig, random_decoder
 SCOPES = {  # the first that an operation's name contains
     "router": ("router",),
     "shared expert": ("shared_expert",),
-    "experts": ("experts", "grouped_matmul"),
+    "experts": ("experts", "grouped_matmul", "few_gate_up", "few_down"),
     "head": ("head",),
     "attention core": ("latent_attention", "expanded_attention", "plan", "mla_decode"),
     "attention projections": ("queries", "latents", "rope", "w_uk", "w_uv", "kv_b_proj", "o_proj"),
@@ -58,7 +59,7 @@ STARTED = time.perf_counter()
 def weights(model, batch):
     """{what: bytes that a decode step of `batch` rows reads}, experts as expected."""
     config, total = model.config, collections.Counter()
-    state = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    state = nnx.to_flat_state(nnx.state(model))
     for path, leaf in zip(state.paths, state.leaves, strict=True):
         names = set(map(str, path))
         if "embed" in names and not config.tie_word_embeddings:
@@ -77,9 +78,11 @@ def weights(model, batch):
 def active(model):
     """Parameters that one token multiplies, the head's apart: it sees a prompt's last token."""
     config, count = model.config, 0.0
-    state = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    state = nnx.to_flat_state(nnx.state(model))
     for path, leaf in zip(state.paths, state.leaves, strict=True):
         names = set(map(str, path))
+        if "scale" in names and leaf.ndim > 1:
+            continue
         routed = "mlp" in names and leaf.ndim == 3
         share = config.num_experts_per_tok / config.n_routed_experts if routed else 1
         count += 0 if names & {"embed", "head"} else leaf.size * share
@@ -163,7 +166,7 @@ def measure(model, batch, options, copy, result):
     width, dtype = model.config.attention.hidden_size, jnp.dtype(options.dtype)
     seconds = []
     for run in range(4):
-        cache = jax.block_until_ready(model.init_cache(batch, slots))
+        cache = jax.block_until_ready(model.init_cache(batch, slots, options.cache_dtype))
         ends = jnp.zeros((batch, words), jnp.float32), jnp.zeros((batch, width), dtype)
         started = time.perf_counter()
         ends, cache, state = jax.block_until_ready(
@@ -259,14 +262,19 @@ def main():
     parser.add_argument("--block", type=int, default=16, help="decode steps in one program")
     parser.add_argument("--blocks", type=int, default=4, help="that are timed")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--weights", help="rounded to this form and kept so: float8_e4m3fn, int8")
+    parser.add_argument("--cache-dtype", help="of the latents in the cache, such as float8_e4m3fn")
     parser.add_argument("--implementation", help="backend of the attention core")
     parser.add_argument("--layers", type=int, help="fewer than the preset has, to try things")
     parser.add_argument("--again", type=float, default=1e9,
                         help="prefill once only where it compiles longer than this")  # fmt: skip
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no batch after these")
+    parser.add_argument("--few", action=argparse.BooleanOptionalAction, default=True,
+                        help="the kernels of few tokens, MLA_JAX_FEW")  # fmt: skip
     parser.add_argument("--no-profile", action="store_true")
     parser.add_argument("--json", type=pathlib.Path, help="write the figures here, batch by batch")
     options = parser.parse_args()
+    os.environ["MLA_JAX_FEW"] = str(int(options.few))
     config = DecoderConfig.from_preset(options.preset)
     if options.layers:
         shorter = config.attention.replace(num_hidden_layers=options.layers)
@@ -278,15 +286,16 @@ def main():
     started = time.perf_counter()
     model = random_decoder(
         config, dtype=options.dtype, param_dtype=options.dtype,
-        implementation=options.implementation,
+        implementation=options.implementation, weights=options.weights,
     )  # fmt: skip
-    leaves = jax.block_until_ready(jax.tree.leaves(nnx.state(model, nnx.Param)))
+    leaves = jax.block_until_ready(jax.tree.leaves(nnx.state(model)))
     ready, size = time.perf_counter() - started, sum(leaf.nbytes for leaf in leaves)
     say(f"{options.preset}: {size / 1e9:.2f} GB of weights ready in {ready:.1f} s")
     rows = []
     table = {"device": kind, "jax": jax.__version__, "copy": copy, "matmul": matmul,
              "preset": options.preset, "prompt": options.prompt_tokens, "ready_s": ready,
-             "weight_bytes": size, "rows": rows}  # fmt: skip
+             "weight_bytes": size, "weights": options.weights,
+             "cache_dtype": options.cache_dtype, "rows": rows}  # fmt: skip
     for batch in options.batches:
         if time.perf_counter() - STARTED > options.seconds:
             say(f"batch {batch}: no time left")

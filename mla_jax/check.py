@@ -15,9 +15,9 @@ def check(condition: bool, key: str, value: Any, allowed: str) -> None:
 
 def check_choice(key: str, value: object, allowed: Collection[str]) -> None:
     """Raises ValueError unless the value is one of those allowed; it proposes the nearest."""
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:  # an array would compare by element
         hint = nearest(value, allowed)
-        raise ValueError(f"{key}={value!r}: {key} must be one of {', '.join(allowed)}.{hint}")
+        raise ValueError(f"{key}={value!r:.80}: {key} must be one of {', '.join(allowed)}.{hint}")
 
 
 def check_counts(**counts: object) -> None:

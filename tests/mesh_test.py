@@ -5,6 +5,7 @@ Letters: B rows, T tokens, D hidden size, N heads, R latent, P rotary channels, 
 
 import functools
 import re
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from mla_jax import MLAConfig, MultiHeadLatentAttention, explain, sharding
 from mla_jax.cache.stripes import Stripes
 from mla_jax.generation import generate
 from mla_jax.layers.experts import MixtureOfExperts, expert_load
-from mla_jax.models import Decoder, DecoderConfig
+from mla_jax.models import Decoder, DecoderConfig, rounding
 from mla_jax.ops import guard
 from mla_jax.sharding import Rules
 
@@ -126,6 +127,53 @@ def test_a_split_vocabulary_has_the_same_gradients(tied):
     for tree in (got, wanted):
         tree[1].blocks[0].mlp.router.bias = None
     assert_close((got[0][1:], got[1]), (wanted[0][1:], wanted[1]))
+
+
+STORED = Rules(B=BOTH, D="data", N="model", F="model", W="model", E=BOTH)
+
+
+def rounded_decoder(block):
+    """The sparse layer of a model with weights as stored, in blocks of so many rows and columns."""
+    model = Decoder(CONFIG.replace(first_k_dense_replace=0), precision="highest", rngs=nnx.Rngs(0))
+    with mock.patch.dict(rounding.FORMS, {"float8_e4m3fn": (block, 448.0)}):
+        rounding.round_weights(model.blocks, "float8_e4m3fn")
+    return model
+
+
+@functools.partial(jax.jit, compiler_options=FAST)
+def prompt_and_token(model, tokens):
+    """The expanded form, then the absorbed one."""
+    cache = model.init_cache(B, 128)
+    logits, cache = model.prefill(tokens[:, :3], cache)
+    return logits, model.decode(tokens[:, 3:], cache)[0]
+
+
+def test_weights_as_stored_on_a_mesh_are_those_of_one_device():
+    """Blocks of 16 rows straddle devices: of q_b_proj's 48 rows each of four has 12."""
+    model = rounded_decoder((16, 8))
+    tokens = np.random.default_rng(1).integers(0, 64, (B, 4)).astype(np.int32)
+    wanted = jax.device_get(prompt_and_token(model, tokens))
+    with jax.set_mesh(mesh()):
+        placed = jax.device_put(model, STORED.of(model))
+        got = jax.device_get(prompt_and_token(placed, put(tokens, BOTH)))
+        attention, mlp = placed.blocks[0].attention, placed.blocks[0].mlp
+        for module, place in (
+            (attention.q_b_proj, (("model",), ("data",))),
+            (attention.o_proj, (("data",), ("model",))),
+            (mlp.gate_proj, (BOTH, (), ())),
+        ):
+            assert sharding.spec(module.values[...]) == place
+        assert sharding.spec(attention.q_b_proj.scale[...]) == ((), ())
+        assert sharding.spec(mlp.gate_proj.scale[...]) == (BOTH, (), ())
+    assert_close(got, wanted)
+
+
+def test_inputs_as_stored_are_split_between_blocks_only():
+    model = rounded_decoder((16, 12))  # o_proj has 32 inputs, 8 on each of four devices
+    with jax.set_mesh(mesh()):
+        placed = jax.device_put(model, STORED.of(model))
+        with pytest.raises(NotImplementedError, match=r"its 32 inputs into parts of 8\. Load"):
+            jax.eval_shape(prompt_and_token, placed, put(np.zeros((B, 4), np.int32), BOTH))
 
 
 PROMPTS = [np.arange(1, n + 1) * 7 % 64 for n in (3, 130, 17, 1, 64, 5, 9, 40)]

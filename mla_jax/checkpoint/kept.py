@@ -7,15 +7,17 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax import nnx
 
+from mla_jax import sharding as shardings
 from mla_jax.checkpoint import host, saving
 from mla_jax.checkpoint.scheme import INT32
 from mla_jax.checkpoint.stored import Stored
-from mla_jax.layers.quantised import Quantised
+from mla_jax.layers.quantised import Frozen, Quantised, letters_of, of_scales
 from mla_jax.ops.weights import Weight
 
 
@@ -122,9 +124,16 @@ def keep(
     kinds = {4: np.dtype(ml_dtypes.int4), 8: np.dtype(np.int8)}
     dtype = kinds[form.bits] if form.dtype == INT32 else form.dtype
     path = first.path.removesuffix(".kernel")
+    old = getattr(parent, name)
+    experts = isinstance(old, nnx.Variable)  # which are arrays of their layer
+    inputs = 1 if experts else len(np.atleast_1d(old.in_features))
+    letters = letters_of(old if experts else old.kernel, inputs)
 
     def build(kind, shape, dtype, of):
-        goal = host.sharding_of(sharding, f"{path}.{kind}", lead + shape)
+        whole: Any = jax.ShapeDtypeStruct(lead + shape, dtype)
+        own = letters if kind == "values" else of_scales(letters)
+        like = Frozen(whole, **shardings.metadata(*own))
+        goal = host.sharding_of(sharding, f"{path}.{kind}", like)
 
         def fill(out, index):
             if not lead:
@@ -140,11 +149,10 @@ def keep(
         "scale", parts[0].scale.shape, np.dtype(np.float32),
         lambda part, at: part.scale[at].astype(np.float32),
     )  # fmt: skip
-    old = getattr(parent, name)
-    owner = parent if isinstance(old, nnx.Variable) else old  # experts are arrays of their layer
+    owner = parent if experts else old
     setattr(parent, name, Quantised(
         Weight(values, scale, form.block), bias=getattr(old, "bias", None), dtype=owner.dtype,
-        precision=owner.precision, stored=layouts[0],
+        precision=owner.precision, stored=layouts[0], letters=letters,
     ))  # fmt: skip
 
 

@@ -24,12 +24,11 @@ _NGRAM = 3  # tokens of the text's end that a prompt lookup looks for, then fewe
 
 
 class Drafter(Protocol):
-    """What guesses `count` tokens; 0 is none, and then the loop decodes plainly."""
+    """What guesses a few tokens ahead."""
 
     @property
     def count(self) -> int:
-        """K."""
-        ...
+        """K, how many it guesses; where that is 0, the loop decodes plainly."""
 
     def init(self, model: Any, rows: int, slots: int, **options: Any) -> Any:
         """The state before the prompts; options as of the model's `init_cache`."""

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from mla_jax.cache import checked_dtype
+from mla_jax.check import check_choice
 from mla_jax.generation.sampling import Sampling, plain
 from mla_jax.generation.stream import StopStrings
 from mla_jax.generation.tokenizer import Tokenizer
@@ -80,8 +81,7 @@ class Request:
             ) from error
         one = isinstance(self.stop_strings, str)
         self._set("stop_strings", (self.stop_strings,) if one else tuple(self.stop_strings))
-        if self.draft not in get_args(Draft):
-            raise ValueError(f"draft={self.draft!r:.80}: it must be 'prompt' or 'mtp'.")
+        check_choice("draft", self.draft, get_args(Draft))
         if self.draft == "mtp" and not self.speculate:
             raise ValueError("draft='mtp' drafts nothing with speculate=0: say how many tokens.")
         if self.cache_dtype is not None:

@@ -225,12 +225,13 @@ class MultiHeadLatentAttention(LatentMaps):
             ValueError: a store of other widths or another dtype than the layer computes in, or one
                 without index keys; a relay that lacks what the layer takes from it.
         """
-        batch, tokens = self.check_input(x)
-        view = step.view(store)
+        tokens = self.check_input(x)[1]
+        view, batch = step.view(store), step.own(x).shape[0]
         self._check_store(view, batch, self._widths())
         x, by = step.clear(x), step.rotation(self.config)
         q_nope, q_rope, gate, q_latent = self._queries(x, step.positions, by)
         new = {} if self.config.kv_source_layer is not None else self._latents(x, by)
+        new, every, x = {name: step.own(array) for name, array in new.items()}, x, step.own(x)
         if self.config.has_indexer:
             new["index_key"] = self.indexer.keys(x, by)
         with jax.named_scope("cache_append"):
@@ -242,6 +243,7 @@ class MultiHeadLatentAttention(LatentMaps):
         self._check_store(source, batch, {name: self._widths(True)[name] for name in _LATENTS})
         seen = step.seen.replace(window=self.config.sliding_window)
         if self.config.index_topk is not None:
+            q_latent = step.own(q_latent)
             seen, relay = self._chosen(x, q_latent, step.positions, by, own, seen, relay)
         form = step.form
         if form == "auto":  # a fresh row has nothing but the new tokens to attend to
@@ -249,8 +251,9 @@ class MultiHeadLatentAttention(LatentMaps):
         if form == "absorbed":
             heads, lse = self._absorbed(q_nope, q_rope, source, seen, step)
         else:
-            heads, lse = self._expanded(q_nope, q_rope, new, source, seen, step)
-        y = step.clear(sharding.beside(self._output(heads, lse, gate), x))
+            queries = step.own(q_nope), step.own(q_rope)
+            heads, lse = map(step.copied, self._expanded(*queries, new, source, seen, step))
+        y = step.clear(sharding.beside(self._output(heads, lse, gate), every))
         return y, own.pool if isinstance(own, Paged) else own, relay
 
     def indexer_loss(
@@ -292,14 +295,11 @@ class MultiHeadLatentAttention(LatentMaps):
         keys = self.indexer.keys(x, by)
         queries = self.indexer.queries(x, q_latent, positions, by)
         if not warmup and config.is_sparse(x.shape[1]):
-            seen = seen.replace(
-                chosen=self.indexer.choose(
-                    queries, Dense({"index_key": keys}), seen, self.implementation
-                )
-            )
-        target = ops.attention_weights(
-            (self._pattern(q_nope), q_rope), Dense(new), seen, scale=config.scale
-        )
+            held = Dense({"index_key": keys})
+            chosen = self.indexer.choose(queries, held, seen, self.implementation)
+            seen = seen.replace(chosen=chosen)
+        absorbed = (self._pattern(q_nope), q_rope)
+        target = ops.attention_weights(absorbed, Dense(new), seen, scale=config.scale)
         visible = seen.visible(jnp.arange(x.shape[1], dtype=jnp.int32))[:, 0]
         visible = jnp.broadcast_to(visible, target.shape)
         return indexer_loss(target, self.indexer.scores(queries, keys), visible)
@@ -351,7 +351,7 @@ class MultiHeadLatentAttention(LatentMaps):
 
     def _absorbed(self, q_nope, q_rope, source, seen, step):
         """Heads [B T N V] and lse [B T N] by the absorbed form, never making keys or values."""
-        queries = (self._pattern(q_nope), q_rope)
+        queries = step.own(self._pattern(q_nope)), step.own(q_rope)
         options = {"scale": self.config.scale, "precision": self.precision}
         if seen.chosen is None:  # a plan is of all layers, a choice of one
             call = ops.latent_call(queries, source, seen, **options)
@@ -359,7 +359,7 @@ class MultiHeadLatentAttention(LatentMaps):
         out_latent, lse = ops.attend_latents(
             queries, source, seen, implementation=self.implementation, **options
         )
-        return self._heads(out_latent), lse
+        return self._heads(step.copied(out_latent)), step.copied(lse)
 
     def _expanded(self, q_nope, q_rope, new, source, seen, step):
         """Heads and lse by the expanded form, over new tokens and what the rows held before.

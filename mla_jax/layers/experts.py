@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from mla_jax import sharding
 from mla_jax.layers.mlp import GatedMLP
 from mla_jax.layers.quantised import Quantised
-from mla_jax.ops.experts import routed_experts
+from mla_jax.ops.experts import routed_experts, takes_shared
 
 
 class _Attention(Protocol):
@@ -221,25 +221,46 @@ class MixtureOfExperts(nnx.Module):
     def _mix(self, x, experts, weights):
         """The routed experts' sum and the shared one's."""
         flat = x.reshape(-1, x.shape[-1])
+        shared = self._shared(flat, experts, weights)
         with jax.named_scope("experts"):
-            mixed = self.routed(flat, experts, weights).reshape(x.shape)
+            mixed = self.routed(flat, experts, weights, shared).reshape(x.shape)
             mixed = sharding.beside(mixed, x)
-        if self.shared is None:
+        if self.shared is None or shared is not None:
             return mixed
         with jax.named_scope("shared_expert"):
             return mixed + self.shared(x)
 
+    def _kernels(self) -> list[Any]:
+        return [
+            kernel.weight if isinstance(kernel, Quantised) else kernel[...]
+            for kernel in (self.gate_proj, self.up_proj, self.down_proj)
+        ]
+
+    def _shared(self, x, experts, weights):
+        """Kernels of the shared expert where it goes through the routed experts' products."""
+        if self.shared is None or self.dtype not in (None, x.dtype):
+            return None
+        shared = self.shared.kernels()
+        if shared is None:
+            return None
+        kept = takes_shared(
+            x, experts, weights, self._kernels(), shared, implementation=self.implementation
+        )
+        return shared if kept else None
+
     def routed(
-        self, x: Float[Array, "M D"], experts: Int[Array, "M K"], weights: Float[Array, "M K"]
+        self,
+        x: Float[Array, "M D"],
+        experts: Int[Array, "M K"],
+        weights: Float[Array, "M K"],
+        shared: Any = None,
     ) -> Float[Array, "M D"]:
         """The routed experts alone, for a choice that is given.
 
         Experts behind the E that have kernels return their input (LongCat-Flash, arXiv 2509.01322).
+        With `shared`, kernels as in `routed_experts`, that expert is added.
         """
-        kernels: list[Any] = [
-            kernel.weight if isinstance(kernel, Quantised) else kernel[...]
-            for kernel in (self.gate_proj, self.up_proj, self.down_proj)
-        ]
+        kernels = self._kernels()
         held = x.dtype if isinstance(self.gate_proj, Quantised) else kernels[0].dtype
         dtype = self.dtype or jnp.promote_types(x.dtype, held)
         x, count, identity = x.astype(dtype), kernels[0].shape[0], None
@@ -250,7 +271,7 @@ class MixtureOfExperts(nnx.Module):
             experts, weights = experts % count, jnp.where(zero, 0, weights)
         mixed = routed_experts(
             x, experts, weights, *kernels, precision=self.precision,
-            implementation=self.implementation,
+            implementation=self.implementation, shared=shared,
         )  # fmt: skip
         return mixed if identity is None else mixed + (identity * x).astype(dtype)
 

@@ -24,11 +24,12 @@ from mla_jax.layers import query_scale
 from mla_jax.layers.indexer import Indexer
 from mla_jax.layers.memory import Memory
 from mla_jax.layers.mixer import Mixer
+from mla_jax.layers.norm import RMSNorm
 from mla_jax.layers.projection import Projection, apart, kernel_of, together
 from mla_jax.layers.quantised import Quantised
 from mla_jax.layers.step import check_positions, row_counts
 from mla_jax.ops import dispatch
-from mla_jax.ops.weights import fold_keys, unfold_values
+from mla_jax.ops.weights_mesh import fold_keys, unfold_values
 from mla_jax.plain import Plain
 
 _BIASED = ("q_a_proj", "kv_a_proj", "o_proj")  # what attention_bias=True means
@@ -80,7 +81,7 @@ class LatentMaps(Mixer):
             )  # fmt: skip
 
         def norm(width):
-            return nnx.RMSNorm(
+            return RMSNorm(
                 width, epsilon=config.latent_norm_eps, dtype=dtype, param_dtype=param_dtype,
                 rngs=rngs,
             )  # fmt: skip

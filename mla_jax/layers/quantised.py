@@ -10,7 +10,10 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from mla_jax import sharding
-from mla_jax.ops.weights import Weight, matmul
+from mla_jax.ops import weights_mesh
+from mla_jax.ops.weights import Weight
+
+Letters = tuple[str | None, ...]
 
 
 class Frozen(nnx.Variable):
@@ -31,6 +34,8 @@ class Quantised(nnx.Module):
         dtype: of the computation; None is the input's.
         precision: of the product, as in jax.lax.dot.
         stored: how the file had it, for saving; hashable.
+        letters: of the values' axes, by which a mesh may split them; see `letters_of`. Scales are
+            split by E alone.
 
     >>> import jax.numpy as jnp
     >>> weight = Weight(jnp.array([[2, -3]], jnp.int8), jnp.array([[0.5]]), (1, None))
@@ -38,27 +43,51 @@ class Quantised(nnx.Module):
     Array([[-14.]], dtype=float32)
     """
 
-    def __init__(self, weight: Weight, *, bias=None, dtype=None, precision=None, stored=None):
-        self.values, self.scale = Frozen(weight.values), Frozen(weight.scale)
+    def __init__(
+        self,
+        weight: Weight,
+        *,
+        bias=None,
+        dtype=None,
+        precision=None,
+        stored=None,
+        letters: Letters | None = None,
+    ):
+        self.letters = (None,) * len(weight.shape) if letters is None else tuple(letters)
+        self.values = Frozen(weight.values, **sharding.metadata(*self.letters))
+        self.scale = Frozen(weight.scale, **sharding.metadata(*of_scales(self.letters)))
         self.bias = bias
         self.block, self.dtype, self.precision = weight.block, dtype, precision
         self.stored = stored
 
     @property
     def weight(self) -> Weight:
-        """Values and scales.
-
-        Raises:
-            NotImplementedError: they lie on a mesh with Explicit axes.
-        """
-        if sharding.mesh_of(self.values[...]) is not None:
-            raise NotImplementedError(
-                "weights as a checkpoint stores them do not run on a mesh with Explicit axes yet: "
-                "load them dequantised there."
-            )
+        """Values and scales."""
         return Weight(self.values[...], self.scale[...], self.block)
 
     def __call__(self, x: Float[Array, "*B K"]) -> Float[Array, "*B M"]:
         """The map of one matrix."""
-        y = matmul(x.astype(self.dtype or x.dtype), self.weight, precision=self.precision)
+        x = x.astype(self.dtype or x.dtype)
+        y = weights_mesh.matmul(x, self.weight, self.letters, precision=self.precision)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+
+def letters_of(kernel: nnx.Variable, inputs: int = 1) -> Letters:
+    """The letters of values [M K], or [E M K], that stand in the place of a kernel.
+
+    Args:
+        kernel: of a linear map, or of experts [E K M].
+        inputs: how many of its axes are inputs.
+
+    >>> from mla_jax.layers.projection import Projection
+    >>> made = Projection((4, 8), (16,), letters=("N", None, "D"), rngs=nnx.Rngs(0))
+    >>> letters_of(made.kernel, 2)
+    ('D', 'N')
+    """
+    own = kernel.get_metadata().get("out_sharding") or (None,) * len(kernel.shape)
+    return (own[0], None, None) if own[0] == "E" else (own[inputs], own[0])
+
+
+def of_scales(letters: Letters) -> Letters:
+    """The letters of the scales of values with these."""
+    return (*letters[:-2], None, None)

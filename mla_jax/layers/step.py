@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Int
 
 from mla_jax import rope, sharding
 from mla_jax.cache import Cache, Dense, Paged, Pages, Store
-from mla_jax.ops import checked_ids, dispatch
+from mla_jax.ops import checked_ids, dense, dispatch
 from mla_jax.ops.seen import Seen
 from mla_jax.plain import Plain
 
@@ -45,6 +45,7 @@ class Step:
         form: which form the attention takes, "absorbed" or "expanded"; "auto" leaves the choice to
             every layer.
         fresh: rows with tokens held none before.
+        copies: activations of the only token come as so many equal rows: see `ops.dense.copies`.
 
     >>> import mla_jax
     >>> from flax import nnx
@@ -72,6 +73,7 @@ class Step:
     slots: int = dataclasses.field(metadata={"static": True})
     form: Form = dataclasses.field(default="auto", metadata={"static": True})
     fresh: bool = dataclasses.field(default=False, metadata={"static": True})
+    copies: int = dataclasses.field(default=1, metadata={"static": True})
 
     def __post_init__(self):
         # What layers have asked for, by key. It does not go through jax's transformations, and what
@@ -164,6 +166,14 @@ class Step:
         if self.valid is None:
             return x
         return jnp.where(self.valid[..., None], x, jnp.zeros((), x.dtype))
+
+    def own(self, x: Array) -> Array:
+        """X [B T ...] without the copies of its only row."""
+        return x if self.copies == 1 else x[:1]
+
+    def copied(self, x: Array) -> Array:
+        """X [B T ...] with them."""
+        return dense.copied(x, self.copies)
 
     def _once(self, key: Hashable, make: Callable[[], Any]) -> Any:
         # Within a scan, a rematerialised function or the like, arrays belong to that trace alone.

@@ -14,6 +14,7 @@ from mla_jax.cache import Dense
 from mla_jax.layers.attention import MultiHeadLatentAttention
 from mla_jax.layers.experts import MixtureOfExperts, Routing
 from mla_jax.layers.mlp import GatedMLP
+from mla_jax.layers.norm import RMSNorm
 from mla_jax.layers.relay import Relay
 from mla_jax.layers.step import Step
 from mla_jax.models.config import DecoderConfig
@@ -32,11 +33,11 @@ class Block(nnx.Module):
     def __init__(self, config: DecoderConfig, layer: int, *, precision, implementation, **types):
         width = config.attention.hidden_size
         self.scale = config.residual_scale
-        self.attention_norm = nnx.RMSNorm(width, epsilon=config.rms_norm_eps, **types)
+        self.attention_norm = RMSNorm(width, epsilon=config.rms_norm_eps, **types)
         self.attention = MultiHeadLatentAttention(
             config.attention_of(layer), precision=precision, implementation=implementation, **types
         )
-        self.mlp_norm = nnx.RMSNorm(width, epsilon=config.rms_norm_eps, **types)
+        self.mlp_norm = RMSNorm(width, epsilon=config.rms_norm_eps, **types)
         if config.is_sparse(layer):
             named = dispatch.normalized(implementation).get("routed_experts")
             self.mlp = MixtureOfExperts(config, precision=precision, implementation=named, **types)

@@ -16,6 +16,7 @@ moves.
 Letters: B batch, T tokens, D hidden size, W words.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -27,6 +28,7 @@ from jaxtyping import Array, Bool, Float, Int
 from mla_jax import sharding
 from mla_jax.cache import Cache
 from mla_jax.layers.experts import MixtureOfExperts, Routing, balance_bias
+from mla_jax.layers.norm import RMSNorm
 from mla_jax.layers.projection import kernel_of
 from mla_jax.layers.remat import Save, rematerialised
 from mla_jax.layers.step import Step
@@ -91,7 +93,7 @@ class Decoder(nnx.Module):
         self.blocks = nnx.List(
             block(config, layer, **cores) for layer in range(config.attention.num_hidden_layers)
         )
-        self.norm = nnx.RMSNorm(width, epsilon=config.rms_norm_eps, **types)
+        self.norm = RMSNorm(width, epsilon=config.rms_norm_eps, **types)
         tied = config.tie_word_embeddings
         head: dict[str, Any] = {"use_bias": False, "precision": precision, **_HEAD, **types}
         self.head = None if tied else nnx.Linear(width, config.vocab_size, **head)
@@ -220,12 +222,15 @@ class Decoder(nnx.Module):
                 f"{mixers}, the tokens {tokens.shape[0]} rows: make it with model.init_cache()."
             )
         step, relay = Step.begin(cache, tokens.shape[1], lengths), None
+        step = dataclasses.replace(step, copies=dense.copies(x))
+        if step.copies > 1:  # behind the barrier XLA does not see that they are copies
+            x = jax.lax.optimization_barrier(step.copied(x))
         held, stores = iter(cache.stores), []
         for block in self.blocks:
             own = tuple(next(held) for _ in block.mixers)
             x, own, relay = block.extend(x, own, step, relay)
             stores += own
-        return self.norm(x), cache.end(stores, step)
+        return step.own(self.norm(x)), cache.end(stores, step)
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B W"]:
         """Logits in float32 from the states that `extend` gives."""

@@ -21,6 +21,7 @@ from mla_jax.cache import Dense
 from mla_jax.layers.attention import MultiHeadLatentAttention
 from mla_jax.layers.experts import MixtureOfExperts, Routing
 from mla_jax.layers.mlp import GatedMLP
+from mla_jax.layers.norm import RMSNorm
 from mla_jax.layers.relay import Relay
 from mla_jax.layers.step import Step
 from mla_jax.models.config import DecoderConfig
@@ -41,7 +42,7 @@ class ShortcutBlock(nnx.Module):
         assert inner is not None  # the config fills it in
         attention = config.attention_of(layer)
         cores = {"precision": precision, "implementation": implementation, **types}
-        norm = lambda: nnx.RMSNorm(width, epsilon=config.rms_norm_eps, **types)  # noqa: E731
+        norm = lambda: RMSNorm(width, epsilon=config.rms_norm_eps, **types)  # noqa: E731
         self.attention_norms = nnx.List(norm() for _ in range(2))
         self.attentions = nnx.List(MultiHeadLatentAttention(attention, **cores) for _ in range(2))
         self.mlp_norms = nnx.List(norm() for _ in range(2))

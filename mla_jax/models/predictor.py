@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from mla_jax import sharding
 from mla_jax.cache import Cache
 from mla_jax.layers.experts import Routing
+from mla_jax.layers.norm import RMSNorm
 from mla_jax.layers.remat import Save, rematerialised
 from mla_jax.layers.step import Step
 from mla_jax.models.block import Block
@@ -52,7 +53,7 @@ class MultiTokenPredictor(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, precision, implementation, **types):
         width = config.attention.hidden_size
-        norm = functools.partial(nnx.RMSNorm, width, epsilon=config.rms_norm_eps, **types)
+        norm = functools.partial(RMSNorm, width, epsilon=config.rms_norm_eps, **types)
         self.enorm, self.hnorm, self.norm = norm(), norm(), norm()
         self.eh_proj = nnx.Linear(
             2 * width, width, use_bias=False, precision=precision, **dense.linear("D", None),

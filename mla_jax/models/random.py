@@ -9,6 +9,7 @@ from mla_jax.models.block import Block
 from mla_jax.models.config import DecoderConfig
 from mla_jax.models.decoder import Decoder
 from mla_jax.models.longcat import ShortcutBlock
+from mla_jax.models.rounding import round_weights
 from mla_jax.ops import dispatch
 from mla_jax.sharding import Rules
 
@@ -23,6 +24,7 @@ def random_decoder(
     precision=None,
     implementation: dispatch.Implementation = None,
     sharding: Rules | None = None,
+    weights: str | None = None,
 ) -> Decoder:
     """What `Decoder(..., rngs=nnx.Rngs(seed))` is, other numbers, in a few programs.
 
@@ -34,6 +36,8 @@ def random_decoder(
         seed: of the weights; the same seed gives the same weights on the same kind of device.
         mtp, dtype, param_dtype, precision, implementation: as in `Decoder`.
         sharding: how the mesh in use splits it; None is one device.
+        weights: a form of `models.rounding` to which the layers' weights are rounded, as a
+            checkpoint keeps them; None leaves them in param_dtype.
 
     Raises:
         ValueError: as `Decoder` and `sharding.Rules.of`.
@@ -48,7 +52,18 @@ def random_decoder(
         "dtype": dtype, "param_dtype": param_dtype, "precision": precision,
         "implementation": implementation,
     }  # fmt: skip
-    model = nnx.eval_shape(lambda: Decoder(config, mtp=mtp, rngs=nnx.Rngs(0), **types))
+
+    def kept(block: nnx.Module) -> nnx.Module:
+        if weights is not None:
+            round_weights(block, weights)
+        return block
+
+    def whole():
+        model = Decoder(config, mtp=mtp, rngs=nnx.Rngs(0), **types)
+        kept(model.blocks)
+        return model
+
+    model = nnx.eval_shape(whole)
     keys = jax.random.split(jax.random.key(seed, impl="unsafe_rbg"), len(model.blocks) + 1)
     # All but the layers: of a model of one layer, whose own weights nobody asks for. A predictor's
     # block is the one behind, here as in the whole model sparse or dense.
@@ -65,7 +80,7 @@ def random_decoder(
 
     def inside(layer: int):
         block = ShortcutBlock if config.shortcut else Block
-        return lambda key: nnx.state(block(config, layer, rngs=nnx.Rngs(key), **types))
+        return lambda key: nnx.state(kept(block(config, layer, rngs=nnx.Rngs(key), **types)))
 
     program = jax.jit if sharding is None else sharding.maker
     nnx.update(model, program(outside)(keys[-1]))

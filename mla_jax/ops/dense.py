@@ -5,10 +5,26 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float, Shaped
 
 from mla_jax import sharding, target
 
 _ROWS = 8  # that XLA multiplies as matrices
+
+
+def copies(x: Float[Array, "B T D"]) -> int:
+    """How many equal rows a single token is best carried in through the layers of a model.
+
+    On a GPU XLA makes fewer and faster kernels of 8 rows than of one: see `dot_general`. It makes
+    one kernel of a norm, where that of a single row is two.
+    """
+    single = x.shape[:-1] == (1, 1) and sharding.mesh_of(x) is None
+    return _ROWS if single and target.current().platform == "gpu" else 1
+
+
+def copied(x: Shaped[Array, "B *D"], count: int) -> Shaped[Array, "C *D"]:
+    """A single row as `count` equal ones."""
+    return x if count == 1 else jnp.broadcast_to(x, (count, *x.shape[1:]))
 
 
 def dot_general(x, kernel, dimension_numbers, precision=None, **options):
@@ -16,7 +32,8 @@ def dot_general(x, kernel, dimension_numbers, precision=None, **options):
 
     On a GPU XLA turns the product of one row with a kernel into as many products as the kernel has
     elements, rounded and stored, and their sum: three times the kernel's bytes, and less exact. So
-    there a single row (one token of one sequence, of those on a device) is padded with zero rows.
+    there a single row (one token of one sequence, of those on a device) is multiplied as 8 equal
+    ones. Zeros in their place would be a kernel more.
     """
     (contracted, _), (batched, _) = dimension_numbers
     free = [axis for axis in range(x.ndim) if axis not in contracted]
@@ -26,8 +43,8 @@ def dot_general(x, kernel, dimension_numbers, precision=None, **options):
     alone = not batched and bool(whole) and all(size == 1 for size in rows)
     alone = alone and target.current().platform == "gpu"
     if alone:
-        padding = [(0, _ROWS - 1) if axis == whole[0] else (0, 0) for axis in range(x.ndim)]
-        x = jnp.pad(x, padding)
+        shape = [_ROWS if axis == whole[0] else size for axis, size in enumerate(x.shape)]
+        x = jnp.broadcast_to(x, shape, out_sharding=x.sharding if mesh is not None else None)
     out = lax.dot_general(x, kernel, dimension_numbers, precision=precision, **options)
     return lax.slice_in_dim(out, 0, 1, axis=free.index(whole[0])) if alone else out
 

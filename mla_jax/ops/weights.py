@@ -8,6 +8,7 @@ What multiplies is of x's dtype, but no copy of all values in it ever stands in 
   result; those of blocks multiply one result for every block of K, which are summed. That is for
   few tokens: M numbers a block of K would outgrow the weights.
 * by tile: some rows of W at a time are dequantised and multiplied, in a loop.
+* by a kernel: for up to 64 tokens on a Hopper GPU (`ops.experts.few`).
 
 Letters: T tokens, M outputs, K inputs (torch's [out, in]), E experts, N heads, R latent, H and V
 channels of a head.
@@ -15,6 +16,7 @@ channels of a head.
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +28,7 @@ from mla_jax import target
 _FEW = 16  # tokens up to which a result for every block of K is smaller than the weights
 _TILE = 2**22  # numbers dequantised at once
 _ROWS = 8  # tokens that XLA multiplies as matrices: see `ops.dense`
+_UNCUT = 128  # tokens whose product takes less time than a copy of half of its weights
 
 
 @jax.tree_util.register_dataclass
@@ -77,15 +80,60 @@ class Weight:
         """The matrix of one expert."""
         return dataclasses.replace(self, values=self.values[index], scale=self.scale[index])
 
+    def stacked(self) -> "Weight":
+        """A matrix as that of the only expert."""
+        return dataclasses.replace(self, values=self.values[None], scale=self.scale[None])
 
-def matmul(x: Float[Array, "*B K"], weight: Weight, *, precision=None) -> Float[Array, "*B M"]:
-    """X W^T, accumulated in float32, in x's dtype."""
+
+def matmul(
+    x: Float[Array, "*B K"], weight: Weight, *, precision=None, kernel: bool = True
+) -> Float[Array, "*B M"]:
+    """X W^T, accumulated in float32, in x's dtype; without `kernel` through XLA everywhere."""
     lead, flat = x.shape[:-1], x.reshape(-1, x.shape[-1])
-    y = _matmul(flat, weight, precision)
+    y = (_matmul if kernel else _by_xla)(flat, weight, precision)
     return y.astype(x.dtype).reshape(*lead, -1)
 
 
 def _matmul(x, weight, precision):
+    few = _few_rows(x, weight)
+    return _by_xla(x, weight, precision) if few is None else _by_kernel(few, precision, x, weight)
+
+
+def _few_rows(x, weight):
+    """The plan of the Hopper kernel for few rows; None where it does not serve."""
+    here = target.current()
+    rows, (outputs, inputs) = x.shape[0], weight.shape
+    if not isinstance(rows, int) or outputs % 64 or inputs % 64:
+        return None
+    from mla_jax.ops.experts import hopper  # it imports this module
+
+    kind = (jnp.dtype(weight.values.dtype).name, weight.block)
+    return hopper.few_plan(rows, jnp.dtype(x.dtype).name, kind, here)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _by_kernel(plan, precision, x, weight):
+    del precision
+    from mla_jax.ops.experts import few
+
+    rows = jnp.pad(x, ((0, plan.rows - x.shape[0]), (0, 0)))
+    return few.linear(rows, weight.stacked(), plan=plan)[: x.shape[0]]
+
+
+def _kernel_forward(plan, precision, x, weight):
+    return _by_kernel(plan, precision, x, weight), (x, weight)
+
+
+def _kernel_backward(plan, precision, residuals, dy):
+    x, weight = residuals
+    back = jax.vjp(lambda x: _by_xla(x, weight, precision).astype(x.dtype), x)[1]
+    return back(dy)[0], None
+
+
+_by_kernel.defvjp(_kernel_forward, _kernel_backward)
+
+
+def _by_xla(x, weight, precision):
     gpu = target.current().platform == "gpu"
     by_row = weight.scale.shape[-1] == 1
     few = isinstance(x.shape[0], int) and x.shape[0] <= _FEW
@@ -143,26 +191,90 @@ def fold_keys(
 ) -> Float[Array, "B T N R"]:
     """Queries with W_UK folded in; the weight's rows are those of every head's [H + V].
 
-    Scales multiply the queries, a copy of them for every block of R.
+    Scales of rows multiply the queries, those of blocks the result, or, where a head's rows lie in
+    several blocks, a copy of the queries for every block of R.
     """
-    channels, (values, scales) = query.shape[-1], _of_heads(weight, query.shape[-2])
-    scaled = query[..., None] * scales[None, None, :, :channels].astype(query.dtype)
-    folded = _einsum("BTNHk,NHkc->BTNkc", precision)(
-        scaled, values[:, :channels].astype(query.dtype)
-    )
-    return folded.astype(query.dtype).reshape(*query.shape[:-1], -1)
+    heads, channels = query.shape[-2:]
+    by_row, own = weight.scale.shape[-1] == 1, _of_whole_heads(weight, heads, 0, channels)
+    if not by_row and own is None:
+        values, scales = _of_heads(weight, heads)
+        scaled = query[..., None] * scales[None, None, :, :channels].astype(query.dtype)
+        folded = _einsum("BTNHk,NHkc->BTNkc", precision)(
+            scaled, values[:, :channels].astype(query.dtype)
+        )
+        return folded.astype(query.dtype).reshape(*query.shape[:-1], -1)
+    values, factors = _heads_of(weight, heads)
+    if by_row:
+        query = (query * factors[None, None, :, :channels, 0]).astype(query.dtype)
+    if _uncut(query):
+        rest = values.shape[1] - channels
+        query = jnp.pad(query, ((0, 0), (0, 0), (0, 0), (0, rest)))
+    else:
+        values = values[:, :channels]
+    folded = _einsum("BTNH,NHR->BTNR", precision)(query, values.astype(query.dtype))
+    return (folded if by_row else _scaled(folded, own)).astype(query.dtype)
 
 
 def unfold_values(
     mixed: Float[Array, "B T N R"], weight: Weight, value_dim: int, *, precision=None
 ) -> Float[Array, "B T N V"]:
     """Values of every head from mixed latents; the weight's rows are each head's [H + V]."""
-    values, scales = _of_heads(weight, mixed.shape[-2])
-    values, scales = values[:, -value_dim:], scales[:, -value_dim:]
-    parts = _einsum("BTNkc,NVkc->BTNVk", precision)(
-        mixed.reshape(*mixed.shape[:-1], *values.shape[-2:]), values.astype(mixed.dtype)
-    )
-    return (parts * scales[None, None]).sum(-1).astype(mixed.dtype)
+    heads, rows = mixed.shape[-2], weight.shape[0] // mixed.shape[-2]
+    by_row = weight.scale.shape[-1] == 1
+    own = _of_whole_heads(weight, heads, rows - value_dim, rows)
+    if not by_row and own is None:
+        values, scales = _of_heads(weight, heads)
+        values, scales = values[:, -value_dim:], scales[:, -value_dim:]
+        parts = _einsum("BTNkc,NVkc->BTNVk", precision)(
+            mixed.reshape(*mixed.shape[:-1], *values.shape[-2:]), values.astype(mixed.dtype)
+        )
+        return (parts * scales[None, None]).sum(-1).astype(mixed.dtype)
+    values, factors = _heads_of(weight, heads)
+    if not by_row:
+        mixed = _scaled(mixed, own).astype(mixed.dtype)
+    uncut = _uncut(mixed)
+    values = values if uncut else values[:, -value_dim:]
+    made = _einsum("BTNR,NVR->BTNV", precision)(mixed, values.astype(mixed.dtype))
+    made = made[..., -value_dim:] if uncut else made
+    if by_row:
+        made = made * factors[None, None, :, -value_dim:, 0]
+    return made.astype(mixed.dtype)
+
+
+def _uncut(x) -> bool:
+    """Whether a product takes a head's keys and values both, and leaves half of it.
+
+    XLA for GPUs widens 8-bit numbers within a product, but would cut them out of an array by a
+    kernel of its own. For few tokens that takes longer than the product.
+    """
+    tokens = math.prod(x.shape[:2])
+    return target.current().platform == "gpu" and isinstance(tokens, int) and tokens <= _UNCUT
+
+
+def _of_whole_heads(weight, heads, start, stop):
+    """Scales [N k] that rows start to stop of each head share; None where they share none."""
+    rows, blocks = weight.shape[0] // heads, weight.scale.shape[-1]
+    if weight.shape[1] % weight.columns:
+        return None
+    if weight.scale.shape[-2] == 1:
+        return jnp.broadcast_to(weight.scale, (heads, blocks))
+    step = weight.block[0]
+    if rows % step or start // step != (stop - 1) // step:
+        return None
+    return weight.scale.reshape(heads, rows // step, blocks)[:, start // step]
+
+
+def _scaled(x, scales):
+    """X [B T N R] times scales [N k] of blocks of R, in float32."""
+    cut = x.reshape(*x.shape[:-1], scales.shape[-1], -1)
+    return (cut * scales[None, None, :, :, None]).reshape(x.shape)
+
+
+def _heads_of(weight, heads):
+    """Values [N H+V R], and the scales [N H+V k] of their rows."""
+    rows, width = weight.shape
+    scales = jnp.broadcast_to(weight.row_scales(), (rows, weight.scale.shape[-1]))
+    return weight.values.reshape(heads, -1, width), scales.reshape(heads, rows // heads, -1)
 
 
 def _of_heads(weight, heads):

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from mla_jax import checkpoint
 from mla_jax.layers.quantised import Quantised
+from mla_jax.sharding import Rules
 
 SOURCE = pathlib.Path(__file__).parents[1] / "testdata" / "decoders" / "deepseek_v3"
 COMPRESSED = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {
@@ -108,6 +109,23 @@ def test_the_numbers_and_the_files_are_the_same(name, tmp_path, rng):
         # Absorbed, which folds kv_b_proj by its blocks.
         found, _ = jax.jit(lambda model: model.decode(tokens, model.init_cache(1, 8)))(kept)
         assert relative(found, expected) < 1e-5  # float32, sums in another order
+
+
+def test_each_device_of_a_mesh_keeps_its_own_part(tmp_path, rng):
+    folder, tensors = quantised_folder(tmp_path / "a", "fp8 blocks", rng)
+    with jax.set_mesh(jax.make_mesh((3, 2), ("x", "y"), devices=jax.devices()[:6])):
+        model = load(folder, weights="as stored", sharding=Rules(N="x", E="y"))
+    attention, mlp = model.blocks[2].attention, model.blocks[2].mlp
+    for module, values, scale in (
+        (attention.q_b_proj, ("x", None), (None, None)),
+        (attention.o_proj, (None, "x"), (None, None)),
+        (mlp.up_proj, ("y", None, None), ("y", None, None)),
+    ):
+        assert tuple(module.values[...].sharding.spec) == values
+        assert tuple(module.scale[...].sharding.spec) == scale
+    found = np.asarray(attention.o_proj.values[...])
+    wanted = tensors["model.layers.2.self_attn.o_proj.weight"]
+    np.testing.assert_array_equal(found.view(np.uint8), wanted.view(np.uint8))
 
 
 def test_what_cannot_be_kept_or_loaded(tmp_path, rng):

@@ -257,7 +257,10 @@ def test_a_block_is_one_program_that_donates_both_caches():
     ("options", "message"),
     [
         ({"draft": "mtp"}, "draft='mtp' drafts nothing with speculate=0"),
-        ({"draft": "mlp", "speculate": 2}, "draft='mlp': it must be 'prompt' or 'mtp'"),
+        (
+            {"draft": "mlp", "speculate": 2},
+            "draft='mlp': draft must be one of prompt, mtp. Did you mean 'mtp'",
+        ),
         ({"draft": "mtp", "speculate": 2, "temperature": -1.0}, "temperature=-1"),
     ],
 )

@@ -4,7 +4,7 @@ import annotations
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mla_jax.generation import Request, Sampling, Tokenizer
@@ -89,6 +89,7 @@ FIELDS = [*Request.__dataclass_fields__, *Sampling.__dataclass_fields__]
 
 
 @given(st.sampled_from(FIELDS), ANY)
+@example("draft", np.array([1, 2]))
 def test_any_option_is_taken_or_a_value_error_that_names_it(name, value):
     try:
         with annotations.unchecked():

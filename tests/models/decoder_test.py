@@ -11,7 +11,9 @@ from flax import nnx
 from numpy_decoder import NumpyDecoder
 
 from mla_jax.generation.steps import decode_step, prefill_step
+from mla_jax.layers.step import Step
 from mla_jax.models import Decoder, DecoderConfig, decoder_presets, random_decoder
+from mla_jax.ops import dense
 
 SIGMOID = DecoderConfig(
     attention=PLAIN.replace(num_hidden_layers=3), vocab_size=31, intermediate_size=20,
@@ -228,3 +230,27 @@ def test_a_token_that_does_not_exist_never_gives_numbers(token):
     logits = _full(model, tokens)
     assert np.isnan(logits[0, 1:]).all()
     assert np.isfinite(logits[1]).all()  # another row
+
+
+@pytest.mark.parametrize("form", ["absorbed", "expanded"])
+def test_a_single_row_may_be_carried_as_equal_ones(form, rng, monkeypatch):
+    """As on a GPU: the cache and the states are those of one row, the drop of a token included."""
+    model = make("sigmoid")
+    begin = Step.begin
+    monkeypatch.setattr(Step, "begin", lambda *given: begin(*given, form=form))
+    _, cache = model.extend(jnp.asarray(rng.integers(0, 31, (1, 5))), model.init_cache(1, 8))
+    tokens, one = jnp.asarray(rng.integers(0, 31, (1, 1))), jnp.ones(1, jnp.int32)
+    steps = lambda tokens, cache: [  # noqa: E731
+        model.extend(tokens, cache, count) for count in (None, one, one * 0)
+    ]
+    alone = jax.jit(steps)(tokens, cache)
+    monkeypatch.setattr(dense, "copies", lambda x: 8)
+    carried = jax.jit(lambda *given: steps(*given))(tokens, cache)
+    for (x, after), (y, grown) in zip(alone[:2], carried[:2], strict=True):
+        assert y.shape == (1, 1, 24)
+        assert relative(y, x) < 2e-6
+        for held, other in zip(
+            jax.tree.leaves(grown.stores), jax.tree.leaves(after.stores), strict=True
+        ):
+            assert relative(held, other) < 2e-6
+    assert carried[2][1].length.tolist() == [5]

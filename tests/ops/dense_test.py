@@ -1,4 +1,4 @@
-"""The product of a single row, which is padded with zero rows on a GPU."""
+"""The product of a single row, which is repeated on a GPU."""
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +27,12 @@ def test_it_is_the_product(rows, platform, monkeypatch):
         np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("rows", "platform", "padded"), [
+@pytest.mark.parametrize(("rows", "platform", "repeated"), [
     ((1, 1), "gpu", True), ((1,), "gpu", True), ((1, 1), "cpu", False), ((2, 1), "gpu", False),
     ((), "gpu", False),
 ])  # fmt: skip
-def test_only_a_lone_row_on_a_gpu_is_padded(rows, platform, padded, monkeypatch):
+def test_only_a_lone_row_on_a_gpu_is_repeated(rows, platform, repeated, monkeypatch):
     monkeypatch.setattr(target, "current", lambda: target.Target(platform, "any"))
     layer = nnx.Linear(6, 5, dot_general=dense.dot_general, rngs=nnx.Rngs(0))
-    assert ("pad[" in str(jax.make_jaxpr(layer)(jnp.ones((*rows, 6))))) == padded
+    made = str(jax.make_jaxpr(layer)(jnp.ones((*rows, 6))))
+    assert ("broadcast_in_dim[" in made) == repeated

@@ -1,5 +1,6 @@
 """Products with small numbers and scales, against float64; and what the compiler makes of them."""
 
+import contextlib
 from unittest import mock
 
 import jax
@@ -76,19 +77,25 @@ def test_leading_axes_dtypes_and_derivatives(rng):
     np.testing.assert_allclose(gradient, expected, atol=OUT * 2.0**-24 * 1.4)
 
 
-@pytest.mark.parametrize("block", [(16, 16), (1, None), (20, 12)], ids=str)
-def test_folds_of_the_heads(block, rng):
-    heads, nope, value, rank = 3, 20, 12, 32  # blocks over the borders of heads
-    weight = make(rng, block, shape=(heads * (nope + value), rank))
-    kernel = exact(weight).reshape(heads, nope + value, rank)
+@pytest.mark.parametrize("block", [(16, 16), (1, None), (20, 12), (None, 8), (4, 8)], ids=str)
+@pytest.mark.parametrize("nope", [20, 16])
+def test_folds_of_the_heads(nope, block, rng):
+    """Blocks over the borders of heads; with 16, blocks of 16 that a head's keys share."""
+    heads, value, rank = 3, 32 - nope, 32
+    weight = make(rng, block, shape=(heads * 32, rank))
+    kernel = exact(weight).reshape(heads, 32, rank)
     query = rng.standard_normal((2, 3, heads, nope)).astype(np.float32)
-    found = fold_keys(jnp.asarray(query), weight, precision="highest")
-    expected = np.einsum("BTNH,NHR->BTNR", query, kernel[:, :nope])
-    np.testing.assert_allclose(found, expected, atol=2e-5)
+    keys = np.einsum("BTNH,NHR->BTNR", query, kernel[:, :nope])
     mixed = rng.standard_normal((2, 3, heads, rank)).astype(np.float32)
-    found = unfold_values(jnp.asarray(mixed), weight, value, precision="highest")
-    expected = np.einsum("BTNR,NVR->BTNV", mixed, kernel[:, nope:])
-    np.testing.assert_allclose(found, expected, atol=2e-5)
+    values = np.einsum("BTNR,NVR->BTNV", mixed, kernel[:, nope:])
+    with contextlib.ExitStack() as stack:
+        for place in ("as it is", "as on a GPU"):
+            if place == "as on a GPU":
+                stack.enter_context(as_gpu())
+            found = fold_keys(jnp.asarray(query), weight, precision="highest")
+            np.testing.assert_allclose(found, keys, atol=2e-5)
+            found = unfold_values(jnp.asarray(mixed), weight, value, precision="highest")
+            np.testing.assert_allclose(found, values, atol=2e-5)
 
 
 @pytest.mark.parametrize("tokens", [3, 40])
@@ -107,7 +114,7 @@ def test_experts(tokens, rng):
     dense = [exact(kernel).swapaxes(-1, -2) for kernel in kernels]
     expected = loop(experts, x, shares, *dense)
     np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
-    with pytest.raises(NotImplementedError, match="no weights as a checkpoint stores them"):
+    with pytest.raises(NotImplementedError, match="needs an NVIDIA GPU"):
         routed_experts(jnp.asarray(x), jnp.asarray(experts), jnp.asarray(shares), *kernels,
                        implementation="pallas_gpu")  # fmt: skip
     with pytest.raises(ValueError, match="all three must be a Weight"):

@@ -9,7 +9,10 @@ Letters: M tokens, K experts per token, E experts, D hidden size, F inner size.
 
 import dataclasses
 import functools
+import math
 import types
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from mla_jax import sharding
 from mla_jax import target as targets
-from mla_jax.ops.experts import hopper, mesh, ragged, stored, xla
+from mla_jax.ops.experts import hopper, mesh, ragged, xla
 from mla_jax.ops.experts.call import Call as Call
 from mla_jax.ops.weights import Weight
 
@@ -35,6 +38,7 @@ def routed_experts(
     *,
     precision=None,
     implementation: str | None = None,
+    shared: Sequence[Float[Array, "1 D F"] | Weight] | None = None,
 ) -> Float[Array, "M D"]:
     """The weighted sum of each token's experts, where an expert is down(silu(gate x) * up x).
 
@@ -46,18 +50,21 @@ def routed_experts(
         experts: each token's experts [M K], below E.
         weights: of these experts [M K].
         gate, up: kernels [E D F] of any floating dtype; they are cast to x's. Or, all three, as a
-            checkpoint stores them: a `Weight` [E F D], and down [E D F], which XLA serves.
+            checkpoint stores them: a `Weight` [E F D], and down [E D F].
         down: kernels [E F D].
         precision: of the matmuls, as in jax.lax.dot; kernels ignore it.
         implementation: a backend's name ("pallas_gpu", "ragged", "xla"), or None for the first that
             can serve.
+        shared: gate, up and down of an expert that every token sees, with an axis of one expert
+            and an F of its own: it is added. Only where `takes_shared` says so.
 
     Returns:
         [M D] in x's dtype; products are accumulated in float32. It differentiates in reverse, with
         respect to x, the weights and the kernels; a kernel's gradient has the kernel's dtype.
 
     Raises:
-        ValueError: shapes or dtypes that do not go together, or a backend that is not known.
+        ValueError: shapes or dtypes that do not go together, a backend that is not known, or a
+            shared expert that cannot be taken along.
         NotImplementedError: the named backend cannot serve this call; the message says why.
 
     >>> x, experts = jnp.ones((5, 16)), jnp.array([[0, 2]] * 5)
@@ -69,33 +76,93 @@ def routed_experts(
     Traceback (most recent call last):
     ValueError: weights has shape (5, 3): it must be [M K] = (5, 2), as experts.
     """
-    if isinstance(gate, Weight) or isinstance(up, Weight) or isinstance(down, Weight):
-        if not (isinstance(gate, Weight) and isinstance(up, Weight) and isinstance(down, Weight)):
-            raise ValueError("gate, up and down: all three must be a Weight, or none.")
-        if sharding.mesh_of(gate.values, x) is not None:
-            raise NotImplementedError("experts as a checkpoint stores them: not on a mesh yet.")
-        if implementation not in (None, "xla"):
-            raise NotImplementedError(
-                f"implementation={implementation!r} cannot serve these experts: it takes no "
-                "weights as a checkpoint stores them."
-            )
-        with jax.named_scope("routed_experts.stored"):
-            return stored.run(x, experts, weights, gate, up, down, precision=precision)
-    _checked(x, experts, weights, gate, up, down)
+    kernels = gate, up, down
+    _checked(x, experts, weights, *kernels)
+    if shared is not None and not takes_shared(
+        x, experts, weights, kernels, shared, implementation=implementation
+    ):
+        raise ValueError("shared: these arguments do not take a shared expert, see takes_shared.")
     run = functools.partial(_run, precision=precision, implementation=implementation)
     if sharding.mesh_of(gate, x) is None:
-        return run(x, experts, weights, gate, up, down)
-    partial = functools.partial(run, partial=bool(sharding.spec(gate)[0]))
+        return run(x, experts, weights, gate, up, down, shared=shared)
+    values = gate.values if isinstance(gate, Weight) else gate
+    partial = functools.partial(run, partial=bool(sharding.spec(values)[0]))
     return mesh.routed(partial, x, experts, weights, (gate, up, down))
 
 
-def _run(x, experts, weights, gate, up, down, *, precision, implementation, partial=False):
+def takes_shared(
+    x: Float[Array, "M D"],
+    experts: Int[Array, "M K"],
+    weights: Float[Array, "M K"],
+    kernels: Sequence[Float[Array, "E D F"] | Weight],
+    shared: Sequence[Float[Array, "1 D F"] | Weight],
+    *,
+    implementation: str | None = None,
+) -> bool:
+    """Whether `routed_experts` with these arguments may be given the shared expert."""
+    arrays = (x, *kernels, *shared)
+    if sharding.mesh_of(arrays) is not None:
+        return False
+    call, other = (_checked(x, experts, weights, *group) for group in (kernels, shared))
+    target = targets.current()
+    backend = _choose(call, target, implementation)
+    alike = dataclasses.replace(call, experts=1, widths=other.widths)
+    return (
+        backend == "pallas_gpu"
+        and alike == other
+        and hopper.takes_shared(call, target)
+        and hopper.takes_shared(other, target)
+    )
+
+
+def gated_mlp(
+    x: Float[Array, "*B D"], kernels: Sequence[Float[Array, "1 D F"] | Weight]
+) -> Float[Array, "*B D"] | None:
+    """down(silu(gate x) * up x) through a kernel for few tokens; None where none serves.
+
+    Args:
+        x: tokens.
+        kernels: gate, up and down with an axis of one expert, all of x's dtype, or all as a
+            checkpoint stores them.
+    """
+    tokens, (gate, up, down) = math.prod(x.shape[:-1]), kernels
+    if sharding.mesh_of((x, *kernels)) is not None or not isinstance(tokens, int):
+        return None
+    kinds: set[Any] = {
+        (jnp.dtype(k.values.dtype).name, k.block)
+        if isinstance(k, Weight)
+        else (None if k.dtype == x.dtype else "another dtype")
+        for k in (gate, up, down)
+    }
+    inner = gate.shape[1 if isinstance(gate, Weight) else 2]
+    if len(kinds) > 1 or "another dtype" in kinds or x.shape[-1] % 64 or inner % 64:
+        return None
+    plan = hopper.few_plan(tokens, jnp.dtype(x.dtype).name, kinds.pop(), targets.current())
+    if plan is None:
+        return None
+    with jax.named_scope("gated_mlp.pallas_gpu"):
+        return hopper.gated(plan, x.reshape(tokens, -1), tuple(kernels)).reshape(x.shape)
+
+
+def _run(
+    x, experts, weights, gate, up, down, *, precision, implementation, partial=False, shared=None
+):
     call = dataclasses.replace(_checked(x, experts, weights, gate, up, down), partial=partial)
     target = targets.current()
     backend = _choose(call, target, implementation)
+    more = {} if shared is None else {"shared": shared}
     with jax.named_scope(f"routed_experts.{backend}"):
         return BACKENDS[backend].run(
-            x, experts, weights, gate, up, down, precision=precision, call=call, target=target
+            x,
+            experts,
+            weights,
+            gate,
+            up,
+            down,
+            precision=precision,
+            call=call,
+            target=target,
+            **more,
         )
 
 
@@ -128,6 +195,17 @@ def _choose(call: Call, target: targets.Target, name: str | None) -> str:
 
 def _checked(x, experts, weights, gate, up, down) -> Call:
     """The call that these arrays make, or a ValueError that names the argument at fault."""
+    found = [isinstance(kernel, Weight) for kernel in (gate, up, down)]
+    if any(found) and not all(found):
+        raise ValueError("gate, up and down: all three must be a Weight, or none.")
+    kept = None
+    if all(found):  # in torch's order: [E F D]
+        kinds = {(jnp.dtype(k.values.dtype).name, k.block) for k in (gate, up, down)}
+        kept = kinds.pop() if len(kinds) == 1 else ("several dtypes or blocks", (None, None))
+        gate, up, down = (
+            jax.ShapeDtypeStruct((*k.shape[:-2], *k.shape[:-3:-1]), x.dtype)
+            for k in (gate, up, down)
+        )
     for name, array, letters in (
         ("x", x, "M D"),
         ("experts", experts, "M K"),
@@ -157,4 +235,5 @@ def _checked(x, experts, weights, gate, up, down) -> Call:
     for name, array in (("x", x), ("weights", weights), ("gate", gate), ("up", up), ("down", down)):
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise ValueError(f"{name} is {array.dtype}: it must be floating.")
-    return Call(tokens, experts.size, count, (width, inner), jnp.dtype(x.dtype).name)
+    dtype = jnp.dtype(x.dtype).name
+    return Call(tokens, experts.size, count, (width, inner), dtype, stored=kept)

@@ -14,6 +14,7 @@ class Call:
         widths: D and F, of the model and inside an expert.
         dtype: of the computation.
         partial: whether some pairs are of no expert here, marked by the number E, and are dropped.
+        stored: dtype and blocks of weights as a checkpoint stores them; None where they are plain.
 
     >>> Call(tokens=8, pairs=48, experts=64, widths=(2048, 1408), dtype="bfloat16").static
     True
@@ -25,6 +26,7 @@ class Call:
     widths: tuple[int, int]
     dtype: str
     partial: bool = False
+    stored: tuple[str, tuple[int | None, int | None]] | None = None
 
     @property
     def static(self) -> bool:

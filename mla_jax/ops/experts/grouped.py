@@ -17,7 +17,7 @@ Letters: J tiles of rows, M rows of a tile, L rows of all tiles, E experts, K in
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,29 +27,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from mla_jax.ops import guard
+from mla_jax.ops.experts.ring import EPILOGUE, Plan, Writer, launch, with_ring
 from mla_jax.ops.experts.tiles import Tiles
 from mla_jax.ops.hopper.merge import like
 
 FEW, MANY = 64, 128  # M: the least that a warpgroup multiplies, and one tile for two of them
 WIDTH = 128  # columns of a block of a kernel: what K and N must be a multiple of
 _DEPTH = 64  # of K, or rows of a gradient, that a step takes
-_EPILOGUE = 64  # rows of an accumulator that are written at a time, and 16-bit columns
-_COPYING, _MULTIPLYING = 40, 232  # registers of a thread of each kind of warpgroup
-
-
-class Plan(NamedTuple):
-    """What these kernels are compiled for, beside their shapes.
-
-    Attributes:
-        rows: M, `FEW` or `MANY`.
-        cores: thread blocks, the device's multiprocessors.
-        interpret: parameters of the interpreter, to run on a CPU, or None.
-    """
-
-    rows: int
-    cores: int
-    interpret: Any = None
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "save"))
@@ -151,7 +135,7 @@ def gradient(
 
         def scope(ring, staging):
             wg = lax.axis_index("wg")
-            own = pl.ds(wg * _EPILOGUE, _EPILOGUE)
+            own = pl.ds(wg * EPILOGUE, EPILOGUE)
 
             def place(at):
                 """The expert and the blocks of K and of N of output tile `at`."""
@@ -176,7 +160,7 @@ def gradient(
                     plgpu.wgmma(acc, ring.at(0, slot).at[:, own].T, ring.at(1 + b, slot))
 
             def finish(at, accumulators):
-                (expert, m, n), store = place(at), _Writer(staging, wg)
+                (expert, m, n), store = place(at), Writer(staging, wg)
                 for b, acc in enumerate(accumulators):
                     column = n * blocks + b if apart else n
                     goal = outputs[0 if apart else b].at[expert, _block(m)].at[own]
@@ -185,13 +169,13 @@ def gradient(
                     def _(acc=acc, column=column, goal=goal):
                         store(acc[...], goal, column * WIDTH)
 
-            ring.stream(experts * each, fetch, multiply, finish, (_EPILOGUE, WIDTH), blocks)
+            ring.stream(experts * each, fetch, multiply, finish, (EPILOGUE, WIDTH), blocks)
 
         stage = [(_DEPTH, WIDTH)] * (1 + blocks)
-        _with_ring(scope, stage, x.dtype, dtype, plan, stages=4, rooms=2)
+        with_ring(scope, stage, x.dtype, dtype, plan, stages=4, rooms=2)
 
     arrays = (x, *operands, tiles.first, tiles.needed)
-    return tuple(_launch(body, out, plan, "grouped_gradient")(*arrays))
+    return tuple(launch(body, out, plan, "grouped_gradient")(*arrays))
 
 
 class _Item(NamedTuple):
@@ -262,16 +246,16 @@ def _row_product(x, kernels, out, finish, tiles, plan, *, columns, apart, name, 
                 j, n = lax.div(at, columns), lax.rem(at, columns)
                 start = j * plan.rows + (0 if few else wg * tile[0])
                 item = _Item(pl.ds(start, tile[0]), n, wg * tile[1] if few else 0)
-                finish(item, outputs, accumulators, _Writer(staging, wg))
+                finish(item, outputs, accumulators, Writer(staging, wg))
 
             ring.stream(used_ref[0] * columns, fetch, multiply, end, tile, blocks)
 
         block = (WIDTH, _DEPTH) if transposed else (_DEPTH, WIDTH)
         stages, rooms = (4, 2) if not few else (5, 1) if blocks == 2 else (8, 1)
         stage = [(plan.rows, _DEPTH)] + [block] * blocks
-        _with_ring(scope, stage, x[0].dtype, x[0].dtype, plan, stages=stages, rooms=rooms)
+        with_ring(scope, stage, x[0].dtype, x[0].dtype, plan, stages=stages, rooms=rooms)
 
-    return tuple(_launch(body, out, plan, name)(*x, *flat, tiles.owner, tiles.used))
+    return tuple(launch(body, out, plan, name)(*x, *flat, tiles.owner, tiles.used))
 
 
 def _block(index):
@@ -281,171 +265,3 @@ def _block(index):
 def _column(n, b, blocks, total, apart):
     """Block b of item n; a pair's second block that is not there is its first again."""
     return jnp.minimum(n * blocks + b, total - 1) if apart else n
-
-
-class _Ring(NamedTuple):
-    """Stages of shared memory that one warpgroup fills and two empty, across output tiles."""
-
-    operands: list[Any]  # [stages, ...] each
-    full: Any  # a barrier per stage
-    empty: Any
-    stages: int
-    cores: int
-
-    def at(self, operand: int, slot):
-        """An operand's tile in a stage."""
-        return self.operands[operand].at[slot]
-
-    def copy(self, source, operand: int, slot) -> None:
-        """Starts the copy of a tile into a stage."""
-        plgpu.copy_gmem_to_smem(source, self.at(operand, slot), self.full.at[slot])
-
-    def stream(
-        self,
-        total: Any,
-        fetch: Callable,
-        multiply: Callable,
-        finish: Callable,
-        tile: tuple[int, int],
-        accumulators: int,
-    ) -> None:
-        """Takes this thread block's share of `total` output tiles.
-
-        Args:
-            total: output tiles of all thread blocks.
-            fetch: gives, for an output tile, the number of its steps and what copies one of them.
-            multiply: issues a step's products, one for each accumulator.
-            finish: writes an output tile from the accumulators.
-            tile: shape of a warpgroup's accumulator.
-            accumulators: how many.
-        """
-        cores, first = self.cores, lax.axis_index("sm")
-        count = lax.div(total - first + (cores - 1), jnp.int32(cores))
-
-        def produce():
-            plgpu.set_max_registers(_COPYING, action="decrease")
-
-            def item(index, filled):
-                steps, copy = fetch(first + index * cores)
-
-                def step(k, filled):
-                    slot = lax.rem(filled, self.stages)
-
-                    @pl.when(filled >= self.stages)
-                    def _():
-                        plgpu.barrier_wait(self.empty.at[slot])
-
-                    copy(k, slot)
-                    return filled + 1
-
-                return lax.fori_loop(0, steps, step, filled)
-
-            filled = lax.fori_loop(0, count, item, jnp.int32(0))
-
-            def drain(step, _):  # a barrier must not be left with an arrival that nobody awaited
-                plgpu.barrier_wait(self.empty.at[lax.rem(step, self.stages)])
-
-            lax.fori_loop(jnp.maximum(filled - self.stages, 0), filled, drain, None)
-
-        def consume():
-            plgpu.set_max_registers(_MULTIPLYING, action="increase")
-
-            def item(index, done):
-                at = first + index * cores
-                steps, _ = fetch(at)
-
-                def scope(*acc):
-                    def step(k, done):
-                        slot = lax.rem(done, self.stages)
-                        plgpu.barrier_wait(self.full.at[slot])
-                        multiply(slot, acc)
-                        plgpu.wgmma_wait(accumulators)  # the step before has been multiplied
-
-                        @pl.when(k > 0)
-                        def _():
-                            plgpu.barrier_arrive(self.empty.at[lax.rem(done - 1, self.stages)])
-
-                        return done + 1
-
-                    after = lax.fori_loop(0, steps, step, done)
-                    plgpu.wgmma_wait(0)
-
-                    @pl.when(steps > 0)
-                    def _():
-                        plgpu.barrier_arrive(self.empty.at[lax.rem(after - 1, self.stages)])
-
-                    finish(at, acc)
-                    return after
-
-                return pl.run_scoped(scope, *[plgpu.ACC(tile, jnp.float32)] * accumulators)
-
-            lax.fori_loop(0, count, item, jnp.int32(0))
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-        lax.cond(lax.axis_index("wg") == 2, produce, consume)
-
-
-def _with_ring(scope, tiles, dtype, out_dtype, plan: Plan, *, stages, rooms):
-    """Runs `scope(ring, staging)` with `stages` of these operand tiles and `rooms` for results."""
-
-    def run(*refs):
-        *operands, full, empty, staging = refs
-        scope(_Ring(operands, full, empty, stages, plan.cores), staging)
-
-    pl.run_scoped(
-        run,
-        *[_swizzled((stages, *tile), dtype) for tile in tiles],
-        plgpu.Barrier(num_arrivals=len(tiles), num_barriers=stages),
-        plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-        _swizzled((2, rooms, _EPILOGUE, _row_elements(out_dtype)), out_dtype),
-        collective_axes="wg",
-    )
-
-
-class _Writer:
-    """Writes what a warpgroup made through shared memory, one room while the other is copied."""
-
-    def __init__(self, staging, wg):
-        self.rooms, self.turn = staging.at[wg], 0
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # copies of the output tile before
-
-    def __call__(self, result, output, first) -> None:
-        """To these rows of an output, from column `first` on."""
-        count, _, width = self.rooms.shape
-        result = result.astype(self.rooms.dtype)
-        for start in range(0, result.shape[1], width):
-            room = self.rooms.at[self.turn % count]
-            if self.turn >= count:
-                plgpu.wait_smem_to_gmem(count - 1, wait_read_only=True)
-            room[...] = result[:, start : start + width]
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(room, output.at[:, pl.ds(first + start, width)])
-            self.turn += 1
-
-
-def _row_elements(dtype) -> int:
-    """Elements in a row of swizzled shared memory, 128 bytes."""
-    return 128 // jnp.dtype(dtype).itemsize
-
-
-def _swizzled(shape, dtype):
-    """Shared memory in the layout of matrix operands."""
-    transforms = (plgpu.TilingTransform((8, _row_elements(dtype))), plgpu.SwizzleTransform(128))
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
-
-
-def _launch(body, out_type, plan: Plan, name: str):
-    kernel = plgpu.kernel(
-        body,
-        out_type=out_type,
-        grid=(plan.cores,),
-        grid_names=("sm",),
-        num_threads=3,
-        thread_name="wg",
-        kernel_name=name,
-        interpret=plan.interpret,
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=True
-        ),
-    )
-    return guard.unsplit(kernel, name, plan.interpret)

@@ -1,6 +1,10 @@
 """The experts on Hopper GPUs, forward and backward, for any M: only the chosen experts are read.
 
-Between the kernels of `grouped.py` XLA gathers each tile's rows, and sums each token's outputs.
+With the environment variable MLA_JAX_FEW=1 up to 64 tokens go through `few.py` unsorted, with
+weights as a checkpoint stores them too, and with the shared expert: no measurement has made that
+the default yet. Else XLA gathers each tile's rows between the kernels of `grouped.py`, and
+sums each token's outputs. The derivatives of few tokens are those of the general way.
+
 The backward pass keeps x and the two products of the gated MLP, x gate and x up, and takes the rest
 anew. With s = sigmoid(a), h = a s b, w the pair's weight, and t = dy down^T:
 
@@ -13,57 +17,215 @@ Letters: M tokens, K experts per token, E experts, D hidden size, F inner size, 
 """
 
 import functools
+import os
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from mla_jax.ops.experts import stored
 from mla_jax.ops.experts.call import Call
-from mla_jax.ops.experts.tiles import Tiles, make_tiles
+from mla_jax.ops.experts.tiles import Chosen, Tiles, chosen_experts, make_tiles
 from mla_jax.ops.hopper import multiprocessors, not_hopper
+from mla_jax.ops.weights import Weight, matmul
 from mla_jax.target import Target
 
+SWITCH = "MLA_JAX_FEW"  # an environment variable, read when a program is traced
 _INTERPRETED_CORES = 2  # enough to share work, few enough to be interpreted on a CPU
 
 
 @functools.cache
-def _kernels() -> Any:
-    """The kernels' module, or None for a jax without Mosaic GPU; Pallas takes long to import."""
+def _modules() -> Any:
+    """The kernels' modules, or None for a jax without Mosaic GPU; Pallas takes long to import."""
     try:
-        from mla_jax.ops.experts import grouped
+        from mla_jax.ops.experts import few, grouped
     except ImportError:
         return None
-    return grouped
+    return grouped, few
+
+
+def _grouped() -> Any:
+    return _modules()[0]
+
+
+def _few() -> Any:
+    return _modules()[1]
 
 
 def why_not(call: Call, target: Target) -> str | None:
     """Why the kernels cannot serve this call, or None."""
     if reason := not_hopper(target):
         return reason
-    if _kernels() is None:
+    if _modules() is None:
         return "this version of jax has no Mosaic GPU"
     if call.dtype not in ("bfloat16", "float16"):
         return f"takes bfloat16 and float16, not {call.dtype}"
-    if any(width % _kernels().WIDTH for width in call.widths):
+    if any(width % _grouped().WIDTH for width in call.widths):
         width, inner = call.widths
-        return f"widths must be multiples of {_kernels().WIDTH}, not {width} and {inner}"
+        return f"widths must be multiples of {_grouped().WIDTH}, not {width} and {inner}"
     if not call.static:
         return "the number of tokens must be static"
+    if call.stored:
+        if not switched_on():
+            return f"takes weights as a checkpoint stores them only with {SWITCH}=1"
+        return _few().why_not_stored(call.stored, call.dtype)
     return None
 
 
-def run(x, experts, weights, gate, up, down, *, precision, call: Call, target: Target):
-    """See `routed_experts`."""
+def switched_on() -> bool:
+    """Whether the kernels of few tokens, and of weights as stored, are used.
+
+    Raises:
+        ValueError: the environment variable is neither 0 nor 1.
+    """
+    value = os.environ.get(SWITCH) or "0"
+    if value not in ("0", "1"):
+        raise ValueError(f"{SWITCH}={value!r}: it must be 0 or 1.")
+    return value == "1"
+
+
+def few_plan(tokens: int, dtype: str, stored: tuple | None, target: Target) -> Any:
+    """The plan of `few.py` for one matrix; None where it does not serve.
+
+    Args:
+        tokens, dtype: of x.
+        stored: dtype and blocks of the weights, or None where they are plain.
+        target: where.
+    """
+    if not switched_on() or not_hopper(target) or _modules() is None:
+        return None
+    if tokens > max(_few().ROWS):
+        return None
+    if dtype not in ("bfloat16", "float16"):
+        return None
+    if stored and _few().why_not_stored(stored, dtype):
+        return None
+    return _few().Plan(_few().rows_of(tokens), _cores(target), target.interpret)
+
+
+def _cores(target):
+    return _INTERPRETED_CORES if target.interprets else multiprocessors(target)
+
+
+def takes_shared(call: Call, target: Target) -> bool:
+    """Whether `run` takes the shared expert along, for a call that it serves."""
+    served = switched_on() and why_not(call, target) is None
+    return served and call.tokens <= max(_few().ROWS)
+
+
+def run(x, experts, weights, gate, up, down, *, precision, call: Call, target: Target, shared=None):
+    """See `routed_experts`; `shared` are gate, up and down of the shared expert [1 D F]."""
+    cores = _cores(target)
+    if switched_on() and call.tokens <= max(_few().ROWS):
+        plan = _few().Plan(_few().rows_of(call.tokens), cores, target.interpret)
+        kernels = [(gate, up, down), *([] if shared is None else [shared])]
+        return _of_few(plan, call, target, x, experts, weights, kernels)
+    if call.stored:
+        plan = _few().Plan(max(_few().ROWS), cores, target.interpret)
+        return _of_few(plan, call, target, x, experts, weights, [(gate, up, down)])
     rows = tile_rows(call)
-    cores = _INTERPRETED_CORES if target.interprets else multiprocessors(target)
-    plan = _kernels().Plan(rows, cores, target.interpret)
+    plan = _grouped().Plan(rows, cores, target.interpret)
     tiles = make_tiles(experts, call.experts, rows, call.partial)
     return _mixed(plan, call.partial, x, weights, gate, up, down, tiles)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _of_few(plan, call: Call, target: Target, x, experts, weights, kernels):
+    count, (tokens, _) = call.experts, x.shape
+    if not call.stored:
+        kernels = [[kernel.astype(x.dtype) for kernel in group] for group in kernels]
+    groups = tuple((gate, up) for gate, up, _ in kernels)
+    if tokens <= plan.rows:
+        chosen = chosen_experts(experts, count)
+        rows = jnp.pad(x, ((0, plan.rows - tokens), (0, 0)))
+        place = chosen.rank[jnp.minimum(experts, count - 1)] * plan.rows
+        place = place + jnp.arange(tokens, dtype=jnp.int32)[:, None]
+    else:
+        tiles = make_tiles(experts, count, plan.rows, call.partial)
+        chosen = Chosen(tiles.owner, tiles.used)
+        rows, place = tiles.rows_of(x), tiles.place
+    hidden = _few().gate_up(rows, groups, chosen, plan=plan, apart=tokens > plan.rows)
+    made = _few().down(hidden, tuple(down for *_, down in kernels), chosen, plan=plan)
+    own = made[0][place]
+    if call.partial:
+        own = jnp.where((experts < count)[..., None], own, 0)
+    mixed = (own * weights[..., None]).sum(1)
+    if len(made) > 1:
+        mixed = mixed + made[1][:tokens]
+    return mixed.astype(x.dtype)
+
+
+def _few_forward(plan, call, target, x, experts, weights, kernels):
+    y = _of_few(plan, call, target, x, experts, weights, kernels)
+    return y, (x, experts, weights, kernels)
+
+
+def _few_backward(plan, call, target, residuals, dy):
+    x, experts, weights, kernels = residuals
+
+    def general(x, weights, kernels):
+        (gate, up, down), *shared = kernels
+        if call.stored:
+            y = stored.run(
+                x, experts, weights, gate, up, down, precision=None, partial=call.partial
+            )
+        else:
+            rows = plan._replace(rows=tile_rows(call))
+            tiles = make_tiles(experts, call.experts, rows.rows, call.partial)
+            y = _mixed(rows, call.partial, x, weights, gate, up, down, tiles)
+        for gate, up, down in shared:
+            y = y + _alone(x, gate, up, down)
+        return y
+
+    if call.stored:  # numbers that are not trained
+        dx, dweights = jax.vjp(lambda x, weights: general(x, weights, kernels), x, weights)[1](dy)
+        return dx, None, dweights, None
+    dx, dweights, dkernels = jax.vjp(general, x, weights, kernels)[1](dy)
+    return dx, None, dweights, dkernels
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def gated(plan, x, kernels):
+    """One gated MLP, kernels [1 D F], [1 D F], [1 F D] or `Weight`s, on a few tokens [M D].
+
+    `plan` is of `few_plan`.
+    """
+    gate, up, down = kernels
+    rows = jnp.pad(x, ((0, plan.rows - len(x)), (0, 0)))
+    (hidden,) = _few().gate_up(rows, ((gate, up),), None, plan=plan)
+    return _few().linear(hidden, down, plan=plan)[: len(x)]
+
+
+def _gated_forward(plan, x, kernels):
+    return gated(plan, x, kernels), (x, kernels)
+
+
+def _gated_backward(plan, residuals, dy):
+    del plan
+    x, kernels = residuals
+    if isinstance(kernels[0], Weight):  # numbers that are not trained
+        return jax.vjp(lambda x: _alone(x, *kernels), x)[1](dy)[0], None
+    return jax.vjp(lambda x, kernels: _alone(x, *kernels), x, kernels)[1](dy)
+
+
+gated.defvjp(_gated_forward, _gated_backward)
+
+
+def _alone(x, gate, up, down):
+    """One expert [1 D F] on all tokens."""
+    if isinstance(gate, Weight):
+        times = lambda x, kernel: matmul(x, kernel.expert(0))  # noqa: E731
+    else:
+        times = lambda x, kernel: x @ kernel[0].astype(x.dtype)  # noqa: E731
+    return times(jax.nn.silu(times(x, gate)) * times(x, up), down)
+
+
+_of_few.defvjp(_few_forward, _few_backward)
+
+
 def tile_rows(call: Call) -> int:
     """Rows of a tile: many where an expert's tokens fill half of one in the mean, else few."""
-    return _kernels().MANY if call.pairs >= call.experts * _kernels().MANY // 2 else _kernels().FEW
+    return _grouped().MANY if call.pairs >= call.experts * _grouped().MANY // 2 else _grouped().FEW
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -74,8 +236,8 @@ def _mixed(plan, partial, x, weights, gate, up, down, tiles: Tiles):
 def _forward(plan, partial, x, weights, gate, up, down, tiles: Tiles, save=True):
     gate_, up_, down_ = (kernel.astype(x.dtype) for kernel in (gate, up, down))
     rows = tiles.rows_of(x)
-    hidden, *products = _kernels().gate_up(rows, gate_, up_, tiles, plan=plan, save=save)
-    own = tiles.of_pairs(_kernels().product((hidden,), (down_,), tiles, plan=plan), partial)
+    hidden, *products = _grouped().gate_up(rows, gate_, up_, tiles, plan=plan, save=save)
+    own = tiles.of_pairs(_grouped().product((hidden,), (down_,), tiles, plan=plan), partial)
     mixed = (own * weights[..., None]).sum(1).astype(x.dtype)
     return mixed, (x, weights, gate, up, down, tiles, *products)
 
@@ -86,7 +248,7 @@ def _backward(plan, partial, residuals, dy):
     gate_, up_, down_ = (kernel.astype(narrow) for kernel in (gate, up, down))
     share = jnp.zeros(tiles.token.shape, wide).at[tiles.place].set(weights, unique_indices=True)
     dy = tiles.rows_of(dy.astype(narrow))
-    towards = _kernels().product((dy,), (down_,), tiles, plan=plan, transposed=True).astype(wide)
+    towards = _grouped().product((dy,), (down_,), tiles, plan=plan, transposed=True).astype(wide)
     # Elementwise in XLA: inside the kernel this was no faster.
     a, b, share = a.astype(wide), b.astype(wide), share[:, None]
     s = jax.nn.sigmoid(a)
@@ -95,7 +257,7 @@ def _backward(plan, partial, residuals, dy):
     towards = share * towards
     da = (towards * b * s * (1 + a * (1 - s))).astype(narrow)
     db = (towards * a * s).astype(narrow)
-    dx = _kernels().product((da, db), (gate_, up_), tiles, plan=plan, transposed=True)
+    dx = _grouped().product((da, db), (gate_, up_), tiles, plan=plan, transposed=True)
     dx = tiles.of_pairs(dx, partial).astype(wide).sum(1).astype(narrow)
     dgate, dup = _gradient(plan, tiles.rows_of(x), (da, db), tiles, (gate, up))
     (ddown,) = _gradient(plan, (share * hidden).astype(narrow), (dy,), tiles, (down,))
@@ -107,7 +269,7 @@ def _gradient(plan, x, y, tiles: Tiles, parameters):
     dtypes = {parameter.dtype for parameter in parameters}
     dtype = dtypes.pop() if len(dtypes) == 1 else jnp.dtype("float32")
     dtype = dtype if dtype in ("bfloat16", "float16") else jnp.dtype("float32")
-    made = _kernels().gradient(x, y, tiles, plan=plan, dtype=dtype)
+    made = _grouped().gradient(x, y, tiles, plan=plan, dtype=dtype)
     return [grad.astype(own.dtype) for grad, own in zip(made, parameters, strict=True)]
 
 

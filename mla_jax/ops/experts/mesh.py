@@ -33,13 +33,14 @@ def routed(
     x: Float[Array, "M D"],
     experts: Int[Array, "M K"],
     weights: Float[Array, "M K"],
-    kernels: tuple[Array, Array, Array],
+    kernels: tuple[Any, Any, Any],
 ) -> Float[Array, "M D"]:
     """`run(x, experts, weights, *kernels)` with every device's own experts.
 
     Args:
         run: the sum of each token's experts, without pairs of the expert E.
-        x, experts, weights, kernels: as in `routed_experts`, of all devices.
+        x, experts, weights, kernels: as in `routed_experts`, of all devices; of a `Weight` the
+            scales are split as the values are.
 
     Returns:
         [M D], which lies as x does.
@@ -48,9 +49,10 @@ def routed(
         NotImplementedError: kernels that are split by more than experts.
     """
     mesh, rows = sharding.mesh_of(kernels, x), sharding.spec(x)[0]
-    over, *inner = sharding.spec(kernels[0])
-    if any(inner) or any(sharding.spec(kernel) != (over, (), ()) for kernel in kernels):
-        found = [sharding.pspec(*sharding.spec(kernel)) for kernel in kernels]
+    arrays = jax.tree.leaves(kernels)
+    over, *inner = sharding.spec(arrays[0])
+    if any(inner) or any(sharding.spec(array) != (over, (), ()) for array in arrays):
+        found = [sharding.pspec(*sharding.spec(array)) for array in arrays]
         raise NotImplementedError(
             f"experts' kernels are split as {found}: only E may be, and alike for all three."
         )
@@ -60,7 +62,7 @@ def routed(
 
     def own(x, experts, weights, *kernels):
         x, experts, weights, kernels = sharding.varying((x, experts, weights, kernels), every)
-        count = len(kernels[0])
+        count = kernels[0].shape[0]
         local = functools.partial(_local, run, kernels, parts=sharding.count(mesh, over))
         if not peers:
             y = local(x, group.mine(experts, count), weights)
@@ -205,7 +207,7 @@ def _local(run, kernels, x, experts, weights, *, parts: int):
     side, and done in as many rounds as they need, of twice the mean: so neither memory nor work
     grows with the pairs of others.
     """
-    (tokens, chosen), count = experts.shape, len(kernels[0])
+    (tokens, chosen), count = experts.shape, kernels[0].shape[0]
     pairs = tokens * chosen
     size = max(_LEAST, -(-2 * pairs // parts))
     if size >= pairs:

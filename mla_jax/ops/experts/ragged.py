@@ -18,6 +18,8 @@ def why_not(call: Call, target: Target) -> str | None:
     """Why ragged products do not serve this call, or None."""
     if target.platform != "tpu":
         return f"needs a TPU, this is {target}"
+    if call.stored:
+        return "takes no weights as a checkpoint stores them"
     if not call.static:
         return "the number of tokens must be static"
     if call.tokens <= DENSE_TOKENS:

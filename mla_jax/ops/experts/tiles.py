@@ -93,3 +93,33 @@ def make_tiles(experts: Int[Array, "M K"], groups: int, rows: int, partial: bool
         first=first,
         needed=needed,
     )
+
+
+class Chosen(NamedTuple):
+    """The experts that some token has chosen, in order.
+
+    Attributes:
+        owner: the expert of every place; any of them behind those in use.
+        rank: each expert's place, if it has one; and, last, how many places are in use.
+    """
+
+    owner: Int[Array, "J"]
+    rank: Int[Array, "edges"]
+
+
+def chosen_experts(experts: Int[Array, "M K"], groups: int) -> Chosen:
+    """Which of `groups` = E experts a router's choice names; the number E names none.
+
+    >>> chosen = chosen_experts(jnp.array([[2, 0], [2, 3]]), 4)
+    >>> chosen.owner[:chosen.rank[-1]].tolist(), chosen.rank[jnp.array([0, 2, 3])].tolist()
+    ([0, 2, 3], [0, 1, 2])
+    """
+    flat = experts.reshape(-1).astype(jnp.int32)
+    expert = np.arange(groups, dtype=np.int32)
+    named = (flat[None] == expert[:, None]).any(1)
+    before = expert[None] < np.arange(groups + 1, dtype=np.int32)[:, None]
+    rank = jnp.where(before, named[None], False).sum(1, dtype=jnp.int32)
+    place = np.arange(min(groups, flat.size), dtype=np.int32)
+    here = named[None] & (rank[None, :-1] == place[:, None])
+    owner = jnp.where(here, expert[None], 0).sum(1, dtype=jnp.int32)
+    return Chosen(owner, rank)

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mla_jax.ops.experts import stored
 from mla_jax.ops.experts.call import Call
 from mla_jax.ops.experts.tiles import make_tiles
 from mla_jax.target import Target
@@ -42,6 +43,10 @@ def way(call: Call) -> str:
 
 def run(x, experts, weights, gate, up, down, *, precision, call: Call, target: Target):
     """See `routed_experts`."""
+    if call.stored:
+        return stored.run(
+            x, experts, weights, gate, up, down, precision=precision, partial=call.partial
+        )
     chosen = {"by_pair": by_pair, "all_experts": all_experts, "by_block": by_block}[way(call)]
     options = {"precision": precision, "partial": call.partial}
     mixed = chosen(x, experts, weights, (gate, up, down), **options)

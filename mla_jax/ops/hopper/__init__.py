@@ -1,6 +1,7 @@
 """Kernels for Hopper GPUs (H100, H200) in Mosaic GPU, no CUDA source; here the absorbed form.
 
-The expanded form is in `attention/`, and `context.py` takes that one over cached latents.
+The expanded form is in `attention/`, and `context.py` takes that one over cached latents; what
+sparse attention does before it attends, scores and the choice of slots, is in `indexing/`.
 
 `kernel.py` is the algorithm, `merge.py` its end where parts share a row, `schedule.py` the cut of a
 ragged batch into equal parts, `mosaic.py` what Pallas lacks, and `interpreted.py` what the kernel
@@ -115,7 +116,7 @@ def unsupported(call) -> str | None:
 
 
 def plan(seen, call, slack: int | None = None) -> Schedule | None:
-    """The cut of the batch: once a step for all layers. None for chosen slots, which need none.
+    """The cut of the batch, once a pass for all layers. None for chosen slots, which need none.
 
     Args:
         seen, call: as `latent_attention` takes them.

@@ -161,7 +161,7 @@ class Part:
         self.table: Any = refs.pop(0) if paged else None
         self.out, self.lse, self.part_out, self.part_lse = refs
         names = ("out", "lse", "part_out", "part_lse", "arrivals", "row_parts")
-        self.merged = {name: getattr(self, name) for name in names} | {"part": self.parts}
+        self.merge_refs = {name: getattr(self, name) for name in names} | {"part": self.parts}
         self.k, self.q, self.p, self.stat = (smem[name] for name in ("k", "q", "p", "stat"))
         self.part, self.tile = lax.axis_index("part"), lax.axis_index("tile")
         self.first_step = self.parts[self.part, Column.FIRST_STEP]
@@ -545,4 +545,5 @@ class Part:
 
     def merge(self):
         """Merges this warpgroup's share of the part's last row, once all its pieces are there."""
-        merge(self.part, self.tile, mosaic.warpgroup(), self.merged, self.shape, mosaic.meet_global)
+        wg, meet = mosaic.warpgroup(), mosaic.meet_global
+        merge(self.part, self.tile, wg, self.merge_refs, self.shape, meet)

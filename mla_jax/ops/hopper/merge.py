@@ -64,7 +64,7 @@ def _merge_share(row, part, tile, wg, refs, shape, meet):
     if meet is not None:
         meet(refs["arrivals"], row * shape.tiles + tile, 2 * count, sharers)
 
-    def merge(cuts, units_at_once, pieces_at_once):
+    def merge_units(cuts, units_at_once, pieces_at_once):
         cuts = cuts if shape.rank % (128 * cuts) == 0 else 1
         width = shape.rank // cuts
         vector = next(v for v in (4, 2, 1) if width % (128 * v) == 0)
@@ -126,4 +126,4 @@ def _merge_share(row, part, tile, wg, refs, shape, meet):
     # Registers bound the loads in flight; these are loads of the many pieces of one unit, or of
     # the few pieces of several units.
     kind = sum((count > most).astype(jnp.int32) for most in _FEW)
-    lax.switch(kind, [functools.partial(merge, *at_once) for at_once in _AT_ONCE])
+    lax.switch(kind, [functools.partial(merge_units, *at_once) for at_once in _AT_ONCE])

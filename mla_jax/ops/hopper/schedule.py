@@ -3,7 +3,7 @@
 A *step* is 128 slots (two softmax blocks) of one batch row; a *part* is what one thread block per
 tile of 64 query rows works on. Steps are numbered through the batch and every part walks a range of
 them, so that one long row among short ones keeps all multiprocessors busy. The cut depends on
-`lengths` alone: all layers of a decoding step share it.
+`lengths` alone: all layers of one pass of the model share it.
 
 Letters: B batch rows, T query tokens, N heads.
 """

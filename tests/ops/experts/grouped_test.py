@@ -15,7 +15,7 @@ from experts_oracle import gradients, loop, problem
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from mla_jax.ops.experts import grouped, hopper, routed_experts
+from mla_jax.ops.experts import grouped, hopper, ring, routed_experts
 from mla_jax.ops.experts.tiles import make_tiles
 
 INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
@@ -201,14 +201,14 @@ def changed(**changes):
     return made
 
 
-REAL = {"column": grouped._column, "copy": grouped._Ring.copy, "product": grouped.product}
+REAL = {"column": grouped._column, "copy": ring.Ring.copy, "product": grouped.product}
 PRODUCT = {
     "second_block_is_the_first": (
         grouped, "_column",
         lambda n, b, blocks, total, apart: REAL["column"](n, 0, blocks, total, apart),
     ),
     "operand_of_another_stage": (
-        grouped._Ring, "copy",
+        ring.Ring, "copy",
         lambda self, source, operand, slot: REAL["copy"](
             self, source, operand, slot ^ int(operand == 0)
         ),
@@ -245,7 +245,7 @@ def test_gate_and_up_that_change_places_are_noticed(monkeypatch, rng):
     def copy(self, source, operand, slot):
         REAL["copy"](self, source, (0, 2, 1)[operand], slot)
 
-    monkeypatch.setattr(grouped._Ring, "copy", copy)
+    monkeypatch.setattr(ring.Ring, "copy", copy)
     with pytest.raises(AssertionError):
         check_gate_up(grouped.FEW, rng)
 

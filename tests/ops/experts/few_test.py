@@ -1,0 +1,223 @@
+"""The Hopper kernels for few tokens, interpreted on the CPU, against float64; and planted bugs.
+
+Tolerances count roundings to bfloat16, as in `grouped_test.py`: of hidden states, of an expert's
+output, of y. Weights are exact, those of 8 bits too.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from common import relative, slow
+from experts_oracle import gradients, loop, problem
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from mla_jax import target
+from mla_jax.ops.experts import few, gated_mlp, hopper, routed_experts, takes_shared
+from mla_jax.ops.experts.tiles import Chosen, chosen_experts
+from mla_jax.ops.weights import Weight
+
+pytestmark = pytest.mark.usefixtures("switched_on")
+INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
+BLOCKS = {"e4m3": (128, 128), "int8": (1, None)}
+
+
+@pytest.fixture
+def switched_on(monkeypatch):
+    monkeypatch.setenv(hopper.SWITCH, "1")
+
+
+def tolerance(roundings):
+    return (roundings / 3) ** 0.5 * 2.0**-8
+
+
+def weight(kind, shape, rng):
+    """A kernel [E K N], or the like [E N K] as it is stored; and its numbers [E K N] in float64."""
+    count, inputs, outputs = shape
+    if kind == "plain":
+        kernel = jnp.asarray(rng.standard_normal(shape) * inputs**-0.5, jnp.bfloat16)
+        return kernel, np.asarray(kernel, np.float64)
+    if kind == "e4m3":
+        values = jnp.asarray(rng.standard_normal((count, outputs, inputs)), jnp.float8_e4m3fn)
+        grid = (count, -(-outputs // 128), -(-inputs // 128))
+    else:
+        values = jnp.asarray(rng.integers(-127, 128, (count, outputs, inputs)), jnp.int8)
+        grid = (count, outputs, 1)
+    size = inputs**-0.5 / (1 if kind == "e4m3" else 64)
+    scale = jnp.asarray(rng.uniform(0.5, 2, grid) * size, jnp.float32)
+    made = Weight(values, scale, BLOCKS[kind])
+    return made, np.asarray(made.dense(jnp.float32), np.float64).swapaxes(1, 2)
+
+
+def check_products(kind, rng, rows=8):
+    """Two of three experts and a shared one of another width; places in use, one behind them."""
+    chosen = Chosen(jnp.array([0, 2, 1]), jnp.array([0, 1, 1, 2]))
+    x = jnp.asarray(rng.standard_normal((rows, 256)), jnp.bfloat16)
+    shapes = {"gate": (256, 128), "up": (256, 128), "down": (128, 256)}
+    wide = {"gate": (256, 256), "up": (256, 256), "down": (256, 256)}
+    made = {name: weight(kind, (3, *shape), rng) for name, shape in shapes.items()}
+    own = {name: weight(kind, (1, *shape), rng) for name, shape in wide.items()}
+    groups = tuple((kernels["gate"][0], kernels["up"][0]) for kernels in (made, own))
+    plan = few.Plan(rows, 2, INTERPRET)
+    hidden = jax.block_until_ready(few.gate_up(x, groups, chosen, plan=plan))
+    down = tuple(kernels["down"][0] for kernels in (made, own))
+    y = jax.block_until_ready(few.down(hidden, down, chosen, plan=plan))
+    for kernels, part, expert, place in ((made, 0, 0, 0), (made, 0, 2, 1), (own, 1, 0, 0)):
+        at = slice(place * rows, (place + 1) * rows)
+        exact = {name: kernel[1][expert] for name, kernel in kernels.items()}
+        a, b = (np.asarray(x, np.float64) @ exact[name] for name in ("gate", "up"))
+        assert relative(hidden[part][at], a / (1 + np.exp(-a)) * b) < tolerance(1)
+        right = np.asarray(hidden[part][at], np.float64) @ exact["down"]
+        assert relative(y[part][at], right) < tolerance(1)
+
+
+@pytest.mark.parametrize("kind", ["plain", "e4m3", "int8"])
+def test_the_products_of_chosen_and_shared_experts(kind, rng):
+    check_products(kind, rng)
+
+
+@pytest.mark.parametrize("kind", ["plain", "e4m3", "int8"])
+def test_a_linear_whose_inputs_are_shared_out(kind, rng):
+    """Over two parts of K in float32; the last tiles of outputs and inputs are halves."""
+    inputs = 512 if kind == "plain" else 448
+    kernel, exact = weight(kind, (1, inputs, 192), rng)
+    x = jnp.asarray(rng.standard_normal((8, inputs)), jnp.bfloat16)
+    y = few.linear(x, kernel, plan=few.Plan(8, 4, INTERPRET))
+    assert relative(y, np.asarray(x, np.float64) @ exact[0]) < tolerance(1)
+
+
+@pytest.mark.parametrize("kind", ["plain", "e4m3"])
+def test_a_gated_mlp_and_its_derivatives(kind, rng):
+    made = [weight(kind, (1, 128, 128), rng) for _ in range(3)]
+    x = jnp.asarray(rng.standard_normal((2, 3, 128)), jnp.bfloat16)
+    with plgpu.force_gpu_interpret_mode():
+        y, pull = jax.vjp(lambda x: gated_mlp(x, [k for k, _ in made]), x)
+        (dx,) = jax.block_until_ready(pull(y))
+    exact = [k for _, k in made]
+    flat, one, first = x.reshape(6, 128), jnp.ones((6, 1)), jnp.zeros((6, 1), int)
+    assert relative(y.reshape(6, -1), loop(first, flat, one, *exact)) < tolerance(2)
+    right = gradients(first, y.reshape(6, -1), flat, one, *exact)
+    assert relative(dx.reshape(6, -1), right[0]) < tolerance(16)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "kind"),
+    [(1, "plain"), (13, "e4m3"), (70, "e4m3"), slow(64, "plain"), slow(33, "int8")],
+)
+def test_the_op_is_float64s(tokens, kind, rng):
+    """With the shared expert, and with experts that lie elsewhere."""
+    (x, weights, *_), experts = problem(
+        tokens, count=5, chosen=2, widths=(128, 128), dtype=jnp.bfloat16
+    )
+    kernels = [weight(kind, (5, 128, 128), rng) for _ in range(3)]
+    shared = [weight(kind, (1, 128, 128), rng) for _ in range(3)]
+    with plgpu.force_gpu_interpret_mode():
+        arrays = [k for k, _ in kernels], [k for k, _ in shared]
+        assert takes_shared(x, experts, weights, *arrays) == (tokens <= 64)
+        more = {"shared": arrays[1]} if tokens <= 64 else {}
+        y = routed_experts(x, experts, weights, *arrays[0], **more)
+        jax.block_until_ready(y)
+    right = loop(experts, x, weights, *(k for _, k in kernels))
+    if tokens > 64:
+        assert relative(y, right) < tolerance(3)
+        return
+    right += loop(jnp.zeros((tokens, 1), int), x, jnp.ones((tokens, 1)), *(k for _, k in shared))
+    assert relative(y, right) < tolerance(3)
+
+
+@pytest.mark.parametrize("kind", ["plain", "e4m3"])
+def test_experts_that_lie_elsewhere_are_dropped_and_derivatives_are_float64s(kind, rng):
+    (x, weights, *_), experts = problem(
+        24, count=4, chosen=2, widths=(128, 128), dtype=jnp.bfloat16
+    )
+    kernels = [weight(kind, (3, 128, 128), rng) for _ in range(3)]  # the expert 3 lies elsewhere
+    stored = None if kind == "plain" else ("float8_e4m3fn", BLOCKS[kind])
+    call = hopper.Call(24, 48, 3, (128, 128), "bfloat16", partial=True, stored=stored)
+    dy = jnp.asarray(rng.standard_normal(x.shape), jnp.bfloat16)
+    with plgpu.force_gpu_interpret_mode():
+        run = lambda x, weights: hopper.run(  # noqa: E731
+            x, experts, weights, *(k for k, _ in kernels), precision=None, call=call,
+            target=target.current(),
+        )  # fmt: skip
+        y, pull = jax.vjp(run, x, weights)
+        dx, dweights = jax.block_until_ready(pull(dy))
+    there = np.asarray(experts) < 3
+    shares = jnp.where(there, weights, 0)
+    inside = jnp.where(there, experts, 0)
+    exact = [k for _, k in kernels]
+    assert relative(y, loop(inside, x, shares, *exact)) < tolerance(3)
+    right = gradients(inside, dy, x, shares, *exact)
+    # XLA's way rounds stored weights, too, and both products: a twice, four times each, b twice,
+    # hidden, down, its product, y and dy; dx in the same way.
+    plain = kind == "plain"
+    assert relative(dx, right[0]) < tolerance(8 if plain else 16)
+    assert relative(dweights, np.where(there, right[1], 0)) < tolerance(5 if plain else 15)
+
+
+def test_the_chosen_experts():
+    experts = jnp.array([[4, 1], [7, 4], [9, 9]])  # 9 is none of nine
+    chosen = chosen_experts(experts, 9)
+    assert chosen.rank[-1] == 3
+    assert chosen.owner.shape == (6,)
+    assert chosen.owner[:3].tolist() == [1, 4, 7]
+    assert chosen.rank[jnp.array([1, 4, 7])].tolist() == [0, 1, 2]
+
+
+def test_the_default_is_another_way(monkeypatch):
+    """Experts in 16 bits go by the kernels of many tokens, those as stored are refused by name."""
+    call = hopper.Call(8, 48, 64, (2048, 1408), "bfloat16")
+    kept = dataclasses.replace(call, stored=("float8_e4m3fn", BLOCKS["e4m3"]))
+    here = target.Target("gpu", "NVIDIA H200", 9.0, 132)
+    assert hopper.takes_shared(call, here)
+    assert hopper.why_not(kept, here) is None
+    assert hopper.few_plan(8, "bfloat16", None, here) is not None
+    monkeypatch.delenv(hopper.SWITCH)
+    assert hopper.why_not(call, here) is None
+    assert not hopper.takes_shared(call, here)
+    assert "only with MLA_JAX_FEW=1" in hopper.why_not(kept, here)
+    assert hopper.few_plan(8, "bfloat16", None, here) is None
+    monkeypatch.setenv(hopper.SWITCH, "yes")
+    with pytest.raises(ValueError, match="MLA_JAX_FEW='yes': it must be 0 or 1"):
+        hopper.switched_on()
+
+
+def other_place(self, source, operand, slot):
+    swapped = (0, 2, 1)[operand] if len(self.operands) == 3 else operand
+    REAL(self, source, swapped, slot)
+
+
+REAL = few.Ring.copy
+
+
+@pytest.mark.parametrize("bug", ["gate and up change places", "a scale of a neighbour"])
+def test_bugs_planted_in_the_kernels_are_noticed(bug, monkeypatch, rng):
+    for kernel in (few.gate_up, few.down):
+        kernel.clear_cache()
+    kind = "plain"
+    if bug == "gate and up change places":
+        monkeypatch.setattr(few.Ring, "copy", other_place)
+    else:
+        kind = "e4m3"
+        monkeypatch.setattr(few, "block_of", lambda step, steps, blocks: step * 0)
+    with pytest.raises(AssertionError):
+        check_products(kind, rng)
+    for kernel in (few.gate_up, few.down):
+        kernel.clear_cache()
+
+
+@pytest.mark.accelerator
+@pytest.mark.usefixtures("card")
+@pytest.mark.parametrize("kind", ["e4m3", "int8"])
+def test_every_code_is_its_number_on_a_gpu(kind):
+    """Each row of the weights holds one code. That of NaN gives NaN in its own row only."""
+    dtype = jnp.float8_e4m3fn if kind == "e4m3" else jnp.int8
+    codes = jnp.arange(256, dtype=jnp.uint8)
+    values = jnp.zeros((256, 128), dtype).at[:, 5].set(jax.lax.bitcast_convert_type(codes, dtype))
+    scale = jnp.ones((2, 1) if kind == "e4m3" else (256, 1), jnp.float32)
+    x = jnp.zeros((8, 128), jnp.bfloat16).at[:, 5].set(1)
+    y = few.linear(x, Weight(values, scale, BLOCKS[kind]).stacked(), plan=few.Plan(8, 132))
+    expected = np.broadcast_to(np.asarray(values[:, 5], np.float32), y.shape)
+    assert np.isnan(expected).sum() == (16 if kind == "e4m3" else 0)
+    np.testing.assert_array_equal(np.asarray(y, np.float32), expected)
