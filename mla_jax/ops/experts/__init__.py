@@ -38,7 +38,7 @@ def routed_experts(
     *,
     precision=None,
     implementation: str | None = None,
-    shared: Sequence[Float[Array, "1 D F"] | Weight] | None = None,
+    shared: Sequence[Float[Array, "1 _ _"] | Weight] | None = None,
 ) -> Float[Array, "M D"]:
     """The weighted sum of each token's experts, where an expert is down(silu(gate x) * up x).
 
@@ -95,7 +95,7 @@ def takes_shared(
     experts: Int[Array, "M K"],
     weights: Float[Array, "M K"],
     kernels: Sequence[Float[Array, "E D F"] | Weight],
-    shared: Sequence[Float[Array, "1 D F"] | Weight],
+    shared: Sequence[Float[Array, "1 _ _"] | Weight],
     *,
     implementation: str | None = None,
 ) -> bool:
@@ -116,7 +116,7 @@ def takes_shared(
 
 
 def gated_mlp(
-    x: Float[Array, "*B D"], kernels: Sequence[Float[Array, "1 D F"] | Weight]
+    x: Float[Array, "*B D"], kernels: Sequence[Float[Array, "1 _ _"] | Weight]
 ) -> Float[Array, "*B D"] | None:
     """down(silu(gate x) * up x) through a kernel for few tokens; None where none serves.
 

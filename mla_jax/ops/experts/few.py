@@ -40,7 +40,7 @@ DEPTH = {2: 64, 1: 128}  # inputs of a step, by bytes of a weight
 _ROOM, _MOST = 190 * 1024, 12  # bytes of all stages, and how many of them
 _CHUNK = 64  # inputs of one product: 128 bytes of a token
 
-Kernel = Float[Array, "E K N"] | Weight
+Kernel = Float[Array, "_ _ _"] | Weight  # [E K N], of two groups of experts: E and N may differ
 
 
 def rows_of(tokens: int) -> int:
@@ -69,7 +69,7 @@ def gate_up(
     *,
     plan: Plan,
     apart: bool = False,
-) -> tuple[Float[Array, "L N"], ...]:
+) -> tuple[Float[Array, "_ _"], ...]:
     """`silu(x gate) * (x up)`, in x's dtype.
 
     Args:
@@ -92,8 +92,8 @@ def gate_up(
 
 @functools.partial(jax.jit, static_argnames=("plan",))
 def down(
-    x: tuple[Float[Array, "L K"], ...], kernels: tuple[Kernel, ...], chosen: Chosen, *, plan: Plan
-) -> tuple[Float[Array, "L N"], ...]:
+    x: tuple[Float[Array, "_ _"], ...], kernels: tuple[Kernel, ...], chosen: Chosen, *, plan: Plan
+) -> tuple[Float[Array, "_ _"], ...]:
     """Each expert's hidden states times its kernel; arguments as in `gate_up`."""
     groups = tuple((kernel,) for kernel in kernels)
     return _products(x, groups, chosen, lambda sums: sums[0], plan, "few_down", False)
