@@ -43,6 +43,8 @@ from mla_jax.sharding import Rules
 
 _HEAD = dense.linear("D", "W", plain=True)
 
+Lengths = Int[Array, "B"] | Plain
+
 
 class Decoder(nnx.Module):
     """A language model of DeepSeek's shape.
@@ -195,10 +197,7 @@ class Decoder(nnx.Module):
         return Cache.init(mixers, batch_size, max_length, dtype, pages, sharding)
 
     def extend(
-        self,
-        tokens: Int[Ready, "B T"],
-        cache: Cache,
-        lengths: Int[Array, "B"] | Plain | None = None,
+        self, tokens: Int[Ready, "B T"], cache: Cache, lengths: Lengths | None = None
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Appends `lengths[b]` of T tokens to row b, all of them where that is None.
 
@@ -237,10 +236,7 @@ class Decoder(nnx.Module):
         return self._words(hidden, self.head)
 
     def prefill(
-        self,
-        tokens: Int[Ready, "B T"],
-        cache: Cache,
-        lengths: Int[Array, "B"] | Plain | None = None,
+        self, tokens: Int[Ready, "B T"], cache: Cache, lengths: Lengths | None = None
     ) -> tuple[Float[Array, "B T W"], Cache]:
         """`extend` with the logits of all tokens, [B T W]."""
         hidden, cache = self.extend(tokens, cache, lengths)
@@ -280,7 +276,7 @@ class Decoder(nnx.Module):
         hidden: Float[Array, "B T D"],
         tokens: Int[Ready, "B T"],
         cache: Cache,
-        lengths: Int[Array, "B"] | Plain | None = None,
+        lengths: Lengths | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """The predictor on T positions of every row: see `MultiTokenPredictor`.
 
