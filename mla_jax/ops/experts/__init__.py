@@ -94,7 +94,7 @@ def takes_shared(
     x: Float[Array, "M D"],
     experts: Int[Array, "M K"],
     weights: Float[Array, "M K"],
-    kernels: Sequence[Float[Array, "E D F"] | Weight],
+    kernels: Sequence[Float[Array, "E _ _"] | Weight],
     shared: Sequence[Float[Array, "1 _ _"] | Weight],
     *,
     implementation: str | None = None,
