@@ -63,9 +63,24 @@ _UNCHECKED = {
 
 @pytest.fixture(autouse=True)
 def _checked_where_it_is_true(request):
-    """Annotations are compared in every file but those."""
-    with annotations.unchecked() if request.path.name in _UNCHECKED else contextlib.nullcontext():
+    """Annotations are compared in every file but those, and where no mark says otherwise."""
+    left_out = request.path.name in _UNCHECKED or request.node.get_closest_marker("unchecked")
+    with annotations.unchecked() if left_out else contextlib.nullcontext():
         yield
+
+
+class _Doctests:
+    """They show errors, too, and lie where this file's fixtures are not seen."""
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item):
+        doctest = isinstance(item, pytest.DoctestItem)
+        with annotations.unchecked() if doctest else contextlib.nullcontext():
+            return (yield)
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(_Doctests())
 
 
 @pytest.fixture

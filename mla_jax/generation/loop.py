@@ -59,7 +59,7 @@ class Writing:
 
     def put(
         self, drawn: Int[Array, "B C"], logits: Float[Array, "B C W"], count: Int[Array, "B"],
-        stops: Int[Ready, "stops"], prompt_lengths: Int[Array, "B"],
+        stops: Int[Ready, "stops"], prompt_lengths: Int[Ready, "B"],
     ) -> Self:  # fmt: skip
         """Writes the first `count` drawn tokens of every active row, or up to a stop token.
 

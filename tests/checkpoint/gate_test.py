@@ -224,6 +224,7 @@ def load(folder, **options):
 
 
 @pytest.mark.filterwarnings("ignore:.*is not the embedding.*:UserWarning")
+@pytest.mark.unchecked
 @hypothesis.settings(
     max_examples=30,
     deadline=None,
@@ -284,6 +285,7 @@ def attention_base(form):
     return stored
 
 
+@pytest.mark.unchecked
 @hypothesis.settings(max_examples=100, deadline=None, derandomize=True)
 @hypothesis.given(data=st.data())
 def test_any_change_of_an_attention_tensor(data):

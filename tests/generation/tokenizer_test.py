@@ -253,6 +253,7 @@ class TestTiktoken:
             expected += [ranks[raw]] if raw in ranks else list(raw)
         assert own.encode([text]) == [expected]
 
+    @pytest.mark.unchecked
     def test_long_runs(self, tmp_path):
         """A run of 100,000 characters takes tiktoken minutes, and of a million overflows it."""
         tiny.write_tiktoken(tmp_path)

@@ -403,8 +403,8 @@ def test_one_plan_for_many_layers_and_vmap(monkeypatch):
 def test_as_a_backend(monkeypatch):
     """`Seen` says what a query sees: ragged rows, padded on the right, of two segments."""
     monkeypatch.setattr("mla_jax.ops.hopper._H200_SMS", 2)
-    target = Target("cpu", "cpu", interpret=INTERPRET)
-    monkeypatch.setattr(backend, "current", lambda: target)
+    device = Target("cpu", "cpu", interpret=INTERPRET)
+    monkeypatch.setattr(backend.target, "current", lambda: device)
     arrays, _ = make(7, 2, 72, 80, 1, (16, 16, 16), "bfloat16")
     ids = packed(np.random.default_rng(7), 2, 80, 2)
     lengths = jnp.array([80, 75])
