@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from common import gate, relative
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from hopper_common import HOPPER as H200
+from hopper_common import INTERPRET, MARKS, SCALE
 
 from mla_jax import remat_policy
 from mla_jax.ops import blocks, dispatch
@@ -21,14 +22,8 @@ from mla_jax.ops.hopper.attention import backend, backward, plan, tiles
 from mla_jax.ops.seen import Seen
 from mla_jax.target import Target, current
 
-SCALE = 192**-0.5
-INTERPRET = plgpu.InterpretGPUParams()
 NAMES = ("q_nope", "q_rope", "k_nope", "k_rope", "value")
-pytestmark = [
-    # NaN in slots that nobody sees meets zero, before the mask.
-    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
-]
+pytestmark = MARKS
 
 
 def make(seed, batch, tokens, slots, heads, widths, dtype):
@@ -436,7 +431,6 @@ def test_shard_map():
     assert shapes[1][3].shape == (2, 72, 16)
 
 
-H200 = Target("gpu", "NVIDIA H200", 9.0, 132)
 CALL = dispatch.Call(
     "expanded_attention", 1, 4096, 4096, 128, (128, 64), 128, "bfloat16",
     ("lengths", "segment_ids", "window"),

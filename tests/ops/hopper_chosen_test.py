@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from common import gate, relative
+from hopper_common import HOPPER, INTERPRET, SCALE, check
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import mla_jax
@@ -21,8 +22,6 @@ from mla_jax.ops.hopper import gathered, kernel, merge
 from mla_jax.ops.hopper.schedule import BLOCK, ROW_COST, Column, equal_rows
 from mla_jax.ops.seen import Seen
 
-SCALE = 192**-0.5
-INTERPRET = plgpu.InterpretGPUParams()
 SPEC = dispatch.Call(
     "latent_attention", 2, 1, 4096, 128, (512, 64), 512, "bfloat16", ("chosen", "lengths")
 )
@@ -88,17 +87,6 @@ def paginate(arrays, seed=0):
     used = np.isfinite(np.asarray(held[0], np.float32)).any(2).reshape(batch, per_row, PAGE).any(2)
     table = np.where(used, place, count)
     return [jnp.asarray(a) for a in (pattern, q_rope, *pools)], jnp.asarray(table, jnp.int32)
-
-
-def check(got, want, dtype, tolerance=None):
-    """As in `hopper_test`: half a unit of rounding for the weights, and one for the result."""
-    out, lse = (np.asarray(x, np.float64) for x in got)
-    dead = np.isneginf(want[1])
-    assert np.isfinite(out).all()
-    assert (np.isneginf(lse) == dead).all()
-    assert (out[dead] == 0).all()
-    assert relative(out, want[0]) < (tolerance or 0.8 * float(jnp.finfo(dtype).eps))
-    np.testing.assert_allclose(lse[~dead], want[1][~dead], atol=2e-5)
 
 
 def interpreted(arrays, chosen, limits, sms, table=None):
@@ -310,7 +298,6 @@ def test_rows_on_a_mesh_are_served_and_split_slots_are_refused():
         run(None, "x")
 
 
-HOPPER = target.Target("gpu", "NVIDIA H200", 9.0, 132)
 REFUSED = {
     "mask": ({"options": ("chosen", "mask")}, "takes chosen slots and lengths, not mask"),
     "window": ({"options": ("chosen", "window")}, "not window"),
@@ -368,15 +355,6 @@ NATIVE = [  # B, T, S, N, R, P, K, dtype
     (2, 1, 512, 20, 384, 16, 511, "bfloat16"),
     (5, 40, 384, 16, 128, 32, 127, "bfloat16"),  # whole rows to each part
 ]
-
-
-@pytest.fixture
-def card():
-    device = target.current()
-    reason = hopper.why_not(SPEC, device)
-    if reason is not None:
-        pytest.skip(reason)
-    return device
 
 
 @pytest.mark.accelerator

@@ -15,6 +15,7 @@ from common import relative
 from hopper_common import (
     HOPPER,
     INTERPRET,
+    MARKS,
     SCALE,
     SPEC,
     check,
@@ -31,11 +32,7 @@ from mla_jax.ops import hopper
 from mla_jax.ops.hopper import make_schedule, scaled
 from mla_jax.ops.seen import Seen
 
-pytestmark = [
-    # Infinity in slots that nobody sees meets zero, before the mask.
-    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
-]
+pytestmark = MARKS
 FP8 = "float8_e4m3fn"
 _VALUES = np.arange(256, dtype=np.uint8)
 FINITE = _VALUES[(_VALUES & 127) != 127]
@@ -84,33 +81,35 @@ def paginate(arrays, scale, lengths, seed=0):
     return [*arrays[:2], *map(pool, arrays[2:])], pool(scale), jnp.asarray(table)
 
 
-def test_interpreted_is_the_loop():
-    """Two parts, of which each has rows of several steps, and one row that both have."""
-    arrays, lengths = make(1, 2, 2, 296, 3, 256, 16, (70, 290), jnp.bfloat16)
+LOOPS = {  # seed; B, T, S, N, R, P, lengths; multiprocessors
+    # Each part has rows of several steps, and both have one.
+    "two_parts": (1, (2, 2, 296, 3, 256, 16, (70, 290)), 3),
+    # The kernel of few rows: one row that both have, and a row without a slot.
+    "few_rows": (4, (3, 2, 264, 3, 512, 64, (70, 0, 257)), 2),
+}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_interpreted_is_the_loop(name):
+    seed, shape, sms = LOOPS[name]
+    arrays, lengths = make(seed, *shape, jnp.bfloat16)
     held, scale, whole = encoded(arrays, lengths)
-    check(attend(held, scale, lengths, 3), loop(whole, lengths), jnp.bfloat16)
+    check(attend(held, scale, lengths, sms), loop(whole, lengths), jnp.bfloat16)
 
 
-def test_pages_interpreted_are_the_loop():
-    arrays, lengths = make(2, 2, 1, 256, 16, 128, 0, (129, 64), jnp.bfloat16)
+PAGED = {
+    "general": (2, (2, 1, 256, 16, 128, 0, (129, 64)), 2),
+    "few_rows": (5, (2, 1, 256, 16, 512, 64, (129, 64)), 1),
+}
+
+
+@pytest.mark.parametrize("name", PAGED)
+def test_pages_interpreted_are_the_loop(name):
+    seed, shape, sms = PAGED[name]
+    arrays, lengths = make(seed, *shape, jnp.bfloat16)
     held, scale, whole = encoded(arrays, lengths)
     pages, scales, table = paginate(held, scale, lengths)
-    got = attend(pages, scales, lengths, 2, table=table)
-    check(got, loop(whole, lengths), jnp.bfloat16)
-
-
-def test_few_rows_interpreted_are_the_loop():
-    """Two parts of the kernel of few rows, one row that both have, and a row without a slot."""
-    arrays, lengths = make(4, 3, 2, 264, 3, 512, 64, (70, 0, 257), jnp.bfloat16)
-    held, scale, whole = encoded(arrays, lengths)
-    check(attend(held, scale, lengths, 2), loop(whole, lengths), jnp.bfloat16)
-
-
-def test_few_rows_on_pages_interpreted_are_the_loop():
-    arrays, lengths = make(5, 2, 1, 256, 16, 512, 64, (129, 64), jnp.bfloat16)
-    held, scale, whole = encoded(arrays, lengths)
-    pages, scales, table = paginate(held, scale, lengths)
-    got = attend(pages, scales, lengths, 1, table=table)
+    got = attend(pages, scales, lengths, sms, table=table)
     check(got, loop(whole, lengths), jnp.bfloat16)
 
 

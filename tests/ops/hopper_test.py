@@ -15,6 +15,7 @@ from common import gate, relative
 from hopper_common import (
     HOPPER,
     INTERPRET,
+    MARKS,
     SCALE,
     SPEC,
     check,
@@ -32,11 +33,7 @@ from mla_jax.ops.hopper import kernel, make_schedule, merge
 from mla_jax.ops.hopper.schedule import ROW_COST, Column
 from mla_jax.ops.seen import Seen
 
-pytestmark = [
-    # Infinity in slots that nobody sees meets zero, before the mask.
-    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
-]
+pytestmark = MARKS
 
 
 def attend(arrays, lengths, sms, interpret=INTERPRET, table=None):
