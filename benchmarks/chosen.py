@@ -12,16 +12,14 @@ by commas, as in "gathered.COMPUTING=224,gathered.COPYING=56".
 """
 
 import argparse
-import concurrent.futures
 import functools
 import importlib
-import statistics
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from loops import compare, looped  # beside this file
 
 from mla_jax import ops
 from mla_jax.ops.hopper import chosen as hopper_chosen
@@ -70,8 +68,8 @@ def oracle(arrays, limits, chosen, places, heads):
     return np.stack(outs), np.stack(lses)
 
 
-def program(implementation, arrays, limits, choices, calls):
-    """A loop over calls that depend on each other, lowered; each takes the next choice."""
+def looping(implementation, arrays, limits, choices):
+    """A compiled loop over calls, each of which takes another choice, and how many it makes."""
     attend = functools.partial(ops.latent_attention, scale=SCALE, implementation=implementation)
 
     def one(pattern, rest, limits, chosen):
@@ -79,22 +77,8 @@ def program(implementation, arrays, limits, choices, calls):
             return attend(pattern, *rest, lengths=limits[:, -1])
         return attend(pattern, *rest, lengths=limits, chosen=chosen)
 
-    @jax.jit
-    def loop(arrays, limits, choices):
-        pattern, *rest = arrays
-
-        def body(_, carry):
-            # As many results as calls: what nobody reads would not be computed.
-            pattern, results = carry[0], []
-            for chosen in choices:
-                results.append(one(pattern, rest, limits, chosen))
-                pattern, results = lax.optimization_barrier((pattern, results))
-            return pattern, results
-
-        start = [one(pattern, rest, limits, chosen) for chosen in choices]
-        return lax.fori_loop(0, calls // len(choices), body, (pattern, start))[1][-1]
-
-    return loop.lower(arrays, limits, choices)
+    pattern, *rest = arrays
+    return looped(one, ((pattern, rest, limits), choices), len(choices), max(4, len(choices)))
 
 
 def set_variant(text):
@@ -116,41 +100,25 @@ def run(shape, options):
     numbers = batch * tokens * count * (R + P)
     sets = int(min(16, max(1, -(-FRESH_BYTES // (2 * numbers)))))
     arrays, limits, choices = operands(*shape, sets)
-    guess = max(2e-5, 2 * batch * tokens * heads * count * (2 * R + P) / 4e14)
-    calls = lambda slower: max(1, round(options.seconds / guess / slower / sets)) * sets  # noqa: E731
-    lowered = {}
+    loops = {}
     for variant in ["", *options.variants]:
         before = set_variant(variant)
-        lowered[f"chosen {variant}"] = (
-            calls(1),
-            program("pallas_gpu", arrays, limits, choices, calls(1)),
-        )
+        loops[f"chosen {variant}"] = looping("pallas_gpu", arrays, limits, choices)
         for module, name, value in before:
             setattr(module, name, value)
         hopper_chosen._call.clear_cache()
     if "xla" in options.against:
-        lowered["chosen xla"] = calls(20), program("xla", arrays, limits, choices, calls(20))
+        loops["chosen xla"] = looping("xla", arrays, limits, choices)
     if "dense" in options.against and tokens == 1:
-        few = max(1, round(calls(slots / count)))
-        lowered["dense"] = few, program("pallas_gpu", arrays, limits, [None], few)
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        compiled = list(pool.map(lambda item: item[1].compile(), lowered.values()))
-    timed, results = {name: [] for name in lowered}, {}
-    for turn in range(options.rounds + 1):
-        for (name, (number, _)), loop in zip(lowered.items(), compiled, strict=True):
-            given = [None] if name == "dense" else choices
-            started = time.perf_counter()
-            results[name] = jax.block_until_ready(loop(arrays, limits, given))
-            taken = (time.perf_counter() - started) / (number + len(given))
-            timed[name] += [1e6 * taken] * (turn > 0)
+        loops["dense"] = looping("pallas_gpu", arrays, limits, [None])
+    taken = compare(loops, options.seconds, options.rounds)
     places = sorted({(0, 0), (batch // 2, tokens // 2), (batch - 1, tokens - 1)})
     some = np.array(sorted({0, heads // 2, heads - 1}))
-    want = oracle(arrays, limits, choices[-1], places, some)
-    for name, times in timed.items():
-        line = f"{batch}x{tokens} {slots} {heads} {count} | {name} | "
-        line += f"{statistics.median(times):.1f} | {' '.join(f'{x:.1f}' for x in times)} | "
+    want = oracle(arrays, limits, choices[0], places, some)
+    for name, seconds in taken.items():
+        line = f"{batch}x{tokens} {slots} {heads} {count} | {name} | {1e6 * seconds:.1f} | "
         if name != "dense":
-            out, lse = results[name]
+            out, lse = loops[name][0]()[0]
             got = [np.stack([np.asarray(x[b, t][some], np.float64) for b, t in places])
                    for x in (out, lse)]  # fmt: skip
             error = np.linalg.norm(got[0] - want[0]) / np.linalg.norm(want[0])
@@ -174,7 +142,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=0.1, help="of a round")
     options = parser.parse_args()
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
-    print("B x T, S, N, K | what | us | rounds | error, of lse")
+    print("B x T, S, N, K | what | us | error, of lse")
     for shape in options.shapes:
         batch, slots = map(int, shape.split("x"))
         run((batch, 1, slots, options.heads, options.count), options)

@@ -132,6 +132,7 @@ def profile(run, text, steps):
         data = ProfileData.from_file(str(next(pathlib.Path(folder).rglob("*.xplane.pb"))))
     taken, kernels, first, last = collections.Counter(), 0, float("inf"), 0.0
     unknown: collections.Counter = collections.Counter()
+    named: collections.Counter = collections.Counter()
     for plane in data.planes:
         gpu = plane.name.startswith("/device:GPU")
         for line in plane.lines:
@@ -146,13 +147,15 @@ def profile(run, text, steps):
                 if scope == "other":
                     unknown[event.name[:60]] += event.duration_ns
                 taken[scope] += event.duration_ns
+                named[scope, event.name[:60], name] += event.duration_ns
                 kernels += 1
                 first = min(first, event.start_ns)
                 last = max(last, event.start_ns + event.duration_ns)
     each = {scope: ns / steps / 1e6 for scope, ns in taken.most_common()}
     each["between kernels"] = max(0.0, (last - first) / steps / 1e6 - sum(each.values()))
     return {"scopes": each, "kernels": kernels / steps,
-            "other": {name: ns / steps / 1e6 for name, ns in unknown.most_common(8)}}  # fmt: skip
+            "other": {name: ns / steps / 1e6 for name, ns in unknown.most_common(8)},
+            "longest": [[*names, ns / steps / 1e3] for names, ns in named.most_common()]}  # fmt: skip
 
 
 def measure(model, batch, options, copy, result):
@@ -235,6 +238,8 @@ def measure(model, batch, options, copy, result):
         say(f"batch {batch}: {result['profile']['kernels']:.0f} kernels a step, ms: " + ", ".join(
             f"{scope} {ms:.3f}" for scope, ms in result["profile"]["scopes"].items()))  # fmt: skip
         say(f"batch {batch}: other: {result['profile']['other']}")
+        for scope, kernel, name, us in result["profile"]["longest"][: options.longest]:
+            print(f"{us:10.2f} us a step  {scope:24} {kernel} ({name})", flush=True)
         writing = state[0]
     cache, token = writing.cache, jnp.zeros((batch, 1), jnp.int32)
     pick = jax.jit(lambda logits: logits.argmax(-1).astype(jnp.int32))
@@ -272,6 +277,7 @@ def main():
     parser.add_argument("--few", action=argparse.BooleanOptionalAction, default=True,
                         help="the kernels of few tokens, MLA_JAX_FEW")  # fmt: skip
     parser.add_argument("--no-profile", action="store_true")
+    parser.add_argument("--longest", type=int, default=0, help="print so many kernels of a step")
     parser.add_argument("--json", type=pathlib.Path, help="write the figures here, batch by batch")
     options = parser.parse_args()
     os.environ["MLA_JAX_FEW"] = str(int(options.few))
