@@ -15,6 +15,7 @@ A line is printed as soon as it is known, and a batch that fails does not end th
 
 import argparse
 import collections
+import concurrent.futures
 import json
 import os
 import pathlib
@@ -153,27 +154,39 @@ def profile(run, text, steps):
                 last = max(last, event.start_ns + event.duration_ns)
     each = {scope: ns / steps / 1e6 for scope, ns in taken.most_common()}
     each["between kernels"] = max(0.0, (last - first) / steps / 1e6 - sum(each.values()))
-    return {"scopes": each, "kernels": kernels / steps,
-            "other": {name: ns / steps / 1e6 for name, ns in unknown.most_common(8)},
-            "longest": [[*names, ns / steps / 1e3] for names, ns in named.most_common()]}  # fmt: skip
+    return {
+        "scopes": each, "kernels": kernels / steps,
+        "other": {name: ns / steps / 1e6 for name, ns in unknown.most_common(8)},
+        "longest": [[*names, ns / steps / 1e3] for names, ns in named.most_common()],
+    }  # fmt: skip
 
 
-def measure(model, batch, options, copy, result):
-    """Fills `result` with the figures of one batch, as they come."""
-    prompt, block = options.prompt_tokens, options.block
-    slots = -(-(prompt + 1 + block * (2 * options.blocks + 4)) // 128) * 128
+def prefilled(bound, batch, slots, options, result):
+    """Logits and states of the prompts' last tokens, their tokens, and a cache that holds them."""
+    model, prompt = bound.model, options.prompt_tokens
     random = np.random.default_rng(0)
     words = model.config.vocab_size
-    prompts = list(random.integers(0, words, (batch, prompt), np.int32))
-    bound, none = mla_jax.bind(model), np.zeros(batch, np.int32)
+    prompts = random.integers(0, words, (batch, prompt), np.int32)
     width, dtype = model.config.attention.hidden_size, jnp.dtype(options.dtype)
+    none = np.zeros(batch, np.int32)
+    if options.steps_only:
+        cache = model.init_cache(batch, slots, options.cache_dtype)
+
+        def numbers(x):
+            drawn = jax.random.normal(jax.random.key(x.size, impl="unsafe_rbg"), x.shape)
+            return jnp.abs(drawn).astype(x.dtype)  # scales are among them
+
+        stores = jax.jit(lambda stores: jax.tree.map(numbers, stores))(cache.stores)
+        cache = cache.replace(stores=stores, length=jnp.full_like(cache.length, prompt))
+        ends = jnp.zeros((batch, words), jnp.float32), jnp.zeros((batch, width), dtype)
+        return ends, prompts, cache
     seconds = []
     for run in range(4):
         cache = jax.block_until_ready(model.init_cache(batch, slots, options.cache_dtype))
         ends = jnp.zeros((batch, words), jnp.float32), jnp.zeros((batch, width), dtype)
         started = time.perf_counter()
-        ends, cache, state = jax.block_until_ready(
-            prefill.prefill(bound, prompts, cache, (), PLAIN["drafter"], none, ends)
+        ends, cache, _ = jax.block_until_ready(
+            prefill.prefill(bound, list(prompts), cache, (), PLAIN["drafter"], none, ends)
         )
         seconds.append(time.perf_counter() - started)
         if run == 0:
@@ -188,13 +201,21 @@ def measure(model, batch, options, copy, result):
     say(f"batch {batch}: first token after {taken:.3f} s, {batch * prompt / taken:,.0f} tokens/s, "
         f"{flops / taken / 1e12:.0f} TFLOP/s in matrices; runs of "
         + ", ".join(f"{1e3 * each:.1f}" for each in seconds[1:]) + " ms")  # fmt: skip
+    return ends, prompts, cache
+
+
+def begin(bound, batch, options, result):
+    """A compiled block of steps, and what it is given."""
+    prompt, block = options.prompt_tokens, options.block
+    slots = -(-(prompt + 1 + block * (2 * options.blocks + 4)) // 128) * 128
+    ends, prompts, cache = prefilled(bound, batch, slots, options, result)
     held = cache.nbytes
     text = np.zeros((batch, slots), np.int32)
     text[:, :prompt] = prompts
     stops, least = np.zeros(0, np.int32), np.full(batch, prompt, np.int32)
     writing, _ = loop.begin(
-        ends, text, least, none, np.full(batch, slots, np.int32), None, stops, jax.random.key(0),
-        cache, state, logprobs=False, samples=1, **PLAIN,
+        ends, text, least, np.zeros(batch, np.int32), np.full(batch, slots, np.int32), None, stops,
+        jax.random.key(0), cache, (), logprobs=False, samples=1, **PLAIN,
     )  # fmt: skip
     del ends, cache
     started = time.perf_counter()
@@ -211,6 +232,14 @@ def measure(model, batch, options, copy, result):
         f"loop for {block} steps, cache {held / 1e9:.2f} GB of which aliased "
         f"{memory.alias_size_in_bytes / 1e9:.2f} GB, {len(copies)} copies of it, temporaries "
         f"{memory.temp_size_in_bytes / 1e6:.0f} MB")  # fmt: skip
+    return step, writing, stops, least, slots
+
+
+def measure(bound, batch, options, copy, result, begun):
+    """Fills `result` with the figures of one batch, as they come; `begun` is of `begin`."""
+    model, prompt, block = bound.model, options.prompt_tokens, options.block
+    step, writing, stops, least, slots = begun
+    text, held = step.as_text(), result["cache_bytes"]
     writing, *_ = jax.block_until_ready(step(bound, writing, stops, least))
     started = time.perf_counter()
     for _ in range(options.blocks):  # the device works through them without waiting for the host
@@ -241,6 +270,8 @@ def measure(model, batch, options, copy, result):
         for scope, kernel, name, us in result["profile"]["longest"][: options.longest]:
             print(f"{us:10.2f} us a step  {scope:24} {kernel} ({name})", flush=True)
         writing = state[0]
+    if options.steps_only:
+        return
     cache, token = writing.cache, jnp.zeros((batch, 1), jnp.int32)
     pick = jax.jit(lambda logits: logits.argmax(-1).astype(jnp.int32))
     logits, cache = bound.decode(token, cache)
@@ -276,6 +307,9 @@ def main():
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no batch after these")
     parser.add_argument("--few", action=argparse.BooleanOptionalAction, default=True,
                         help="the kernels of few tokens, MLA_JAX_FEW")  # fmt: skip
+    parser.add_argument("--steps-only", action="store_true",
+                        help="neither prefill, the cache holds random numbers, nor the loop in "
+                        "Python; batches compile side by side")  # fmt: skip
     parser.add_argument("--no-profile", action="store_true")
     parser.add_argument("--longest", type=int, default=0, help="print so many kernels of a step")
     parser.add_argument("--json", type=pathlib.Path, help="write the figures here, batch by batch")
@@ -302,13 +336,21 @@ def main():
              "preset": options.preset, "prompt": options.prompt_tokens, "ready_s": ready,
              "weight_bytes": size, "weights": options.weights,
              "cache_dtype": options.cache_dtype, "rows": rows}  # fmt: skip
+    bound, begun = mla_jax.bind(model), {}
+    if options.steps_only:  # all compile at once
+        results = {batch: {"batch": batch} for batch in options.batches}
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            given = ((bound, batch, options, results[batch]) for batch in results)
+            begun = dict(zip(results, pool.map(lambda args: begin(*args), given), strict=True))
     for batch in options.batches:
         if time.perf_counter() - STARTED > options.seconds:
             say(f"batch {batch}: no time left")
             break
-        rows.append({"batch": batch})
+        rows.append(results[batch] if begun else {"batch": batch})
         try:
-            measure(model, batch, options, copy, rows[-1])
+            ready = begun.pop(batch, None) or begin(bound, batch, options, rows[-1])
+            measure(bound, batch, options, copy, rows[-1], ready)
+            del ready
         except Exception as error:
             traceback.print_exc()
             rows[-1]["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
@@ -316,11 +358,12 @@ def main():
             options.json.write_text(json.dumps(table, indent=2))
     print("\n| batch | first token s | ms a step | tokens/s | floor ms | fraction | Python ms |\n"
           "|---|---|---|---|---|---|---|")  # fmt: skip
-    for row in rows:
-        if "python_step_s" in row:
-            print(f"| {row['batch']} | {row['first_token_s']:.3f} | {row['step_s'] * 1e3:.3f} | "
-                  f"{row['tokens_per_s']:,.0f} | {row['floor_s'] * 1e3:.3f} | "
-                  f"{row['fraction']:.2f} | {row['python_step_s'] * 1e3:.3f} |")  # fmt: skip
+    for row in filter(lambda row: "step_s" in row, rows):
+        first, python = row.get("first_token_s"), row.get("python_step_s")
+        print(f"| {row['batch']} | {'-' if first is None else f'{first:.3f}'} | "
+              f"{row['step_s'] * 1e3:.3f} | {row['tokens_per_s']:,.0f} | "
+              f"{row['floor_s'] * 1e3:.3f} | {row['fraction']:.2f} | "
+              f"{'-' if python is None else f'{python * 1e3:.3f}'} |")  # fmt: skip
 
 
 if __name__ == "__main__":

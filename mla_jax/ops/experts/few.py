@@ -31,7 +31,7 @@ from jaxtyping import Array, Float
 from mla_jax.ops.experts.ring import Plan, Ring, launch, swizzled
 from mla_jax.ops.experts.tiles import Chosen
 from mla_jax.ops.hopper.merge import like
-from mla_jax.ops.hopper.widen import widened
+from mla_jax.ops.hopper.widen import all_have_read, in_order, widened
 from mla_jax.ops.weights import Weight
 
 ROWS = (8, 16, 32, 64)  # M
@@ -174,6 +174,11 @@ def _products(xs, groups, chosen, finish, plan, name, one_x, split=1):
             jnp.broadcast_to(table[..., 0], values[i].shape[:2]) for i, table in enumerate(scales)
         ]
     narrow, wide = values[0].dtype, xs[0].dtype
+    # Arrays must be whole tiles: K of some is an odd multiple of 64.
+    halves = stored and any(group[0].shape[inputs] % depth for group in groups)
+    row = 64 if halves else 128  # bytes of shared memory
+    if stored:
+        xs = (in_order(xs[0], row),) * parts if one_x else tuple(in_order(x, row) for x in xs)
     result = jnp.float32 if split > 1 else wide
     copies = [split] * parts if chosen is None else [chosen.owner.shape[0]] + [1] * (parts - 1)
     out = [
@@ -267,9 +272,9 @@ def _products(xs, groups, chosen, finish, plan, name, one_x, split=1):
                         plgpu.wgmma(acc, kernel.at[:, half].T, ring.at(0, slot).T)
                         continue
                     if plan.interpret:
-                        left = kernel.at[half][...].astype(wide)
+                        left = in_order(kernel.at[half][...].astype(wide), row)
                     else:
-                        left = widened(kernel.at[half], wide)
+                        left = widened(kernel.at[half], row)
                     for i in range(tokens):
                         part = left[:, i * _CHUNK : (i + 1) * _CHUNK]
                         if park is not None:  # the interpreter has no left side in registers
@@ -277,10 +282,12 @@ def _products(xs, groups, chosen, finish, plan, name, one_x, split=1):
                             mine[...] = part
                             part = mine
                         plgpu.wgmma(acc, part, ring.at(i, slot).T)
-                if stored:  # it has been read otherwise than by copies, which write it next
-                    plgpu.commit_smem()
+                if stored:  # a thread loads for itself alone; copies come next
+                    # The interpreter asks for a fence between loads and copies: it costs hundreds
+                    # of cycles, and a GPU needs none once the loads are done.
+                    plgpu.commit_smem() if plan.interpret else all_have_read()
 
-            def scale(b, at, step):
+            def scale(b, at, expert, step):
                 """Of the block that a step of item `at` meets; past its last step any."""
 
                 def of(part):
@@ -288,16 +295,19 @@ def _products(xs, groups, chosen, finish, plan, name, one_x, split=1):
                     table = part.scales[b]
                     at_step = step if part.routed else step + j * part.steps
                     column = block_of(at_step, part.depth, table.shape[2])
-                    return table[
-                        expert_of(part, j), block_of(n, part.columns, table.shape[1]), column
-                    ]
+                    own = expert if part.routed else 0
+                    return table[own, block_of(n, part.columns, table.shape[1]), column]
 
                 return pick(at, of)
 
             def take(at, done):
                 """An item of weights whose scales change from step to step."""
                 steps, _ = fetch(at)
-                factors_of = lambda step: [scale(b, at, step) for b in range(blocks)]  # noqa: E731
+                # Read once: in the loop every scale would wait for it.
+                expert = expert_of(every[-1], every[-1].tile(at)[0])
+                factors_of = lambda step: [  # noqa: E731
+                    scale(b, at, expert, step) for b in range(blocks)
+                ]
 
                 def step(k, carry):
                     done, factors, sums = carry
@@ -354,9 +364,6 @@ def _products(xs, groups, chosen, finish, plan, name, one_x, split=1):
             ring.stream(total, fetch, multiply, end, (WIDTH // 2, rows), blocks)
 
         kernel = (WIDTH, depth) if stored else (depth, WIDTH)
-        # Arrays must be whole tiles: K of some is an odd multiple of 64.
-        halves = stored and any(group[0].shape[inputs] % depth for group in groups)
-        row = 64 if halves else 128
         parking = [swizzled((2, WIDTH // 2, _CHUNK), wide)] if plan.interpret and stored else []
         pl.run_scoped(
             scope,

@@ -92,7 +92,7 @@ def load_scales(scale, source, live):
     )
     def call(_, scale, source, live):
         arith, c = mgpu.utils.arith, mgpu.utils.c
-        me = _Thread()
+        me = Thread()
         f32 = mgpu.utils.ir.F32Type.get()
         slot = arith.addi(arith.muli(me.warp, c(16, me.i32)), me.permuted)
         row = arith.addi(source.registers.item(), slot)
@@ -129,8 +129,8 @@ def factors(scales, shared):
     )
     def call(_, scales, shared):
         arith, c = mgpu.utils.arith, mgpu.utils.c
-        me = _Thread()
-        base = _shared_address(shared)
+        me = Thread()
+        base = shared_address(shared)
         row = arith.addi(arith.muli(me.warp, c(16, me.i32)), me.g)
         at = arith.addi(arith.muli(me.t, c(BLOCK, me.i32)), row)
         at = arith.addi(base, arith.muli(at, c(2, me.i32)))
@@ -171,14 +171,14 @@ def load_keys(tile, group):
     )
     def call(_, tile):
         arith, c = mgpu.utils.arith, mgpu.utils.c
-        me = _Thread()
-        at = arith.addi(_shared_address(tile), arith.muli(me.warp, c(2 * 8 * RANK, me.i32)))
+        me = Thread()
+        at = arith.addi(shared_address(tile), arith.muli(me.warp, c(2 * 8 * RANK, me.i32)))
         at = arith.addi(at, arith.muli(me.permuted, c(128, me.i32)))
         chunk = arith.xori(me.t, me.permuted)
         first = arith.addi(at, arith.muli(chunk, c(16, me.i32)))
         second = arith.addi(at, arith.muli(arith.xori(chunk, c(4, me.i32)), c(16, me.i32)))
         loads = [
-            _load_shared(base, 8 * RANK * h + 1024 * group)
+            load_shared(base, 8 * RANK * h + 1024 * group)
             for base in (first, second)
             for h in range(2)
         ]
@@ -219,8 +219,8 @@ def load_rope(tile):
     )
     def call(_, tile):
         arith, c = mgpu.utils.arith, mgpu.utils.c
-        me = _Thread()
-        at = arith.addi(_shared_address(tile), arith.muli(me.warp, c(2 * 1024, me.i32)))
+        me = Thread()
+        at = arith.addi(shared_address(tile), arith.muli(me.warp, c(2 * 1024, me.i32)))
         at = arith.addi(at, arith.muli(me.permuted, c(128, me.i32)))
         chunk = arith.xori(me.t, me.permuted)
         layout = WG.to_mgpu()
@@ -229,8 +229,8 @@ def load_rope(tile):
             base = arith.xori(chunk, c(4 * b, me.i32))
             base = arith.addi(at, arith.muli(base, c(16, me.i32)))
             for h in range(2):
-                for p, word in enumerate(_load_shared(base, 1024 * h)):
-                    registers[0, 4 * b + p, 0, 0, h, 0, 0, 0, 0] = _pair(word)
+                for p, word in enumerate(load_shared(base, 1024 * h)):
+                    registers[0, 4 * b + p, 0, 0, h, 0, 0, 0, 0] = two_numbers(word)
         return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
     return call(tile)
@@ -245,14 +245,14 @@ def load_values(tile, j):
     )
     def call(_, tile):
         arith, c = mgpu.utils.arith, mgpu.utils.c
-        me = _Thread()
-        at = arith.addi(_shared_address(tile), arith.muli(me.warp, c(1024, me.i32)))
+        me = Thread()
+        at = arith.addi(shared_address(tile), arith.muli(me.warp, c(1024, me.i32)))
         at = arith.addi(at, arith.muli(me.t, c(128, me.i32)))
         chunk = arith.xori(me.t, me.permuted)
         first = arith.addi(at, arith.muli(chunk, c(16, me.i32)))
         second = arith.addi(at, arith.muli(arith.xori(chunk, c(4, me.i32)), c(16, me.i32)))
         loads = [
-            _load_shared(base, (2 * j + h) * 8 * RANK + 4 * 128 * e)
+            load_shared(base, (2 * j + h) * 8 * RANK + 4 * 128 * e)
             for h in range(2)
             for e, base in enumerate((first, second))
         ]
@@ -270,9 +270,9 @@ def turn_values(held, shared, j):
     )
     def call(_, held, shared):
         arith, c = mgpu.utils.arith, mgpu.utils.c
-        me = _Thread()
+        me = Thread()
         at = arith.addi(arith.muli(me.warp, c(2 * BLOCK, me.i32)), arith.muli(me.t, c(4, me.i32)))
-        at = arith.addi(_shared_address(shared), at)
+        at = arith.addi(shared_address(shared), at)
         layout = WG.to_mgpu()
         registers = np.empty(layout.registers_shape((RANK, 16)), dtype=object)
         for h in range(2):
@@ -305,9 +305,9 @@ def reduce_columns(x, shared, kind):
     )
     def call(_, x, shared):
         arith, c, ir = mgpu.utils.arith, mgpu.utils.c, mgpu.utils.ir
-        me, f32 = _Thread(), ir.F32Type.get()
+        me, f32 = Thread(), ir.F32Type.get()
         join = arith.maximumf if kind == "max" else arith.addf
-        base = _shared_address(shared)
+        base = shared_address(shared)
         own = arith.addi(base, arith.muli(me.t, c(8, me.i32)))
         to = arith.addi(own, arith.muli(me.warp, c(4 * WIDTH, me.i32)))
         first = arith.extui(me.i32, arith.cmpi(arith.CmpIPredicate.eq, me.g, c(0, me.i32)))
@@ -397,7 +397,7 @@ def store_columns(ref, value, row, count) -> None:
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), WG, SPLAT, SPLAT))
     def call(_, ref, value, row, count):
         arith, c, ir = mgpu.utils.arith, mgpu.utils.c, mgpu.utils.ir
-        me = _Thread()
+        me = Thread()
         width = mgpu.utils.bitwidth(ir.MemRefType(ref.type).element_type) // 8
         column = arith.muli(me.t, c(2, me.i32))
         at = address(ref, arith.addi(row.registers.item(), column), RANK * width)
@@ -441,7 +441,7 @@ def store_heads(ref, value, row, count) -> None:
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), HEADS, SPLAT, SPLAT))
     def call(_, ref, value, row, count):
         arith, c = mgpu.utils.arith, mgpu.utils.c
-        me = _Thread()
+        me = Thread()
         column = arith.muli(me.t, c(2, me.i32))
         at = address(ref, arith.addi(row.registers.item(), column), 4)
         one = arith.ori(me.g, me.warp)  # zero in one quad
@@ -466,7 +466,7 @@ def store_heads(ref, value, row, count) -> None:
 # -- words
 
 
-class _Thread:
+class Thread:
     """Where a thread is: thread 4 g + t of warp w of its warpgroup."""
 
     def __init__(self):
@@ -482,17 +482,17 @@ class _Thread:
 
 def _own_place(shared):
     arith, c = mgpu.utils.arith, mgpu.utils.c
-    me = _Thread()
+    me = Thread()
     thread = arith.andi(me.thread, c(127, me.i32))
-    return arith.addi(_shared_address(shared), arith.muli(thread, c(16, me.i32)))
+    return arith.addi(shared_address(shared), arith.muli(thread, c(16, me.i32)))
 
 
-def _shared_address(ref):
+def shared_address(ref):
     i32 = mgpu.utils.ir.IntegerType.get_signless(32)
     return mgpu.utils.llvm.ptrtoint(i32, mgpu.utils.memref_ptr(ref))
 
 
-def _load_shared(at, offset):
+def load_shared(at, offset):
     i32 = mgpu.utils.ir.IntegerType.get_signless(32)
     return mgpu.utils.inline_ptx(
         f"ld.shared.v4.b32 {{$0, $1, $2, $3}}, [$4 + {offset}];",
@@ -505,7 +505,7 @@ def _load_shared(at, offset):
 def _turn(one, two, pick, factor):
     """Two bytes, each below eight copies of its sign; shifted by four, masked, and multiplied."""
     i32 = mgpu.utils.ir.IntegerType.get_signless(32)
-    return _pair(
+    return two_numbers(
         mgpu.utils.inline_ptx(
             f"{{ .reg .b32 x; prmt.b32 x, $1, $2, 0x{pick:X}; shl.b32 x, x, 4; "
             "and.b32 x, x, 0x87f087f0; mul.rn.bf16x2 $0, x, $3; }",
@@ -517,7 +517,7 @@ def _turn(one, two, pick, factor):
     )
 
 
-def _pair(word):
+def two_numbers(word):
     """A word as two numbers of bfloat16."""
     ir, vector = mgpu.utils.ir, mgpu.utils.vector
     kind = ir.VectorType.get((1,), word.type)

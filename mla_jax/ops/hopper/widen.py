@@ -1,67 +1,97 @@
 """8-bit numbers from shared memory as the 16-bit left side of matrix products, in registers.
 
-An e4m3 number's bits stand in a bfloat16's place for exponent and mantissa: it is 2^120 times
-smaller then, subnormal numbers included, and a product with 2^120 makes it right, exactly. Five
-operations make two numbers, where the conversion by way of float16 and float32 takes eight.
-"""
+The inner axis of a left side may have any order, as long as the right side has the same
+(`in_order`): here it is such that a thread loads 16 bytes at once, and that eight neighbours load
+from different banks. Of a step's 128 bytes of a row, thread t of four has the 32 from 32 t on;
+where rows of shared memory are only 64 bytes long, it has 16 from 16 t on of each half.
 
-from typing import Any
+An e4m3 number's bits stand in a bfloat16's place for exponent and mantissa: it is 2^120 times
+smaller then, subnormal numbers included, and a product with 2^120 makes it right, exactly. NaN is
+the one that another product makes infinite, and zero times that is NaN. An int8 number's lower
+seven bits stand in the mantissa of 128, from which 128 is taken, or 256 where its sign bit is set.
+"""
 
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-_UPCAST = plgpu.Layout.WGMMA_UPCAST_2X
-_E4M3 = """{
-.reg .b32 lo, hi, mlo, mhi, up, over, zero;
-mov.b32 up, 0x7B807B80;
-mov.b32 over, 0x7B107B10;
-mov.b32 zero, 0;
-prmt.b32 lo, $2, 0, 0x1404;
-prmt.b32 hi, $2, 0, 0x3424;
-shr.u32 mlo, lo, 4;
-shr.u32 mhi, hi, 4;
-and.b32 mlo, mlo, 0x07f007f0;
-and.b32 mhi, mhi, 0x07f007f0;
-and.b32 lo, lo, 0x80008000;
-and.b32 hi, hi, 0x80008000;
-or.b32 lo, lo, mlo;
-or.b32 hi, hi, mhi;
-mul.rn.bf16x2 lo, lo, up;
-mul.rn.bf16x2 hi, hi, up;
-mul.rn.bf16x2 mlo, lo, over;
-mul.rn.bf16x2 mhi, hi, over;
-fma.rn.bf16x2 $0, mlo, zero, lo;
-fma.rn.bf16x2 $1, mhi, zero, hi;
-}"""
+from mla_jax.ops.hopper.fragments import Thread, load_shared, shared_address, two_numbers
+
+DEPTH = 128  # inputs of a step
+_SIGNS = (0x9180, 0xB3A2)  # two bytes of a word, each below eight copies of its sign
+_ASSEMBLY = {
+    jnp.dtype(jnp.float8_e4m3fn): """
+shl.b32 x, x, 4;
+and.b32 x, x, 0x87f087f0;
+mov.b32 y, 0x7B807B80;
+mul.rn.bf16x2 x, x, y;
+mov.b32 y, 0x7B107B10;
+mul.rn.bf16x2 y, x, y;
+mov.b32 z, 0;
+fma.rn.bf16x2 $0, y, z, x;""",
+    jnp.dtype(jnp.int8): """
+and.b32 y, x, 0x43004300;
+and.b32 x, x, 0x007f007f;
+or.b32 x, x, 0x43004300;
+mov.b32 z, 0x43004300;
+add.rn.bf16x2 y, y, z;
+sub.rn.bf16x2 $0, x, y;""",
+}
 
 
-def widened(ref, dtype):
-    """The numbers [64 K] of float8_e4m3fn or int8 in bfloat16, as matrix products take them."""
-    narrow = ref.dtype
-    loaded = plgpu.load(ref, layout=_UPCAST, optimized=False)
-    if narrow != jnp.float8_e4m3fn:
-        return plgpu.layout_cast(loaded.astype(dtype), plgpu.Layout.WGMMA)
+def in_order(x, row: int):
+    """[..., K] in that order, for rows of `row` bytes, 128 or 64, of which K is a multiple."""
+    shape = x.shape
+    x = x.reshape(*shape[:-1], shape[-1] // row, 4, row // 16, 2, 2)
+    return jnp.moveaxis(x, -4, -2).reshape(shape)
+
+
+def widened(ref, row: int):
+    """The numbers [64 128] of float8_e4m3fn or int8 in bfloat16, as matrix products take them."""
+    layout, assembly = plgpu.Layout.WGMMA, _ASSEMBLY[ref.dtype]
+    transforms = (plgpu.TilingTransform((8, row)), plgpu.SwizzleTransform(row))
 
     @plgpu.inline_mgpu(
-        arg_types=(_UPCAST,),
-        return_type=plgpu.ShapeDtypeStruct(ref.shape, dtype, plgpu.Layout.WGMMA),
+        arg_types=(plgpu.RefType(transforms),),
+        return_type=plgpu.ShapeDtypeStruct(ref.shape, jnp.dtype(jnp.bfloat16), layout),
     )
-    def call(_, x):
-        ir, llvm, utils = mgpu.utils.ir, mgpu.utils.llvm, mgpu.utils
-        i32 = ir.IntegerType.get_signless(32)
-        pair = llvm.StructType.get_literal([i32, i32])
-        registers = np.empty_like(x.registers)
-        for index, register in np.ndenumerate(x.registers):
-            word = utils.bitcast(register, i32)
-            made: Any = llvm.inline_asm(pair, [word], _E4M3, "=r,=r,r")
-            words = [llvm.extractvalue(i32, made, [i]) for i in range(2)]
-            words = [utils.bitcast(word, ir.VectorType.get((1,), i32)) for word in words]
-            both = utils.vector_concat(words)
-            kind = ir.VectorType.get((4,), ir.BF16Type.get())
-            registers[index] = utils.vector.bitcast(kind, both)
-        wide = mgpu.FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=None)
-        return wide.to_layout(plgpu.Layout.WGMMA.to_mgpu())
+    def call(_, ref):
+        arith, c, me = mgpu.utils.arith, mgpu.utils.c, Thread()
+        # Of a tile of eight rows, 16 bytes stand at a place that depends on the row.
+        turn = me.g if row == 128 else arith.shrui(me.g, c(1, me.i32))
+        base = arith.addi(shared_address(ref), arith.muli(me.warp, c(2 * 8 * DEPTH, me.i32)))
+        base = arith.addi(base, arith.muli(me.g, c(row, me.i32)))
+        registers = np.empty(layout.to_mgpu().registers_shape((64, DEPTH)), dtype=object)
+        for part in range(2):  # of the 32 bytes
+            chunk = (
+                me.t if row == 64 else arith.addi(arith.muli(me.t, c(2, me.i32)), c(part, me.i32))
+            )
+            at = arith.addi(base, arith.muli(arith.xori(chunk, turn), c(16, me.i32)))
+            for h in range(2):  # rows of the product lie eight apart
+                offset = 8 * DEPTH * h + (8 * row * part if row == 64 else 0)
+                for j, word in enumerate(load_shared(at, offset)):
+                    for pair, signs in enumerate(_SIGNS):
+                        place = 2 * (4 * part + j) + pair
+                        made = mgpu.utils.inline_ptx(
+                            f"{{ .reg .b32 x, y, z; prmt.b32 x, $1, 0, 0x{signs:X}; {assembly} }}",
+                            word,
+                            result_types=me.i32,
+                        )
+                        registers[0, place, 0, 0, h, 0, 0, 0, 0] = two_numbers(made)
+        return mgpu.FragmentedArray(_registers=registers, _layout=layout.to_mgpu(), _is_signed=None)
 
-    return call(loaded)
+    return call(ref)
+
+
+def all_have_read() -> None:
+    """All threads of the warpgroup have in registers what they read before.
+
+    What they read may then be written by copies: no fence is due for that.
+    """
+
+    @plgpu.inline_mgpu()
+    def call(_):
+        mgpu.warpgroup_barrier()
+
+    call()
