@@ -87,16 +87,32 @@ def gate_up(
         a, b = sums
         return a / (1 + jnp.exp(-a)) * b
 
-    return _products((x,) * len(kernels), kernels, chosen, finish, plan, "few_gate_up", not apart)
+    splits = (1,) * len(kernels)
+    return _products(
+        (x,) * len(kernels), kernels, chosen, finish, plan, "few_gate_up", not apart, splits
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("plan",))
 def down(
     x: tuple[Float[Array, "_ _"], ...], kernels: tuple[Kernel, ...], chosen: Chosen, *, plan: Plan
 ) -> tuple[Float[Array, "_ _"], ...]:
-    """Each expert's hidden states times its kernel; arguments as in `gate_up`."""
+    """Each expert's hidden states times its kernel; arguments as in `gate_up`.
+
+    A shared expert some times as wide as the others is cut into so many parts, which thread blocks
+    take like experts: its result is their sum, in float32.
+    """
     groups = tuple((kernel,) for kernel in kernels)
-    return _products(x, groups, chosen, lambda sums: sums[0], plan, "few_down", False)
+    axis = 2 if isinstance(kernels[0], Weight) else 1
+    steps = [-(-kernel.shape[axis] // DEPTH[3 - axis]) for kernel in kernels]
+    splits = (1, *(n // steps[0] if n % steps[0] == 0 else 1 for n in steps[1:]))
+    first = lambda sums: sums[0]  # noqa: E731
+    made, *shared = _products(x, groups, chosen, first, plan, "few_down", False, splits)
+    sums = [
+        one.astype(jnp.float32).reshape(split, plan.rows, -1).sum(0)
+        for one, split in zip(shared, splits[1:], strict=True)
+    ]
+    return made, *sums
 
 
 @functools.partial(jax.jit, static_argnames=("plan",))
@@ -109,8 +125,9 @@ def linear(x: Float[Array, "M K"], kernel: Kernel, *, plan: Plan) -> Float[Array
     fitting = [n for n in range(1, steps // 2 + 1) if steps % n == 0 and n * parts <= plan.cores]
     split = max(fitting, default=1)
     (made,) = _products(
-        (x,), ((kernel,),), None, lambda sums: sums[0], plan, "few_linear", True, split
-    )
+        (x,), ((kernel,),), None, lambda sums: sums[0], plan, "few_linear", True, (split,),
+        jnp.float32 if split > 1 else x.dtype,
+    )  # fmt: skip
     return made.reshape(split, plan.rows, outputs).sum(0).astype(x.dtype) if split > 1 else made
 
 
@@ -153,10 +170,11 @@ class _Part(NamedTuple):
         return lax.div(at, jnp.int32(self.columns)), lax.rem(at, jnp.int32(self.columns))
 
 
-def _products(xs, groups, chosen, finish, plan, name, one_x, split=1):
+def _products(xs, groups, chosen, finish, plan, name, one_x, splits, result=None):
     """One kernel over all parts: `groups[p]` are the kernels that meet `xs[p]`.
 
-    With `chosen` the first part is the experts'. Of parts of K the sums come apart, in float32.
+    With `chosen` the first part is the experts'. The sums of the `splits[p]` parts of K come apart,
+    one below the other, in the dtype `result`, x's by default.
     """
     stored = isinstance(groups[0][0], Weight)
     blocks, parts, size = len(groups[0]), len(groups), 1 if stored else 2
@@ -179,8 +197,8 @@ def _products(xs, groups, chosen, finish, plan, name, one_x, split=1):
     row = 64 if halves else 128  # bytes of shared memory
     if stored:
         xs = (in_order(xs[0], row),) * parts if one_x else tuple(in_order(x, row) for x in xs)
-    result = jnp.float32 if split > 1 else wide
-    copies = [split] * parts if chosen is None else [chosen.owner.shape[0]] + [1] * (parts - 1)
+    result = wide if result is None else result
+    copies = [*splits] if chosen is None else [chosen.owner.shape[0], *splits[1:]]
     out = [
         like(x, (count * rows, group[0].shape[outputs]), result)
         for x, group, count in zip(xs, groups, copies, strict=True)
@@ -204,7 +222,7 @@ def _products(xs, groups, chosen, finish, plan, name, one_x, split=1):
                 scales=scale_refs[own],
                 out=out_refs[p],
                 columns=columns,
-                steps=steps // split,
+                steps=steps // splits[p],
                 depth=steps,
                 first=fixed,
                 routed=chosen is not None and p == 0,
@@ -248,7 +266,7 @@ def _products(xs, groups, chosen, finish, plan, name, one_x, split=1):
             def fetch(at):
                 def copy(step, slot):
                     def of(part, j, expert, n):
-                        first = 0 if one_x else j * rows
+                        first = j * rows if part.routed and not one_x else 0
                         begin = (step if part.routed else step + j * part.steps) * depth
                         for i in range(tokens):
                             inner = pl.ds(begin + i * _CHUNK, _CHUNK)

@@ -51,7 +51,7 @@ def weight(kind, shape, rng):
     return made, np.asarray(made.dense(jnp.float32), np.float64).swapaxes(1, 2)
 
 
-def check_products(kind, rng, rows=8):
+def check_products(kind, rng, rows=8, cores=2, interpret=INTERPRET):
     """Two of three experts and a shared one of another width; places in use, one behind them."""
     chosen = Chosen(jnp.array([0, 2, 1]), jnp.array([0, 1, 1, 2]))
     x = jnp.asarray(rng.standard_normal((rows, 256)), jnp.bfloat16)
@@ -60,7 +60,7 @@ def check_products(kind, rng, rows=8):
     made = {name: weight(kind, (3, *shape), rng) for name, shape in shapes.items()}
     own = {name: weight(kind, (1, *shape), rng) for name, shape in wide.items()}
     groups = tuple((kernels["gate"][0], kernels["up"][0]) for kernels in (made, own))
-    plan = few.Plan(rows, 2, INTERPRET)
+    plan = few.Plan(rows, cores, interpret)
     hidden = jax.block_until_ready(few.gate_up(x, groups, chosen, plan=plan))
     down = tuple(kernels["down"][0] for kernels in (made, own))
     y = jax.block_until_ready(few.down(hidden, down, chosen, plan=plan))
@@ -78,14 +78,18 @@ def test_the_products_of_chosen_and_shared_experts(kind, rng):
     check_products(kind, rng)
 
 
-@pytest.mark.parametrize("kind", ["plain", "e4m3", "int8"])
-def test_a_linear_whose_inputs_are_shared_out(kind, rng):
+def check_linear(kind, rng, rows=8, cores=4, interpret=INTERPRET):
     """Over two parts of K in float32; the last tiles of outputs and inputs are halves."""
     inputs = 512 if kind == "plain" else 448
     kernel, exact = weight(kind, (1, inputs, 192), rng)
-    x = jnp.asarray(rng.standard_normal((8, inputs)), jnp.bfloat16)
-    y = few.linear(x, kernel, plan=few.Plan(8, 4, INTERPRET))
+    x = jnp.asarray(rng.standard_normal((rows, inputs)), jnp.bfloat16)
+    y = few.linear(x, kernel, plan=few.Plan(rows, cores, interpret))
     assert relative(y, np.asarray(x, np.float64) @ exact[0]) < tolerance(1)
+
+
+@pytest.mark.parametrize("kind", ["plain", "e4m3", "int8"])
+def test_a_linear_whose_inputs_are_shared_out(kind, rng):
+    check_linear(kind, rng)
 
 
 @pytest.mark.parametrize("kind", ["plain", "e4m3"])
@@ -205,6 +209,15 @@ def test_bugs_planted_in_the_kernels_are_noticed(bug, monkeypatch, rng):
         check_products(kind, rng)
     for kernel in (few.gate_up, few.down):
         kernel.clear_cache()
+
+
+@pytest.mark.accelerator
+@pytest.mark.usefixtures("card")
+@pytest.mark.parametrize("rows", few.ROWS)
+@pytest.mark.parametrize("kind", ["plain", "e4m3", "int8"])
+def test_products_and_linears_on_a_gpu(kind, rows, rng):
+    check_products(kind, rng, rows, 132, None)
+    check_linear(kind, rng, rows, 132, None)
 
 
 @pytest.mark.accelerator
