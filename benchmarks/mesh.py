@@ -192,7 +192,8 @@ class Report:
             batches = sorted({row["batch"] for row in mine})
             heads = (f"batch {b}: ms, MB sent (closed form), efficiency" for b in batches)
             print(f"\n| {part} | " + " | ".join(heads) + " |\n|---|" + "---|" * len(batches))
-            for name in dict.fromkeys(row["layout"] for row in mine):
+            names = {row["layout"] for row in mine}
+            for name in (name for name in (ONE, *LAYOUTS) if name in names):
                 cells = []
                 for batch in batches:
                     found = [r for r in mine if (r["layout"], r["batch"]) == (name, batch)]
@@ -319,7 +320,7 @@ def main() -> None:
     add("--layouts", nargs="+", default=list(LAYOUTS), choices=list(LAYOUTS))
     add("--preset", default="deepseek_v2_lite")
     add("--layers", type=int, help="fewer than the preset has")
-    add("--text-layers", type=int, default=4, help="of the model that writes texts")
+    add("--text-layers", type=int, default=2, help="of the model that writes texts")
     add("--heads", type=int, help="instead of the preset's, which n may not divide")
     add("--batches", type=int, nargs="+", default=[1, 8, 64])
     add("--context", type=int, default=4096, help="tokens that every row holds")

@@ -32,6 +32,7 @@ LAYOUTS = {
     "helix": Rules(S="x", **SPLIT),
 }
 ONE = "one device"
+TYPES: dict[str, Any] = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,20 +65,24 @@ class Spot:
 
     def model(self, config: DecoderConfig) -> Decoder:
         """A decoder of shapes."""
-        types = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
-        return self.laid(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), **types)))
+        return self.laid(_shapes(config))
 
     def made(self, config: DecoderConfig, copied: bool = False) -> Decoder:
         """A decoder with weights; `copied` from one device, where they are made."""
-        types = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
         if not self.rules:
-            return jax.block_until_ready(random_decoder(config, **types))
+            return jax.block_until_ready(random_decoder(config, **TYPES))
         if copied:
-            model = random_decoder(config, **types)
+            model = random_decoder(config, **TYPES)
             with self.use():
                 return jax.block_until_ready(jax.device_put(model, self.rules.of(model)))
         with self.use():
-            return jax.block_until_ready(random_decoder(config, sharding=self.rules, **types))
+            return jax.block_until_ready(random_decoder(config, sharding=self.rules, **TYPES))
+
+
+@functools.cache
+def _shapes(config: DecoderConfig) -> Decoder:
+    """A decoder of shapes: seconds for a whole model, so it is made once."""
+    return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), **TYPES))
 
 
 class Compiler:
@@ -110,6 +115,10 @@ class Compiler:
     def wait(self) -> None:
         """Until every program is there or has failed."""
         concurrent.futures.wait(self.futures.values())
+
+    def failed(self, name: str) -> bool:
+        """Whether a program could not be traced or compiled."""
+        return self.futures[name].exception() is not None
 
     def __getitem__(self, name: str) -> Any:
         """A program.
@@ -149,6 +158,8 @@ class Steps:
     options: argparse.Namespace
     compiler: Compiler
     name: str
+    moved: dict[str, Any] = dataclasses.field(default_factory=dict)
+    form: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def compile(self) -> None:
         """Adds the programs that fill a cache and that decode."""
@@ -173,20 +184,27 @@ class Steps:
             given = mla_jax.bind(model), self.spot.laid(shapes), token
             self.compiler.add(self.name, block, *given, steps=self.options.steps)
 
+    def read(self) -> None:
+        """Reads what a compiled step sends, and what it has to send."""
+        spot, steps = self.spot, self.options.steps
+        if spot.rules:
+            text = self.compiler[self.name].as_text()
+            kinds = links.by_kind(links.collectives(text, spot.mesh.size))
+            self.moved = {
+                kind: (count / steps, sent / steps) for kind, (count, sent) in kinds.items()
+            }
+            self.form = dict(placement(
+                self.config, mesh=dict(spot.mesh.shape), sharding=spot.rules,
+                batch_size=self.rows, length=self.slots,
+            ).link_bytes)  # fmt: skip
+
     def timed(self, model: Decoder) -> dict[str, Any]:
         """Seconds of a step (median of --blocks blocks), and what one device sends in a step.
 
         Raises:
             ArithmeticError: a row overflowed.
         """
-        steps, spot, n = self.options.steps, self.spot, self.spot.mesh.size
-        program, form, moved = self.compiler[self.name], {}, {}
-        if spot.rules:
-            form = placement(
-                self.config, mesh=dict(spot.mesh.shape), sharding=spot.rules,
-                batch_size=self.rows, length=self.slots,
-            ).link_bytes  # fmt: skip
-            moved = links.by_kind(links.collectives(program.as_text(), n))
+        steps, spot, program = self.options.steps, self.spot, self.compiler[self.name]
         with spot.use():
             bound, cache = mla_jax.bind(model), self.compiler[f"{self.name}, cache"]()
             token = cache.beside(jnp.zeros((self.rows, 1), jnp.int32))
@@ -202,8 +220,7 @@ class Steps:
         return {
             "seconds": statistics.median(taken), "best": min(taken),
             "compile_s": self.compiler.seconds(self.name),
-            "moved": {kind: (count / steps, sent / steps) for kind, (count, sent) in moved.items()},
-            "least": sum(form.values()), "form": dict(form),
+            "moved": self.moved, "least": sum(self.form.values()), "form": self.form,
             "temporaries": memory.temp_size_in_bytes, "arguments": memory.argument_size_in_bytes,
         }  # fmt: skip
 
@@ -216,7 +233,7 @@ def shortened(config: DecoderConfig, layers: int | None, heads: int | None) -> D
 
 
 def fitting(spot: Spot, config: DecoderConfig, limit: float | None) -> int:
-    """How many layers fit with 0.8 of the memory for weights."""
+    """How many layers fit with 0.65 of the memory for weights, as float32 widens a layer's."""
     whole = config.attention.num_hidden_layers
     if limit is None:
         return min(whole, 4)
@@ -229,4 +246,4 @@ def fitting(spot: Spot, config: DecoderConfig, limit: float | None) -> int:
     dense = config.first_k_dense_replace
     base = held(dense + 1)
     each = held(dense + 2) - base
-    return max(dense + 1, min(whole, dense + 1 + int((0.8 * limit - base) // each)))
+    return max(dense + 1, min(whole, dense + 1 + int((0.65 * limit - base) // each)))

@@ -161,7 +161,8 @@ def text(spot: Spot, config: DecoderConfig, copied: bool) -> dict[str, Any]:
     n = spot.mesh.size
     prompts = probe(n, config)[0][:, :20]
     there = untipped(spot.made(config, copied))
-    one = jax.device_put(there, spot.mesh.devices.flat[0]) if spot.rules else there
+    # By way of the host: an array that is moved between devices keeps its mesh in its type.
+    one = jax.tree.map(jnp.asarray, jax.device_get(there)) if spot.rules else there
     with spot.use():
         rules: dict[str, Any] = {"max_length": 128 * max(2, n)}  # a block for every device
         rules |= {"sharding": spot.rules} if spot.rules else {}

@@ -60,7 +60,7 @@ class Job:
         shapes = [self.layout]
         if self.part == "large":
             shapes = ["tensor", "wide", "helix"]
-            for name in shapes if "values" in options.parts else ():
+            for name in shapes:
                 forms = both if name == "tensor" else both[:1]
                 values = Values(Spot.of(self.mesh, name), self.config, self.compiler, forms,
                                 f"{name}, ")  # fmt: skip
@@ -72,7 +72,7 @@ class Job:
         for name in shapes:
             self.steps += self.batches(name)
         for what in [values for _, values in self.values] + [steps for _, steps in self.steps]:
-            what.compile()
+            self.trying("tracing", what.compile)
         # A short model's weights are made by the programs that make the whole one's.
         few = min(options.text_layers, self.config.attention.num_hidden_layers)
         short = shortened(self.config, few, None)
@@ -85,6 +85,9 @@ class Job:
         elif self.part != "large":
             self.spot.made(short, self.options.copied)
         self.compiler.wait()
+        for name, steps in self.steps:
+            row = {"part": self.row_part, "layout": name, "batch": steps.rows}
+            self.trying(f"program of {steps.rows} rows", steps.read, **row)
 
     def batches(self, name: str) -> list[tuple[str, Steps]]:
         """The decode steps that are timed."""
