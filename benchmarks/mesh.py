@@ -7,9 +7,9 @@ Four parts, each printed as it goes:
              and of every layout; what it sends over the links, by its compiled program and by the
              closed form (`mla_jax.placement`); and efficiency, the time of one device over n times
              that of n;
-    large    DeepSeek-V3's shape with as many layers as fit: its split rows' logits against those
-             of split slots, and the same times;
-    long     one row of --long slots, split over the devices, and on one device where that fits.
+    long     one row of --long slots, split over the devices, and on one device;
+    large    DeepSeek-V3's shape with as many layers as fit: logits of split rows and of split slots
+             against those of split heads, and the same times.
 
 Layouts, all on one axis of n devices ("-" in the table: the rows do not divide):
     data     rows; weights whole everywhere
@@ -17,6 +17,11 @@ Layouts, all on one axis of n devices ("-" in the table: the rows do not divide)
     expert   rows and experts; the weights of attention whole everywhere
     wide     rows, experts, and the weights of attention by heads
     helix    slots of the cache, and all weights by heads, experts and words
+
+Every layout has a process. In a wave (values and steps; then long and large) all of them compile
+side by side from shapes, and then each has the devices to itself for a turn: it makes its weights,
+computes, times and ends. So nothing compiles while something is timed, and one model is in memory.
+Texts alone are written while others compile, by a model of --text-layers.
 
 What is right in bfloat16: the sums of a layout are those of one device in another order, some of
 them rounded once more, so that its error against the same weights in float32 may be twice one
@@ -30,9 +35,8 @@ has, which is in float32 and is given the same numbers in every layout: n device
 each sum, and round again as they add the parts, so that sqrt(n) half units of the last place, 2^-9,
 may come to one device's error. A token that goes astray among m shows as sqrt(1 / m).
 
-A part that fails is reported, the others run, and the exit code is 1. One that takes longer than
---limit seconds, as a collective does that waits for ever, ends the run: the tables of what there is
-are printed first, and --layouts and --parts ask for the rest.
+What fails is reported, the others run, and the exit code is 1. A process that compiles or has its
+turn for longer than --limit seconds, as a collective does that waits for ever, is ended.
 
     python benchmarks/mesh.py --json mesh.json
     python benchmarks/mesh.py --small     8 simulated CPU devices, a model of two small layers
@@ -42,47 +46,27 @@ kernels stay off.
 """
 
 import argparse
-import contextlib
-import dataclasses
-import functools
 import json
 import math
+import multiprocessing
 import os
 import pathlib
-import statistics
 import sys
-import threading
 import time
-import traceback
+from multiprocessing import connection
 from typing import Any
 
 os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
 os.environ.setdefault("NVSHMEM_DISABLE_NVLS", "1")
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")  # one process at a time is large
 
 import jax
-import jax.numpy as jnp
-import links  # beside this file
 import numpy as np
-from flax import nnx
-from jax import lax
-
-import mla_jax
-from mla_jax import sharding
-from mla_jax.generation import generate
-from mla_jax.models import Decoder, DecoderConfig, random_decoder
-from mla_jax.placing import placement
-from mla_jax.sharding import Rules
+from mesh_layout import LAYOUTS, ONE  # beside this file
+from mesh_work import work  # beside this file
 
 STARTED = time.perf_counter()
-SPLIT: dict[str, Any] = {"N": "x", "F": "x", "W": "x", "E": "x"}
-LAYOUTS = {
-    "data": Rules(B="x"),
-    "tensor": Rules(**SPLIT),
-    "expert": Rules(B="x", E="x"),
-    "wide": Rules(B="x", **SPLIT),
-    "helix": Rules(S="x", **SPLIT),
-}
-WRITTEN = 24  # words of the greedy text
 SMALL = {
     "simulated": 8, "preset": "tiny", "heads": 8, "layers": 2, "batches": [1, 8], "context": 100,
     "steps": 2, "blocks": 2, "long": 2048, "large": "tiny", "large_layers": 2,
@@ -97,44 +81,108 @@ def say(text: str) -> None:
 class Report:
     """What was found, kept in a file as it comes, and what failed."""
 
-    def __init__(self, path: pathlib.Path | None, head: dict[str, Any], limit: float):
-        self.path, self.kept, self.failed = path, {**head, "rows": []}, []
-        self.limit = limit
+    def __init__(self, options: argparse.Namespace):
+        self.options, self.failed = options, []
+        self.kept: dict[str, Any] = {
+            "jax": jax.__version__, "preset": options.preset, "context": options.context,
+            "link": options.link, "rows": [],
+        }  # fmt: skip
+        self.wanted: dict[str, dict[str, Any]] = {}  # what is right, by part
+        self.texts: dict[str, Any] = {}  # by layout
 
     def add(self, **row: Any) -> None:
         """Keeps one row."""
         self.kept["rows"].append(row)
-        if self.path:
-            self.path.write_text(json.dumps(self.kept, indent=1) + "\n")
+        self.keep()
 
-    def trying(self, part: str, layout: str, run, *given: Any, limited: bool = True) -> Any:
-        """`run(*given)`; an error is reported and kept, and None comes back.
+    def keep(self) -> None:
+        """Writes the file."""
+        if self.options.json:
+            self.options.json.write_text(json.dumps(self.kept, indent=1) + "\n")
 
-        What consists of parts that are tried themselves is not `limited` in its time.
-        """
-        watch = threading.Timer(self.limit, self.give_up, (part, layout))
-        watch.daemon = True
-        if limited:
-            watch.start()
-        try:
-            return run(*given)
-        except Exception as error:
-            traceback.print_exc()
-            first = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-            say(f"{part}, {layout}: FAILED: {first}")
-            self.failed.append(f"{part}, {layout}")
-            self.add(part=part, layout=layout, failure=first)
-            return None
-        finally:
-            watch.cancel()
+    def failure(self, part: str, layout: str, what: str, failure: str, **row: Any) -> None:
+        """Prints and keeps what failed."""
+        say(f"{part}, {layout}, {what}: FAILED: {failure}")
+        self.failed.append(f"{part}, {layout}, {what}")
+        self.add(part=part, layout=layout, what=what, failure=failure, **row)
 
-    def give_up(self, part: str, layout: str) -> None:
-        """Prints the tables of what is done, and ends the process, which waits for devices."""
-        say(f"{part}, {layout}: GIVEN UP after {self.limit:.0f} s")
-        self.add(part=part, layout=layout, failure=f"given up after {self.limit:.0f} s")
-        self.summary()
-        print("failed: " + "; ".join([*self.failed, f"{part}, {layout}"]), flush=True)
-        os._exit(1)
+    def heard(self, part: str, layout: str, kind: str, what: Any) -> None:
+        """Takes a message of a process."""
+        if kind == "say":
+            say(f"{part}, {layout}: {what}")
+        elif kind == "head":
+            self.kept |= what
+            self.keep()
+        elif kind == "failure":
+            self.failure(**what)
+        elif kind == "row":
+            self.row(what)
+        elif kind == "text":
+            self.texts[layout] = what
+        elif kind == "values":
+            self.values(part, what.pop("as"), what)
+
+    def row(self, row: dict[str, Any]) -> None:
+        """Keeps one measurement and prints it, with its efficiency where one device is known."""
+        if "seconds" in row:
+            for other in self.kept["rows"]:
+                same = all(other.get(key) == row[key] for key in ("part", "batch"))
+                if same and other["layout"] == ONE != row["layout"] and "seconds" in other:
+                    row["efficiency"] = other["seconds"] / row["seconds"] / self.kept["devices"]
+            self.tell(row)
+        self.add(**row)
+
+    def tell(self, row: dict[str, Any]) -> None:
+        """Prints one measurement."""
+        sent = sum(sent for _, sent in row["moved"].values())
+        kinds = ", ".join(
+            f"{count:.0f} {kind} {sent / 1e6:.3f} MB"
+            for kind, (count, sent) in sorted(row["moved"].items())
+        )
+        say(f"{row['part']}, {row['layout']}, {row['batch']} rows of {row['slots']:,} slots: "
+            f"{row['seconds'] * 1e3:.3f} ms a step (best {row['best'] * 1e3:.3f}), "
+            f"{row['batch'] / row['seconds']:,.0f} tokens/s"
+            + (f", efficiency {row['efficiency']:.2f}" if "efficiency" in row else "")
+            + f"; temporaries {row['temporaries'] / 1e6:.0f} MB"
+            + (f"; sends {sent / 1e6:.3f} MB a step, {sent / self.options.link * 1e3:.3f} ms at "
+               f"the links' rate, {row['least'] / 1e6:.3f} MB by the closed form: {kinds}"
+               if row["moved"] else ""))  # fmt: skip
+
+    def values(self, part: str, layout: str, found: dict[str, Any]) -> None:
+        """Compares what a layout computed with what is right, and keeps both errors."""
+        if "float32" in found:
+            self.wanted[part] = found
+            own = off(found["bfloat16"]["logits"], found["float32"]["logits"])
+            say(f"{part}, {layout}: bfloat16's own error {own:.2e}")
+            return
+        wanted, table = self.wanted.get(part), "values" if part == "layout" else part
+        if wanted is None:
+            self.failure(table, layout, "values", "what is right is not known")
+            return
+        right, mine, one = wanted["float32"], found["bfloat16"], wanted["bfloat16"]
+        error, own = off(mine["logits"], right["logits"]), off(one["logits"], right["logits"])
+        given = zip(mine["experts"], one["experts"], right["experts"], strict=True)
+        experts = [(off(x, y), off(o, y)) for x, o, y in given]
+        row = {"error": error, "own": own, "experts": experts}
+        good = error <= 2 * own and all(
+            x <= o + math.sqrt(self.kept["devices"]) * 2**-9 for x, o in experts
+        )
+        if found["fingerprint"] != wanted["fingerprint"]:
+            good = False
+            say(f"{table}, {layout}: OTHER WEIGHTS than one device's; --copied copies these")
+        if part == "layout":
+            text, first = self.texts.get(layout), self.texts.get(ONE)
+            if text is None or first is None:
+                self.failure(table, layout, "text", "not written")
+            else:
+                row |= {"same": int((text["words"] == first["words"]).sum()),
+                        "words": text["words"].size, "lost": text["lost"],
+                        "bound": 4 * first["most"]}  # fmt: skip
+                good = good and row["lost"] <= row["bound"]
+        say(f"{table}, {layout}: {_values(row)}")
+        self.add(part=table, layout=layout, **row)
+        if not good:
+            self.failure(table, layout, "values", "wrong: see the line above")
 
     def summary(self) -> None:
         """The tables: a line for every layout, a column for every batch; and the values."""
@@ -144,7 +192,8 @@ class Report:
             batches = sorted({row["batch"] for row in mine})
             heads = (f"batch {b}: ms, MB sent (closed form), efficiency" for b in batches)
             print(f"\n| {part} | " + " | ".join(heads) + " |\n|---|" + "---|" * len(batches))
-            for name in dict.fromkeys(row["layout"] for row in mine):
+            names = {row["layout"] for row in mine}
+            for name in (name for name in (ONE, *LAYOUTS) if name in names):
                 cells = []
                 for batch in batches:
                     found = [r for r in mine if (r["layout"], r["batch"]) == (name, batch)]
@@ -156,10 +205,27 @@ class Report:
                   "device's | farthest word, bound |\n|---|---|---|---|---|")  # fmt: skip
         for row in checked:
             experts = ", ".join(f"{a:.1e}, {b:.1e}" for a, b in row["experts"])
+            words = "- | -"
+            if "lost" in row:
+                words = f"{row['same']} of {row['words']} | {row['lost']:.2e}, {row['bound']:.2e}"
             print(f"| {row['part']}, {row['layout']} | {row['error']:.2e}, {row['own']:.2e} | "
-                  f"{experts} | {row['same']} of {row['words']} | {row['lost']:.2e}, "
-                  f"{row['bound']:.2e} |")  # fmt: skip
-        sys.stdout.flush()
+                  f"{experts} | {words} |")  # fmt: skip
+        print(flush=True)
+
+
+def off(a, b) -> float:
+    """Relative distance of two arrays."""
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+def _values(row: dict[str, Any]) -> str:
+    """One comparison in words."""
+    experts = ", ".join(f"{mine:.2e} (one device {own:.2e})" for mine, own in row["experts"])
+    found = f"error {row['error']:.2e} (one device {row['own']:.2e}), of experts {experts}"
+    if "lost" in row:
+        found += (f"; {row['same']} of {row['words']} words as one device's, the farthest "
+                  f"{row['lost']:.2e} from the best (bound {row['bound']:.2e})")  # fmt: skip
+    return found
 
 
 def _cell(row: dict[str, Any]) -> str:
@@ -171,414 +237,72 @@ def _cell(row: dict[str, Any]) -> str:
             + (f"{share:.2f}" if share else "-"))  # fmt: skip
 
 
-@dataclasses.dataclass
-class Run:
-    """The devices, the model that is looked at, and what was asked for."""
+class Child:
+    """A process of a wave: it compiles, is ready, has its turn, and is done."""
 
-    options: argparse.Namespace
-    mesh: Any
-    report: Report
+    def __init__(self, part: str, layout: str, options: argparse.Namespace):
+        self.part, self.layout, self.options = part, layout, options
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        given = part, layout, options, theirs
+        self.process = context.Process(target=work, args=given, daemon=True)
+        self.process.start()
+        theirs.close()
+        self.state = "compiles"
+        self.since = time.perf_counter()
 
-    @property
-    def n(self) -> int:
-        """How many devices."""
-        return self.mesh.size
+    def enters(self, state: str) -> None:
+        """Prints how long the state took that ends, and begins another."""
+        now = time.perf_counter()
+        say(f"{self.part}, {self.layout}: {self.state} for {now - self.since:.1f} s, then {state}")
+        self.state, self.since = state, now
 
+    def late(self) -> bool:
+        """Whether it works longer than --limit; waiting does not count."""
+        working = self.state in ("compiles", "has its turn")
+        return working and time.perf_counter() - self.since > self.options.limit
 
-def placed(model: Decoder, place: Rules) -> Decoder:
-    """The same weights, where the layout has them."""
-    return jax.block_until_ready(jax.device_put(model, place.of(model)))
-
-
-def in_float32(model: Decoder) -> Decoder:
-    """The same weights, computed with in float32."""
-    other = nnx.eval_shape(
-        lambda: Decoder(
-            model.config, dtype=jnp.float32, param_dtype=jnp.bfloat16, precision="highest",
-            implementation="xla", rngs=nnx.Rngs(0),
-        )
-    )  # fmt: skip
-    nnx.update(other, nnx.state(model))
-    return other
-
-
-def untipped(model: Decoder) -> Decoder:
-    """The same weights, but routers whose scores are all equal: every choice is the first ones."""
-    other = nnx.merge(*nnx.split(model), copy=True)  # variables of its own, the same arrays
-    for block in other.blocks:
-        if hasattr(block.mlp, "router"):
-            kernel = block.mlp.router.kernel
-            kernel.set_value(jnp.zeros_like(kernel[...]))
-    return other
-
-
-@jax.jit
-def mixed(layer, x):
-    """A mixture of experts."""
-    return sharding.move(layer(x))
-
-
-def mixtures(model, place: Rules | None, run: Run):
-    """What the first mixture makes of few and of many tokens, on the host in float32."""
-    layer = next((block.mlp for block in model.blocks if hasattr(block.mlp, "router")), None)
-    found = []
-    for tokens in (1, 136) if layer is not None else ():
-        shape = run.n, tokens, model.config.attention.hidden_size
-        x = np.random.default_rng(tokens).standard_normal(shape, np.float32)
-        x = jnp.asarray(x, jnp.bfloat16)
-        if place is not None:
-            x = jax.device_put(x, jax.NamedSharding(run.mesh, sharding.pspec(place.B)))
-        found.append(np.asarray(mixed(layer, x).astype(jnp.float32)))
-    return found
-
-
-@jax.jit
-def forward(model, cache, prompts, counts, more):
-    """Logits of a prompt's last tokens [B W], and of three more tokens [B 3 W], one by one."""
-    last, cache = model.prefill_last(prompts, cache.as_fresh(), counts)
-    after = []
-    for at in range(3):
-        logits, cache = model.decode(more[:, at : at + 1], cache)
-        after.append(logits)
-    whole = lambda x: sharding.move(x)  # noqa: E731
-    return whole(last), whole(jnp.concatenate(after, axis=1))
-
-
-def probe(run: Run, config: DecoderConfig):
-    """Ragged prompts, a row for every device and one slot behind a border of 128 slots."""
-    random = np.random.default_rng(0)
-    width = 136
-    counts = np.array([width - 7 * i if i else width for i in range(run.n)], np.int32)
-    counts[-1] = 1
-    words = random.integers(0, config.vocab_size, (run.n, width + 3), np.int32)
-    return words[:, :width], counts, words[:, width:]
-
-
-def logits_of(model, place: Rules | None, given, n: int):
-    """Logits of the probe, on the host in float32."""
-    slots = 128 * max(2, n)
-    rules = {} if place is None else {"sharding": place}
-    cache = model.init_cache(n, slots, **rules)
-    prompts, counts, more = given
-    found = forward(model, cache, prompts, counts, more)
-    last, after = (np.asarray(x.astype(jnp.float32)) for x in found)
-    return np.concatenate([last[:, None], after], axis=1)
-
-
-def off(a, b) -> float:
-    """Relative distance of two arrays."""
-    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
-
-
-def greedy(model, place: Rules | None, prompts):
-    """The words that a model writes."""
-    rules: dict[str, Any] = {"max_length": 128 * max(2, len(prompts))}  # a block for every device
-    rules |= {} if place is None else {"sharding": place}
-    return generate(model, prompts, max_new_tokens=WRITTEN, **rules).tokens
-
-
-def regrets(score, prompts, texts):
-    """How far every word is from the best by `score`, a jitted model, given the words before it."""
-    found = []
-    for prompt, text in zip(prompts, texts, strict=True):
-        tokens = np.array([[*prompt, *text]], np.int32)
-        logits = np.asarray(score(tokens))[0, len(prompt) - 1 : -1]
-        chosen = np.take_along_axis(logits, np.array(text)[:, None], axis=1)[:, 0]
-        found.append(logits.max(1) - chosen)
-    return np.concatenate(found)
-
-
-@jax.jit
-def scored(model, tokens):
-    """Logits of a whole text."""
-    return sharding.move(model(tokens))
-
-
-@dataclasses.dataclass
-class Wanted:
-    """What layouts are compared with: float32's results, bfloat16's errors, and a text.
-
-    Attributes:
-        logits: of the probe `given`, in float32.
-        own, most: the error of one device's logits in bfloat16, its norm and the largest.
-        mixtures: of float32, each with one device's error.
-        text: that one device writes behind `prompts`.
-        score: logits of a text in float32.
-    """
-
-    logits: np.ndarray
-    own: float
-    most: float
-    mixtures: list[tuple[np.ndarray, float]]
-    text: list[list[int]]
-    prompts: list[list[int]]
-    score: Any
-    given: Any
-
-    @classmethod
-    def of(cls, run: Run, model: Decoder, place: Rules | None = None) -> "Wanted":
-        """By one device, or by a layout that stands for it."""
-        experts = [
-            (wanted, off(found, wanted))
-            for wanted, found in zip(
-                mixtures(in_float32(model), place, run), mixtures(model, place, run), strict=True
+    def ends(self, report: Report) -> None:
+        """Ends the process; one that is not done has failed."""
+        if self.state != "done":
+            how = (
+                f"given up after {self.options.limit:.0f} s" if self.late() else "its process died"
             )
-        ]
-        given, model = probe(run, model.config), untipped(model)
-        wide = in_float32(model)
-        wanted = logits_of(wide, place, given, run.n)
-        found = logits_of(model, place, given, run.n)
-        prompts = [row[:20].tolist() for row in given[0]]
-        text = greedy(model, place, prompts)
-
-        def score(tokens):
-            with contextlib.nullcontext() if place is None else jax.set_mesh(run.mesh):
-                return scored(wide, tokens)
-
-        own, most = off(found, wanted), float(np.abs(found - wanted).max())
-        say(f"values: bfloat16's own error {own:.2e}, at most {most:.2e} of a logit; of experts "
-            + ", ".join(f"{error:.2e}" for _, error in experts))  # fmt: skip
-        return cls(wanted, own, most, experts, text, prompts, score, given)
-
-    def check(self, run: Run, model: Decoder, name: str, part: str, place: Rules) -> None:
-        """Prints and keeps what a layout gives.
-
-        Raises:
-            ArithmeticError: it is wrong.
-        """
-        with jax.set_mesh(run.mesh):
-            experts = [
-                (off(found, wanted), own)
-                for found, (wanted, own) in zip(
-                    mixtures(model, place, run), self.mixtures, strict=True
-                )
-            ]
-            model = untipped(model)
-            found = logits_of(model, place, self.given, run.n)
-            text = greedy(model, place, self.prompts)
-        error, words = off(found, self.logits), len(self.prompts) * WRITTEN
-        same = int((np.array(text) == np.array(self.text)).sum())
-        lost, bound = regrets(self.score, self.prompts, text).max(), 4 * self.most
-        of_experts = ", ".join(f"{mine:.2e} (one device {own:.2e})" for mine, own in experts)
-        say(f"{part}, {name}: error {error:.2e} (one device {self.own:.2e}), of experts "
-            f"{of_experts}; {same} of {words} words as one device's, the farthest {lost:.2e} from "
-            f"the best (bound {bound:.2e})")  # fmt: skip
-        run.report.add(
-            part=part, layout=name, error=error, own=self.own, experts=experts, same=same,
-            words=words, lost=float(lost), bound=bound,
-        )  # fmt: skip
-        if not (
-            error <= 2 * self.own
-            and lost <= bound
-            and all(mine <= own + math.sqrt(run.n) * 2**-9 for mine, own in experts)
-        ):
-            raise ArithmeticError(f"{name} is wrong: see the line above")
+            report.failure(self.part, self.layout, self.state, how)
+        self.process.kill()
+        self.process.join(10)
+        self.state = "done"
 
 
-def filled(model, rows: int, slots: int, held: int, place: Rules | None):
-    """A cache whose rows hold so many tokens, of random numbers."""
-    rules = {} if place is None else {"sharding": place}
-    cache = model.init_cache(rows, slots, **rules)
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def fill(cache):
-        def some(x):
-            ramp = lax.broadcasted_iota(jnp.int32, x.shape, 1)
-            for axis in (0, 2):
-                ramp = ramp * 31 + lax.broadcasted_iota(jnp.int32, x.shape, axis)
-            value = ((ramp * 40503 >> 4) % 255 - 127).astype(x.dtype) / 100
-            return sharding.move(value, *sharding.spec(x), mesh=sharding.mesh_of(x))
-
-        stores = jax.tree.map(some, cache.stores)
-        length = sharding.beside(jnp.full_like(cache.length, held), cache.length)
-        return cache.replace(stores=stores, length=length)
-
-    return jax.block_until_ready(fill(cache))
-
-
-@functools.partial(jax.jit, static_argnames="steps", donate_argnames="cache")
-def block(bound, cache, token, *, steps: int):
-    """Greedy steps in one program: the new cache and token."""
-
-    def one(_, carry):
-        cache, token = carry
-        logits, cache = bound.model.decode(token, cache)
-        best = sharding.move(logits, *sharding.spec(token)[:1]).argmax(-1).astype(jnp.int32)
-        return cache, sharding.beside(best, token)
-
-    return lax.fori_loop(0, steps, one, (cache, token))
-
-
-def timed(run: Run, model, rows: int, slots: int, held: int, place: Rules | None):
-    """Seconds of a step (median of --blocks blocks), and what one device sends in a step."""
-    steps, blocks = run.options.steps, run.options.blocks
-    form = {}
-    if place is not None:
-        form = placement(
-            model.config, mesh=dict(run.mesh.shape), sharding=place, batch_size=rows, length=slots
-        ).link_bytes
-    bound = mla_jax.bind(model)
-    cache = filled(model, rows, slots, held, place)
-    token = cache.beside(jnp.zeros((rows, 1), jnp.int32))
-    started = time.perf_counter()
-    program = block.lower(bound, cache, token, steps=steps).compile()
-    compiling = time.perf_counter() - started
-    text = program.as_text()
-    moved = links.by_kind(links.collectives(text, run.n)) if place is not None else {}
-    cache, token = jax.block_until_ready(program(bound, cache, token))
-    taken = []
-    for _ in range(blocks):
-        started = time.perf_counter()
-        cache, token = jax.block_until_ready(program(bound, cache, token))
-        taken.append((time.perf_counter() - started) / steps)
-    if bool(np.asarray(cache.overflowed).any()):
-        raise ArithmeticError("a row overflowed: its slots are too few")
-    memory = program.memory_analysis()
-    return {
-        "seconds": statistics.median(taken), "best": min(taken), "compile_s": compiling,
-        "moved": {kind: (count / steps, sent / steps) for kind, (count, sent) in moved.items()},
-        "least": sum(form.values()), "form": dict(form),
-        "temporaries": memory.temp_size_in_bytes, "arguments": memory.argument_size_in_bytes,
-    }  # fmt: skip
-
-
-def times(run: Run, part: str, name: str, model, place: Rules | None, batches, alone) -> None:
-    """Times every batch, prints and keeps a row for each."""
-    options = run.options
-    for rows in batches:
-        if place is not None and rows % sharding.count(run.mesh, place.B):
-            run.report.add(part=part, layout=name, batch=rows)
-            continue
-        need = options.context + options.steps * (options.blocks + 1)
-        slots = -(-need // (128 * run.n)) * 128 * run.n
-        given = (run, model, rows, slots, options.context, place)
-        if place is None:
-            found = run.report.trying(part, f"{name}, {rows} rows", timed, *given)
-        else:
-            with jax.set_mesh(run.mesh):
-                found = run.report.trying(part, f"{name}, {rows} rows", timed, *given)
-        if found is None:
-            run.report.add(part=part, layout=name, batch=rows, failure="said above")
-            continue
-        seconds = found["seconds"]
-        if place is None:
-            alone[rows] = seconds
-        efficiency = alone[rows] / seconds / run.n if rows in alone and place else None
-        tell(part, name, rows, found, efficiency, options)
-        run.report.add(part=part, layout=name, batch=rows, efficiency=efficiency, **found)
-
-
-def tell(part, name, rows, found, efficiency, options) -> None:
-    """Prints one measurement."""
-    sent = sum(sent for _, sent in found["moved"].values())
-    kinds = ", ".join(
-        f"{count:.0f} {kind} {sent / 1e6:.3f} MB"
-        for kind, (count, sent) in sorted(found["moved"].items())
-    )
-    say(f"{part}, {name}, {rows} rows: {found['seconds'] * 1e3:.3f} ms a step (best "
-        f"{found['best'] * 1e3:.3f}), {rows / found['seconds']:,.0f} tokens/s"
-        + (f", efficiency {efficiency:.2f}" if efficiency else "")
-        + f"; temporaries {found['temporaries'] / 1e6:.0f} MB, compiled in "
-        f"{found['compile_s']:.1f} s"
-        + (f"; sends {sent / 1e6:.3f} MB a step, {sent / options.link * 1e3:.3f} ms at the links' "
-           f"rate, {found['least'] / 1e6:.3f} MB by the closed form: {kinds}"
-           if found["moved"] else ""))  # fmt: skip
-
-
-def small(run: Run) -> None:
-    """The parts `values` and `steps`, and `long`."""
-    options, report = run.options, run.report
-    config = shortened(DecoderConfig.from_preset(options.preset), options.layers, options.heads)
-    model = jax.block_until_ready(
-        random_decoder(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
-    )
-    size = sum(x.nbytes for x in jax.tree.leaves(nnx.state(model)))
-    say(f"{options.preset}, {config.attention.num_hidden_layers} layers: {size / 1e9:.2f} GB")
-    alone: dict[int, float] = {}
-    wanted = None
-    if "values" in options.parts:
-        wanted = report.trying("values", "one device", Wanted.of, run, model)
-    if "steps" in options.parts:
-        times(run, "steps", "one device", model, None, options.batches, alone)
-    if "long" in options.parts and options.long:
-        report.trying("long", "one device", long_context, run, model, "one device", None)
-    for name in options.layouts:
-        place = LAYOUTS[name]
-        with jax.set_mesh(run.mesh):
-            there = report.trying("placing", name, placed, model, place)
-        if there is None:
-            continue
-        if wanted is not None:
-            report.trying("values", name, wanted.check, run, there, name, "values", place)
-        if "steps" in options.parts:
-            times(run, "steps", name, there, place, options.batches, alone)
-        if "long" in options.parts and options.long and place.S:
-            with jax.set_mesh(run.mesh):
-                report.trying("long", name, long_context, run, there, name, place)
-        del there
-
-
-def long_context(run: Run, model, name: str, place: Rules | None) -> None:
-    """One row that fills --long slots but for the steps that are timed."""
-    slots = -(-run.options.long // (128 * run.n)) * 128 * run.n
-    held = slots - run.options.steps * (run.options.blocks + 1)
-    found = timed(run, model, 1, slots, held, place)
-    tell("long", f"{name}, {slots:,} slots", 1, found, None, run.options)
-    run.report.add(part="long", layout=name, batch=1, slots=slots, **found)
-
-
-def large(run: Run) -> None:
-    """DeepSeek-V3's shape with as many layers as fit: split rows against split slots, and times."""
-    options = run.options
-    config, place = DecoderConfig.from_preset(options.large), LAYOUTS["wide"]
-    limit = options.memory or (run.mesh.devices.flat[0].memory_stats() or {}).get("bytes_limit")
-    layers = options.large_layers or fitting(run, config, place, limit)
-    config = shortened(config, layers, options.heads)
-    with jax.set_mesh(run.mesh):
-        started = time.perf_counter()
-        model = jax.block_until_ready(
-            random_decoder(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, sharding=place)
-        )
-    held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(nnx.state(model)))
-    say(f"large: {options.large} with {layers} layers, {held / 1e9:.2f} GB a device, made in "
-        f"{time.perf_counter() - started:.1f} s")  # fmt: skip
-    run.report.add(part="large", layout="-", layers=layers, held=held)
-    for name in ("wide", "helix"):  # whose weights lie alike
-        times(run, "large", name, model, LAYOUTS[name], options.large_batches, {})
-    with jax.set_mesh(run.mesh):
-        wanted = run.report.trying("large", "reference", Wanted.of, run, model, LAYOUTS["tensor"])
-    for name in ("wide", "helix") if wanted is not None else ():
-        run.report.trying("large", name, wanted.check, run, model, name, "large", LAYOUTS[name])
-
-
-def fitting(run: Run, config: DecoderConfig, place: Rules, limit: float | None) -> int:
-    """How many layers fit with 0.8 of the memory for weights."""
-    whole = config.attention.num_hidden_layers
-    if limit is None:
-        return min(whole, 4)
-
-    def held(layers):
-        shapes = nnx.eval_shape(
-            lambda: Decoder(
-                shortened(config, layers, None), param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)
-            )
-        )
-        with jax.set_mesh(run.mesh):
-            spots = place.of(nnx.state(shapes))
-        pairs = zip(jax.tree.leaves(nnx.state(shapes)), jax.tree.leaves(spots), strict=True)
-        return sum(math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize for x, s in pairs)
-
-    dense = config.first_k_dense_replace
-    base = held(dense + 1)
-    each = held(dense + 2) - base
-    return max(dense + 1, min(whole, dense + 1 + int((0.8 * limit - base) // each)))
-
-
-def shortened(config: DecoderConfig, layers: int | None, heads: int | None) -> DecoderConfig:
-    """The config with fewer layers, or other heads."""
-    changes = {"num_hidden_layers": layers, "num_attention_heads": heads}
-    given = {name: value for name, value in changes.items() if value}
-    return config.replace(attention=config.attention.replace(**given))
+def wave(jobs: list[tuple[str, str]], options: argparse.Namespace, report: Report) -> None:
+    """Runs jobs (part, layout): all compile side by side, then each has its turn."""
+    say("side by side: " + "; ".join(f"{part}, {layout}" for part, layout in jobs))
+    children = [Child(part, layout, options) for part, layout in jobs]
+    while children := [child for child in children if child.state != "done"]:
+        if all(child.state == "waits" for child in children):
+            children[0].enters("has its turn")
+            try:
+                children[0].pipe.send("go")
+            except OSError:
+                children[0].ends(report)
+                continue
+        pipes = {child.pipe: child for child in children}
+        for pipe in connection.wait(list(pipes), timeout=1):
+            child = pipes[pipe]
+            try:
+                kind, what = pipe.recv()
+            except (EOFError, OSError):
+                child.ends(report)
+                continue
+            if kind in ("ready", "done"):
+                child.enters({"ready": "waits"}.get(kind, kind))
+            else:
+                report.heard(child.part, child.layout, kind, what)
+            if kind == "done":
+                child.ends(report)
+        for child in children:
+            if child.late():
+                child.ends(report)
 
 
 def main() -> None:
@@ -596,6 +320,7 @@ def main() -> None:
     add("--layouts", nargs="+", default=list(LAYOUTS), choices=list(LAYOUTS))
     add("--preset", default="deepseek_v2_lite")
     add("--layers", type=int, help="fewer than the preset has")
+    add("--text-layers", type=int, default=2, help="of the model that writes texts")
     add("--heads", type=int, help="instead of the preset's, which n may not divide")
     add("--batches", type=int, nargs="+", default=[1, 8, 64])
     add("--context", type=int, default=4096, help="tokens that every row holds")
@@ -605,31 +330,35 @@ def main() -> None:
     add("--large", default="deepseek_v3", help="preset of the part large")
     add("--large-layers", type=int, help="instead of as many as fit")
     add("--large-batches", type=int, nargs="+", default=[8, 64])
-    add("--memory", type=float, help="bytes of a device, where it does not say")
+    add("--memory", type=float, help="bytes of a device for the part large, less than it says")
+    add("--copied", action="store_true", help="make weights on one device and copy them")
     add("--link", type=float, default=450e9, help="bytes a second that a device sends")
-    add("--limit", type=float, default=900, help="seconds of a part of a layout; then all ends")
+    add("--limit", type=float, default=400, help="seconds of compilation, and of a turn")
     add("--json", type=pathlib.Path, help="write the figures here as they come")
     if parser.parse_args().small:
         parser.set_defaults(**SMALL)
     options = parser.parse_args()
-    if options.simulated:
-        jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", options.simulated)
-    devices = jax.devices()[: options.devices or options.simulated]
-    mesh = jax.make_mesh((len(devices),), ("x",), devices=devices)
-    head = {
-        "device": devices[0].device_kind, "devices": len(devices), "jax": jax.__version__,
-        "preset": options.preset, "context": options.context, "link": options.link,
-    }  # fmt: skip
-    say(f"{len(devices)} x {devices[0].device_kind}, jax {jax.__version__}")
-    run = Run(options, mesh, Report(options.json, head, options.limit))
-    if set(options.parts) - {"large"}:
-        run.report.trying("model", options.preset, small, run, limited=False)
+    if options.simulated:  # whose times say nothing
+        os.environ["XLA_FLAGS"] = (
+            f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0 "
+            "--xla_llvm_disable_expensive_passes=true"
+        )
+    report = Report(options)
+    waves: list[list[tuple[str, str]]] = [[], []]
+    if {"values", "steps"} & set(options.parts):
+        waves[0] = [("layout", name) for name in (ONE, *options.layouts)]
+    if "long" in options.parts and options.long:
+        split = [name for name in options.layouts if LAYOUTS[name].S]
+        waves[1] = [("long", name) for name in (ONE, *split)]
     if "large" in options.parts:
-        run.report.trying("large", options.large, large, run, limited=False)
-    run.report.summary()
-    if run.report.failed:
-        sys.exit("failed: " + "; ".join(run.report.failed))
+        waves[1].append(("large", options.large))
+    for jobs in filter(None, waves):
+        started = time.perf_counter()
+        wave(jobs, options, report)
+        report.summary()
+        say(f"these took {time.perf_counter() - started:.0f} s")
+    if report.failed:
+        sys.exit("failed: " + "; ".join(report.failed))
 
 
 if __name__ == "__main__":

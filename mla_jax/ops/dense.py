@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Shaped
@@ -44,7 +45,8 @@ def dot_general(x, kernel, dimension_numbers, precision=None, **options):
     alone = alone and target.current().platform == "gpu"
     if alone:
         shape = [_ROWS if axis == whole[0] else size for axis, size in enumerate(x.shape)]
-        x = jnp.broadcast_to(x, shape, out_sharding=x.sharding if mesh is not None else None)
+        own = jax.typeof(x).sharding if mesh is not None else None
+        x = jnp.broadcast_to(x, shape, out_sharding=own)
     out = lax.dot_general(x, kernel, dimension_numbers, precision=precision, **options)
     return lax.slice_in_dim(out, 0, 1, axis=free.index(whole[0])) if alone else out
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mla_jax import target
+from mla_jax import sharding, target
 from mla_jax.ops import dense
 
 
@@ -36,3 +36,20 @@ def test_only_a_lone_row_on_a_gpu_is_repeated(rows, platform, repeated, monkeypa
     layer = nnx.Linear(6, 5, dot_general=dense.dot_general, rngs=nnx.Rngs(0))
     made = str(jax.make_jaxpr(layer)(jnp.ones((*rows, 6))))
     assert ("broadcast_in_dim[" in made) == repeated
+
+
+def test_a_row_of_each_device_is_repeated_under_jit(monkeypatch):
+    monkeypatch.setattr(target, "current", lambda: target.Target("gpu", "any"))
+    layer = nnx.Linear(6, 5, rngs=nnx.Rngs(0), use_bias=False, **dense.linear("D", "F"))
+    x = jax.random.normal(jax.random.key(1), (2, 1, 6))
+    mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        rules = sharding.Rules(B="x")
+        there = jax.device_put(layer, rules.of(layer))
+        rows = jax.device_put(x, rules.sharding("BTD", x.shape, mesh))
+        run = jax.jit(lambda layer, x: layer(x))
+        got = run(there, rows)
+        made = str(jax.make_jaxpr(run)(there, rows))
+    assert "broadcast_in_dim[" in made
+    # float32 sums of 6 in two orders
+    np.testing.assert_allclose(got, x @ layer.kernel[...], rtol=1e-5, atol=1e-5)
