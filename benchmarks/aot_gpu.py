@@ -51,6 +51,7 @@ ATTENTION = ((128, 64, 128), (192, 64, 256), (64, 32, 64))  # H, P, V
 # numbers of a tile, used once a step of 2,500 cycles. So it is with scalars of decoding over fp8,
 # and with addresses of the warpgroup that copies chosen slots.
 SPILLS = {
+    "choose_experts": 128,  # of 64 x 256 scores, half of a warpgroup's registers
     "mla_chosen": 128,
     "mla_decode_fp8": 640,
     "mla_attention": 64,

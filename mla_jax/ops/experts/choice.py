@@ -1,9 +1,9 @@
 """A router's choice for few tokens on Hopper GPUs, and the table of the experts that it names.
 
 XLA makes three kernels of a `top_k` and three of `tiles.chosen_experts`, which wait for each other.
-Here both are one thread block, a warpgroup for every 64 experts, and take little longer than its
-start. The first warpgroup chooses: the best score of every token, K times. Then all of them make
-the table, each for its 64 experts.
+Here both are one thread block, which takes little longer than its start. Its first warpgroup
+chooses: the best score of every token, K times. Then all of them make the table, 64 experts each at
+a time.
 
 Letters: M tokens, K experts per token, E experts, J places.
 """
@@ -41,14 +41,10 @@ def choose(
     """
     tokens, groups = scores.shape
 
-    def body(scores_ref, picked_ref, owner_ref, rank_ref, pairs_ref, *scratch):
-        *scratch, scores_smem, copied = scratch
-        first = lax.axis_index("wg") == 0
-        if parts == 4:  # a tile of 256 scores takes half of what 512 threads have in all
-            pl.when(first)(lambda: plgpu.set_max_registers(224, action="increase"))
-            pl.when(~first)(lambda: plgpu.set_max_registers(96, action="decrease"))
+    def body(scores_ref, picked_ref, *refs):
+        *of_table, met, scores_smem, copied, pairs_ref = refs
 
-        @pl.when(first)
+        @pl.when(lax.axis_index("wg") == 0)
         def _():
             # Rows of no token hold anything. Nobody reads what is chosen for them.
             plgpu.copy_gmem_to_smem(scores_ref, scores_smem.at[pl.ds(0, tokens)], copied)
@@ -68,22 +64,23 @@ def choose(
                 pairs_ref[k] = at
                 picked_ref[:, k] = at
 
-        *scratch, met = scratch
         _meet(met.at[2])
         load = lambda i: pairs_ref[lax.rem(i, count), lax.div(i, count)]  # noqa: E731
-        _table(load, tokens * count, groups, owner_ref, rank_ref, *scratch, met)
+        _table(load, tokens * count, groups, warpgroups, (*of_table, met))
 
     places, parts = _sizes(tokens * count, groups)
+    warpgroups = min(parts, 2)  # with more, a thread has no room for a tile of many scores
+    parts = -(-parts // warpgroups) * warpgroups
     picked, owner, rank = _launch(
         body,
         [(ROWS, count), (places * ROWS,), ((parts + 1) * ROWS,)],
         [
-            plgpu.SMEM((count, ROWS), jnp.int32),
-            *_scratch(parts),
+            *_scratch(parts, warpgroups),
             plgpu.SMEM((ROWS, groups), jnp.float32),
             plgpu.Barrier(),
+            plgpu.SMEM((count, ROWS), jnp.int32),
         ],
-        parts,
+        warpgroups,
         "choose_experts",
         interpret,
         scores,
@@ -97,11 +94,11 @@ def chosen_experts(experts: Int[Array, "M K"], groups: int, *, interpret: Any = 
     flat = experts.reshape(-1).astype(jnp.int32)
 
     def body(flat_ref, *refs):
-        _table(lambda i: flat_ref[i], flat.size, groups, *refs)
+        _table(lambda i: flat_ref[i], flat.size, groups, parts, refs)
 
     places, parts = _sizes(flat.size, groups)
     shapes = [(places * ROWS,), ((parts + 1) * ROWS,)]
-    made = _launch(body, shapes, _scratch(parts), parts, "chosen_experts", interpret, flat)
+    made = _launch(body, shapes, _scratch(parts, parts), parts, "chosen_experts", interpret, flat)
     return Chosen(*made)
 
 
@@ -110,22 +107,22 @@ def _sizes(pairs, groups):
     return -(-min(groups, pairs) // ROWS), -(-groups // ROWS)
 
 
-def _scratch(parts):
+def _scratch(parts, warpgroups):
     return [
         plgpu.SMEM((parts * ROWS,), jnp.int32),
         plgpu.SMEM((parts * ROWS,), jnp.int32),
-        plgpu.Barrier(num_arrivals=parts, num_barriers=3),
+        plgpu.Barrier(num_arrivals=warpgroups, num_barriers=3),
     ]
 
 
-def _launch(body, shapes, scratch, parts, name, interpret, operand):
+def _launch(body, shapes, scratch, warpgroups, name, interpret, operand):
     kernel = plgpu.kernel(
         body,
         out_type=[like(operand, shape, jnp.int32) for shape in shapes],
         scratch_types=scratch,
         grid=(1,),
         grid_names=("block",),
-        num_threads=parts,
+        num_threads=warpgroups,
         thread_name="wg",
         kernel_name=name,
         **({} if interpret is None else {"interpret": interpret}),
@@ -133,43 +130,52 @@ def _launch(body, shapes, scratch, parts, name, interpret, operand):
     return guard.unsplit(kernel, name, interpret)(operand)
 
 
-def _table(load, pairs, groups, owner_ref, rank_ref, named_ref, place_ref, met):
-    """Writes `Chosen` of the experts `load(0)` to `load(pairs - 1)`; all warpgroups call it."""
+def _table(load, pairs, groups, warpgroups, refs):
+    """Writes `Chosen` of the experts `load(0)` to `load(pairs - 1)`; all warpgroups call it.
+
+    `refs` are owner, rank and what `_scratch` says.
+    """
+    owner_ref, rank_ref, named_ref, place_ref, met = refs
     wg, parts = lax.axis_index("wg"), named_ref.shape[0] // ROWS
-    mine, row = pl.ds(wg * ROWS, ROWS), _iota() + wg * ROWS
+    tiles = [turn * warpgroups + wg for turn in range(parts // warpgroups)]
+    rows = [_iota() + tile * ROWS for tile in tiles]
+    mine = [pl.ds(tile * ROWS, ROWS) for tile in tiles]
 
     def mark(first, count, named):
         for expert in [load(first + i) for i in range(count)]:
-            named = jnp.where(row == expert, 1, named)
+            named = [jnp.where(row == expert, 1, n) for row, n in zip(rows, named, strict=True)]
         return named
 
-    whole = pairs // _AT_ONCE
-    named = lax.fori_loop(0, whole, lambda i, n: mark(i * _AT_ONCE, _AT_ONCE, n), _filled(0))
+    whole, named = pairs // _AT_ONCE, [_filled(0)] * len(tiles)
+    named = lax.fori_loop(0, whole, lambda i, n: mark(i * _AT_ONCE, _AT_ONCE, n), named)
     named = mark(whole * _AT_ONCE, pairs % _AT_ONCE, named)
-    named = jnp.where(row < groups, named, 0)
-    named_ref[mine] = named
+    named = [jnp.where(row < groups, n, 0) for row, n in zip(rows, named, strict=True)]
+    for at, n in zip(mine, named, strict=True):
+        named_ref[at] = n
     _meet(met.at[0])
-    before = total = _filled(0)
-    for part in range(parts):
-        there, index = _columns(named_ref, part)
-        before += jnp.where(index < _wide(row), there, 0).sum(1)
-        total += there.sum(1)
-    rank_ref[mine] = before
-    place_ref[mine] = jnp.where(named > 0, before, -1)
+    for row, at, n in zip(rows, mine, named, strict=True):
+        before = total = _filled(0)
+        for part in range(parts):
+            there, index = _columns(named_ref, part)
+            before += jnp.where(index < _wide(row), there, 0).sum(1)
+            total += there.sum(1)
+        rank_ref[at] = before
+        place_ref[at] = jnp.where(n > 0, before, -1)
 
     @pl.when(wg == 0)
     def _():
         rank_ref[pl.ds(parts * ROWS, ROWS)] = total
 
     _meet(met.at[1])
+    for tile, row, at in zip(tiles, rows, mine, strict=True):
 
-    @pl.when(wg * ROWS < owner_ref.shape[0])
-    def _():
-        owner = _filled(0)
-        for part in range(parts):
-            place, index = _columns(place_ref, part)
-            owner += jnp.where(place == _wide(row), index, 0).sum(1)
-        owner_ref[mine] = owner
+        @pl.when(tile * ROWS < owner_ref.shape[0])
+        def _(row=row, at=at):
+            owner = _filled(0)
+            for part in range(parts):
+                place, index = _columns(place_ref, part)
+                owner += jnp.where(place == _wide(row), index, 0).sum(1)
+            owner_ref[at] = owner
 
 
 def _filled(value):
