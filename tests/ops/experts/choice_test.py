@@ -114,3 +114,20 @@ def test_a_layer_and_its_gradients_are_those_of_xlas_choice(kind, monkeypatch, r
     assert asked
     monkeypatch.setattr(hopper, "choose", lambda *_: None)
     jax.tree.map(np.testing.assert_array_equal, made, found())
+
+
+@pytest.mark.accelerator
+@pytest.mark.usefixtures("card")
+@pytest.mark.parametrize(
+    ("tokens", "count", "groups"),
+    [(1, 6, 64), (8, 8, 256), (64, 8, 256), (33, 6, 160), (64, 6, 64)],
+)
+def test_the_choice_and_its_table_on_a_gpu(tokens, count, groups, rng):
+    scores = awkward(tokens, groups, rng)
+    with jax.default_device(jax.devices("cpu")[0]):
+        right = np.asarray(lax.top_k(jax.device_put(scores, jax.devices("cpu")[0]), count)[1])
+    experts, chosen = choice.choose(scores, count)
+    np.testing.assert_array_equal(experts, right)
+    check_table(chosen, jnp.asarray(right), groups)
+    named = jnp.asarray(rng.integers(0, groups + 1, (tokens, count)), jnp.int32)
+    check_table(choice.chosen_experts(named, groups), named, groups)
