@@ -50,7 +50,6 @@ from typing import Any
 
 CUDA = pathlib.Path(os.environ.get("CUDA_ROOT", "/usr/local/cuda"))
 os.environ.update({
-    "MLA_JAX_FEW": "1",
     "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v6e-4",
     "TPU_WORKER_HOSTNAMES": "localhost", "TPU_LOG_DIR": "disabled",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",

@@ -14,7 +14,6 @@ are; with `--shared` the shared expert comes along. Then the first rows are comp
 
 import argparse
 import itertools
-import os
 
 import jax
 import jax.numpy as jnp
@@ -201,14 +200,11 @@ def main():
     parser.add_argument("--param-dtype", default="bfloat16")
     parser.add_argument("--forward-only", action="store_true")
     parser.add_argument("--weights", nargs="+", help="plain, float8_e4m3fn, int8: forward only")
-    parser.add_argument("--few", action=argparse.BooleanOptionalAction, default=True,
-                        help="the kernels of few tokens, MLA_JAX_FEW")  # fmt: skip
     parser.add_argument("--shared", action="store_true", help="with the shared expert")
     parser.add_argument("--linear", nargs="*", default=[], metavar="KxN", help="linear maps, too")
     parser.add_argument("--rounds", type=int, default=2, help="in which forms alternate")
     parser.add_argument("--seconds", type=float, default=0.1, help="a timed loop lasts so long")
     options = parser.parse_args()
-    os.environ["MLA_JAX_FEW"] = str(int(options.few))
     config = DecoderConfig.from_preset(options.preset)
     config = config if options.shared else config.replace(n_shared_experts=0)
     types = {"dtype": jnp.bfloat16, "param_dtype": jnp.dtype(options.param_dtype)}

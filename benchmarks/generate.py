@@ -17,7 +17,6 @@ import argparse
 import collections
 import concurrent.futures
 import json
-import os
 import pathlib
 import re
 import statistics
@@ -306,8 +305,6 @@ def main():
     parser.add_argument("--again", type=float, default=1e9,
                         help="prefill once only where it compiles longer than this")  # fmt: skip
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no batch after these")
-    parser.add_argument("--few", action=argparse.BooleanOptionalAction, default=True,
-                        help="the kernels of few tokens, MLA_JAX_FEW")  # fmt: skip
     parser.add_argument("--steps-only", action="store_true",
                         help="neither prefill, the cache holds random numbers, nor the loop in "
                         "Python; batches compile side by side")  # fmt: skip
@@ -315,7 +312,6 @@ def main():
     parser.add_argument("--longest", type=int, default=0, help="print so many kernels of a step")
     parser.add_argument("--json", type=pathlib.Path, help="write the figures here, batch by batch")
     options = parser.parse_args()
-    os.environ["MLA_JAX_FEW"] = str(int(options.few))
     config = DecoderConfig.from_preset(options.preset)
     if options.layers:
         shorter = config.attention.replace(num_hidden_layers=options.layers)

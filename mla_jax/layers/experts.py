@@ -101,15 +101,14 @@ class Router(nnx.Module):
         return self.route(x)[:2]
 
     def route(
-        self, x: Float[Array, "M D"]
+        self, x: Float[Array, "M D"], implementation: str | None = None
     ) -> tuple[Int[Array, "M K"], Float[Array, "M K"], Chosen | None]:
         """The same, and what `ops.experts.choose` gives beside them."""
         scores = self.scores(x)
         if sharding.mesh_of(scores) is not None:
             return *self.choose(scores), None
-        experts, chosen = choose(
-            self._choice(scores, *self._bias()), self.config.num_experts_per_tok
-        )
+        choice = self._choice(scores, *self._bias())
+        experts, chosen = choose(choice, self.config.num_experts_per_tok, implementation)
         return experts, self._weights(scores, experts), chosen
 
     def choose(self, scores: Float[Array, "M E"]) -> tuple[Int[Array, "M K"], Float[Array, "M K"]]:
@@ -216,7 +215,8 @@ class MixtureOfExperts(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Every token through its experts and the shared one."""
         with jax.named_scope("router"):
-            experts, weights, chosen = self.router.route(x.reshape(-1, x.shape[-1]))
+            flat = x.reshape(-1, x.shape[-1])
+            experts, weights, chosen = self.router.route(flat, self.implementation)
         return self._mix(x, experts, weights, chosen)
 
     def with_routing(

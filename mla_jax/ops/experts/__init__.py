@@ -94,16 +94,17 @@ def routed_experts(
 
 
 def choose(
-    scores: Float[Array, "M E"], count: int
+    scores: Float[Array, "M E"], count: int, implementation: str | None = None
 ) -> tuple[Int[Array, "M {count}"], Chosen | None]:
     """Each token's `count` best experts, as `jax.lax.top_k` has them, best first.
 
-    And which experts those are, for `routed_experts`, where a kernel has made both; else None.
+    And which experts those are, for `routed_experts`, where a kernel has made both; else None. A
+    kernel is used on Hopper for up to 64 tokens, unless `implementation` names another backend.
 
     >>> choose(jnp.array([[0.1, 0.5, 0.2], [0.5, 0.0, 0.5]]), 2)[0].tolist()
     [[1, 2], [0, 2]]
     """
-    if sharding.mesh_of(scores) is None:
+    if implementation in (None, "pallas_gpu") and sharding.mesh_of(scores) is None:
         made = hopper.choose(scores, count, targets.current())
         if made is not None:
             return made

@@ -124,10 +124,9 @@ def linear(x: Float[Array, "M K"], kernel: Kernel, *, plan: Plan) -> Float[Array
     # As many items as multiprocessors, or nearly, each of at least two steps.
     fitting = [n for n in range(1, steps // 2 + 1) if steps % n == 0 and n * parts <= plan.cores]
     split = max(fitting, default=1)
-    (made,) = _products(
-        (x,), ((kernel,),), None, lambda sums: sums[0], plan, "few_linear", True, (split,),
-        jnp.float32 if split > 1 else x.dtype,
-    )  # fmt: skip
+    first = lambda sums: sums[0]  # noqa: E731
+    result = jnp.float32 if split > 1 else x.dtype
+    (made,) = _products((x,), ((kernel,),), None, first, plan, "few_linear", True, (split,), result)
     return made.reshape(split, plan.rows, outputs).sum(0).astype(x.dtype) if split > 1 else made
 
 

@@ -1,8 +1,7 @@
 """The experts on Hopper GPUs, forward and backward, for any M: only the chosen experts are read.
 
-With the environment variable MLA_JAX_FEW=1 up to 64 tokens go through `few.py` unsorted, with
-weights as a checkpoint stores them too, and with the shared expert: no measurement has made that
-the default yet. Else XLA gathers each tile's rows between the kernels of `grouped.py`, and
+Up to 64 tokens go through `few.py` unsorted, with weights as a checkpoint stores them too, and with
+the shared expert. For more XLA gathers each tile's rows between the kernels of `grouped.py`, and
 sums each token's outputs. The derivatives of few tokens are those of the general way.
 
 The backward pass keeps x and the two products of the gated MLP, x gate and x up, and takes the rest
@@ -17,7 +16,6 @@ Letters: M tokens, K experts per token, E experts, D hidden size, F inner size, 
 """
 
 import functools
-import os
 from typing import Any
 
 import jax
@@ -31,7 +29,6 @@ from mla_jax.ops.hopper import multiprocessors, not_hopper
 from mla_jax.ops.weights import Weight, matmul
 from mla_jax.target import Target
 
-SWITCH = "MLA_JAX_FEW"  # an environment variable, read when a program is traced
 _INTERPRETED_CORES = 2  # enough to share work, few enough to be interpreted on a CPU
 
 
@@ -71,22 +68,8 @@ def why_not(call: Call, target: Target) -> str | None:
     if not call.static:
         return "the number of tokens must be static"
     if call.stored:
-        if not switched_on():
-            return f"takes weights as a checkpoint stores them only with {SWITCH}=1"
         return _few().why_not_stored(call.stored, call.dtype)
     return None
-
-
-def switched_on() -> bool:
-    """Whether the kernels of few tokens, and of weights as stored, are used.
-
-    Raises:
-        ValueError: the environment variable is neither 0 nor 1.
-    """
-    value = os.environ.get(SWITCH) or "0"
-    if value not in ("0", "1"):
-        raise ValueError(f"{SWITCH}={value!r}: it must be 0 or 1.")
-    return value == "1"
 
 
 def few_plan(tokens: int, dtype: str, stored: tuple | None, target: Target) -> Any:
@@ -97,7 +80,7 @@ def few_plan(tokens: int, dtype: str, stored: tuple | None, target: Target) -> A
         stored: dtype and blocks of the weights, or None where they are plain.
         target: where.
     """
-    if not switched_on() or not_hopper(target) or _modules() is None:
+    if not_hopper(target) or _modules() is None:
         return None
     if tokens > max(_few().ROWS):
         return None
@@ -114,14 +97,13 @@ def _cores(target):
 
 def takes_shared(call: Call, target: Target) -> bool:
     """Whether `run` takes the shared expert along, for a call that it serves."""
-    served = switched_on() and why_not(call, target) is None
-    return served and call.tokens <= max(_few().ROWS)
+    return why_not(call, target) is None and call.tokens <= max(_few().ROWS)
 
 
 def choose(scores, count: int, target: Target):
     """`lax.top_k(scores, count)[1]` [M K] and its `Chosen`; None where no kernel serves."""
     tokens, groups = scores.shape
-    if not isinstance(tokens, int) or not switched_on() or not_hopper(target) or not _modules():
+    if not isinstance(tokens, int) or not_hopper(target) or not _modules():
         return None
     most = tokens <= max(_few().ROWS) and groups <= _choice().MOST_SCORES
     if not most or groups % 8 or scores.dtype != "float32":
@@ -146,7 +128,7 @@ def run(
 ):
     """See `routed_experts`; `shared` are gate, up and down of the shared expert [1 D F]."""
     cores = _cores(target)
-    if switched_on() and call.tokens <= max(_few().ROWS):
+    if call.tokens <= max(_few().ROWS):
         plan = _few().Plan(_few().rows_of(call.tokens), cores, target.interpret)
         kernels = [(gate, up, down), *([] if shared is None else [shared])]
         return _of_few(plan, call, target, x, experts, weights, kernels, chosen)

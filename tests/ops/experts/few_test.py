@@ -19,14 +19,8 @@ from mla_jax.ops.experts import few, gated_mlp, hopper, routed_experts, takes_sh
 from mla_jax.ops.experts.tiles import Chosen, chosen_experts
 from mla_jax.ops.weights import Weight
 
-pytestmark = pytest.mark.usefixtures("switched_on")
 INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
 BLOCKS = {"e4m3": (128, 128), "int8": (1, None)}
-
-
-@pytest.fixture
-def switched_on(monkeypatch):
-    monkeypatch.setenv(hopper.SWITCH, "1")
 
 
 def tolerance(roundings):
@@ -169,22 +163,18 @@ def test_the_chosen_experts():
     assert chosen.rank[jnp.array([1, 4, 7])].tolist() == [0, 1, 2]
 
 
-def test_the_default_is_another_way(monkeypatch):
-    """Experts in 16 bits go by the kernels of many tokens, those as stored are refused by name."""
+def test_what_the_kernels_serve():
+    """Up to 64 tokens with the shared expert, and weights as stored in the forms that they know."""
     call = hopper.Call(8, 48, 64, (2048, 1408), "bfloat16")
-    kept = dataclasses.replace(call, stored=("float8_e4m3fn", BLOCKS["e4m3"]))
     here = target.Target("gpu", "NVIDIA H200", 9.0, 132)
     assert hopper.takes_shared(call, here)
+    assert not hopper.takes_shared(dataclasses.replace(call, tokens=65), here)
+    kept = dataclasses.replace(call, stored=("float8_e4m3fn", BLOCKS["e4m3"]))
     assert hopper.why_not(kept, here) is None
+    packed = dataclasses.replace(call, stored=("int4", (1, 32)))
+    assert "takes no weights in int4" in hopper.why_not(packed, here)
     assert hopper.few_plan(8, "bfloat16", None, here) is not None
-    monkeypatch.delenv(hopper.SWITCH)
-    assert hopper.why_not(call, here) is None
-    assert not hopper.takes_shared(call, here)
-    assert "only with MLA_JAX_FEW=1" in hopper.why_not(kept, here)
-    assert hopper.few_plan(8, "bfloat16", None, here) is None
-    monkeypatch.setenv(hopper.SWITCH, "yes")
-    with pytest.raises(ValueError, match="MLA_JAX_FEW='yes': it must be 0 or 1"):
-        hopper.switched_on()
+    assert hopper.few_plan(65, "bfloat16", None, here) is None
 
 
 def other_place(self, source, operand, slot):
