@@ -349,6 +349,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="fewer, the first one dense")
     parser.add_argument("--weights", help="keep them in this form: float8_e4m3fn, int8 or int4")
     parser.add_argument("--short", action="store_true", help="two narrow layers on 8 v6e")
+    parser.add_argument("--alone", nargs="*", default=list(MOVES), choices=list(MOVES),
+                        help="of --short, layouts of the attention layer alone")  # fmt: skip
     parser.add_argument("--json", type=pathlib.Path)
     options = parser.parse_args()
     if options.short:
@@ -376,7 +378,7 @@ def main() -> None:
                 if options.json:
                     options.json.write_text(json.dumps(rows, indent=1) + "\n")
     mesh = mesh_for("v6e") if options.short else None
-    for layout in MOVES if mesh is not None else ():
+    for layout in options.alone if mesh is not None else ():
         layer_moves(mesh, layout)
     if wrong:
         sys.exit("wrong: " + "; ".join(wrong))

@@ -53,18 +53,10 @@ def _room_for_programs():
         gc.collect()
 
 
-# What these give has not been compared with the annotations yet.
-_UNCHECKED = {
-    "families_test.py", "hopper_indexing_test.py", "hopper_test.py", "mesh_test.py", "ops_test.py",
-    "placing_test.py", "planted_test.py", "sharding_test.py", "target_test.py",
-    "tpu_attention_test.py", "tpu_test.py", "weights_test.py",
-}  # fmt: skip
-
-
 @pytest.fixture(autouse=True)
 def _checked_where_it_is_true(request):
-    """Annotations are compared in every file but those, and where no mark says otherwise."""
-    left_out = request.path.name in _UNCHECKED or request.node.get_closest_marker("unchecked")
+    """Annotations are compared where no mark says otherwise."""
+    left_out = request.node.get_closest_marker("unchecked")
     with annotations.unchecked() if left_out else contextlib.nullcontext():
         yield
 

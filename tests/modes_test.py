@@ -6,15 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import MICRO, relative
+from common import MICRO, drawn, relative
 from flax import nnx
 from jax import export
 
 from mla_jax import MultiHeadLatentAttention
 from mla_jax.models import Decoder, DecoderConfig
 
-LAYER = MultiHeadLatentAttention(MICRO, rngs=nnx.Rngs(0))
-MODEL = Decoder(DecoderConfig.from_preset("tiny"), rngs=nnx.Rngs(0))
+LAYER = drawn(lambda: MultiHeadLatentAttention(MICRO, rngs=nnx.Rngs(0)))
+MODEL = drawn(lambda: Decoder(DecoderConfig.from_preset("tiny"), rngs=nnx.Rngs(0)))
 
 
 def exported(module, call, *arguments):

@@ -10,6 +10,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from common import slow
 from flax import nnx
 from mesh_test import CONFIG
 from sharding_test import BOTH, mesh
@@ -85,10 +86,12 @@ LIBTPU = pathlib.Path(sys.prefix, "tpu-aot")  # where `./run test` puts it
     not (LIBTPU / "libtpu").exists() and importlib.util.find_spec("libtpu") is None,
     reason="libtpu is not installed: ./run test does it, where there is one",
 )
-def test_what_a_tpu_s_program_moves_is_near_the_closed_form():
-    command = [sys.executable, "benchmarks/aot_mesh.py", "--short"]
+@pytest.mark.parametrize("alone", [["helix"], slow(["data", "tensor"])], ids=",".join)
+def test_what_a_tpu_s_program_moves_is_near_the_closed_form(alone):
+    command = [sys.executable, "benchmarks/aot_mesh.py", "--short", "--alone", *alone]
     paths = [os.environ.get("PYTHONPATH"), str(LIBTPU)]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("| v6e | deepseek_v3, 2 layers, ") == 2, done.stdout
+    assert done.stdout.count("a layer, ") == len(alone), done.stdout

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as orbax
 import pytest
-from common import MICRO, relative, slow
+from common import MICRO, drawn, relative, slow
 from flax import nnx
 
 from mla_jax import MultiHeadLatentAttention, sharding
@@ -56,6 +56,11 @@ def mesh():
 
 def put(x, *entries):
     return jax.device_put(x, jax.NamedSharding(mesh(), sharding.pspec(*entries)))
+
+
+def laid(module, place):
+    """The module on the mesh. From the host: from one device each shape would be a program."""
+    return jax.device_put(jax.device_get(module), place.of(module))
 
 
 def inputs():
@@ -103,7 +108,7 @@ def steps(layer, cache, x, more, held):
 
 
 def layer_of(mixer):
-    return MIXERS[mixer](rngs=nnx.Rngs(1))
+    return drawn(lambda: MIXERS[mixer](rngs=nnx.Rngs(1)), seed=1)
 
 
 @functools.cache
@@ -121,7 +126,7 @@ def assert_close(actual, expected):
         assert relative(got, want) <= TOLERANCE, jax.tree_util.keystr(path)
 
 
-OF_OTHERS = ("data", "fsdp", "context")  # their parts are those of layouts that have more
+OF_OTHERS = ("data", "tensor", "fsdp", "context")  # their parts are those of layouts that have more
 CASES = [
     (slow if name in OF_OTHERS else pytest.param)(name, "all_parts", "float32")
     for name in LAYOUTS
@@ -135,7 +140,7 @@ def test_a_layer_on_a_mesh_is_the_layer(layout, mixer, store):
     place, (x, more, held) = LAYOUTS[layout], inputs()
     with jax.set_mesh(mesh()):
         layer = layer_of(mixer)
-        layer = jax.device_put(layer, place.of(layer))
+        layer = laid(layer, place)
         cache = layer.init_cache(B, S, **STORES[store], sharding=place)
         assert sharding.spec(cache.stores[0].latent)[:2] == (place.B, place.S)
         assert sharding.spec(layer.o_proj.kernel[...]) == (place.N, (), place.D)

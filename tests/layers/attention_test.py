@@ -14,7 +14,7 @@ from flax import nnx
 import mla_jax
 from mla_jax import MultiHeadLatentAttention
 
-X = jax.random.normal(jax.random.key(1), (2, 5, MICRO.hidden_size))
+X = jnp.asarray(np.random.default_rng(1).standard_normal((2, 5, MICRO.hidden_size), np.float32))
 
 
 def make(config=MICRO, **options):

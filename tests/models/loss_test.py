@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from common import PLAIN, relative
+from common import PLAIN, drawn, relative
 from flax import nnx
 from jax.flatten_util import ravel_pytree
 
@@ -26,9 +26,8 @@ quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_l
 
 
 def make(config=CONFIG, **options):
-    graph = nnx.graphdef(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), **options)))
-    init = lambda: nnx.split(Decoder(config, rngs=nnx.Rngs(0), **options), nnx.Param, ...)[1:]  # noqa: E731
-    return graph, *quick(init)()
+    model = drawn(lambda: Decoder(config, rngs=nnx.Rngs(0), **options))
+    return nnx.split(model, nnx.Param, ...)
 
 
 GRAPH, PARAMS, REST = make(mtp=True)
