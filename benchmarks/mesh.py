@@ -23,7 +23,8 @@ side by side from shapes, each with its share of the cores, and then each has th
 for a turn: it makes its weights, times, computes and ends. So nothing compiles while something is
 timed, and one model is in memory. One that compiles for longer than --limit seconds, or whose turn
 is longer than --turn seconds, as that of a collective that waits for ever, is ended; the others go
-on. Values alone that are not compiled after 0.9 of --limit are given up, and steps are timed. Programs of values are compiled without XLA's trials of kernels, those of steps with them.
+on. Values alone that are not compiled after 0.8 of --limit are given up, and steps are timed.
+Programs of values are compiled without XLA's trials of kernels, those of steps with them.
 
 What is right in bfloat16: the sums of a layout are those of one device in another order, some of
 them rounded once more, so that its error against the same weights in float32 may be twice one
@@ -255,7 +256,7 @@ class Child:
         self.part, self.layout, self.options = part, layout, options
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        until = time.time() + 0.9 * options.limit
+        until = time.time() + 0.8 * options.limit
         given = part, layout, options, threads, until, theirs
         self.process = context.Process(target=work, args=given, daemon=True)
         self.process.start()
@@ -333,7 +334,11 @@ def main() -> None:
     add("--layouts", nargs="+", default=list(LAYOUTS), choices=list(LAYOUTS))
     add("--preset", default="deepseek_v2_lite")
     add("--layers", type=int, help="fewer than the preset has")
-    add("--values-layers", type=int, help="of the part values; all by default")
+    add(
+        "--values-layers",
+        type=int,
+        help="of the part values; all by default, and 1 may have no experts",
+    )
     add("--heads", type=int, help="instead of the preset's, which n may not divide")
     add("--batches", type=int, nargs="+", default=[1, 8, 64])
     add("--context", type=int, default=4096, help="tokens that every row holds")
