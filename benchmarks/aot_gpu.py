@@ -34,7 +34,7 @@ from jax.experimental import topologies  # noqa: E402
 from mla_jax.cache import PAGE, Dense, Paged, Scaled  # noqa: E402
 from mla_jax.cache.scaled import GROUP  # noqa: E402
 from mla_jax.ops import choose_slots, dispatch, hopper  # noqa: E402
-from mla_jax.ops.experts import few  # noqa: E402
+from mla_jax.ops.experts import choice, few  # noqa: E402
 from mla_jax.ops.experts.tiles import Chosen  # noqa: E402
 from mla_jax.ops.hopper import attention  # noqa: E402
 from mla_jax.ops.seen import Seen  # noqa: E402
@@ -51,6 +51,7 @@ ATTENTION = ((128, 64, 128), (192, 64, 256), (64, 32, 64))  # H, P, V
 # numbers of a tile, used once a step of 2,500 cycles. So it is with scalars of decoding over fp8,
 # and with addresses of the warpgroup that copies chosen slots.
 SPILLS = {
+    "choose_experts": 128,  # of 64 x 256 scores, half of a warpgroup's registers
     "mla_chosen": 128,
     "mla_decode_fp8": 640,
     "mla_attention": 64,
@@ -59,7 +60,8 @@ SPILLS = {
 }
 CHOICES = ((16, 1, 64, 128, 65536, 2048), (1, 256, 64, 128, 32768, 2048), (3, 3, 8, 64, 5000, 100))
 # B, T, J, I, S, K
-WITHOUT_PRODUCTS = ("mla_select",)
+ROUTERS = ((8, 64, 6), (64, 256, 8))  # M, E, K
+WITHOUT_PRODUCTS = ("mla_select", "choose_experts")
 SERIALISED = {"C7510", "C7511", "C7512", "C7513"}
 H200 = """gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32
   shared_memory_per_block: 49152 shared_memory_per_core: 233472 threads_per_core_limit: 2048
@@ -181,6 +183,12 @@ def compile_choice(target, batch, tokens, heads, width, slots, count, dtype):
     lower(target, call, arguments)
 
 
+def compile_router(target, tokens, experts, count):
+    """Compiles a router's choice; leaves its PTX in DUMP."""
+    call = lambda scores: choice.choose(scores, count)  # noqa: E731
+    lower(target, call, [((tokens, experts), jnp.float32)])
+
+
 def quick_dumps():
     """Debug dumps print every operation of a constraint in full: most of the compile time."""
     from jax.experimental.mosaic.gpu import layout_inference
@@ -248,7 +256,9 @@ def main():
         calls = [(call, shape) for call, shape in calls if call in (on_chosen, of_pages)]
     of_few = lambda *what: compile_few(topology.devices[0], *what)  # noqa: E731
     if not options.chosen:
-        calls = [(of_few, what) for what in FEW] + ([] if options.few else calls)
+        of_router = lambda *what: compile_router(topology.devices[0], *what)  # noqa: E731
+        few_tokens = [(of_router, what) for what in ROUTERS] + [(of_few, what) for what in FEW]
+        calls = few_tokens + ([] if options.few else calls)
     bad = False
     if not options.few:
         calls = choices + calls

@@ -317,7 +317,7 @@ def print_pages(options, dtype, copy, matmul):
           "|---|---|---|---|---|---|")  # fmt: skip
     rows = []
     for name, shape, lengths in cases(options.most_bytes, dtype.itemsize):
-        if options.only and options.only not in name:
+        if options.only and not any(part in name for part in options.only):
             continue
         floor = floor_of(shape, lengths, dtype, copy, matmul, options.cache_dtype)[0]
         for implementation in options.implementation:
@@ -458,7 +458,7 @@ def main():
     parser.add_argument("--cache-dtype", choices=ENCODINGS, help="latents in it, with scales")
     parser.add_argument("--last", type=float, default=0.06, help="seconds of a timed loop")
     parser.add_argument("--most-bytes", type=float, default=8e9, help="skip larger caches")
-    parser.add_argument("--only", help="shapes whose name contains this")
+    parser.add_argument("--only", nargs="+", help="shapes whose name contains one of these")
     parser.add_argument("--pages", action="store_true", help="compare paged with dense caches")
     parser.add_argument("--json", type=pathlib.Path, help="write the rows here too")
     parser.add_argument("--plot", type=pathlib.Path, help="draw the fractions here (matplotlib)")
@@ -487,7 +487,7 @@ def print_implementations(options, dtype, copy, matmul):
     print(f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
     rows = []
     for name, shape, lengths in cases(options.most_bytes, dtype.itemsize):
-        if options.only and options.only not in name:
+        if options.only and not any(part in name for part in options.only):
             continue
         batch, slots, heads, _ = shape
         floor, flops, moved = floor_of(shape, lengths, dtype, copy, matmul, options.cache_dtype)

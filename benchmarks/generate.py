@@ -178,7 +178,8 @@ def prefilled(bound, batch, slots, options, result):
 
         stores = jax.jit(lambda stores: jax.tree.map(numbers, stores))(cache.stores)
         cache = cache.replace(stores=stores, length=jnp.full_like(cache.length, prompt))
-        ends = jnp.zeros((batch, words), jnp.float32), jnp.zeros((batch, width), dtype)
+        # Rows go on with words of their own, else all would choose the same experts.
+        ends = numbers(jnp.zeros((batch, words), jnp.float32)), jnp.zeros((batch, width), dtype)
         return ends, prompts, cache
     seconds = []
     for run in range(4):

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from mla_jax import sharding
+from mla_jax import sharding, target
 from mla_jax.cache import narrow
 from mla_jax.cache.stripes import Stripes
 
@@ -178,6 +178,11 @@ def _put(held, fresh, at, follow=True):
     if narrow.serves(held, at, follow):
         slots = held.shape[1]
         return narrow.write(held, fresh, at, lambda row, slot: (row, slot, slot < slots))
+    if at.shape == (1, 1) and target.current().platform == "gpu":
+        # Of the only token XLA would make a slice, a choice and an update, a kernel each; of two,
+        # the other of which is dropped, it makes one scatter with the token's arithmetic in it.
+        at = jnp.concatenate([at, at + held.shape[1]], axis=1)
+        fresh = jnp.broadcast_to(fresh, (1, 2, *fresh.shape[2:]))
     # A row at a time: XLA sees that no row's tokens go to another, and on a mesh moves nothing.
     write = lambda held, fresh, at: held.at[at].set(fresh, mode="drop", unique_indices=True)  # noqa: E731
     # Fused into a matmul that reads the cache, the write would copy it.

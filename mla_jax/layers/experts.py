@@ -20,7 +20,8 @@ from jaxtyping import Array, Bool, Float, Int
 from mla_jax import sharding
 from mla_jax.layers.mlp import GatedMLP
 from mla_jax.layers.quantised import Quantised
-from mla_jax.ops.experts import routed_experts, takes_shared
+from mla_jax.ops.experts import choose, routed_experts, takes_shared
+from mla_jax.ops.experts.tiles import Chosen
 
 
 class _Attention(Protocol):
@@ -97,14 +98,34 @@ class Router(nnx.Module):
 
     def __call__(self, x: Float[Array, "M D"]) -> tuple[Int[Array, "M K"], Float[Array, "M K"]]:
         """The chosen experts of every token, best first, and their weights."""
-        return self.choose(self.scores(x))
+        return self.route(x)[:2]
+
+    def route(
+        self, x: Float[Array, "M D"]
+    ) -> tuple[Int[Array, "M K"], Float[Array, "M K"], Chosen | None]:
+        """The same, and what `ops.experts.choose` gives beside them."""
+        scores = self.scores(x)
+        if sharding.mesh_of(scores) is not None:
+            return *self.choose(scores), None
+        experts, chosen = choose(
+            self._choice(scores, *self._bias()), self.config.num_experts_per_tok
+        )
+        return experts, self._weights(scores, experts), chosen
 
     def choose(self, scores: Float[Array, "M E"]) -> tuple[Int[Array, "M K"], Float[Array, "M K"]]:
         """The same from each token's scores."""
-        bias = [self.bias[...]] if self.config.has_selection_bias else []
-        return sharding.of_rows(self._choose, scores, *bias)
+        return sharding.of_rows(self._choose, scores, *self._bias())
 
-    def _choose(self, scores, bias=None):
+    def _bias(self):
+        return [self.bias[...]] if self.config.has_selection_bias else []
+
+    def _choose(self, scores, *bias):
+        choice = self._choice(scores, *bias)
+        experts = lax.top_k(choice, self.config.num_experts_per_tok)[1]
+        return experts, self._weights(scores, experts)
+
+    def _choice(self, scores, bias=None):
+        """What the best experts are chosen by."""
         config, choice = self.config, scores
         if bias is not None:
             choice = scores + bias[None]
@@ -116,11 +137,13 @@ class Router(nnx.Module):
             allowed = jax.nn.one_hot(kept, config.n_group, dtype=bool).any(1)
             # -inf, not 0: with its bias a score may be negative, and 0 would win.
             choice = jnp.where(allowed[..., None], groups, -jnp.inf).reshape(choice.shape)
-        experts = lax.top_k(choice, config.num_experts_per_tok)[1]
+        return choice
+
+    def _weights(self, scores, experts):
         weights = jnp.take_along_axis(scores, experts, axis=-1)
-        if config.norm_topk_prob:
+        if self.config.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
-        return experts, weights * config.routed_scaling_factor
+        return weights * self.config.routed_scaling_factor
 
 
 class Routing(NamedTuple):
@@ -193,8 +216,8 @@ class MixtureOfExperts(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Every token through its experts and the shared one."""
         with jax.named_scope("router"):
-            experts, weights = self.router(x.reshape(-1, x.shape[-1]))
-        return self._mix(x, experts, weights)
+            experts, weights, chosen = self.router.route(x.reshape(-1, x.shape[-1]))
+        return self._mix(x, experts, weights, chosen)
 
     def with_routing(
         self, x: Float[Array, "B T D"], valid: Bool[Array, "B T"] | None = None
@@ -218,12 +241,12 @@ class MixtureOfExperts(nnx.Module):
             )
         return self._mix(x, experts, weights), routing
 
-    def _mix(self, x, experts, weights):
+    def _mix(self, x, experts, weights, chosen=None):
         """The routed experts' sum and the shared one's."""
         flat = x.reshape(-1, x.shape[-1])
         shared = self._shared(flat, experts, weights)
         with jax.named_scope("experts"):
-            mixed = self.routed(flat, experts, weights, shared).reshape(x.shape)
+            mixed = self.routed(flat, experts, weights, shared, chosen).reshape(x.shape)
             mixed = sharding.beside(mixed, x)
         if self.shared is None or shared is not None:
             return mixed
@@ -254,11 +277,12 @@ class MixtureOfExperts(nnx.Module):
         experts: Int[Array, "M K"],
         weights: Float[Array, "M K"],
         shared: Any = None,
+        chosen: Chosen | None = None,
     ) -> Float[Array, "M D"]:
         """The routed experts alone, for a choice that is given.
 
         Experts behind the E that have kernels return their input (LongCat-Flash, arXiv 2509.01322).
-        With `shared`, kernels as in `routed_experts`, that expert is added.
+        With `shared`, kernels as in `routed_experts`, that expert is added. `chosen` is as there.
         """
         kernels = self._kernels()
         held = x.dtype if isinstance(self.gate_proj, Quantised) else kernels[0].dtype
@@ -269,9 +293,10 @@ class MixtureOfExperts(nnx.Module):
             identity = jnp.where(zero, weights, 0).sum(-1, keepdims=True)
             # A weight of 0 for some expert or other, spread so that none is given many tokens.
             experts, weights = experts % count, jnp.where(zero, 0, weights)
+            chosen = None
         mixed = routed_experts(
             x, experts, weights, *kernels, precision=self.precision,
-            implementation=self.implementation, shared=shared,
+            implementation=self.implementation, shared=shared, chosen=chosen,
         )  # fmt: skip
         return mixed if identity is None else mixed + (identity * x).astype(dtype)
 

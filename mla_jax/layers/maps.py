@@ -41,6 +41,14 @@ _LETTERS = {
 }  # fmt: skip
 
 
+class Kept(nnx.Variable):
+    """A part of a parameter as it was, for a model that does not change any more.
+
+    >>> isinstance(Kept(jnp.zeros(3)), nnx.Param)
+    False
+    """
+
+
 class LatentMaps(Mixer):
     """What `MultiHeadLatentAttention` computes of every token alone; see there for arguments.
 
@@ -125,12 +133,27 @@ class LatentMaps(Mixer):
     @property
     def w_uk(self) -> Float[Array, "R N H"]:
         """W_UK, the part of kv_b_proj that makes keys: folded into the query when absorbed."""
+        if hasattr(self, "kept_uk"):
+            return self.kept_uk[...]
         return self._kv_b()[..., : self.config.qk_nope_head_dim]
 
     @property
     def w_uv(self) -> Float[Array, "R N V"]:
         """W_UV, the part of kv_b_proj that makes values: applied after mixing when absorbed."""
+        if hasattr(self, "kept_uv"):
+            return self.kept_uv[...]
         return self._kv_b()[..., self.config.qk_nope_head_dim :]
+
+    def keep_parts(self) -> None:
+        """Keeps W_UK and W_UV beside kv_b_proj, of which they are copies: see `Kept`.
+
+        XLA for GPUs cuts them out of kv_b_proj by a kernel each in every step, and each takes as
+        long as the product. Of a `Quantised`, and on a mesh, nothing is kept.
+        """
+        if isinstance(self.kv_b_proj, Quantised) or sharding.mesh_of(self.kv_b_proj) is not None:
+            return
+        w_uk, w_uv = self.w_uk, self.w_uv
+        self.kept_uk, self.kept_uv = Kept(w_uk), Kept(w_uv)
 
     def _kv_b(self):
         config = self.config

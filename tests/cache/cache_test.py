@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax import export
 
-from mla_jax import Cache, Step
+from mla_jax import Cache, Step, target
 from mla_jax.cache import PAGE, Dense, Paged, Pages
 
 WIDTHS = {"latent": 3, "k_rope": 2}
@@ -361,3 +361,18 @@ def test_a_store_takes_only_what_it_holds(kind):
     with pytest.raises(AttributeError, match="no 'keys'"):
         _ = store.keys
     assert dataclasses.replace(store).latent.shape[-1] == 3
+
+
+@pytest.mark.parametrize("slot", [0, 5, 7, 8, 11])
+def test_the_only_token_is_written_on_a_gpu_as_elsewhere(slot, monkeypatch, rng):
+    """Into a slot that there is; of one behind the last nothing is written."""
+    names = {"latent": 4, "k_rope": 2}
+    store = Dense({k: jnp.asarray(rng.standard_normal((1, 8, w))) for k, w in names.items()})
+    new = {k: jnp.asarray(rng.standard_normal((1, 1, w))) for k, w in names.items()}
+    gpu = target.Target("gpu", "NVIDIA H200", 9.0, 132)
+    monkeypatch.setattr(target, "current", lambda: gpu)
+    made = store.write(jnp.array([[slot]]), **new)
+    for name, held in store.arrays.items():
+        right = np.array(held)
+        right[:, slot : slot + 1] = new[name][:, : max(0, 8 - slot)]
+        np.testing.assert_array_equal(made.arrays[name], right)

@@ -65,7 +65,7 @@ def test_the_bias_balances_a_router_that_prefers_some_experts(rng):
         forward = nnx.capture(lambda layer: layer(x), nnx.Intermediate,
                               method_outputs=nnx.Intermediate)  # fmt: skip
         router = forward(layer)[1]["router"]
-        experts, _ = router["__call__"][0]
+        experts, *_ = router["route"][0]
         return expert_load(experts, 8), router["scores"][0]
 
     loads = []

@@ -16,12 +16,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from mla_jax import sharding
 from mla_jax import target as targets
 from mla_jax.ops.experts import hopper, mesh, ragged, xla
 from mla_jax.ops.experts.call import Call as Call
+from mla_jax.ops.experts.tiles import Chosen
 from mla_jax.ops.weights import Weight
 
 BACKENDS: dict[str, types.ModuleType] = {"pallas_gpu": hopper, "ragged": ragged, "xla": xla}
@@ -39,6 +41,7 @@ def routed_experts(
     precision=None,
     implementation: str | None = None,
     shared: Sequence[Float[Array, "1 _ _"] | Weight] | None = None,
+    chosen: Chosen | None = None,
 ) -> Float[Array, "M D"]:
     """The weighted sum of each token's experts, where an expert is down(silu(gate x) * up x).
 
@@ -84,10 +87,27 @@ def routed_experts(
         raise ValueError("shared: these arguments do not take a shared expert, see takes_shared.")
     run = functools.partial(_run, precision=precision, implementation=implementation)
     if sharding.mesh_of(gate, x) is None:
-        return run(x, experts, weights, gate, up, down, shared=shared)
+        return run(x, experts, weights, gate, up, down, shared=shared, chosen=chosen)
     values = gate.values if isinstance(gate, Weight) else gate
     partial = functools.partial(run, partial=bool(sharding.spec(values)[0]))
     return mesh.routed(partial, x, experts, weights, (gate, up, down))
+
+
+def choose(
+    scores: Float[Array, "M E"], count: int
+) -> tuple[Int[Array, "M {count}"], Chosen | None]:
+    """Each token's `count` best experts, as `jax.lax.top_k` has them, best first.
+
+    And which experts those are, for `routed_experts`, where a kernel has made both; else None.
+
+    >>> choose(jnp.array([[0.1, 0.5, 0.2], [0.5, 0.0, 0.5]]), 2)[0].tolist()
+    [[1, 2], [0, 2]]
+    """
+    if sharding.mesh_of(scores) is None:
+        made = hopper.choose(scores, count, targets.current())
+        if made is not None:
+            return made
+    return lax.top_k(scores, count)[1], None
 
 
 def takes_shared(
@@ -145,12 +165,23 @@ def gated_mlp(
 
 
 def _run(
-    x, experts, weights, gate, up, down, *, precision, implementation, partial=False, shared=None
+    x,
+    experts,
+    weights,
+    gate,
+    up,
+    down,
+    *,
+    precision,
+    implementation,
+    partial=False,
+    shared=None,
+    chosen=None,
 ):
     call = dataclasses.replace(_checked(x, experts, weights, gate, up, down), partial=partial)
     target = targets.current()
     backend = _choose(call, target, implementation)
-    more = {} if shared is None else {"shared": shared}
+    more = {"shared": shared, "chosen": chosen} if backend == "pallas_gpu" else {}
     with jax.named_scope(f"routed_experts.{backend}"):
         return BACKENDS[backend].run(
             x,

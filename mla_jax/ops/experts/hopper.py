@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from mla_jax.ops.experts import stored
 from mla_jax.ops.experts.call import Call
@@ -38,10 +39,10 @@ _INTERPRETED_CORES = 2  # enough to share work, few enough to be interpreted on 
 def _modules() -> Any:
     """The kernels' modules, or None for a jax without Mosaic GPU; Pallas takes long to import."""
     try:
-        from mla_jax.ops.experts import few, grouped
+        from mla_jax.ops.experts import choice, few, grouped
     except ImportError:
         return None
-    return grouped, few
+    return grouped, few, choice
 
 
 def _grouped() -> Any:
@@ -50,6 +51,10 @@ def _grouped() -> Any:
 
 def _few() -> Any:
     return _modules()[1]
+
+
+def _choice() -> Any:
+    return _modules()[2]
 
 
 def why_not(call: Call, target: Target) -> str | None:
@@ -113,16 +118,41 @@ def takes_shared(call: Call, target: Target) -> bool:
     return served and call.tokens <= max(_few().ROWS)
 
 
-def run(x, experts, weights, gate, up, down, *, precision, call: Call, target: Target, shared=None):
+def choose(scores, count: int, target: Target):
+    """`lax.top_k(scores, count)[1]` [M K] and its `Chosen`; None where no kernel serves."""
+    tokens, groups = scores.shape
+    if not isinstance(tokens, int) or not switched_on() or not_hopper(target) or not _modules():
+        return None
+    most = tokens <= max(_few().ROWS) and groups <= _choice().MOST_SCORES
+    if not most or groups % 8 or scores.dtype != "float32":
+        return None
+    # The choice has no derivative, and the kernel has no rule.
+    return _choice().choose(lax.stop_gradient(scores), count, interpret=target.interpret)
+
+
+def run(
+    x,
+    experts,
+    weights,
+    gate,
+    up,
+    down,
+    *,
+    precision,
+    call: Call,
+    target: Target,
+    shared=None,
+    chosen=None,
+):
     """See `routed_experts`; `shared` are gate, up and down of the shared expert [1 D F]."""
     cores = _cores(target)
     if switched_on() and call.tokens <= max(_few().ROWS):
         plan = _few().Plan(_few().rows_of(call.tokens), cores, target.interpret)
         kernels = [(gate, up, down), *([] if shared is None else [shared])]
-        return _of_few(plan, call, target, x, experts, weights, kernels)
+        return _of_few(plan, call, target, x, experts, weights, kernels, chosen)
     if call.stored:
         plan = _few().Plan(max(_few().ROWS), cores, target.interpret)
-        return _of_few(plan, call, target, x, experts, weights, [(gate, up, down)])
+        return _of_few(plan, call, target, x, experts, weights, [(gate, up, down)], None)
     rows = tile_rows(call)
     plan = _grouped().Plan(rows, cores, target.interpret)
     tiles = make_tiles(experts, call.experts, rows, call.partial)
@@ -130,13 +160,16 @@ def run(x, experts, weights, gate, up, down, *, precision, call: Call, target: T
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _of_few(plan, call: Call, target: Target, x, experts, weights, kernels):
+def _of_few(plan, call: Call, target: Target, x, experts, weights, kernels, chosen):
     count, (tokens, _) = call.experts, x.shape
     if not call.stored:
         kernels = [[kernel.astype(x.dtype) for kernel in group] for group in kernels]
     groups = tuple((gate, up) for gate, up, _ in kernels)
     if tokens <= plan.rows:
-        chosen = chosen_experts(experts, count)
+        if chosen is None and count <= _choice().MOST_EXPERTS:
+            chosen = _choice().chosen_experts(experts, count, interpret=plan.interpret)
+        elif chosen is None:
+            chosen = chosen_experts(experts, count)
         rows = jnp.pad(x, ((0, plan.rows - tokens), (0, 0)))
         place = chosen.rank[jnp.minimum(experts, count - 1)] * plan.rows
         place = place + jnp.arange(tokens, dtype=jnp.int32)[:, None]
@@ -155,8 +188,8 @@ def _of_few(plan, call: Call, target: Target, x, experts, weights, kernels):
     return mixed.astype(x.dtype)
 
 
-def _few_forward(plan, call, target, x, experts, weights, kernels):
-    y = _of_few(plan, call, target, x, experts, weights, kernels)
+def _few_forward(plan, call, target, x, experts, weights, kernels, chosen):
+    y = _of_few(plan, call, target, x, experts, weights, kernels, chosen)
     return y, (x, experts, weights, kernels)
 
 
@@ -179,9 +212,9 @@ def _few_backward(plan, call, target, residuals, dy):
 
     if call.stored:  # numbers that are not trained
         dx, dweights = jax.vjp(lambda x, weights: general(x, weights, kernels), x, weights)[1](dy)
-        return dx, None, dweights, None
+        return dx, None, dweights, None, None
     dx, dweights, dkernels = jax.vjp(general, x, weights, kernels)[1](dy)
-    return dx, None, dweights, dkernels
+    return dx, None, dweights, dkernels, None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

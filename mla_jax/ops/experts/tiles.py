@@ -99,8 +99,8 @@ class Chosen(NamedTuple):
     """The experts that some token has chosen, in order.
 
     Attributes:
-        owner: the expert of every place; any of them behind those in use.
-        rank: each expert's place, if it has one; and, last, how many places are in use.
+        owner: the expert of every place, J or more; any of them behind those in use.
+        rank: each expert's place, if it has one; then, once or more, how many places are in use.
     """
 
     owner: Int[Array, "J"]

@@ -21,7 +21,7 @@ LOG2E = math.log2(math.e)
 LOWEST = -1e30  # first running maximum: finite, so that exp2(old - new) is never NaN
 # For up to 2, up to 4, up to 31, and more pieces: into how many units a query row is cut, how many
 # units are merged at once, and how many pieces.
-_FEW, _AT_ONCE = (2, 4, 31), ((1, 8, 2), (1, 4, 4), (1, 2, 8), (4, 1, 64))
+_FEW, _AT_ONCE = (2, 4, 31), ((1, 8, 2), (1, 4, 4), (1, 2, 8), (2, 1, 32))
 
 
 def like(operand, shape, dtype):
@@ -65,8 +65,7 @@ def _merge_share(row, part, tile, wg, refs, shape, meet):
         meet(refs["arrivals"], row * shape.tiles + tile, 2 * count, sharers)
 
     def merge_units(cuts, units_at_once, pieces_at_once):
-        if shape.rank % (128 * cuts):  # units would not be whole; larger ones take more registers
-            cuts, pieces_at_once = 1, min(pieces_at_once, 32)
+        cuts = cuts if shape.rank % (128 * cuts) == 0 else 1
         width = shape.rank // cuts
         vector = next(v for v in (4, 2, 1) if width % (128 * v) == 0)
         layout = plgpu.Layout.WG_STRIDED((width,), vector)

@@ -1,0 +1,203 @@
+"""A router's choice for few tokens on Hopper GPUs, and the table of the experts that it names.
+
+XLA makes three kernels of a `top_k` and three of `tiles.chosen_experts`, which wait for each other.
+Here both are one thread block, which takes little longer than its start. Its first warpgroup
+chooses: the best score of every token, K times. Then all of them make the table, 64 experts each at
+a time.
+
+Letters: M tokens, K experts per token, E experts, J places.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
+
+from mla_jax.ops import guard
+from mla_jax.ops.experts.tiles import Chosen
+from mla_jax.ops.hopper.merge import like
+
+ROWS = 64  # of a tile: the most tokens
+MOST_SCORES = 256  # of a token, as many as 64 rows of them fit registers
+MOST_EXPERTS = 512  # of a table: a thread block has at most eight warpgroups
+_AT_ONCE = 16  # pairs that are loaded before the first is compared
+_LOWEST = -(2**31)
+_TILE = plgpu.Layout.WGMMA
+_ROW, _COLUMN = _TILE.reduce(1), _TILE.reduce(0)
+
+
+@functools.partial(jax.jit, static_argnames=("count", "interpret"))
+def choose(
+    scores: Float[Array, "M E"], count: int, *, interpret: Any = None
+) -> tuple[Int[Array, "M K"], Chosen]:
+    """`lax.top_k(scores, count)[1]` of up to 64 tokens and 256 experts, and its table.
+
+    Scores are in float32; ties and NaN go as there. E is a multiple of 8.
+    """
+    tokens, groups = scores.shape
+
+    def body(scores_ref, picked_ref, *refs):
+        *of_table, met, scores_smem, copied, pairs_ref = refs
+
+        @pl.when(lax.axis_index("wg") == 0)
+        def _():
+            # Rows of no token hold anything. Nobody reads what is chosen for them.
+            plgpu.copy_gmem_to_smem(scores_ref, scores_smem.at[pl.ds(0, tokens)], copied)
+            plgpu.barrier_wait(copied)
+            bits = lax.bitcast_convert_type(
+                plgpu.load(scores_smem, layout=_TILE, optimized=False), jnp.int32
+            )
+            # Integers in the order of the numbers, -NaN first and NaN last.
+            key = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+            key = jnp.maximum(key, _LOWEST + 1)
+            index = plgpu.broadcasted_iota(jnp.int32, key.shape, 1, layout=_TILE)
+            for k in range(count):
+                best = _wide(key.max(1), groups)
+                # The first index of several is the largest distance from the end.
+                at = groups - jnp.where(key == best, groups - index, 0).max(1)
+                key = jnp.where(index == _wide(at, groups), _LOWEST, key)
+                pairs_ref[k] = at
+                picked_ref[:, k] = at
+
+        _meet(met.at[2])
+        load = lambda i: pairs_ref[lax.rem(i, count), lax.div(i, count)]  # noqa: E731
+        _table(load, tokens * count, groups, warpgroups, (*of_table, met))
+
+    places, parts = _sizes(tokens * count, groups)
+    warpgroups = min(parts, 2)  # with more, a thread has no room for a tile of many scores
+    parts = -(-parts // warpgroups) * warpgroups
+    picked, owner, rank = _launch(
+        body,
+        [(ROWS, count), (places * ROWS,), ((parts + 1) * ROWS,)],
+        [
+            *_scratch(parts, warpgroups),
+            plgpu.SMEM((ROWS, groups), jnp.float32),
+            plgpu.Barrier(),
+            plgpu.SMEM((count, ROWS), jnp.int32),
+        ],
+        warpgroups,
+        "choose_experts",
+        interpret,
+        scores,
+    )
+    return picked[:tokens], Chosen(owner, rank)
+
+
+@functools.partial(jax.jit, static_argnames=("groups", "interpret"))
+def chosen_experts(experts: Int[Array, "M K"], groups: int, *, interpret: Any = None) -> Chosen:
+    """`tiles.chosen_experts` of up to 512 experts."""
+    flat = experts.reshape(-1).astype(jnp.int32)
+
+    def body(flat_ref, *refs):
+        _table(lambda i: flat_ref[i], flat.size, groups, parts, refs)
+
+    places, parts = _sizes(flat.size, groups)
+    shapes = [(places * ROWS,), ((parts + 1) * ROWS,)]
+    made = _launch(body, shapes, _scratch(parts, parts), parts, "chosen_experts", interpret, flat)
+    return Chosen(*made)
+
+
+def _sizes(pairs, groups):
+    """Tiles of places and of experts."""
+    return -(-min(groups, pairs) // ROWS), -(-groups // ROWS)
+
+
+def _scratch(parts, warpgroups):
+    return [
+        plgpu.SMEM((parts * ROWS,), jnp.int32),
+        plgpu.SMEM((parts * ROWS,), jnp.int32),
+        plgpu.Barrier(num_arrivals=warpgroups, num_barriers=3),
+    ]
+
+
+def _launch(body, shapes, scratch, warpgroups, name, interpret, operand):
+    kernel = plgpu.kernel(
+        body,
+        out_type=[like(operand, shape, jnp.int32) for shape in shapes],
+        scratch_types=scratch,
+        grid=(1,),
+        grid_names=("block",),
+        num_threads=warpgroups,
+        thread_name="wg",
+        kernel_name=name,
+        **({} if interpret is None else {"interpret": interpret}),
+    )
+    return guard.unsplit(kernel, name, interpret)(operand)
+
+
+def _table(load, pairs, groups, warpgroups, refs):
+    """Writes `Chosen` of the experts `load(0)` to `load(pairs - 1)`; all warpgroups call it.
+
+    `refs` are owner, rank and what `_scratch` says.
+    """
+    owner_ref, rank_ref, named_ref, place_ref, met = refs
+    wg, parts = lax.axis_index("wg"), named_ref.shape[0] // ROWS
+    tiles = [turn * warpgroups + wg for turn in range(parts // warpgroups)]
+    rows = [_iota() + tile * ROWS for tile in tiles]
+    mine = [pl.ds(tile * ROWS, ROWS) for tile in tiles]
+
+    def mark(first, count, named):
+        for expert in [load(first + i) for i in range(count)]:
+            named = [jnp.where(row == expert, 1, n) for row, n in zip(rows, named, strict=True)]
+        return named
+
+    whole, named = pairs // _AT_ONCE, [_filled(0)] * len(tiles)
+    named = lax.fori_loop(0, whole, lambda i, n: mark(i * _AT_ONCE, _AT_ONCE, n), named)
+    named = mark(whole * _AT_ONCE, pairs % _AT_ONCE, named)
+    named = [jnp.where(row < groups, n, 0) for row, n in zip(rows, named, strict=True)]
+    for at, n in zip(mine, named, strict=True):
+        named_ref[at] = n
+    _meet(met.at[0])
+    for row, at, n in zip(rows, mine, named, strict=True):
+        before = total = _filled(0)
+        for part in range(parts):
+            there, index = _columns(named_ref, part)
+            before += jnp.where(index < _wide(row), there, 0).sum(1)
+            total += there.sum(1)
+        rank_ref[at] = before
+        place_ref[at] = jnp.where(n > 0, before, -1)
+
+    @pl.when(wg == 0)
+    def _():
+        rank_ref[pl.ds(parts * ROWS, ROWS)] = total
+
+    _meet(met.at[1])
+    for tile, row, at in zip(tiles, rows, mine, strict=True):
+
+        @pl.when(tile * ROWS < owner_ref.shape[0])
+        def _(row=row, at=at):
+            owner = _filled(0)
+            for part in range(parts):
+                place, index = _columns(place_ref, part)
+                owner += jnp.where(place == _wide(row), index, 0).sum(1)
+            owner_ref[at] = owner
+
+
+def _filled(value):
+    return plgpu.layout_cast(jnp.full((ROWS,), value, jnp.int32), _ROW)
+
+
+def _iota():
+    return plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, (ROWS,), 0), _ROW)
+
+
+def _wide(row, width=ROWS):
+    return lax.broadcast_in_dim(row, (ROWS, width), [0])
+
+
+def _columns(ref, part):
+    """64 numbers in shared memory as columns of a tile, and their indices."""
+    values = plgpu.load(ref.at[pl.ds(part * ROWS, ROWS)], layout=_COLUMN, optimized=False)
+    index = plgpu.broadcasted_iota(jnp.int32, (ROWS, ROWS), 1, layout=_TILE) + part * ROWS
+    return lax.broadcast_in_dim(values, (ROWS, ROWS), [1]), index
+
+
+def _meet(barrier):
+    """Waits until all warpgroups are here."""
+    plgpu.barrier_arrive(barrier)
+    plgpu.barrier_wait(barrier)

@@ -1,0 +1,57 @@
+"""What `bind` keeps of a model beside its arrays."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import mla_jax
+from mla_jax import target
+from mla_jax.models import Decoder, DecoderConfig
+from mla_jax.sharding import Rules
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """A function in a context that takes this device for a GPU."""
+
+    def call(f, *args):
+        with monkeypatch.context() as patched:
+            gpu = target.Target("gpu", "NVIDIA H200", 9.0, 132)
+            patched.setattr(target, "current", lambda: gpu)
+            return f(*args)
+
+    return call
+
+
+def test_on_a_gpu_a_bound_model_has_its_absorbed_weights_apart(on_gpu):
+    """They are copies: the model that was given stays as it is, and so does what comes out."""
+    model = Decoder(DecoderConfig.from_preset("tiny"), rngs=nnx.Rngs(0))
+    plain, made = mla_jax.bind(model), on_gpu(mla_jax.bind, model)
+    assert len(made.leaves) == len(plain.leaves) + 2 * len(model.blocks)
+    assert made.structure == on_gpu(mla_jax.bind, model).structure
+    for own, kept in zip(model.blocks, made.model.blocks, strict=True):
+        own, kept = own.attention, kept.attention
+        assert not hasattr(own, "kept_uk")
+        np.testing.assert_array_equal(kept.kept_uk[...], own.w_uk)
+        np.testing.assert_array_equal(kept.kept_uv[...], own.w_uv)
+        assert kept.w_uk is kept.kept_uk[...]
+        assert kept.w_uv is kept.kept_uv[...]
+
+    def decoded(bound):
+        _, cache = bound.prefill(jnp.array([[3, 1, 4]]), bound.init_cache(1, 8))
+        return bound.decode(jnp.array([[1]]), cache)[0]
+
+    np.testing.assert_array_equal(decoded(made), decoded(plain))
+
+
+def test_a_mesh_and_other_models_have_nothing_apart(on_gpu):
+    layer = mla_jax.MultiHeadLatentAttention(
+        mla_jax.MLAConfig.from_preset("tiny"), rngs=nnx.Rngs(0)
+    )
+    assert hasattr(on_gpu(mla_jax.bind, layer).model, "kept_uk")
+    with jax.set_mesh(jax.make_mesh((2,), ("n",))):
+        split = jax.device_put(layer, Rules(N="n").of(layer))
+        assert not hasattr(on_gpu(mla_jax.bind, split).model, "kept_uk")
+    assert on_gpu(mla_jax.bind, {"x": jnp.ones(3)}).model.keys() == {"x"}
