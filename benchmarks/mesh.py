@@ -2,7 +2,7 @@
 
 Four parts, each printed as it goes:
     values   every layout against one device: a mixture of experts, logits of ragged prompts and
-             of three steps that follow, and a greedy text; what is right is said below;
+             of steps that follow, and a greedy text; what is right is said below;
     steps    milliseconds of a decode step at every batch behind --context tokens, of one device
              and of every layout; what it sends over the links, by its compiled program and by the
              closed form (`mla_jax.placement`); and efficiency, the time of one device over n times
@@ -12,31 +12,35 @@ Four parts, each printed as it goes:
              against those of split heads, and the same times.
 
 Layouts, all on one axis of n devices ("-" in the table: the rows do not divide):
-    data     rows; weights whole everywhere
     tensor   heads, MLPs, vocabulary, experts; every device has all rows
-    expert   rows and experts; the weights of attention whole everywhere
-    wide     rows, experts, and the weights of attention by heads
     helix    slots of the cache, and all weights by heads, experts and words
+    wide     rows, experts, and the weights of attention by heads
+    expert   rows and experts; the weights of attention whole everywhere
+    data     rows; weights whole everywhere
 
 Every layout has a process. In a wave (values and steps; then long and large) all of them compile
-side by side from shapes, and then each has the devices to itself for a turn: it makes its weights,
-computes, times and ends. So nothing compiles while something is timed, and one model is in memory.
-Texts alone are written while others compile, by a model of --text-layers.
+side by side from shapes, each with its share of the cores, and then each has the devices to itself
+for a turn: it makes its weights, times, computes and ends. So nothing compiles while something is
+timed, and one model is in memory. One that compiles for longer than --limit seconds, or whose turn
+is longer than --turn seconds, as that of a collective that waits for ever, is ended; the others go
+on. Values alone that are not compiled after 0.8 of --limit are given up, and steps are timed.
+Programs of values are compiled without XLA's trials of kernels, those of steps with them.
 
 What is right in bfloat16: the sums of a layout are those of one device in another order, some of
 them rounded once more, so that its error against the same weights in float32 may be twice one
 device's own. Rounding also tips the choice between two experts that score nearly alike, and then
 logits are elsewhere by as much as the experts differ, on one device as on several. So the whole
 model is compared with routers of zeros: all scores are equal, every token takes the first experts,
-and nothing can tip. Of the logits the norm of the error is compared, and a word of the text may be
-behind the best by 2 x 2 times the largest error of one device's logits: both logits err, each
-twice as much at most. The experts are compared apart, one layer of them with the router that it
-has, which is in float32 and is given the same numbers in every layout: n devices round a part of
-each sum, and round again as they add the parts, so that sqrt(n) half units of the last place, 2^-9,
-may come to one device's error. A token that goes astray among m shows as sqrt(1 / m).
+and nothing can tip. All compute logits of one text, the greedy one of float32, and the norm of the
+error is compared. A layout's choice of the next word, at every place of this text and where its
+own greedy text leaves it, may be behind the best by 2 x 2 times the largest error of one device's
+logits: both logits err, each twice as much at most. The experts are compared apart, one layer of
+them with the router that it has, which is in float32 and is given the same numbers in every layout:
+n devices round a part of each sum, and round again as they add the parts, so that sqrt(n) half
+units of the last place, 2^-9, may come to one device's error. A token that goes astray among m
+shows as sqrt(1 / m).
 
-What fails is reported, the others run, and the exit code is 1. A process that compiles or has its
-turn for longer than --limit seconds, as a collective does that waits for ever, is ended.
+What fails is reported, the others run, and the exit code is 1.
 
     python benchmarks/mesh.py --json mesh.json
     python benchmarks/mesh.py --small     8 simulated CPU devices, a model of two small layers
@@ -88,7 +92,6 @@ class Report:
             "link": options.link, "rows": [],
         }  # fmt: skip
         self.wanted: dict[str, dict[str, Any]] = {}  # what is right, by part
-        self.texts: dict[str, Any] = {}  # by layout
 
     def add(self, **row: Any) -> None:
         """Keeps one row."""
@@ -117,10 +120,13 @@ class Report:
             self.failure(**what)
         elif kind == "row":
             self.row(what)
-        elif kind == "text":
-            self.texts[layout] = what
         elif kind == "values":
             self.values(part, what.pop("as"), what)
+
+    def text(self, part: str) -> Any:
+        """What float32 has written, for a process that has no float32."""
+        wanted = self.wanted.get(part)
+        return wanted and wanted["float32"]["words"][:, :-1]
 
     def row(self, row: dict[str, Any]) -> None:
         """Keeps one measurement and prints it, with its efficiency where one device is known."""
@@ -163,22 +169,16 @@ class Report:
         error, own = off(mine["logits"], right["logits"]), off(one["logits"], right["logits"])
         given = zip(mine["experts"], one["experts"], right["experts"], strict=True)
         experts = [(off(x, y), off(o, y)) for x, o, y in given]
-        row = {"error": error, "own": own, "experts": experts}
-        good = error <= 2 * own and all(
-            x <= o + math.sqrt(self.kept["devices"]) * 2**-9 for x, o in experts
+        row = {"error": error, "own": own, "experts": experts, **words(mine, right)}
+        row["bound"] = 4 * float(np.abs(one["logits"] - right["logits"]).max())
+        good = (
+            error <= 2 * own
+            and row["lost"] <= row["bound"]
+            and all(x <= o + math.sqrt(self.kept["devices"]) * 2**-9 for x, o in experts)
         )
         if found["fingerprint"] != wanted["fingerprint"]:
             good = False
             say(f"{table}, {layout}: OTHER WEIGHTS than one device's; --copied copies these")
-        if part == "layout":
-            text, first = self.texts.get(layout), self.texts.get(ONE)
-            if text is None or first is None:
-                self.failure(table, layout, "text", "not written")
-            else:
-                row |= {"same": int((text["words"] == first["words"]).sum()),
-                        "words": text["words"].size, "lost": text["lost"],
-                        "bound": 4 * first["most"]}  # fmt: skip
-                good = good and row["lost"] <= row["bound"]
         say(f"{table}, {layout}: {_values(row)}")
         self.add(part=table, layout=layout, **row)
         if not good:
@@ -201,15 +201,13 @@ class Report:
                 print(f"| {name} | {' | '.join(cells)} |")
         checked = [row for row in self.kept["rows"] if "own" in row]
         if checked:
-            print("\n| values | error, one device's | experts' error, one device's | words as one "
-                  "device's | farthest word, bound |\n|---|---|---|---|---|")  # fmt: skip
+            print("\n| values | error, one device's | experts' error, one device's | words as "
+                  "float32's | farthest word, bound |\n|---|---|---|---|---|")  # fmt: skip
         for row in checked:
             experts = ", ".join(f"{a:.1e}, {b:.1e}" for a, b in row["experts"])
-            words = "- | -"
-            if "lost" in row:
-                words = f"{row['same']} of {row['words']} | {row['lost']:.2e}, {row['bound']:.2e}"
             print(f"| {row['part']}, {row['layout']} | {row['error']:.2e}, {row['own']:.2e} | "
-                  f"{experts} | {words} |")  # fmt: skip
+                  f"{experts} | {row['same']} of {row['words']} | {row['lost']:.2e}, "
+                  f"{row['bound']:.2e} |")  # fmt: skip
         print(flush=True)
 
 
@@ -218,14 +216,28 @@ def off(a, b) -> float:
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
+def words(mine: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
+    """How far a layout's words are from float32's best ones at the worst, and how many are these.
+
+    Its own text counts up to the word where it leaves float32's: what follows has another past.
+    """
+    logits, text = right["logits"], right["words"]
+    chosen = np.take_along_axis(logits, mine["logits"].argmax(2)[..., None], 2)[..., 0]
+    lost, same = float((logits.max(2) - chosen).max()), 0
+    for row, (own, other) in enumerate(zip(mine["words"], text, strict=True)):
+        at = int(np.append(own != other, True).argmax())
+        same += at
+        if at < len(own):
+            lost = max(lost, float(logits[row, at].max() - logits[row, at, own[at]]))
+    return {"same": same, "words": text.size, "lost": lost}
+
+
 def _values(row: dict[str, Any]) -> str:
     """One comparison in words."""
     experts = ", ".join(f"{mine:.2e} (one device {own:.2e})" for mine, own in row["experts"])
-    found = f"error {row['error']:.2e} (one device {row['own']:.2e}), of experts {experts}"
-    if "lost" in row:
-        found += (f"; {row['same']} of {row['words']} words as one device's, the farthest "
-                  f"{row['lost']:.2e} from the best (bound {row['bound']:.2e})")  # fmt: skip
-    return found
+    return (f"error {row['error']:.2e} (one device {row['own']:.2e}), of experts {experts}; "
+            f"{row['same']} of {row['words']} words as float32's, the farthest "
+            f"{row['lost']:.2e} from the best (bound {row['bound']:.2e})")  # fmt: skip
 
 
 def _cell(row: dict[str, Any]) -> str:
@@ -240,11 +252,12 @@ def _cell(row: dict[str, Any]) -> str:
 class Child:
     """A process of a wave: it compiles, is ready, has its turn, and is done."""
 
-    def __init__(self, part: str, layout: str, options: argparse.Namespace):
+    def __init__(self, part: str, layout: str, options: argparse.Namespace, threads: int):
         self.part, self.layout, self.options = part, layout, options
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        given = part, layout, options, theirs
+        until = time.time() + 0.8 * options.limit
+        given = part, layout, options, threads, until, theirs
         self.process = context.Process(target=work, args=given, daemon=True)
         self.process.start()
         theirs.close()
@@ -258,31 +271,32 @@ class Child:
         self.state, self.since = state, now
 
     def late(self) -> bool:
-        """Whether it works longer than --limit; waiting does not count."""
-        working = self.state in ("compiles", "has its turn")
-        return working and time.perf_counter() - self.since > self.options.limit
+        """Whether it works longer than it may; waiting does not count."""
+        limits = {"compiles": self.options.limit, "has its turn": self.options.turn}
+        return time.perf_counter() - self.since > limits.get(self.state, math.inf)
 
     def ends(self, report: Report) -> None:
         """Ends the process; one that is not done has failed."""
-        if self.state != "done":
-            how = (
-                f"given up after {self.options.limit:.0f} s" if self.late() else "its process died"
-            )
-            report.failure(self.part, self.layout, self.state, how)
         self.process.kill()
-        self.process.join(10)
+        if self.state != "done":
+            how = "given up" if self.late() else "its process died"
+            after = time.perf_counter() - self.since
+            report.failure(self.part, self.layout, self.state, f"{how} after {after:.0f} s")
+        if self.state != "compiles":  # the next turn wants its memory
+            self.process.join(10)
         self.state = "done"
 
 
 def wave(jobs: list[tuple[str, str]], options: argparse.Namespace, report: Report) -> None:
     """Runs jobs (part, layout): all compile side by side, then each has its turn."""
     say("side by side: " + "; ".join(f"{part}, {layout}" for part, layout in jobs))
-    children = [Child(part, layout, options) for part, layout in jobs]
+    threads = options.threads or max(1, len(os.sched_getaffinity(0)) // len(jobs))
+    children = [Child(part, layout, options, threads) for part, layout in jobs]
     while children := [child for child in children if child.state != "done"]:
         if all(child.state == "waits" for child in children):
             children[0].enters("has its turn")
             try:
-                children[0].pipe.send("go")
+                children[0].pipe.send(report.text(children[0].part))
             except OSError:
                 children[0].ends(report)
                 continue
@@ -320,7 +334,11 @@ def main() -> None:
     add("--layouts", nargs="+", default=list(LAYOUTS), choices=list(LAYOUTS))
     add("--preset", default="deepseek_v2_lite")
     add("--layers", type=int, help="fewer than the preset has")
-    add("--text-layers", type=int, default=2, help="of the model that writes texts")
+    add(
+        "--values-layers",
+        type=int,
+        help="of the part values; all by default, and 1 may have no experts",
+    )
     add("--heads", type=int, help="instead of the preset's, which n may not divide")
     add("--batches", type=int, nargs="+", default=[1, 8, 64])
     add("--context", type=int, default=4096, help="tokens that every row holds")
@@ -333,7 +351,9 @@ def main() -> None:
     add("--memory", type=float, help="bytes of a device for the part large, less than it says")
     add("--copied", action="store_true", help="make weights on one device and copy them")
     add("--link", type=float, default=450e9, help="bytes a second that a device sends")
-    add("--limit", type=float, default=400, help="seconds of compilation, and of a turn")
+    add("--threads", type=int, help="that compile, of a process; its share of the cores by default")
+    add("--limit", type=float, default=400, help="seconds of compilation")
+    add("--turn", type=float, default=100, help="seconds of a turn")
     add("--json", type=pathlib.Path, help="write the figures here as they come")
     if parser.parse_args().small:
         parser.set_defaults(**SMALL)

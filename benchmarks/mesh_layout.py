@@ -24,12 +24,12 @@ from mla_jax.placing import placement
 from mla_jax.sharding import Rules
 
 SPLIT: dict[str, Any] = {"N": "x", "F": "x", "W": "x", "E": "x"}
-LAYOUTS = {
-    "data": Rules(B="x"),
+LAYOUTS = {  # in the order of their turns
     "tensor": Rules(**SPLIT),
-    "expert": Rules(B="x", E="x"),
-    "wide": Rules(B="x", **SPLIT),
     "helix": Rules(S="x", **SPLIT),
+    "wide": Rules(B="x", **SPLIT),
+    "expert": Rules(B="x", E="x"),
+    "data": Rules(B="x"),
 }
 ONE = "one device"
 TYPES: dict[str, Any] = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
@@ -67,16 +67,64 @@ class Spot:
         """A decoder of shapes."""
         return self.laid(_shapes(config))
 
-    def made(self, config: DecoderConfig, copied: bool = False) -> Decoder:
-        """A decoder with weights; `copied` from one device, where they are made."""
-        if not self.rules:
-            return jax.block_until_ready(random_decoder(config, **TYPES))
-        if copied:
-            model = random_decoder(config, **TYPES)
-            with self.use():
-                return jax.block_until_ready(jax.device_put(model, self.rules.of(model)))
-        with self.use():
-            return jax.block_until_ready(random_decoder(config, sharding=self.rules, **TYPES))
+    def maker(self, create: Any) -> Any:
+        """`create`, jitted: every array is made where it lies."""
+        return self.rules.maker(create) if self.rules else jax.jit(create)
+
+
+class Weights:
+    """Random weights, by programs that are compiled from shapes like all others."""
+
+    def __init__(self, spot: Spot, config: DecoderConfig, compiler: "Compiler", copied: bool):
+        self.spot, self.config, self.compiler = spot, config, compiler
+        # `copied` from one device, where they are made.
+        self.made_at = dataclasses.replace(spot, rules=None) if copied else spot
+        layers = config.attention.num_hidden_layers
+        self.name = f"weights of {layers} layers"
+
+    def decoder(self, program: Any) -> Decoder:
+        """`random_decoder`, whose programs `program(number, create)` stand for."""
+
+        class Makers:
+            """In the place of `Rules`, of which `random_decoder` asks programs alone."""
+
+            number = 0
+
+            def maker(self, create):
+                self.number += 1
+                return program(self.number, create)
+
+        with self.made_at.use():
+            makers: Any = Makers()
+            return random_decoder(self.config, sharding=makers, **TYPES)
+
+    def compile(self) -> None:
+        """Adds the programs; a model of shapes passes through them."""
+
+        def program(number, create):
+            def shapes(key):
+                name = f"{self.name}, {number}"
+                if name not in self.compiler.futures:  # equal layers share one
+                    self.compiler.add(name, self.made_at.maker(create), key)
+                return jax.eval_shape(create, key)
+
+            return shapes
+
+        self.decoder(program)
+
+    def made(self) -> Decoder:
+        """The decoder."""
+        started = time.perf_counter()
+        self.compiler.say(f"{self.name}: makes them")
+        model = self.decoder(lambda number, _: self.compiler[f"{self.name}, {number}"])
+        if self.made_at != self.spot:
+            with self.spot.use():
+                model = jax.device_put(model, self.spot.rules.of(model))
+        jax.block_until_ready(model)
+        held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(model))
+        taken = time.perf_counter() - started
+        self.compiler.say(f"{self.name}: made in {taken:.1f} s, {held / 1e9:.2f} GB a device")
+        return model
 
 
 @functools.cache
@@ -86,14 +134,25 @@ def _shapes(config: DecoderConfig) -> Decoder:
 
 
 class Compiler:
-    """Programs that compile beside each other, by name."""
+    """Programs that compile beside each other, by name: those that are added first, first.
 
-    def __init__(self, say: Any):
-        self.say, self.futures = say, {}
-        self.pool = concurrent.futures.ThreadPoolExecutor(16)
+    `threads` is this process's share of the cores.
+    """
 
-    def add(self, name: str, jitted: Any, *given: Any, **fixed: Any) -> None:
-        """Traces a program here, and compiles it in a thread."""
+    def __init__(self, say: Any, threads: int):
+        self.say, self.futures, self.tuned = say, {}, []
+        self.pool = concurrent.futures.ThreadPoolExecutor(threads)
+        # XLA would take all cores for every program: its own threads compile parts of one.
+        self.flags = {"xla_gpu_force_compilation_parallelism": str(max(1, threads // 2))}
+
+    def add(self, name: str, jitted: Any, *given: Any, tuned: bool = False, **fixed: Any) -> None:
+        """Traces a program here, and compiles it in a thread.
+
+        What is not timed need not be `tuned`: most of a compilation for a GPU is XLA's trials of
+        kernels for matrix products.
+        """
+        flags = self.flags if tuned else self.flags | {"xla_gpu_autotune_level": "0"}
+        self.tuned += [name] if tuned else []
         started = time.perf_counter()
         try:
             lowered = jitted.lower(*given, **fixed)
@@ -105,28 +164,33 @@ class Compiler:
 
         def compiled():
             started = time.perf_counter()
-            program = lowered.compile()
+            program = lowered.compile(compiler_options=flags)
             taken = time.perf_counter() - started
             self.say(f"{name}: traced in {traced:.1f} s, compiled in {taken:.1f} s")
             return program, traced + taken
 
         self.futures[name] = self.pool.submit(compiled)
 
-    def wait(self) -> None:
-        """Until every program is there or has failed."""
-        concurrent.futures.wait(self.futures.values())
+    def wait(self, until: float) -> None:
+        """Until every program is there or has failed; those that are not tuned, till a time.
 
-    def failed(self, name: str) -> bool:
-        """Whether a program could not be traced or compiled."""
-        return self.futures[name].exception() is not None
+        One that still compiles then is given up. It keeps a core, but nothing of a device.
+        """
+        concurrent.futures.wait([self.futures[name] for name in self.tuned])
+        concurrent.futures.wait(self.futures.values(), timeout=max(0, until - time.time()))
+        self.pool.shutdown(wait=False, cancel_futures=True)
 
     def __getitem__(self, name: str) -> Any:
         """A program.
 
         Raises:
+            TimeoutError: it was given up.
             Exception: what its tracing or compilation has raised.
         """
-        return self.futures[name].result()[0]
+        future = self.futures.get(name)
+        if future is None or future.cancelled() or not future.done():
+            raise TimeoutError(f"{name}: not compiled in time")
+        return future.result()[0]
 
     def seconds(self, name: str) -> float:
         """Of tracing and of compilation."""
@@ -178,11 +242,10 @@ class Steps:
                 length = jnp.full_like(cache.length, self.held)
                 return cache.replace(stores=jax.tree.map(some, cache.stores), length=length)
 
-            fill = self.spot.rules.maker(filled) if self.spot.rules else jax.jit(filled)
-            self.compiler.add(f"{self.name}, cache", fill)
+            self.compiler.add(f"{self.name}, cache", self.spot.maker(filled))
             token = self.spot.rows(self.rows, 1)
             given = mla_jax.bind(model), self.spot.laid(shapes), token
-            self.compiler.add(self.name, block, *given, steps=self.options.steps)
+            self.compiler.add(self.name, block, *given, tuned=True, steps=self.options.steps)
 
     def read(self) -> None:
         """Reads what a compiled step sends, and what it has to send."""
@@ -205,10 +268,15 @@ class Steps:
             ArithmeticError: a row overflowed.
         """
         steps, spot, program = self.options.steps, self.spot, self.compiler[self.name]
+        say = self.compiler.say
         with spot.use():
+            say(f"{self.name}: fills a cache")
             bound, cache = mla_jax.bind(model), self.compiler[f"{self.name}, cache"]()
             token = cache.beside(jnp.zeros((self.rows, 1), jnp.int32))
+            jax.block_until_ready(cache)
+            say(f"{self.name}: runs for the first time")
             cache, token = jax.block_until_ready(program(bound, cache, token))
+            say(f"{self.name}: is timed")
             taken = []
             for _ in range(self.options.blocks):
                 started = time.perf_counter()

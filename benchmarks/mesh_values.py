@@ -1,5 +1,6 @@
-"""What a layout of mesh.py computes, to be compared with one device: logits, experts and a text."""
+"""What a layout of mesh.py computes, to be compared with one device: logits, texts and experts."""
 
+import functools
 from typing import Any
 
 import jax
@@ -10,10 +11,9 @@ from jax import lax
 from mesh_layout import Compiler, Spot  # beside this file
 
 from mla_jax import sharding
-from mla_jax.generation import generate
 from mla_jax.models import Decoder, DecoderConfig
 
-WRITTEN = 24  # words of the greedy text
+WRITTEN = 24  # decode steps that follow a prompt
 WIDTH = 136  # tokens of the longest prompt: behind a border of 128 slots
 
 
@@ -51,16 +51,23 @@ def mixed(layer, x):
 
 
 @jax.jit
-def forward(model, cache, prompts, counts, more):
-    """Logits of a prompt's last tokens and of three more, one by one: [B 4 W]."""
+def forward(model, cache, prompts, counts, text):
+    """Logits of prompts' last tokens and of the text [B T] that follows: [B 1+T W].
+
+    In the place of a word below 0 stands the best one: so a text of such words is greedy.
+    """
     last, cache = model.prefill_last(prompts, cache.as_fresh(), counts)
+    last = sharding.move(last)
 
-    def step(cache, token):
-        logits, cache = model.decode(token[:, None], cache)
-        return cache, sharding.move(logits[:, 0])
+    def step(carry, word):
+        cache, logits = carry
+        word = jnp.where(word < 0, logits.argmax(-1).astype(word.dtype), word)
+        logits, cache = model.decode(word[:, None], cache)
+        logits = sharding.move(logits[:, 0])
+        return (cache, logits), logits
 
-    _, after = lax.scan(step, cache, more.T)
-    return jnp.concatenate([sharding.move(last)[:, None], after.swapaxes(0, 1)], axis=1)
+    _, after = lax.scan(step, (cache, last), text.T)
+    return jnp.concatenate([last[:, None], after.swapaxes(0, 1)], axis=1)
 
 
 @jax.jit
@@ -83,20 +90,22 @@ def looked_at(model: Decoder) -> list[Any]:
 
 
 def probe(n: int, config: DecoderConfig) -> tuple[Any, Any, Any]:
-    """Ragged prompts, a row for every device, their lengths, and three words that follow."""
+    """Ragged prompts, a row for every device, their lengths, and a text yet to be written."""
     counts = np.array([WIDTH - 7 * i for i in range(n)], np.int32)
     counts[-1] = 1
-    words = np.random.default_rng(0).integers(0, config.vocab_size, (n, WIDTH + 3), np.int32)
-    return words[:, :WIDTH], counts, words[:, WIDTH:]
+    words = np.random.default_rng(0).integers(0, config.vocab_size, (n, WIDTH), np.int32)
+    return words, counts, np.full((n, WRITTEN), -1, np.int32)
 
 
 class Values:
-    """What is compared with one device: a whole model's logits and one mixture of experts.
+    """What is compared with one device: a model's logits, its greedy text, one mixture of experts.
 
-    `forms` are the computations: "bfloat16", and "float32" where this says what is right.
+    `forms` are the computations: "bfloat16", and before it "float32" where this says what is right.
     """
 
-    def __init__(self, spot: Spot, config: DecoderConfig, compiler: Compiler, forms: Any, name=""):
+    def __init__(
+        self, spot: Spot, config: DecoderConfig, compiler: Compiler, forms: Any, name: str
+    ):
         self.spot, self.config, self.compiler, self.forms = spot, config, compiler, forms
         self.name, self.n = name, spot.mesh.size
         self.slots = 128 * max(2, self.n)
@@ -106,72 +115,53 @@ class Values:
         with self.spot.use():
             shapes = self.spot.model(self.config)
             given = probe(self.n, self.config)
-            cache = self.spot.laid(jax.eval_shape(lambda: shapes.init_cache(self.n, self.slots)))
             for form in self.forms:
                 model = in_float32(shapes) if form == "float32" else shapes
-                held = jax.eval_shape(lambda model=model: model.init_cache(self.n, self.slots))
-                cache = self.spot.laid(held)
-                self.compiler.add(f"{self.name}logits, {form}", forward, model, cache, *given)
+                empty = functools.partial(model.init_cache, self.n, self.slots)
+                self.compiler.add(f"{self.name}, cache, {form}", self.spot.maker(empty))
+                cache = self.spot.laid(jax.eval_shape(empty))
+                self.compiler.add(f"{self.name}, logits, {form}", forward, model, cache, *given)
                 for tokens in (1, WIDTH) if mixture(model) is not None else ():
                     width = self.config.attention.hidden_size
                     x = self.spot.rows(self.n, tokens, width, dtype=jnp.bfloat16)
-                    name = f"{self.name}experts of {tokens}, {form}"
+                    name = f"{self.name}, experts of {tokens}, {form}"
                     self.compiler.add(name, mixed, mixture(model), x)
-            self.compiler.add(f"{self.name}fingerprint", fingerprint, looked_at(shapes))
+            self.compiler.add(f"{self.name}, fingerprint", fingerprint, looked_at(shapes))
 
-    def found(self, model: Decoder) -> dict[str, Any]:
-        """By form: logits [n 4 W] and what the experts make, on the host in float32."""
-        host = lambda x: np.asarray(x.astype(jnp.float32))  # noqa: E731
+    def found(self, model: Decoder, text: Any = None) -> dict[str, Any]:
+        """By form: logits [n 1+T W] of a text, and what the experts make, on the host in float32.
+
+        The text [n T] is float32's greedy one, and None where float32 is among the forms. Each form
+        also writes its own words [n 1+T].
+        """
+        say, host = self.compiler.say, lambda x: np.asarray(x.astype(jnp.float32))
         found: dict[str, Any] = {}
         with self.spot.use():
-            bits = self.compiler[f"{self.name}fingerprint"](looked_at(model))
+            say(f"{self.name}, fingerprint")
+            bits = self.compiler[f"{self.name}, fingerprint"](looked_at(model))
             found["fingerprint"] = int(np.asarray(bits))
             zeros = untipped(model)
             for form in self.forms:
                 wide, plain = (zeros, model)
                 if form == "float32":
                     wide, plain = in_float32(zeros), in_float32(model)
-                rules = {"sharding": self.spot.rules} if self.spot.rules else {}
-                cache = wide.init_cache(self.n, self.slots, **rules)
-                given = probe(self.n, self.config)
-                logits = self.compiler[f"{self.name}logits, {form}"](wide, cache, *given)
-                experts = []
+                cache = self.compiler[f"{self.name}, cache, {form}"]()
+                prompts, counts, unwritten = probe(self.n, self.config)
+                program = self.compiler[f"{self.name}, logits, {form}"]
+                say(f"{self.name}, logits, {form}")
+                logits = host(program(wide, cache, prompts, counts, unwritten))
+                words = logits.argmax(2).astype(np.int32)
+                if form == "float32":
+                    text = words[:, :-1]
+                else:
+                    logits = host(program(wide, cache, prompts, counts, text))
+                found[form] = {"logits": logits, "words": words, "experts": []}
                 for tokens in (1, WIDTH) if mixture(model) is not None else ():
+                    say(f"{self.name}, experts of {tokens}, {form}")
                     like = self.spot.rows(self.n, tokens, self.config.attention.hidden_size)
                     x = np.random.default_rng(tokens).standard_normal(like.shape, np.float32)
                     x = jnp.asarray(x, jnp.bfloat16)
                     x = jax.device_put(x, like.sharding) if self.spot.rules else x
-                    program = self.compiler[f"{self.name}experts of {tokens}, {form}"]
-                    experts.append(host(program(mixture(plain), x)))
-                found[form] = {"logits": host(logits), "experts": experts}
+                    program = self.compiler[f"{self.name}, experts of {tokens}, {form}"]
+                    found[form]["experts"].append(host(program(mixture(plain), x)))
         return found
-
-
-@jax.jit
-def scored(model, tokens):
-    """Logits of whole texts [B T W], in float32."""
-    return model(tokens).astype(jnp.float32)
-
-
-def text(spot: Spot, config: DecoderConfig, copied: bool) -> dict[str, Any]:
-    """A greedy text of `generate`, and how far its words are from the best of one device's float32.
-
-    One device also says the largest error of its own logits in bfloat16, of the same text.
-    """
-    n = spot.mesh.size
-    prompts = probe(n, config)[0][:, :20]
-    there = untipped(spot.made(config, copied))
-    # By way of the host: an array that is moved between devices keeps its mesh in its type.
-    one = jax.tree.map(jnp.asarray, jax.device_get(there)) if spot.rules else there
-    with spot.use():
-        rules: dict[str, Any] = {"max_length": 128 * max(2, n)}  # a block for every device
-        rules |= {"sharding": spot.rules} if spot.rules else {}
-        written = generate(there, prompts.tolist(), max_new_tokens=WRITTEN, **rules).tokens
-    whole = np.concatenate([prompts, np.array(written, np.int32)], axis=1)
-    right = np.asarray(scored(in_float32(one), whole))[:, prompts.shape[1] - 1 : -1]
-    chosen = np.take_along_axis(right, np.array(written)[..., None], axis=2)[..., 0]
-    found = {"words": np.array(written), "lost": float((right.max(2) - chosen).max())}
-    if not spot.rules:
-        own = np.asarray(scored(one, whole))[:, prompts.shape[1] - 1 : -1]
-        found["most"] = float(np.abs(own - right).max())
-    return found

@@ -1,21 +1,21 @@
 """A process of mesh.py: it compiles, waits for its turn, computes and times.
 
-Programs are compiled from shapes, so that a process that waits has no weights: it makes them when
-the devices are its own. Tracing takes one thread; compilers run beside it. What is found goes
-through a pipe to the first process, which compares, prints and keeps it.
+Programs are compiled from shapes, so that nothing but XLA's trials of kernels runs on a device
+before the turn: a process that waits has no weights, and none waits for another in a collective.
+Tracing takes one thread; compilers run beside it. What is found goes through a pipe to the first
+process, which compares, prints and keeps it.
 """
 
 import argparse
 import os
-import tempfile
 import threading
 import time
 import traceback
 from typing import Any
 
 import jax
-from mesh_layout import ONE, Compiler, Spot, Steps, fitting, shortened  # beside this file
-from mesh_values import Values, text  # beside this file
+from mesh_layout import ONE, Compiler, Spot, Steps, Weights, fitting, shortened  # beside this file
+from mesh_values import Values  # beside this file
 
 from mla_jax import sharding
 from mla_jax.models import DecoderConfig
@@ -24,11 +24,14 @@ from mla_jax.models import DecoderConfig
 class Job:
     """What one process does: `before` all have compiled, and in its `turn`."""
 
-    def __init__(self, part: str, layout: str, options: argparse.Namespace, send: Any):
+    def __init__(
+        self, part: str, layout: str, options: argparse.Namespace, threads: int, send: Any
+    ):
         self.part, self.layout, self.options, self.send = part, layout, options, send
         devices = jax.devices()[: options.devices or options.simulated]
         self.mesh = jax.make_mesh((len(devices),), ("x",), devices=devices)
-        self.compiler = Compiler(self.say)
+        self.compiler = Compiler(self.say, threads)
+        self.say("has its devices")
         send("head", {"device": devices[0].device_kind, "devices": len(devices)})
         self.values, self.steps = [], []
         large = part == "large"
@@ -54,37 +57,40 @@ class Job:
             self.send("failure", {"part": self.part, "layout": self.layout, **row,
                                   "what": what, "failure": first})  # fmt: skip
 
-    def before(self) -> None:
-        """Traces and compiles everything; texts are written meanwhile."""
-        options, both = self.options, ("bfloat16", "float32")
-        shapes = [self.layout]
+    def before(self, until: float) -> None:
+        """Traces and compiles everything: weights and steps first, whose times matter most.
+
+        Values that are not compiled at the time `until` are given up.
+        """
+        options, both = self.options, ("float32", "bfloat16")
+        shapes, short = [self.layout], self.config
+        if options.values_layers:
+            fewer = min(options.values_layers, self.config.attention.num_hidden_layers)
+            short = shortened(self.config, fewer, None)
+        self.weights = {}
         if self.part == "large":
             shapes = ["tensor", "wide", "helix"]
             for name in shapes:
-                forms = both if name == "tensor" else both[:1]
-                values = Values(Spot.of(self.mesh, name), self.config, self.compiler, forms,
-                                f"{name}, ")  # fmt: skip
+                forms = both if name == "tensor" else both[1:]
+                given = Spot.of(self.mesh, name), short, self.compiler, forms, f"{name}, values"
+                values = Values(*given)
                 self.values.append((name, values))
             shapes = shapes[1:]
         elif self.part == "layout" and "values" in options.parts:
-            forms = both if self.layout == ONE else both[:1]
-            self.values.append((self.layout, Values(self.spot, self.config, self.compiler, forms)))
+            forms = both if self.layout == ONE else both[1:]
+            values = Values(self.spot, short, self.compiler, forms, "values")
+            self.values.append((self.layout, values))
         for name in shapes:
             self.steps += self.batches(name)
-        for what in [values for _, values in self.values] + [steps for _, steps in self.steps]:
-            self.trying("tracing", what.compile)
-        # A short model's weights are made by the programs that make the whole one's.
-        few = min(options.text_layers, self.config.attention.num_hidden_layers)
-        short = shortened(self.config, few, None)
-        if self.part == "layout" and "values" in options.parts:
-            started = time.perf_counter()
-            found = self.trying("text", text, self.spot, short, options.copied)
-            if found is not None:
-                self.send("text", found)
-                self.say(f"text of {few} layers in {time.perf_counter() - started:.1f} s")
-        elif self.part != "large":
-            self.spot.made(short, self.options.copied)
-        self.compiler.wait()
+        jobs = [steps for _, steps in self.steps] + [values for _, values in self.values]
+        for config in dict.fromkeys(job.config for job in jobs):
+            self.weights[config] = Weights(self.spot, config, self.compiler, options.copied)
+        for job in [*self.weights.values(), *jobs]:
+            if not isinstance(job, Values) or time.time() < until:
+                self.say(f"traces {job.name}")
+                self.trying("tracing", job.compile)
+        self.say("has traced all")
+        self.compiler.wait(until)
         for name, steps in self.steps:
             row = {"part": self.row_part, "layout": name, "batch": steps.rows}
             self.trying(f"program of {steps.rows} rows", steps.read, **row)
@@ -116,56 +122,58 @@ class Job:
         """The table in which times stand."""
         return "steps" if self.part == "layout" else self.part
 
-    def turn(self) -> None:
-        """Makes the weights, computes and times, alone on the devices."""
-        started = time.perf_counter()
-        model = self.spot.made(self.config, self.options.copied)
-        held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(model))
-        layers = self.config.attention.num_hidden_layers
-        self.say(f"weights of {layers} layers made in {time.perf_counter() - started:.1f} s, "
-                 f"{held / 1e9:.2f} GB a device")  # fmt: skip
-        if self.part == "large":
-            self.send("row", {"part": "large", "layout": "-", "layers": layers, "held": held})
-        for name, values in self.values:
+    def turn(self, text: Any) -> None:
+        """Makes the weights, times and computes, alone on the devices.
+
+        `text` is what the values are computed of, where another process has written it.
+        """
+        model, config = None, None
+        for name, job in [*self.steps, *self.values]:
+            if job.config != config:
+                model = None  # its memory is wanted
+                model, config = self.weights[job.config].made(), job.config
+                if self.part == "large":
+                    layers = config.attention.num_hidden_layers
+                    self.send("row", {"part": "large", "layout": "-", "layers": layers})
             started = time.perf_counter()
-            found = self.trying("values", values.found, model)
-            if found is not None:
-                self.say(f"values in {time.perf_counter() - started:.1f} s")
-                self.send("values", {"as": name, **found})
-        for name, steps in self.steps:
-            started = time.perf_counter()
-            row = {"part": self.row_part, "layout": name, "batch": steps.rows}
-            found = self.trying(f"{steps.rows} rows", steps.timed, model, **row)
-            if found is not None:
-                self.send("row", {**row, "slots": steps.slots, **found})
-                self.say(f"{steps.name}: timed in {time.perf_counter() - started:.1f} s")
+            if isinstance(job, Steps):
+                row = {"part": self.row_part, "layout": name, "batch": job.rows}
+                found = self.trying(f"{job.rows} rows", job.timed, model, **row)
+                if found is not None:
+                    self.send("row", {**row, "slots": job.slots, **found})
+            elif text is None and "float32" not in job.forms:
+                self.send("failure", {"part": self.part, "layout": name, "what": "values",
+                                      "failure": "what is right is not known"})  # fmt: skip
+            else:
+                found = self.trying("values", job.found, model, text)
+                if found is not None:
+                    self.send("values", {"as": name, **found})
+                if found is not None and "float32" in found:
+                    text = found["float32"]["words"][:, :-1]
+            self.say(f"{job.name}: took {time.perf_counter() - started:.1f} s")
 
 
-def work(part: str, layout: str, options: argparse.Namespace, pipe: Any) -> None:
-    """A process of mesh.py: it sends (kind, what), and waits for a word between its two halves."""
-    # Weights are made by programs that are compiled once, each process its own.
-    with tempfile.TemporaryDirectory() as kept:
-        jax.config.update("jax_compilation_cache_dir", kept)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
-        if options.simulated:
-            jax.config.update("jax_platforms", "cpu")
-            jax.config.update("jax_num_cpu_devices", options.simulated)
-        lock = threading.Lock()  # compilers' threads say what they have done
+def work(
+    part: str, layout: str, options: argparse.Namespace, threads: int, until: float, pipe: Any
+) -> None:
+    """A process of mesh.py: it sends (kind, what), and waits for a text between its two halves."""
+    if options.simulated:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", options.simulated)
+    lock = threading.Lock()  # compilers' threads say what they have done
 
-        def send(kind, what):
-            with lock:
-                pipe.send((kind, what))
+    def send(kind, what):
+        with lock:
+            pipe.send((kind, what))
 
-        try:
-            job = Job(part, layout, options, send)
-            job.before()
-            send("ready", None)
-            pipe.recv()
-            job.turn()
-        except Exception as error:
-            traceback.print_exc()
-            first = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-            send("failure", {"part": part, "layout": layout, "what": "process", "failure": first})
-        send("done", None)
+    try:
+        job = Job(part, layout, options, threads, send)
+        job.before(until)
+        send("ready", None)
+        job.turn(pipe.recv())
+    except Exception as error:
+        traceback.print_exc()
+        first = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        send("failure", {"part": part, "layout": layout, "what": "process", "failure": first})
+    send("done", None)
     os._exit(0)  # at once: its memory is wanted by the next one
