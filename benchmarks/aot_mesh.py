@@ -135,21 +135,25 @@ def narrow(config: DecoderConfig) -> DecoderConfig:
     )  # fmt: skip
 
 
-def sizes_of(what: str, mesh, kept: bool) -> tuple[int, int, int]:
-    """Rows, slots and new tokens of a program, by whether weights are kept as stored."""
+def sizes_of(what: str, mesh, kept: bool, rows: int | None = None) -> tuple[int, int, int]:
+    """Rows, slots and new tokens of a program, by whether weights are kept as stored.
+
+    In the wide layout there are so many `rows` a device, by default 4 on many devices and with
+    weights as stored, else 8.
+    """
     if what == "helix":
         return 8, 131072, 1
     if what == "prefill":
         return mesh.size, 512, 512
-    return (4 if mesh.size > 64 or kept else 8) * mesh.size, 8192, 1
+    return (rows or (4 if mesh.size > 64 or kept else 8)) * mesh.size, 8192, 1
 
 
-def program(mesh, what: str, config: DecoderConfig, weights: str | None = None):
+def program(mesh, what: str, config: DecoderConfig, sizes, weights: str | None = None):
     """(compiled, `_clock` of lowering, of compiling, shapes of a device's cache and kernels).
 
     And the shapes of a device's weights as stored in the form `weights`.
     """
-    rows, slots, tokens = sizes_of(what, mesh, weights is not None)
+    rows, slots, tokens = sizes
     place: Any = LAYOUTS[what]
 
     def laid(tree):
@@ -204,9 +208,9 @@ def _clock() -> np.ndarray:
     return np.array([time.perf_counter(), time.process_time()])
 
 
-def closed_form(mesh, what: str, config: DecoderConfig, kept: bool) -> dict[str, float]:
+def closed_form(mesh, what: str, config: DecoderConfig, sizes) -> dict[str, float]:
     """Bytes that one device sends in a decode step, by part of the model."""
-    rows, slots, _ = sizes_of(what, mesh, kept)
+    rows, slots, _ = sizes
     found = placement(
         config, mesh=dict(mesh.shape), sharding=LAYOUTS[what], batch_size=rows, length=slots
     )
@@ -226,12 +230,13 @@ def look(target: str, mesh, name: str, what: str, options: argparse.Namespace) -
         )
     if options.short:
         config = narrow(config)
-    compiled, lowering, seconds, held, stored = program(mesh, what, config, weights)
+    sizes = sizes_of(what, mesh, weights is not None, options.rows)
+    compiled, lowering, seconds, held, stored = program(mesh, what, config, sizes, weights)
     memory, text = compiled.memory_analysis(), compiled.as_text()
     moved = links.collectives(text, mesh.size)
     kinds = links.by_kind(moved)
     sent = sum(sent for _, sent in kinds.values())
-    form = closed_form(mesh, what, config, weights is not None) if what != "prefill" else {}
+    form = closed_form(mesh, what, config, sizes) if what != "prefill" else {}
     least = sum(form.values())
     aliased = memory.alias_size_in_bytes
     total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
@@ -347,6 +352,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--what", nargs="+", default=list(LAYOUTS), choices=list(LAYOUTS))
     parser.add_argument("--layers", type=int, help="fewer, the first one dense")
+    parser.add_argument("--rows", type=int, help="of a device, in the wide layout")
     parser.add_argument("--weights", help="keep them in this form: float8_e4m3fn, int8 or int4")
     parser.add_argument("--short", action="store_true", help="two narrow layers on 8 v6e")
     parser.add_argument("--alone", nargs="*", default=list(MOVES), choices=list(MOVES),

@@ -25,7 +25,9 @@ from jaxtyping import Array, Float, Int
 from mla_jax import sharding, target
 from mla_jax.sharding import Axes
 
-_LEAST = 1024  # pairs of token and expert that are done at once, at least
+# Pairs of token and expert that are done at once, at least. XLA for TPUs multiplies all of them by
+# every expert of a device.
+_LEAST = 256
 
 
 def routed(
@@ -233,5 +235,10 @@ def _local(run, kernels, x, experts, weights, *, parts: int):
         return lax.cond((given[1] < count).any(), add, lambda y: y, y), None
 
     y = _as(jnp.zeros(x.shape, wide), x)
-    y, _ = lax.scan(step, y, (token, expert, weight))
+    # The first round stands outside of the loop, and most often alone: kernels that go into a loop
+    # are copied to another layout on some TPUs, in every step.
+    first, *rest = ([a[at] for a in (token, expert, weight)] for at in (0, slice(1, None)))
+    y = some(y, *first, x, kernels)
+    more = lambda y: lax.scan(step, y, rest[0])[0]  # noqa: E731
+    y = lax.cond((expert[1] < count).any(), more, lambda y: y, y)
     return y.astype(x.dtype)
