@@ -145,11 +145,11 @@ class LatentMaps(Mixer):
         return self._kv_b()[..., self.config.qk_nope_head_dim :]
 
     def keep_parts(self) -> None:
-        """Keeps W_UK and W_UV as arrays of their own beside kv_b_proj, or shapes where it has these.
+        """Keeps W_UK and W_UV apart beside kv_b_proj, of which they are copies; or their shapes.
 
         XLA for GPUs cuts them out of kv_b_proj by a kernel each in every step, and each takes as
-        long as the product. The copies take as much memory as kv_b_proj. Where that is `Quantised`
-        or lies on a mesh, nothing is kept.
+        long as the product. The copies take as much memory as kv_b_proj. Where that is a
+        `Quantised` or lies on a mesh, nothing is kept.
         """
         if isinstance(self.kv_b_proj, Quantised) or sharding.mesh_of(self.kv_b_proj) is not None:
             return
