@@ -129,7 +129,7 @@ def run(
     shared=None,
     chosen=None,
 ):
-    """See `routed_experts`; `shared` are gate, up and down of the shared expert [1 D F]."""
+    """See `routed_experts`."""
     cores = _cores(target)
     if call.tokens <= max(_few().ROWS):
         plan = _few().Plan(_few().rows_of(call.tokens), cores, target.interpret)
@@ -160,7 +160,7 @@ def _of_few(plan, call: Call, target: Target, x, experts, weights, kernels, chos
         place = place + jnp.arange(tokens, dtype=jnp.int32)[:, None]
     else:
         tiles = make_tiles(experts, count, plan.rows, call.partial)
-        chosen = Chosen(tiles.owner, tiles.used)
+        chosen = Chosen(tiles.owner, tiles.used)  # kernels read the last number of `rank` alone
         rows, place = tiles.rows_of(x), tiles.place
     hidden = _few().gate_up(rows, groups, chosen, plan=plan, apart=tokens > plan.rows)
     made = _few().down(hidden, tuple(down for *_, down in kernels), chosen, plan=plan)
