@@ -16,7 +16,8 @@ import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from mla_jax.ops.hopper.fragments import Thread, load_shared, shared_address, two_numbers
+from mla_jax.ops.hopper.fragments import Thread, two_numbers
+from mla_jax.ops.hopper.mosaic import load_shared, shared_address
 
 DEPTH = 128  # inputs of a step
 _SIGNS = (0x9180, 0xB3A2)  # two bytes of a word, each below eight copies of its sign
