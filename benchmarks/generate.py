@@ -33,14 +33,15 @@ from flax import nnx
 import mla_jax
 from mla_jax.generation import Sampling, loop, prefill
 from mla_jax.generation.drafts import PromptLookup
+from mla_jax.layers.maps import Kept
 from mla_jax.models import DecoderConfig, random_decoder
 
 SCOPES = {  # the first that an operation's name contains
     "router": ("router",),
     "shared expert": ("shared_expert",),
-    "experts": ("experts", "grouped_matmul", "few_gate_up", "few_down"),
+    "experts": ("experts",),
     "head": ("head",),
-    "attention core": ("latent_attention", "expanded_attention", "plan", "mla_decode"),
+    "attention core": ("latent_attention", "expanded_attention", "plan"),
     "attention projections": ("queries", "latents", "rope", "w_uk", "w_uv", "kv_b_proj", "o_proj"),
     "cache append": ("cache_append",),
     "dense MLP, norms": ("mlp",),
@@ -64,6 +65,8 @@ def weights(model, batch):
         names = set(map(str, path))
         if "embed" in names and not config.tie_word_embeddings:
             continue
+        if isinstance(leaf, Kept):  # a copy of a part of kv_b_proj, which is counted
+            continue
         routed = "mlp" in names and leaf.ndim == 3
         if routed:
             share = 1 - (1 - config.num_experts_per_tok / config.n_routed_experts) ** batch
@@ -81,7 +84,7 @@ def active(model):
     state = nnx.to_flat_state(nnx.state(model))
     for path, leaf in zip(state.paths, state.leaves, strict=True):
         names = set(map(str, path))
-        if "scale" in names and leaf.ndim > 1:
+        if ("scale" in names and leaf.ndim > 1) or isinstance(leaf, Kept):
             continue
         routed = "mlp" in names and leaf.ndim == 3
         share = config.num_experts_per_tok / config.n_routed_experts if routed else 1
@@ -120,19 +123,29 @@ def scopes(text: str) -> dict[str, str]:
     return found
 
 
+def calls(text: str) -> dict[str, list[str]]:
+    """{Pallas kernel: the scopes of its calls, in the order of a compiled module}.
+
+    In a trace of a graph, as XLA makes of a step, all calls of a kernel have its name alone.
+    """
+    found = collections.defaultdict(list)
+    for path in re.findall(r' custom-call\(.*op_name="([^"]*)"', text):
+        *scope, kernel, _ = ["", *path.split("/")]  # Pallas calls a kernel in a scope of its name
+        found[kernel].append(scope_of("/".join(scope)))
+    return found
+
+
 def profile(run, text, steps):
     """Milliseconds of a step by scope, kernels' own and between them, from a trace of `run()`."""
     from jax.profiler import ProfileData
 
-    known = scopes(text)
+    known, ordered = scopes(text), calls(text)
     known |= {re.sub(r"\W", "_", name): scope for name, scope in known.items()}  # kernels' names
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             run()
         data = ProfileData.from_file(str(next(pathlib.Path(folder).rglob("*.xplane.pb"))))
-    taken, kernels, first, last = collections.Counter(), 0, float("inf"), 0.0
-    unknown: collections.Counter = collections.Counter()
-    named: collections.Counter = collections.Counter()
+    events = []
     for plane in data.planes:
         gpu = plane.name.startswith("/device:GPU")
         for line in plane.lines:
@@ -143,18 +156,25 @@ def profile(run, text, steps):
                 name = own.get("hlo_op", "")
                 if not gpu and (not name or name.startswith(("while", "call", "conditional"))):
                     continue
-                scope = known.get(name) or known.get(event.name) or scope_of(event.name)
-                if scope == "other":
-                    unknown[event.name[:60]] += event.duration_ns
-                taken[scope] += event.duration_ns
-                named[scope, event.name[:60], name] += event.duration_ns
-                kernels += 1
-                first = min(first, event.start_ns)
-                last = max(last, event.start_ns + event.duration_ns)
+                events.append((event.start_ns, event.duration_ns, event.name, name))
+    taken, unknown, named, turns = (collections.Counter() for _ in range(4))
+    total = collections.Counter(event for _, _, event, _ in events)
+    for _, duration, event, name in sorted(events):
+        own = ordered.get(event.removesuffix("_mosaic_gpu_kernel"), [])
+        if own and total[event] % len(own) == 0:
+            scope = own[turns[event] % len(own)]
+            turns[event] += 1
+        else:
+            scope = known.get(name) or known.get(event) or scope_of(event)
+        if scope == "other":
+            unknown[event[:60]] += duration
+        taken[scope] += duration
+        named[scope, event[:60], name] += duration
     each = {scope: ns / steps / 1e6 for scope, ns in taken.most_common()}
+    first, last = min(event[0] for event in events), max(sum(event[:2]) for event in events)
     each["between kernels"] = max(0.0, (last - first) / steps / 1e6 - sum(each.values()))
     return {
-        "scopes": each, "kernels": kernels / steps,
+        "scopes": each, "kernels": len(events) / steps,
         "other": {name: ns / steps / 1e6 for name, ns in unknown.most_common(8)},
         "longest": [[*names, ns / steps / 1e3] for names, ns in named.most_common()],
     }  # fmt: skip
@@ -334,23 +354,24 @@ def main():
              "weight_bytes": size, "weights": options.weights,
              "cache_dtype": options.cache_dtype, "rows": rows}  # fmt: skip
     bound, begun = mla_jax.bind(model), {}
+    results = {batch: {"batch": batch} for batch in options.batches}
     if options.steps_only:  # all compile at once
-        results = {batch: {"batch": batch} for batch in options.batches}
         with concurrent.futures.ThreadPoolExecutor() as pool:
-            given = ((bound, batch, options, results[batch]) for batch in results)
-            begun = dict(zip(results, pool.map(lambda args: begin(*args), given), strict=True))
-    for batch in options.batches:
+            for batch, result in results.items():
+                begun[batch] = pool.submit(begin, bound, batch, options, result)
+    for batch, result in results.items():
         if time.perf_counter() - STARTED > options.seconds:
             say(f"batch {batch}: no time left")
             break
-        rows.append(results[batch] if begun else {"batch": batch})
+        rows.append(result)
         try:
-            ready = begun.pop(batch, None) or begin(bound, batch, options, rows[-1])
-            measure(bound, batch, options, copy, rows[-1], ready)
-            del ready
+            measure(
+                bound, batch, options, copy, result,
+                begun.pop(batch).result() if begun else begin(bound, batch, options, result),
+            )  # fmt: skip
         except Exception as error:
             traceback.print_exc()
-            rows[-1]["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+            result["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
         if options.json:
             options.json.write_text(json.dumps(table, indent=2))
     print("\n| batch | first token s | ms a step | tokens/s | floor ms | fraction | Python ms |\n"

@@ -334,11 +334,8 @@ def main() -> None:
     add("--layouts", nargs="+", default=list(LAYOUTS), choices=list(LAYOUTS))
     add("--preset", default="deepseek_v2_lite")
     add("--layers", type=int, help="fewer than the preset has")
-    add(
-        "--values-layers",
-        type=int,
-        help="of the part values; all by default, and 1 may have no experts",
-    )
+    add("--values-layers", type=int,
+        help="of the part values; all by default, and 1 may have no experts")  # fmt: skip
     add("--heads", type=int, help="instead of the preset's, which n may not divide")
     add("--batches", type=int, nargs="+", default=[1, 8, 64])
     add("--context", type=int, default=4096, help="tokens that every row holds")

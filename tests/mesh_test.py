@@ -368,3 +368,10 @@ def test_explain_tells_what_each_device_of_a_mesh_runs(capsys):
         explain(config, batch_size=6, mesh=abstract, sharding=place)
     with pytest.raises(ValueError, match="sharding needs the mesh"):
         explain(config, sharding=place)
+
+
+def test_a_guarded_kernel_is_mapped_over_an_axis():
+    guarded = guard.unsplit(lambda x, y: [x + y, 2 * y], "pallas_gpu")
+    x, y = np.arange(6.0, dtype=np.float32).reshape(3, 2), np.ones(2, np.float32)
+    got = jax.jit(jax.vmap(guarded, (0, None)))(x, y)
+    assert_close(got, [x + y, np.broadcast_to(2 * y, x.shape)])

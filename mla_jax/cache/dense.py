@@ -179,8 +179,8 @@ def _put(held, fresh, at, follow=True):
         slots = held.shape[1]
         return narrow.write(held, fresh, at, lambda row, slot: (row, slot, slot < slots))
     if at.shape == (1, 1) and target.current().platform == "gpu":
-        # Of the only token XLA would make a slice, a choice and an update, a kernel each; of two,
-        # the other of which is dropped, it makes one scatter with the token's arithmetic in it.
+        # For a single token XLA would make three kernels: a slice, a select and an update. For two,
+        # the second of which is dropped, it makes one scatter, with the token's arithmetic in it.
         at = jnp.concatenate([at, at + held.shape[1]], axis=1)
         fresh = jnp.broadcast_to(fresh, (1, 2, *fresh.shape[2:]))
     # A row at a time: XLA sees that no row's tokens go to another, and on a mesh moves nothing.

@@ -103,7 +103,7 @@ class Router(nnx.Module):
     def route(
         self, x: Float[Array, "M D"], implementation: str | None = None
     ) -> tuple[Int[Array, "M K"], Float[Array, "M K"], Chosen | None]:
-        """The same, and what `ops.experts.choose` gives beside them."""
+        """The same, and the table of the chosen experts, or None: see `ops.experts.choose`."""
         scores = self.scores(x)
         if sharding.mesh_of(scores) is not None:
             return *self.choose(scores), None
@@ -112,7 +112,7 @@ class Router(nnx.Module):
         return experts, self._weights(scores, experts), chosen
 
     def choose(self, scores: Float[Array, "M E"]) -> tuple[Int[Array, "M K"], Float[Array, "M K"]]:
-        """The same from each token's scores."""
+        """The chosen experts and their weights, from each token's scores."""
         return sharding.of_rows(self._choose, scores, *self._bias())
 
     def _bias(self):
@@ -124,7 +124,7 @@ class Router(nnx.Module):
         return experts, self._weights(scores, experts)
 
     def _choice(self, scores, bias=None):
-        """What the best experts are chosen by."""
+        """The scores by which experts are chosen: biased, and -inf outside the kept groups."""
         config, choice = self.config, scores
         if bias is not None:
             choice = scores + bias[None]

@@ -145,14 +145,17 @@ class LatentMaps(Mixer):
         return self._kv_b()[..., self.config.qk_nope_head_dim :]
 
     def keep_parts(self) -> None:
-        """Keeps W_UK and W_UV beside kv_b_proj, of which they are copies: see `Kept`.
+        """Keeps W_UK and W_UV apart beside kv_b_proj, of which they are copies; or their shapes.
 
         XLA for GPUs cuts them out of kv_b_proj by a kernel each in every step, and each takes as
-        long as the product. Of a `Quantised`, and on a mesh, nothing is kept.
+        long as the product. The copies take as much memory as kv_b_proj. Where that is a
+        `Quantised` or lies on a mesh, nothing is kept.
         """
         if isinstance(self.kv_b_proj, Quantised) or sharding.mesh_of(self.kv_b_proj) is not None:
             return
-        w_uk, w_uv = self.w_uk, self.w_uv
+        shapes = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(self.kv_b_proj))
+        parts = lambda layer: (layer.w_uk, layer.w_uv)  # noqa: E731
+        w_uk, w_uv = jax.eval_shape(parts, self) if shapes else parts(self)
         self.kept_uk, self.kept_uv = Kept(w_uk), Kept(w_uv)
 
     def _kv_b(self):

@@ -14,7 +14,8 @@ def unsplit(kernel: Callable[..., Any], name: str, interpret: Any = None) -> Cal
 
     A TPU kernel refuses that itself. One for GPUs would be given all operands whole on every
     device, each of which would then do all the work, without a word. On one device, and within
-    `jax.shard_map`, the function is what it was.
+    `jax.shard_map`, the function is what it was. `jax.vmap` calls it for one element after the
+    other: jax has no rule for custom partitioning.
 
     Args:
         kernel: of positional arrays, or trees of them.
@@ -42,7 +43,7 @@ def unsplit(kernel: Callable[..., Any], name: str, interpret: Any = None) -> Cal
     guarded.def_partition(
         partition=partition, infer_sharding_from_operands=whole, sharding_rule=_apart
     )
-    return guarded
+    return jax.custom_batching.sequential_vmap(guarded)
 
 
 def _is_split(x) -> bool:

@@ -371,7 +371,9 @@ def test_the_only_token_is_written_on_a_gpu_as_elsewhere(slot, monkeypatch, rng)
     new = {k: jnp.asarray(rng.standard_normal((1, 1, w))) for k, w in names.items()}
     gpu = target.Target("gpu", "NVIDIA H200", 9.0, 132)
     monkeypatch.setattr(target, "current", lambda: gpu)
-    made = store.write(jnp.array([[slot]]), **new)
+    write = lambda store, new: store.write(jnp.array([[slot]]), **new)  # noqa: E731
+    assert str(jax.make_jaxpr(write)(store, new)).count(" concatenate[") == len(names)
+    made = write(store, new)
     for name, held in store.arrays.items():
         right = np.array(held)
         right[:, slot : slot + 1] = new[name][:, : max(0, 8 - slot)]

@@ -46,6 +46,15 @@ def test_on_a_gpu_a_bound_model_has_its_absorbed_weights_apart(on_gpu):
     np.testing.assert_array_equal(decoded(made), decoded(plain))
 
 
+def test_shapes_of_a_model_are_bound_as_its_arrays_are(on_gpu):
+    """So a program can be compiled before there are weights."""
+    create = lambda: Decoder(DecoderConfig.from_preset("tiny"), rngs=nnx.Rngs(0))  # noqa: E731
+    shapes = on_gpu(mla_jax.bind, nnx.eval_shape(create))
+    made = on_gpu(mla_jax.bind, create())
+    assert shapes.structure == made.structure
+    assert [(x.shape, x.dtype) for x in shapes.leaves] == [(x.shape, x.dtype) for x in made.leaves]
+
+
 def test_a_mesh_and_other_models_have_nothing_apart(on_gpu):
     layer = mla_jax.MultiHeadLatentAttention(
         mla_jax.MLAConfig.from_preset("tiny"), rngs=nnx.Rngs(0)

@@ -2,7 +2,8 @@
 
 A backend is a module of this folder with `why_not(call, target) -> str | None` and
 `run(x, experts, weights, gate, up, down, *, precision, call, target)`; adding one is that file and
-one line in `BACKENDS`, which is in order of preference.
+one line in `BACKENDS`, which is in order of preference. That of `hopper` takes `shared` and
+`chosen` as well.
 
 Letters: M tokens, K experts per token, E experts, D hidden size, F inner size.
 """
@@ -60,6 +61,7 @@ def routed_experts(
             can serve.
         shared: gate, up and down of an expert that every token sees, with an axis of one expert
             and an F of its own: it is added. Only where `takes_shared` says so.
+        chosen: what `choose` gave beside these experts, which spares a kernel; or None.
 
     Returns:
         [M D] in x's dtype; products are accumulated in float32. It differentiates in reverse, with
@@ -96,10 +98,11 @@ def routed_experts(
 def choose(
     scores: Float[Array, "M E"], count: int, implementation: str | None = None
 ) -> tuple[Int[Array, "M {count}"], Chosen | None]:
-    """Each token's `count` best experts, as `jax.lax.top_k` has them, best first.
+    """Each token's `count` best experts, as `jax.lax.top_k` has them, best first, and their table.
 
-    And which experts those are, for `routed_experts`, where a kernel has made both; else None. A
-    kernel is used on Hopper for up to 64 tokens, unless `implementation` names another backend.
+    The table says which experts some token has chosen: it is the argument `chosen` of
+    `routed_experts`. A kernel makes both on Hopper for up to 64 tokens and 256 experts, a multiple
+    of 8, unless `implementation` names another backend. Where it does not run the table is None.
 
     >>> choose(jnp.array([[0.1, 0.5, 0.2], [0.5, 0.0, 0.5]]), 2)[0].tolist()
     [[1, 2], [0, 2]]
@@ -165,37 +168,14 @@ def gated_mlp(
         return hopper.gated(plan, x.reshape(tokens, -1), tuple(kernels)).reshape(x.shape)
 
 
-def _run(
-    x,
-    experts,
-    weights,
-    gate,
-    up,
-    down,
-    *,
-    precision,
-    implementation,
-    partial=False,
-    shared=None,
-    chosen=None,
-):
-    call = dataclasses.replace(_checked(x, experts, weights, gate, up, down), partial=partial)
+def _run(*operands, precision, implementation, partial=False, shared=None, chosen=None):
+    call = dataclasses.replace(_checked(*operands), partial=partial)
     target = targets.current()
     backend = _choose(call, target, implementation)
     more = {"shared": shared, "chosen": chosen} if backend == "pallas_gpu" else {}
     with jax.named_scope(f"routed_experts.{backend}"):
-        return BACKENDS[backend].run(
-            x,
-            experts,
-            weights,
-            gate,
-            up,
-            down,
-            precision=precision,
-            call=call,
-            target=target,
-            **more,
-        )
+        run = BACKENDS[backend].run
+        return run(*operands, precision=precision, call=call, target=target, **more)
 
 
 def report(call: Call, target: targets.Target) -> list[tuple[str, str | None]]:

@@ -2,10 +2,10 @@
 
 XLA makes three kernels of a `top_k` and three of `tiles.chosen_experts`, which wait for each other.
 Here both are one thread block, which takes little longer than its start. Its first warpgroup
-chooses: the best score of every token, K times. Then all of them make the table, 64 experts each at
-a time.
+chooses: the best score of every token, K times. Then all warpgroups make the table, each for 64
+experts at a time.
 
-Letters: M tokens, K experts per token, E experts, J places.
+Letters: M tokens, K experts per token, E experts.
 """
 
 import functools
@@ -22,9 +22,9 @@ from mla_jax.ops import guard
 from mla_jax.ops.experts.tiles import Chosen
 from mla_jax.ops.hopper.merge import like
 
-ROWS = 64  # of a tile: the most tokens
-MOST_SCORES = 256  # of a token, as many as 64 rows of them fit registers
-MOST_EXPERTS = 512  # of a table: a thread block has at most eight warpgroups
+ROWS = 64  # rows of a tile, hence the most tokens
+MOST_SCORES = 256  # scores of a token: 64 rows of so many fit into registers
+MOST_EXPERTS = 512  # experts of a table: a thread block has at most eight warpgroups
 _AT_ONCE = 16  # pairs that are loaded before the first is compared
 _LOWEST = -(2**31)
 _TILE = plgpu.Layout.WGMMA
@@ -103,7 +103,7 @@ def chosen_experts(experts: Int[Array, "M K"], groups: int, *, interpret: Any = 
 
 
 def _sizes(pairs, groups):
-    """Tiles of places and of experts."""
+    """How many tiles the places and the experts fill."""
     return -(-min(groups, pairs) // ROWS), -(-groups // ROWS)
 
 

@@ -103,31 +103,36 @@ def down(
     take like experts: its result is their sum, in float32.
     """
     groups = tuple((kernel,) for kernel in kernels)
-    axis = 2 if isinstance(kernels[0], Weight) else 1
-    steps = [-(-kernel.shape[axis] // DEPTH[3 - axis]) for kernel in kernels]
+    steps = [_steps(kernel) for kernel in kernels]
     splits = (1, *(n // steps[0] if n % steps[0] == 0 else 1 for n in steps[1:]))
     first = lambda sums: sums[0]  # noqa: E731
     made, *shared = _products(x, groups, chosen, first, plan, "few_down", False, splits)
-    sums = [
-        one.astype(jnp.float32).reshape(split, plan.rows, -1).sum(0)
-        for one, split in zip(shared, splits[1:], strict=True)
-    ]
-    return made, *sums
+    return made, *(_summed(*one, plan) for one in zip(shared, splits[1:], strict=True))
 
 
 @functools.partial(jax.jit, static_argnames=("plan",))
 def linear(x: Float[Array, "M K"], kernel: Kernel, *, plan: Plan) -> Float[Array, "M N"]:
     """X times one kernel [1 K N], in x's dtype; K and N are multiples of 64."""
-    stored = isinstance(kernel, Weight)
-    inputs, outputs = kernel.shape[2 if stored else 1], kernel.shape[1 if stored else 2]
-    parts, steps = -(-outputs // WIDTH), -(-inputs // DEPTH[1 if stored else 2])
+    outputs = kernel.shape[1 if isinstance(kernel, Weight) else 2]
+    parts, steps = -(-outputs // WIDTH), _steps(kernel)
     # As many items as multiprocessors, or nearly, each of at least two steps.
     fitting = [n for n in range(1, steps // 2 + 1) if steps % n == 0 and n * parts <= plan.cores]
     split = max(fitting, default=1)
     first = lambda sums: sums[0]  # noqa: E731
     result = jnp.float32 if split > 1 else x.dtype
     (made,) = _products((x,), ((kernel,),), None, first, plan, "few_linear", True, (split,), result)
-    return made.reshape(split, plan.rows, outputs).sum(0).astype(x.dtype) if split > 1 else made
+    return _summed(made, split, plan).astype(x.dtype) if split > 1 else made
+
+
+def _steps(kernel: Kernel) -> int:
+    """Steps of all of K; copies past its end bring zeros."""
+    stored = isinstance(kernel, Weight)
+    return -(-kernel.shape[2 if stored else 1] // DEPTH[1 if stored else 2])
+
+
+def _summed(made, split, plan):
+    """The sum [M N] of the parts of K that `_products` leaves one below the other, in float32."""
+    return made.astype(jnp.float32).reshape(split, plan.rows, -1).sum(0)
 
 
 def block_of(tile, tiles: int, blocks: int):
@@ -213,7 +218,7 @@ def _products(xs, groups, chosen, finish, plan, name, one_x, splits, result=None
         every, fixed = [], 0
         for p in (*range(1, parts), 0):  # the experts' items come last: their number is not known
             own, kernel = slice(p * blocks, (p + 1) * blocks), groups[p][0]
-            steps = -(-kernel.shape[inputs] // depth)  # copies past the end bring zeros
+            steps = _steps(kernel)
             columns = -(-kernel.shape[outputs] // WIDTH)
             part = _Part(
                 x=x_refs[0 if one_x else p],

@@ -67,6 +67,8 @@ def why_not(call: Call, target: Target) -> str | None:
         return f"widths must be multiples of {_grouped().WIDTH}, not {width} and {inner}"
     if not call.static:
         return "the number of tokens must be static"
+    if not call.pairs:
+        return "there are no tokens, or none has an expert"
     if call.stored:
         return _few().why_not_stored(call.stored, call.dtype)
     return None
@@ -82,7 +84,7 @@ def few_plan(tokens: int, dtype: str, stored: tuple | None, target: Target) -> A
     """
     if not_hopper(target) or _modules() is None:
         return None
-    if tokens > max(_few().ROWS):
+    if not 1 <= tokens <= max(_few().ROWS):
         return None
     if dtype not in ("bfloat16", "float16"):
         return None
@@ -103,10 +105,11 @@ def takes_shared(call: Call, target: Target) -> bool:
 def choose(scores, count: int, target: Target):
     """`lax.top_k(scores, count)[1]` [M K] and its `Chosen`; None where no kernel serves."""
     tokens, groups = scores.shape
-    if not isinstance(tokens, int) or not_hopper(target) or not _modules():
+    if not_hopper(target) or _modules() is None or scores.dtype != "float32":
         return None
-    most = tokens <= max(_few().ROWS) and groups <= _choice().MOST_SCORES
-    if not most or groups % 8 or scores.dtype != "float32":
+    if not isinstance(tokens, int) or not 1 <= tokens <= max(_few().ROWS):
+        return None
+    if not 1 <= count <= groups <= _choice().MOST_SCORES or groups % 8:
         return None
     # The choice has no derivative, and the kernel has no rule.
     return _choice().choose(lax.stop_gradient(scores), count, interpret=target.interpret)
@@ -126,7 +129,7 @@ def run(
     shared=None,
     chosen=None,
 ):
-    """See `routed_experts`; `shared` are gate, up and down of the shared expert [1 D F]."""
+    """See `routed_experts`."""
     cores = _cores(target)
     if call.tokens <= max(_few().ROWS):
         plan = _few().Plan(_few().rows_of(call.tokens), cores, target.interpret)
@@ -157,7 +160,7 @@ def _of_few(plan, call: Call, target: Target, x, experts, weights, kernels, chos
         place = place + jnp.arange(tokens, dtype=jnp.int32)[:, None]
     else:
         tiles = make_tiles(experts, count, plan.rows, call.partial)
-        chosen = Chosen(tiles.owner, tiles.used)
+        chosen = Chosen(tiles.owner, tiles.used)  # kernels read the last number of `rank` alone
         rows, place = tiles.rows_of(x), tiles.place
     hidden = _few().gate_up(rows, groups, chosen, plan=plan, apart=tokens > plan.rows)
     made = _few().down(hidden, tuple(down for *_, down in kernels), chosen, plan=plan)

@@ -99,12 +99,13 @@ class Chosen(NamedTuple):
     """The experts that some token has chosen, in order.
 
     Attributes:
-        owner: the expert of every place, J or more; any of them behind those in use.
-        rank: each expert's place, if it has one; then, once or more, how many places are in use.
+        owner: the expert of every place; behind the places in use it is any expert.
+        rank: the place of every expert that has one; behind these E numbers, once or more often,
+            how many places are in use.
     """
 
-    owner: Int[Array, "J"]
-    rank: Int[Array, "edges"]
+    owner: Int[Array, "places"]
+    rank: Int[Array, "ranks"]
 
 
 def chosen_experts(experts: Int[Array, "M K"], groups: int) -> Chosen:

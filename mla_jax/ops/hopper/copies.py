@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from mla_jax.ops.hopper.mosaic import SPLAT, index_of, pointer
+from mla_jax.ops.hopper.mosaic import SPLAT, index_of, pointer, shared_address
 from mla_jax.ops.hopper.schedule import BLOCK
 
 STEP = 128  # rows that a warpgroup lists at once, one a thread
@@ -216,7 +216,7 @@ def gather(source, targets, buffer: int, places, block: int, column: int) -> Non
         first = add(first, mul(rem(row, c(8)), c(tile_rows)))
         first = add(first, mul(rem(chunk, c(per_tile)), c(16)))
         first = arith.xori(first, arith.andi(arith.shrui(first, c(3)), c(swizzled)))
-        target = llvm.ptrtoint(i32, utils.memref_ptr(targets))
+        target = shared_address(targets)
         width = ir.MemRefType(source.type).shape[1]
         base = llvm.ptrtoint(i64, utils.memref_ptr(source))
         base = add(base, arith.extui(i64, mul(chunk, c(16))))
@@ -270,5 +270,4 @@ def _word(words, word: int):
     """The address of a word in shared memory."""
     utils = mgpu.utils
     i32 = utils.ir.IntegerType.get_signless(32)
-    base = utils.llvm.ptrtoint(i32, utils.memref_ptr(words))
-    return utils.arith.addi(base, utils.c(4 * word, i32))
+    return utils.arith.addi(shared_address(words), utils.c(4 * word, i32))

@@ -25,6 +25,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mla_jax.cache.scaled import GROUP
+from mla_jax.ops.hopper.mosaic import load_shared, shared_address
 from mla_jax.ops.hopper.schedule import BLOCK
 
 _COLUMNS = 64  # channels of a load: 4 lanes of 16
@@ -111,11 +112,10 @@ class _Raw:
         arith, c = mgpu.utils.arith, mgpu.utils.c
         self.columns, self.width = columns, swizzle(columns)
         row, quad = _lanes()
-        i32 = self.i32 = row.type
+        i32 = row.type
         inner = arith.andi(row, c(7, i32))
         outer = arith.shrui(row, c(3, i32))
-        base = mgpu.utils.llvm.ptrtoint(i32, mgpu.utils.memref_ptr(buffer))
-        at = arith.addi(base, arith.muli(outer, c(8 * columns, i32)))
+        at = arith.addi(shared_address(buffer), arith.muli(outer, c(8 * columns, i32)))
         at = arith.addi(at, arith.muli(inner, c(self.width, i32)))
         key = inner if self.width == 128 else arith.shrui(inner, c(1, i32))
         # The four chunks of 16 bytes of channels 0 to 63 of this slot, and those of 64 to 127.
@@ -128,12 +128,7 @@ class _Raw:
         """16 bytes: channels 64 j on of this thread's slot i."""
         square, within = divmod(j * _COLUMNS, self.width)
         offset = BLOCK * self.columns + _ROWS[i] * self.columns + square * 8 * self.width
-        return mgpu.utils.inline_ptx(
-            f"ld.shared.v4.b32 {{$0, $1, $2, $3}}, [$4 + {offset}];",
-            self.at[within // _COLUMNS],
-            result_types=[self.i32] * 4,
-            has_side_effects=True,
-        )
+        return load_shared(self.at[within // _COLUMNS], offset)
 
 
 class _Store:
@@ -147,8 +142,8 @@ class _Store:
         row, quad = _lanes()
         inner = arith.andi(row, c(7, self.i32))  # of the eight rows of a swizzled square
         outer = arith.shrui(row, c(3, self.i32))
-        base = mgpu.utils.llvm.ptrtoint(self.i32, mgpu.utils.memref_ptr(buffer))
-        at = arith.addi(base, arith.muli(outer, c(1024 * columns // _COLUMNS, self.i32)))
+        at = arith.muli(outer, c(1024 * columns // _COLUMNS, self.i32))
+        at = arith.addi(shared_address(buffer), at)
         at = arith.addi(at, arith.muli(inner, c(128, self.i32)))
         chunk = arith.xori(arith.muli(quad, c(2, self.i32)), inner)
         self.at = arith.addi(at, arith.muli(chunk, c(16, self.i32)))

@@ -14,7 +14,7 @@ Thread 4 g + t of warp w, of a tile whose slots are 16 w + 8 h + r:
     values    16 channels from 128 w + 16 PERMUTED[g], in slots r = t and r = t + 4
     rope      slots as keys; of 64 channels, it has 8 t to 8 t + 7 and 32 + 8 t to 39 + 8 t
 
-None of this runs in the interpreter, which has `keys_order` and the like.
+None of this runs in the interpreter, which has `order_pattern` and the like.
 """
 
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mla_jax.ops.hopper.dequantise import address, bits, row_bytes
+from mla_jax.ops.hopper.mosaic import load_shared, shared_address
 from mla_jax.ops.hopper.schedule import BLOCK
 
 WG, SPLAT, STRIDED = plgpu.Layout.WGMMA, plgpu.Layout.WG_SPLAT, plgpu.Layout.WG_STRIDED
@@ -485,21 +486,6 @@ def _own_place(shared):
     me = Thread()
     thread = arith.andi(me.thread, c(127, me.i32))
     return arith.addi(shared_address(shared), arith.muli(thread, c(16, me.i32)))
-
-
-def shared_address(ref):
-    i32 = mgpu.utils.ir.IntegerType.get_signless(32)
-    return mgpu.utils.llvm.ptrtoint(i32, mgpu.utils.memref_ptr(ref))
-
-
-def load_shared(at, offset):
-    i32 = mgpu.utils.ir.IntegerType.get_signless(32)
-    return mgpu.utils.inline_ptx(
-        f"ld.shared.v4.b32 {{$0, $1, $2, $3}}, [$4 + {offset}];",
-        at,
-        result_types=[i32] * 4,
-        has_side_effects=True,
-    )
 
 
 def _turn(one, two, pick, factor):

@@ -256,6 +256,23 @@ def pointer(ref, element):
     return mgpu.utils.getelementptr(pointer, [i64], kind)
 
 
+def shared_address(ref):
+    """The 32-bit address of an array in shared memory."""
+    i32 = mgpu.utils.ir.IntegerType.get_signless(32)
+    return mgpu.utils.llvm.ptrtoint(i32, mgpu.utils.memref_ptr(ref))
+
+
+def load_shared(at, offset):
+    """Four words from shared memory, `offset` bytes behind the address `at`."""
+    i32 = mgpu.utils.ir.IntegerType.get_signless(32)
+    return mgpu.utils.inline_ptx(
+        f"ld.shared.v4.b32 {{$0, $1, $2, $3}}, [$4 + {offset}];",
+        at,
+        result_types=[i32] * 4,
+        has_side_effects=True,
+    )
+
+
 def _offset(ref, pointer, elements):
     kind = mgpu.utils.ir.MemRefType(ref.type).element_type
     return mgpu.utils.getelementptr(pointer, [elements], kind)

@@ -16,7 +16,8 @@ import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from mla_jax.ops.hopper.fragments import Thread, load_shared, shared_address, two_numbers
+from mla_jax.ops.hopper.fragments import Thread, two_numbers
+from mla_jax.ops.hopper.mosaic import load_shared, shared_address
 
 DEPTH = 128  # inputs of a step
 _SIGNS = (0x9180, 0xB3A2)  # two bytes of a word, each below eight copies of its sign
@@ -41,7 +42,7 @@ sub.rn.bf16x2 $0, x, y;""",
 
 
 def in_order(x, row: int):
-    """[..., K] in that order, for rows of `row` bytes, 128 or 64, of which K is a multiple."""
+    """[..., K] in the order of `widened`, for rows of 128 or 64 bytes; K is a multiple of `row`."""
     shape = x.shape
     x = x.reshape(*shape[:-1], shape[-1] // row, 4, row // 16, 2, 2)
     return jnp.moveaxis(x, -4, -2).reshape(shape)
@@ -58,15 +59,15 @@ def widened(ref, row: int):
     )
     def call(_, ref):
         arith, c, me = mgpu.utils.arith, mgpu.utils.c, Thread()
-        # Of a tile of eight rows, 16 bytes stand at a place that depends on the row.
+        # The swizzle: within a tile of eight rows the place of 16 bytes depends on the row.
         turn = me.g if row == 128 else arith.shrui(me.g, c(1, me.i32))
         base = arith.addi(shared_address(ref), arith.muli(me.warp, c(2 * 8 * DEPTH, me.i32)))
         base = arith.addi(base, arith.muli(me.g, c(row, me.i32)))
         registers = np.empty(layout.to_mgpu().registers_shape((64, DEPTH)), dtype=object)
         for part in range(2):  # of the 32 bytes
-            chunk = (
-                me.t if row == 64 else arith.addi(arith.muli(me.t, c(2, me.i32)), c(part, me.i32))
-            )
+            chunk = me.t
+            if row == 128:
+                chunk = arith.addi(arith.muli(me.t, c(2, me.i32)), c(part, me.i32))
             at = arith.addi(base, arith.muli(arith.xori(chunk, turn), c(16, me.i32)))
             for h in range(2):  # rows of the product lie eight apart
                 offset = 8 * DEPTH * h + (8 * row * part if row == 64 else 0)
@@ -85,9 +86,9 @@ def widened(ref, row: int):
 
 
 def all_have_read() -> None:
-    """All threads of the warpgroup have in registers what they read before.
+    """Waits until all threads of the warpgroup have in registers what they have read.
 
-    What they read may then be written by copies: no fence is due for that.
+    Copies may then write over it: they need no fence after reads.
     """
 
     @plgpu.inline_mgpu()

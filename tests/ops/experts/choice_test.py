@@ -46,6 +46,7 @@ def awkward(tokens, groups, rng):
     if tokens > 1:
         scores[1, :5], scores[1, 5:] = [-np.inf, np.inf, np.nan, -np.nan, 0.0], -np.inf
         scores[-1, ::2] = np.copysign(np.nan, -1)
+        scores[-1, 1::2] = np.copysign(0, scores[-1, 1::2])  # -0 is less than 0 there
     return jnp.asarray(scores)
 
 
@@ -77,6 +78,15 @@ def test_which_choices_have_a_kernel():
     assert not served(8, 264)
     assert not served(8, 68)
     assert not served(8, 64, jnp.bfloat16)
+    assert not served(0, 64)
+
+
+def test_more_experts_than_there_are_cannot_be_chosen():
+    with (
+        plgpu.force_gpu_interpret_mode(),
+        pytest.raises(ValueError, match="no larger than size along axis"),
+    ):
+        choose(jnp.zeros((3, 8)), 9)
 
 
 ROUTERS = {

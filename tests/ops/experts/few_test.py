@@ -15,7 +15,7 @@ from experts_oracle import gradients, loop, problem
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mla_jax import target
-from mla_jax.ops.experts import few, gated_mlp, hopper, routed_experts, takes_shared
+from mla_jax.ops.experts import choose, few, gated_mlp, hopper, routed_experts, takes_shared
 from mla_jax.ops.experts.tiles import Chosen, chosen_experts
 from mla_jax.ops.weights import Weight
 
@@ -175,6 +175,18 @@ def test_what_the_kernels_serve():
     assert "takes no weights in int4" in hopper.why_not(packed, here)
     assert hopper.few_plan(8, "bfloat16", None, here) is not None
     assert hopper.few_plan(65, "bfloat16", None, here) is None
+
+
+@pytest.mark.parametrize("kind", ["plain", "e4m3"])
+def test_no_tokens_go_another_way(kind, rng):
+    """A kernel has nothing to do then, and no shape."""
+    kernels = [weight(kind, (2, 128, 128), rng)[0] for _ in range(3)]
+    x, experts = jnp.zeros((0, 128), jnp.bfloat16), jnp.zeros((0, 2), jnp.int32)
+    alone = [weight(kind, (1, 128, 128), rng)[0] for _ in range(3)]
+    with plgpu.force_gpu_interpret_mode():
+        assert routed_experts(x, experts, jnp.zeros((0, 2)), *kernels).shape == (0, 128)
+        assert gated_mlp(x, alone) is None
+        assert choose(jnp.zeros((0, 8)), 2)[0].shape == (0, 2)
 
 
 def other_place(self, source, operand, slot):
