@@ -51,10 +51,11 @@ def make(config=MICRO, **options):
     layer = drawn(lambda: MultiHeadLatentAttention(config, rngs=nnx.Rngs(0), **options))
     for name in ("sinks", "ssmax_scale", "ssmax_bias"):  # which start at 0 and 1
         if hasattr(layer, name):
-            noise = jax.random.normal(jax.random.key(len(name)), (config.num_attention_heads,))
-            setattr(layer, name, nnx.Param(getattr(layer, name)[...] + 0.5 * noise))
-    x = jax.random.normal(jax.random.key(1), (2, T, config.hidden_size))
-    return layer, x
+            noise = np.random.default_rng(len(name)).standard_normal(config.num_attention_heads)
+            held = np.asarray(getattr(layer, name)[...])
+            setattr(layer, name, nnx.Param(jnp.asarray(held + 0.5 * noise, jnp.float32)))
+    x = np.random.default_rng(1).standard_normal((2, T, config.hidden_size), np.float32)
+    return layer, jnp.asarray(x)
 
 
 def poisoned(cache):
@@ -141,7 +142,7 @@ def test_accuracy_against_float64(form):
     config = MLAConfig.from_preset("deepseek_v3").replace(
         hidden_size=96, num_attention_heads=2, q_lora_rank=64
     )
-    layer = MultiHeadLatentAttention(config, precision="highest", rngs=nnx.Rngs(0))
+    layer, _ = make(config, precision="highest")
     x = np.random.default_rng(1).standard_normal((2, 33, 96))
     with jax.enable_x64(True):
         graph, state = nnx.split(layer)

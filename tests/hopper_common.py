@@ -11,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import mla_jax
 from mla_jax import target
 from mla_jax.models.decoder import Decoder, DecoderConfig
-from mla_jax.ops import dispatch
+from mla_jax.ops import dispatch, hopper
 
 MARKS = [
     # Infinity in slots that nobody sees meets zero, before the mask.
@@ -20,6 +20,8 @@ MARKS = [
 ]
 SCALE = 192**-0.5
 INTERPRET = plgpu.InterpretGPUParams()
+# One program, where each of its operations would be one.
+make_schedule = jax.jit(hopper.make_schedule, static_argnames=("rows", "slots", "num_sms", "slack"))
 HOPPER = target.Target("gpu", "NVIDIA H200", 9.0, 132)
 SPEC = dispatch.Call("latent_attention", 2, 1, 4096, 128, (512, 64), 512, "bfloat16", ("lengths",))
 

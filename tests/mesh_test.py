@@ -179,27 +179,28 @@ def test_inputs_as_stored_are_split_between_blocks_only():
 
 
 PROMPTS = [np.arange(1, n + 1) * 7 % 64 for n in (3, 130, 17, 1, 64, 5, 9, 40)]
+ONE_CHUNK = [prompt[:128] for prompt in PROMPTS]  # a second one is another program
 TEXTS = {
     "helix_drafts": (
-        Rules(B="data", S="model", N="model", F="model", E=BOTH, W="model"),
+        Rules(B="data", S="model", N="model", F="model", E=BOTH, W="model"), ONE_CHUNK,
         {"speculate": 2, "logprobs": True},
     ),
     "data_multi_token": (
-        Rules(B=BOTH, D="data", E=BOTH, W="model"),
+        Rules(B=BOTH, D="data", E=BOTH, W="model"), PROMPTS,
         {"speculate": 2, "draft": "mtp", "temperature": 1.0, "top_k": 20, "samples": 2},
     ),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_texts_are_those_of_one_device(name):
-    place, options = TEXTS[name]
+    place, prompts, options = TEXTS[name]
     options |= {"max_new_tokens": 6, "block": 3}  # slots that split are the call's concern
     model = drawn(lambda: Decoder(CONFIG, mtp=True, rngs=nnx.Rngs(0)))
-    wanted = generate(model, PROMPTS, **options)
+    wanted = generate(model, prompts, **options)
     with jax.set_mesh(mesh()):
         placed = laid(model, place)
-        got = generate(placed, PROMPTS, sharding=place, **options)
+        got = generate(placed, prompts, sharding=place, **options)
     assert got.tokens == wanted.tokens
     assert got.accepted == wanted.accepted
     assert sharding.spec(got.cache.stores[0].latent)[:2] == (place.B, place.S)

@@ -98,6 +98,7 @@ def equal(one, other):
 
 # --8<-- [start:resume]
 train = (params, rest, optimizer.init(params))
+train = jax.device_put(train, jax.devices()[0])  # as a restored one: else `step` compiles twice
 shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), train)
 with tempfile.TemporaryDirectory() as folder, ocp.CheckpointManager(pathlib.Path(folder)) as kept:
     train, losses, _ = run(train, 0, 5)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from common import PLAIN, relative
+from common import PLAIN, drawn, relative
 from flax import nnx
 
 from mla_jax.layers.experts import (
@@ -26,26 +26,32 @@ CONFIG = DecoderConfig(
 
 
 def test_the_bias_shifts_the_choice_but_not_the_weights(rng):
-    router = Router(CONFIG.replace(norm_topk_prob=False), rngs=nnx.Rngs(0))
+    router = drawn(lambda: Router(CONFIG.replace(norm_topk_prob=False), rngs=nnx.Rngs(0)))
     x = jnp.asarray(rng.standard_normal((5, 24)), jnp.float32)
     router.bias.set_value(router.bias[...].at[6].set(2.0))
-    experts, weights = router(x)
-    assert (experts == 6).any(1).all()
+    (experts, weights), scores = jax.jit(lambda router, x: (router(x), router.scores(x)))(router, x)
+    assert (np.asarray(experts) == 6).any(1).all()
     expected = 1 / (1 + np.exp(-np.asarray(x, np.float64) @ np.asarray(router.kernel, np.float64)))
     assert relative(weights, np.take_along_axis(expected, np.asarray(experts), 1)) < 1e-6
-    np.testing.assert_array_equal(router.scores(x)[jnp.arange(5), experts[:, 0]], weights[:, 0])
+    first = np.asarray(scores)[np.arange(5), experts[:, 0]]
+    np.testing.assert_array_equal(first, weights[:, 0])
 
 
 def test_an_optimizer_of_parameters_leaves_the_bias_alone(rng):
     """Weight decay moves every `nnx.Param`, whatever its gradient."""
-    layer = MixtureOfExperts(CONFIG, rngs=nnx.Rngs(0))
+    layer = drawn(lambda: MixtureOfExperts(CONFIG, rngs=nnx.Rngs(0)))
     start = jnp.asarray(rng.standard_normal(8), jnp.float32)
     layer.router.bias.set_value(start)
     kernel = layer.router.kernel[...]
     optimizer = nnx.Optimizer(layer, optax.adamw(1e-2, weight_decay=0.1), wrt=nnx.Param)
     x = jnp.asarray(rng.standard_normal((1, 6, 24)), jnp.float32)
-    for _ in range(3):
+
+    @nnx.jit
+    def step(layer, optimizer):
         optimizer.update(layer, nnx.grad(lambda layer: (layer(x) ** 2).sum())(layer))
+
+    for _ in range(3):
+        step(layer, optimizer)
     np.testing.assert_array_equal(layer.router.bias[...], start)
     assert relative(layer.router.kernel[...], kernel) > 1e-3
     assert isinstance(layer.router.bias, SelectionBias)
@@ -55,7 +61,7 @@ def test_an_optimizer_of_parameters_leaves_the_bias_alone(rng):
 
 def test_the_bias_balances_a_router_that_prefers_some_experts(rng):
     """Scores as captured in training, the load of each step, and the published rule."""
-    layer = MixtureOfExperts(CONFIG, rngs=nnx.Rngs(0))
+    layer = drawn(lambda: MixtureOfExperts(CONFIG, rngs=nnx.Rngs(0)))
     lean = jnp.zeros((24, 8)).at[:, :2].set(0.15)  # experts 0 and 1 win on inputs of mean 1
     layer.router.kernel.set_value(0.05 * layer.router.kernel[...] + lean)
     x = jnp.asarray(1 + rng.standard_normal((4, 64, 24)), jnp.float32)
@@ -112,16 +118,17 @@ def test_sequence_balance_loss_is_the_papers(rng):
         losses.append(total)
     valid = jnp.arange(tokens)[None] < jnp.array(lengths)[:, None]
     padded = jnp.asarray(np.where(valid[..., None], scores, np.nan), jnp.float32)
-    found = sequence_balance_loss(padded, jnp.asarray(experts), valid=valid)
+    loss = jax.jit(sequence_balance_loss)
+    found = loss(padded, jnp.asarray(experts), valid=valid)
     assert float(found) == pytest.approx(np.mean(losses), rel=1e-6)
     own = jnp.asarray(scores, jnp.float32)
-    one = sequence_balance_loss(own[:1], jnp.asarray(experts[:1]))
+    one = loss(own[:1], jnp.asarray(experts[:1]))
     assert float(one) == pytest.approx(losses[0], rel=1e-6)
-    slope = jax.grad(sequence_balance_loss)(own, jnp.asarray(experts), valid=valid)
-    assert bool(jnp.isfinite(slope).all())
-    assert bool((slope[2] == 0).all())
-    assert float(jnp.abs((slope * own).sum(-1)).max()) < 1e-6  # P does not see a token's scale
-    assert float(jnp.abs(slope).max()) > 1e-2
+    slope = np.asarray(jax.jit(jax.grad(sequence_balance_loss))(own, experts, valid=valid))
+    assert np.isfinite(slope).all()
+    assert (slope[2] == 0).all()
+    assert np.abs((slope * np.asarray(own)).sum(-1)).max() < 1e-6  # P does not see a token's scale
+    assert np.abs(slope).max() > 1e-2
     with pytest.raises(ValueError, match=r"must be \[B T E\] and \[B T K\]"):
         sequence_balance_loss(own[0], jnp.asarray(experts[0]))
 
@@ -129,18 +136,22 @@ def test_sequence_balance_loss_is_the_papers(rng):
 def test_a_mixture_names_what_it_lacks_and_what_cannot_serve():
     with pytest.raises(ValueError, match="n_routed_experts=None: a mixture of experts needs both"):
         MixtureOfExperts(CONFIG.replace(n_routed_experts=None), rngs=nnx.Rngs(0))
-    layer = MixtureOfExperts(CONFIG, implementation="pallas_gpu", rngs=nnx.Rngs(0))
+    layer = drawn(lambda: MixtureOfExperts(CONFIG, implementation="pallas_gpu", rngs=nnx.Rngs(0)))
     with pytest.raises(NotImplementedError, match="'pallas_gpu' cannot serve these experts: needs"):
         layer(jnp.ones((1, 3, 24)))
 
 
-def test_the_computations_dtype_is_the_layers(rng):
-    x = jnp.asarray(rng.standard_normal((2, 5, 24)), jnp.bfloat16)
-    assert MixtureOfExperts(CONFIG, rngs=nnx.Rngs(0))(x).dtype == jnp.float32
-    layer = MixtureOfExperts(CONFIG, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-    assert layer(x).dtype == jnp.bfloat16
+def test_the_computations_dtype_is_the_layers():
+    def run(**types):
+        layer = MixtureOfExperts(CONFIG, rngs=nnx.Rngs(0), **types)
+        return layer, layer(jnp.zeros((2, 5, 24), jnp.bfloat16))
+
+    shapes = lambda **types: nnx.eval_shape(lambda: run(**types))  # noqa: E731
+    assert shapes()[1].dtype == jnp.float32
+    layer, y = shapes(dtype=jnp.bfloat16)
+    assert y.dtype == jnp.bfloat16
     assert layer.gate_proj.dtype == jnp.float32
-    half = MixtureOfExperts(CONFIG, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    half, _ = shapes(param_dtype=jnp.bfloat16)
     assert half.gate_proj.dtype == jnp.bfloat16
     assert half.router.kernel.dtype == half.router.bias.dtype == jnp.float32
 
@@ -152,7 +163,7 @@ def test_training_goes_alike_by_every_way(rng, monkeypatch):
 
     def curve(way):
         monkeypatch.setattr(xla, "way", lambda call: way)
-        layer = MixtureOfExperts(CONFIG, precision="highest", rngs=nnx.Rngs(0))
+        layer = drawn(lambda: MixtureOfExperts(CONFIG, precision="highest", rngs=nnx.Rngs(0)))
         optimizer = nnx.Optimizer(layer, optax.adam(3e-3), wrt=nnx.Param)
 
         @nnx.jit

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import MICRO, PLAIN, loop_attention, relative
+from common import MICRO, PLAIN, drawn, loop_attention, relative
 from flax import nnx
 
 import mla_jax
@@ -18,7 +18,9 @@ LENGTHS = np.array([6, 0, 3])
 
 
 def make(config=PLAIN, **options):
-    return MultiHeadLatentAttention(config, precision="highest", rngs=nnx.Rngs(0), **options)
+    return drawn(
+        lambda: MultiHeadLatentAttention(config, precision="highest", rngs=nnx.Rngs(0), **options)
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("causal", "form", "deterministic"))
@@ -123,7 +125,7 @@ def test_maps_are_captured_and_dropout_drops_from_them(x, form):
     assert weights.shape == (B, PLAIN.num_attention_heads, T, T)
     np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-6)
     assert (np.triu(weights, 1) == 0).all()
-    latent = layer.remember(x).latent
+    latent = jax.jit(lambda layer, x: layer.remember(x).latent)(layer, x)
     value = np.einsum("bsr,rnv->bsnv", np.asarray(latent, np.float64), np.asarray(layer.w_uv))
     kernel = np.asarray(layer.o_proj.kernel, np.float64)
     output = lambda weights: np.einsum("bnts,bsnv,nvd->btd", weights, value, kernel)  # noqa: E731

@@ -21,6 +21,7 @@ from hopper_common import (
     check,
     loop,
     make,
+    make_schedule,
     two_layers,
 )  # fmt: skip
 
@@ -29,7 +30,7 @@ from mla_jax import ops
 from mla_jax.cache import PAGE, Scaled
 from mla_jax.cache.scaled import dequantise, quantise
 from mla_jax.ops import hopper
-from mla_jax.ops.hopper import make_schedule, scaled
+from mla_jax.ops.hopper import scaled
 from mla_jax.ops.seen import Seen
 
 pytestmark = MARKS
@@ -180,7 +181,7 @@ def test_gradients_of_the_queries_are_those_of_xla():
         return ops.attend_latents((pattern, q_rope), store, seen, scale=SCALE, implementation="xla")
 
     one, two = (
-        jax.block_until_ready(jax.grad(functools.partial(loss, f), (0, 1))(*held[:2]))
+        jax.block_until_ready(jax.jit(jax.grad(functools.partial(loss, f), (0, 1)))(*held[:2]))
         for f in (ours, theirs)
     )
     for a, b in zip(one, two, strict=True):

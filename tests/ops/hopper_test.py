@@ -21,6 +21,7 @@ from hopper_common import (
     check,
     loop,
     make,
+    make_schedule,
     two_layers,
 )  # fmt: skip
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -29,11 +30,17 @@ import mla_jax
 from mla_jax import target
 from mla_jax.cache import PAGE, Dense, Paged
 from mla_jax.ops import dispatch, hopper
-from mla_jax.ops.hopper import kernel, make_schedule, merge
+from mla_jax.ops.hopper import kernel, merge
 from mla_jax.ops.hopper.schedule import ROW_COST, Column
 from mla_jax.ops.seen import Seen
 
 pytestmark = MARKS
+
+
+@pytest.fixture(autouse=True)
+def _schedules_are_one_program(monkeypatch):
+    """Also those that the package makes, here outside a jitted function."""
+    monkeypatch.setattr(hopper, "make_schedule", make_schedule)
 
 
 def attend(arrays, lengths, sms, interpret=INTERPRET, table=None):
@@ -150,8 +157,10 @@ def paginate(arrays, lengths, seed=0, spare=2, shared=()):
 
 def fork(arrays, source, row, slots):
     """The cache's first `slots` slots of a row copied to those of another."""
-    copy = lambda x: x.at[row, :slots].set(x[source, :slots])  # noqa: E731
-    return [*arrays[:2], *map(copy, arrays[2:])]
+    held = [np.array(x) for x in arrays[2:]]
+    for x in held:
+        x[row, :slots] = x[source, :slots]
+    return [*arrays[:2], *map(jnp.asarray, held)]
 
 
 PAGED = [  # as CASES, with lengths around the border of a page
@@ -229,9 +238,10 @@ def test_gradients_of_pages():
     dense = lambda *a: mla_jax.latent_attention(  # noqa: E731
         *a, lengths=lengths, scale=SCALE, implementation="xla")  # fmt: skip
     paged = lambda *a: attend(a, lengths, 2, table=table)  # noqa: E731
-    clean = [*arrays[:2], *(jnp.nan_to_num(a, posinf=0) for a in arrays[2:])]
-    want = jax.grad(functools.partial(loss, dense), (0, 1, 2, 3))(*clean)
-    got = jax.block_until_ready(jax.grad(functools.partial(loss, paged), (0, 1, 2, 3))(*pages))
+    clean = [*arrays[:2], *(np.nan_to_num(np.asarray(a), posinf=0) for a in arrays[2:])]
+    slopes = lambda f: jax.jit(jax.grad(functools.partial(loss, f), (0, 1, 2, 3)))  # noqa: E731
+    want = slopes(dense)(*clean)
+    got = jax.block_until_ready(slopes(paged)(*pages))
     eps = float(jnp.finfo(jnp.bfloat16).eps)
     for one, two in zip(got[:2], want[:2], strict=True):
         assert relative(one, two) < 2 * eps
@@ -273,9 +283,9 @@ def test_vmap_over_paged_rows(pools, monkeypatch):
             )  # as many pages each: 4 and 3, of which one is shared out
         ]
         count = max(part[0][2].shape[0] for part in parts)
-        grow = lambda x: jnp.pad(x, ((0, count - len(x)), (0, 0), (0, 0)), constant_values=jnp.nan)  # noqa: E731
-        held = [jnp.stack([grow(part[0][i]) for part in parts]) for i in (2, 3)]
-        tables = jnp.stack([jnp.where(t < len(a[2]), t, count) for a, t in parts])
+        grow = lambda x: np.pad(x, ((0, count - len(x)), (0, 0), (0, 0)), constant_values=np.nan)  # noqa: E731
+        held = [jnp.asarray(np.stack([grow(part[0][i]) for part in parts])) for i in (2, 3)]
+        tables = np.stack([np.where(np.asarray(t) < len(a[2]), t, count) for a, t in parts])
         axis = 0
     got = jax.vmap(call, (0, 0, axis, axis, 0, 0))(
         halves(arrays[0]), halves(arrays[1]), *held, tables, halves(lengths)
@@ -297,11 +307,9 @@ def test_gradients_vmap_and_no_lengths(monkeypatch):
     full = jnp.full(2, 64, jnp.int32)
     ours = lambda *arrays: attend(arrays, full[: len(arrays[0])], 2)  # noqa: E731
     theirs = functools.partial(mla_jax.latent_attention, lengths=None, scale=SCALE)
-    grads = [
-        jax.block_until_ready(jax.grad(functools.partial(loss, f), (0, 1, 2, 3))(*arrays))
-        for f in (ours, theirs)
-    ]
-    for one, two in zip(*grads, strict=True):
+    slopes = lambda f: jax.grad(functools.partial(loss, f), (0, 1, 2, 3))  # noqa: E731
+    got = jax.block_until_ready(slopes(ours)(*arrays))  # not jitted: vmap shares its kernel
+    for one, two in zip(got, jax.jit(slopes(theirs))(*arrays), strict=True):
         assert relative(one, two) < 2 * float(jnp.finfo(jnp.bfloat16).eps)
     each = jax.vmap(lambda p, q, c, k: ours(p[None], q[None], c[None], k[None]))(*arrays)
     want = loop(arrays, np.array([64, 64]))

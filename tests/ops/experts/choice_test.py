@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import slow
+from common import drawn, slow
 from flax import nnx
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -104,16 +104,19 @@ def test_a_layer_and_its_gradients_are_those_of_xlas_choice(kind, monkeypatch, r
     """Only the choice differs: both go through the experts' interpreted kernels."""
     config = DecoderConfig.from_preset("tiny")
     config = config.replace(n_routed_experts=16, num_experts_per_tok=3, **ROUTERS[kind])
-    layer = MixtureOfExperts(config, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    layer = drawn(lambda: MixtureOfExperts(config, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
     if config.has_selection_bias:
         count = layer.router.bias.shape
         layer.router.bias.set_value(jnp.asarray(rng.standard_normal(count), jnp.float32))
     x = jnp.asarray(rng.standard_normal((2, 2, 128)), jnp.bfloat16)
 
     def found():
-        loss = lambda layer: (layer(x).astype(jnp.float32) ** 2).sum()  # noqa: E731
+        def loss(layer):
+            y = layer(x)
+            return (y.astype(jnp.float32) ** 2).sum(), y
+
         with plgpu.force_gpu_interpret_mode():
-            return jax.block_until_ready((layer(x), nnx.grad(loss)(layer)))
+            return jax.block_until_ready(nnx.grad(loss, has_aux=True)(layer))
 
     asked = []
     monkeypatch.setattr(
