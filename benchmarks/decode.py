@@ -316,9 +316,7 @@ def print_pages(options, dtype, copy, matmul):
     print("| B, S, N, T | implementation | dense us | pages us | ratio | same result |\n"
           "|---|---|---|---|---|---|")  # fmt: skip
     rows = []
-    for name, shape, lengths in cases(options.most_bytes, dtype.itemsize):
-        if options.only and not any(part in name for part in options.only):
-            continue
+    for name, shape, lengths in wanted(options, dtype):
         floor = floor_of(shape, lengths, dtype, copy, matmul, options.cache_dtype)[0]
         for implementation in options.implementation:
             row = compare_pages(
@@ -450,6 +448,13 @@ def cases(most_bytes, itemsize):
             yield name, [batch, high, heads, tokens], lengths
 
 
+def wanted(options, dtype):
+    """The `cases` that `--only` leaves."""
+    for name, *case in cases(options.most_bytes, dtype.itemsize):
+        if not options.only or any(part in name for part in options.only):
+            yield name, *case
+
+
 def main():
     """Runs the grid of configs/shapes/decode.toml."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -486,9 +491,7 @@ def print_implementations(options, dtype, copy, matmul):
               "cut us", "error", "lse error", "repeatable")  # fmt: skip
     print(f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
     rows = []
-    for name, shape, lengths in cases(options.most_bytes, dtype.itemsize):
-        if options.only and not any(part in name for part in options.only):
-            continue
+    for name, shape, lengths in wanted(options, dtype):
         batch, slots, heads, _ = shape
         floor, flops, moved = floor_of(shape, lengths, dtype, copy, matmul, options.cache_dtype)
         times = {}

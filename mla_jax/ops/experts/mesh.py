@@ -237,8 +237,8 @@ def _local(run, kernels, x, experts, weights, *, parts: int):
     y = _as(jnp.zeros(x.shape, wide), x)
     # The first round stands outside of the loop, and most often alone: kernels that go into a loop
     # are copied to another layout on some TPUs, in every step.
-    first, *rest = ([a[at] for a in (token, expert, weight)] for at in (0, slice(1, None)))
+    first, rest = ([a[at] for a in (token, expert, weight)] for at in (0, slice(1, None)))
     y = some(y, *first, x, kernels)
-    more = lambda y: lax.scan(step, y, rest[0])[0]  # noqa: E731
+    more = lambda y: lax.scan(step, y, rest)[0]  # noqa: E731
     y = lax.cond((expert[1] < count).any(), more, lambda y: y, y)
     return y.astype(x.dtype)
