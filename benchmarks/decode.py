@@ -28,6 +28,7 @@ import fcntl
 import functools
 import json
 import pathlib
+import re
 import statistics
 import tempfile
 import time
@@ -451,7 +452,7 @@ def cases(most_bytes, itemsize):
 def wanted(options, dtype):
     """The `cases` that `--only` leaves."""
     for name, *case in cases(options.most_bytes, dtype.itemsize):
-        if not options.only or any(part in name for part in options.only):
+        if not options.only or any(re.search(part, name) for part in options.only):
             yield name, *case
 
 
@@ -463,7 +464,7 @@ def main():
     parser.add_argument("--cache-dtype", choices=ENCODINGS, help="latents in it, with scales")
     parser.add_argument("--last", type=float, default=0.06, help="seconds of a timed loop")
     parser.add_argument("--most-bytes", type=float, default=8e9, help="skip larger caches")
-    parser.add_argument("--only", nargs="+", help="shapes whose name contains one of these")
+    parser.add_argument("--only", nargs="+", help="shapes in whose name one of these patterns is found")
     parser.add_argument("--pages", action="store_true", help="compare paged with dense caches")
     parser.add_argument("--json", type=pathlib.Path, help="write the rows here too")
     parser.add_argument("--plot", type=pathlib.Path, help="draw the fractions here (matplotlib)")

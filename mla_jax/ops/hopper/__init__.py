@@ -22,6 +22,7 @@ of 128 latent channels; a paged cache has G pages of 128 slots, of which a row m
 """
 
 import functools
+import importlib
 import tomllib
 from typing import Any
 
@@ -38,7 +39,13 @@ from mla_jax.ops.hopper.schedule import BLOCK, SLACK, STEP, TILE, Schedule, make
 
 _RANKS, _ROPES = (128, 256, 384, 512), (0, 16, 32, 64)
 _MOST_QUERIES = 1024  # of a chunk: with more, the expanded form is faster at any width
-_FEW_ROWS = 16  # T N up to which fp8 latents of (512, 64) have a kernel of their own
+_FEW_ROWS = 16  # T N up to which latents of (512, 64) have kernels of their own
+_KERNELS = {  # by whether there are few rows, and whether latents are in fp8
+    (False, False): "kernel",
+    (False, True): "scaled",
+    (True, False): "few",
+    (True, True): "few_scaled",
+}
 _H200_SMS = 132  # taken where the device does not say: compiling for a GPU, and the interpreter
 
 
@@ -275,18 +282,18 @@ def _call(scale, interpret, arrays, table, schedule):
     if table is not None:
         slots = table.shape[1] * STEP
     encoded = len(held) > 2
-    few = encoded and (rank, rope) == (512, 64) and tokens * heads <= _FEW_ROWS
+    few = (rank, rope) == (512, 64) and tokens * heads <= _FEW_ROWS
     # Copies take query rows by eights; the interpreter stores whole tiles only.
-    unit = 16 if few else TILE if interpret else 8
+    unit = _FEW_ROWS if few else TILE if interpret else 8
     rows = -(-tokens * heads // unit) * unit
 
     def flat(query):
         query = query.reshape(batch, tokens * heads, query.shape[-1])
         query = jnp.pad(query, ((0, 0), (0, rows - tokens * heads), (0, 0)))
         query = query.reshape(batch * rows, query.shape[-1])
-        return jnp.pad(query, ((0, max(0, TILE - batch * rows)), (0, 0)))
+        return query if few else jnp.pad(query, ((0, max(0, TILE - batch * rows)), (0, 0)))
 
-    if few:
+    if few and encoded:
         from mla_jax.ops.hopper import fragments
 
         pattern = fragments.order_pattern(pattern)
@@ -307,22 +314,14 @@ def _call(scale, interpret, arrays, table, schedule):
         scale=float(scale),
         dtype=pattern.dtype,
     )
+    name = _KERNELS[few, encoded]
     if interpret:
         from mla_jax.ops.hopper import interpreted
 
-        run = interpreted.decode_scaled if encoded else interpreted.decode
-        run = interpreted.decode_few if few else run
-        out, lse = run(operands, schedule, table, shape, batch, interpret)
-    elif few:
-        from mla_jax.ops.hopper import few as few_rows
-
-        out, lse = few_rows.decode(operands, schedule, table, shape, batch)
-    elif encoded:
-        from mla_jax.ops.hopper import scaled
-
-        out, lse = scaled.decode(operands, schedule, table, shape, batch)
+        run = functools.partial(interpreted.decode, name=name, interpret=interpret)
     else:
-        out, lse = _kernel().decode(operands, schedule, table, shape, batch)
+        run = importlib.import_module(f"mla_jax.ops.hopper.{name}").decode
+    out, lse = run(operands, schedule, table, shape, batch)
     out = out.reshape(batch, rows, rank)[:, : tokens * heads]
     lse = lse.reshape(batch, rows)[:, : tokens * heads]
     return [out.reshape(pattern.shape), lse.reshape(pattern.shape[:-1])]

@@ -1,4 +1,4 @@
-"""Bytes of latents become left sides of matrix products in registers: pieces of `few.py`.
+"""Bytes of latents become left sides of matrix products in registers: pieces of `few_scaled.py`.
 
 A number of e4m3 becomes one of bfloat16 by its bits, as `dequantise.py` describes, but 2^60 too
 small (`SMALL`): 2^60 times the scale, which these bits are multiplied with, is then finite for any
@@ -22,13 +22,24 @@ import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from mla_jax.ops.hopper.columns import (
+    RANK,
+    ROPE,
+    SPLAT,
+    WG,
+    WIDTH,
+    Thread,
+    elements,
+    rows_of,
+    two_numbers,
+    vector_of,
+    word_of,
+)
 from mla_jax.ops.hopper.dequantise import address, bits, row_bytes
 from mla_jax.ops.hopper.mosaic import load_shared, shared_address
 from mla_jax.ops.hopper.schedule import BLOCK
 
-WG, SPLAT, STRIDED = plgpu.Layout.WGMMA, plgpu.Layout.WG_SPLAT, plgpu.Layout.WG_STRIDED
-HEADS = WG.reduce(0)  # one value a column of a tile
-RANK, ROPE, WIDTH = 512, 64, 16  # channels of a latent and of a rotary key; columns of a tile
+STRIDED = plgpu.Layout.WG_STRIDED
 GROUPS = RANK // 128
 SMALL = 2.0**-60  # what numbers in registers are too small by
 _SCALES = STRIDED((1024,), 4)  # the groups of two slots a thread
@@ -78,6 +89,12 @@ def channels_of_values(out):
     return x.transpose(5, 1, 4, 3, 0, 2).reshape(-1, RANK)
 
 
+def values_of_channels(rows):
+    """[N, 512] in the order of values' channels, [512, N]."""
+    x = rows.reshape(-1, 4, 2, 4, 8, 2)  # w, g % 2, g // 2, i, e
+    return x.transpose(4, 1, 5, 3, 2, 0).reshape(RANK, -1)
+
+
 # -- registers
 
 
@@ -111,7 +128,7 @@ def load_scales(scale, source, live):
                 result_types=[f32] * 4,
                 has_side_effects=True,
             )
-            registers.append(_vector(values, f32))
+            registers.append(vector_of(values, f32))
         return _array(registers, _SCALES, None)
 
     return call(scale, source, live)
@@ -145,7 +162,7 @@ def factors(scales, shared):
                     scale,
                     result_types=me.i32,
                 )
-                for scale in _elements(register, 4)
+                for scale in elements(register, 4)
             ]
             mine = words[0]
             for group in range(1, GROUPS):
@@ -157,7 +174,7 @@ def factors(scales, shared):
                 mine,
                 has_side_effects=True,
             )
-            registers.append(_vector(words, me.i32))
+            registers.append(vector_of(words, me.i32))
         return _array(registers, _FACTORS, True)
 
     return call(scales, shared)
@@ -183,7 +200,7 @@ def load_keys(tile, group):
             for base in (first, second)
             for h in range(2)
         ]
-        return _array([_vector(words, me.i32) for words in loads], _BYTES, True)
+        return _array([vector_of(words, me.i32) for words in loads], _BYTES, True)
 
     return call(tile)
 
@@ -199,8 +216,8 @@ def turn_keys(held, factors, group, piece):
         layout = WG.to_mgpu()
         registers = np.empty(layout.registers_shape((BLOCK, 64)), dtype=object)
         for h in range(2):
-            factor = _elements(factors.registers.flat[h], 4)[group]
-            words = _elements(held.registers.flat[2 * piece + h], 4)
+            factor = elements(factors.registers.flat[h], 4)[group]
+            words = elements(held.registers.flat[2 * piece + h], 4)
             for j, word in enumerate(words):
                 for pair in range(2):
                     pick = 0x9180 + 0x2222 * pair
@@ -257,7 +274,7 @@ def load_values(tile, j):
             for h in range(2)
             for e, base in enumerate((first, second))
         ]
-        return _array([_vector(words, me.i32) for words in loads], _BYTES, True)
+        return _array([vector_of(words, me.i32) for words in loads], _BYTES, True)
 
     return call(tile)
 
@@ -283,7 +300,7 @@ def turn_values(held, shared, j):
                 result_types=me.i32,
                 has_side_effects=True,
             )
-            one, two = (_elements(held.registers.flat[2 * h + e], 4) for e in range(2))
+            one, two = (elements(held.registers.flat[2 * h + e], 4) for e in range(2))
             for i in range(8):
                 for e in range(2):
                     pick = 0xC480 + 0x1111 * (2 * (i % 2) + e)
@@ -294,198 +311,84 @@ def turn_values(held, shared, j):
     return call(held, shared)
 
 
-def reduce_columns(x, shared, kind):
-    """The maximum ("max") or the sum ("sum") of every column of [64, 16], by way of [4, 16].
+def put(shared, value) -> None:
+    """As `columns.put`, in the order of values' channels: a thread has 16 side by side."""
+    dtype = shared.dtype
 
-    All threads have passed a barrier of the warpgroup before they come here again.
-    """
-
-    @plgpu.inline_mgpu(
-        arg_types=(WG, plgpu.RefType()),
-        return_type=plgpu.ShapeDtypeStruct((WIDTH,), jnp.dtype(jnp.float32), HEADS),
-    )
-    def call(_, x, shared):
-        arith, c, ir = mgpu.utils.arith, mgpu.utils.c, mgpu.utils.ir
-        me, f32 = Thread(), ir.F32Type.get()
-        join = arith.maximumf if kind == "max" else arith.addf
-        base = shared_address(shared)
-        own = arith.addi(base, arith.muli(me.t, c(8, me.i32)))
-        to = arith.addi(own, arith.muli(me.warp, c(4 * WIDTH, me.i32)))
-        first = arith.extui(me.i32, arith.cmpi(arith.CmpIPredicate.eq, me.g, c(0, me.i32)))
-        for n in range(2):
-            low, high = (_elements(x.registers[0, n, 0, 0, h, 0, 0, 0, 0], 2) for h in range(2))
-            pair = [join(a, b) for a, b in zip(low, high, strict=True)]
-            for bit in (4, 8, 16):
-                pair = [join(a, mgpu.utils.shfl_bfly(a, bit)) for a in pair]
-            mgpu.utils.inline_ptx(
-                "{ .reg .pred p; setp.ne.b32 p, $3, 0; "
-                f"@p st.shared.v2.f32 [$0 + {32 * n}], {{$1, $2}}; }}",
-                to,
-                *pair,
-                first,
-                has_side_effects=True,
-            )
-        mgpu.warpgroup_barrier()
-        layout = HEADS.to_mgpu()
-        registers = np.empty(layout.registers_shape((WIDTH,)), dtype=object)
-        for n in range(2):
-            pairs = [
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(rows_of(dtype).transforms), WG))
+    def call(_, shared, value):
+        i32 = mgpu.utils.ir.IntegerType.get_signless(32)
+        for (n, k), places in _places(shared, dtype):
+            numbers = [elements(value.registers[i, n, 0, 0, e, 0, 0, 0, 0], 2)[k]
+                       for i, e in np.ndindex(8, 2)]
+            if dtype.itemsize == 2:
+                kind = numbers[0].type
+                pairs = zip(numbers[::2], numbers[1::2], strict=True)
+                words = [word_of(vector_of(pair, kind)) for pair in pairs]
+            else:
+                words = [mgpu.utils.arith.bitcast(i32, x) for x in numbers]
+            for q, at in enumerate(places):
                 mgpu.utils.inline_ptx(
-                    f"ld.shared.v2.f32 {{$0, $1}}, [$2 + {4 * WIDTH * warp + 32 * n}];",
-                    own,
-                    result_types=[f32] * 2,
+                    "st.shared.v4.b32 [$0], {$1, $2, $3, $4};",
+                    at,
+                    *words[4 * q : 4 * q + 4],
                     has_side_effects=True,
                 )
-                for warp in range(4)
-            ]
-            columns = zip(*pairs, strict=True)
-            joined = [join(join(a, b), join(x, y)) for a, b, x, y in columns]
-            registers[n, 0, 0] = _vector(joined, f32)
-        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
-
-    return call(x, shared)
-
-
-def put(shared, value) -> None:
-    """Stores [512, 16] as this warpgroup's threads hold it, for those of another."""
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), WG))
-    def call(_, shared, value):
-        at = _own_place(shared)
-        flat = list(value.registers.flat)
-        for n, two in enumerate(zip(flat[::2], flat[1::2], strict=True)):
-            mgpu.utils.inline_ptx(
-                f"st.shared.v4.f32 [$0 + {2048 * n}], {{$1, $2, $3, $4}};",
-                at,
-                *[x for register in two for x in _elements(register, 2)],
-                has_side_effects=True,
-            )
 
     call(shared, value)
 
 
 def take(shared):
-    """What `put` stored."""
+    """What the same thread of another warpgroup has `put`, in float32."""
+    dtype = shared.dtype
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(),),
-        return_type=plgpu.ShapeDtypeStruct((RANK, WIDTH), jnp.dtype(jnp.float32), WG),
+        arg_types=(plgpu.RefType(rows_of(dtype).transforms),),
+        return_type=plgpu.ShapeDtypeStruct((RANK, WIDTH), dtype, WG),
     )
     def call(_, shared):
-        at, f32 = _own_place(shared), mgpu.utils.ir.F32Type.get()
-        layout = WG.to_mgpu()
+        layout, f32 = WG.to_mgpu(), mgpu.utils.ir.F32Type.get()
         registers = np.empty(layout.registers_shape((RANK, WIDTH)), dtype=object)
-        for n in range(registers.size // 2):
-            four = mgpu.utils.inline_ptx(
-                f"ld.shared.v4.f32 {{$0, $1, $2, $3}}, [$4 + {2048 * n}];",
+        found = {}
+        for (n, k), places in _places(shared, dtype):
+            found[n, k] = [x for at in places for x in mgpu.utils.inline_ptx(
+                "ld.shared.v4.f32 {$0, $1, $2, $3}, [$4];",
                 at,
                 result_types=[f32] * 4,
                 has_side_effects=True,
-            )
-            registers.flat[2 * n] = _vector(four[:2], f32)
-            registers.flat[2 * n + 1] = _vector(four[2:], f32)
+            )]
+        for i, n, e in np.ndindex(8, 2, 2):
+            pair = [found[n, k][2 * i + e] for k in range(2)]
+            registers[i, n, 0, 0, e, 0, 0, 0, 0] = vector_of(pair, f32)
         return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
     return call(shared)
 
 
-def store_columns(ref, value, row, count) -> None:
-    """Stores the first `count` columns of [512, 16] as rows of ref from `row` on.
-
-    A thread has 16 channels, side by side, of four columns.
-    """
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), WG, SPLAT, SPLAT))
-    def call(_, ref, value, row, count):
-        arith, c, ir = mgpu.utils.arith, mgpu.utils.c, mgpu.utils.ir
-        me = Thread()
-        width = mgpu.utils.bitwidth(ir.MemRefType(ref.type).element_type) // 8
-        column = arith.muli(me.t, c(2, me.i32))
-        at = address(ref, arith.addi(row.registers.item(), column), RANK * width)
-        channel = arith.addi(
-            arith.muli(me.warp, c(128, me.i32)), arith.muli(me.permuted, c(16, me.i32))
-        )
-        i64 = ir.IntegerType.get_signless(64)
-        at = arith.addi(at, arith.extsi(i64, arith.muli(channel, c(width, me.i32))))
-        for n in range(2):
-            for k in range(2):
-                values = [
-                    _elements(value.registers[i, n, 0, 0, e, 0, 0, 0, 0], 2)[k]
-                    for i in range(8)
-                    for e in range(2)
-                ]
-                if width == 2:
-                    pairs = zip(values[::2], values[1::2], strict=True)
-                    words = [_join(pair) for pair in pairs]
-                else:
-                    words = [arith.bitcast(me.i32, x) for x in values]
-                here = arith.addi(column, c(8 * n + k, me.i32))
-                live = arith.cmpi(arith.CmpIPredicate.slt, here, count.registers.item())
-                live = arith.extui(me.i32, live)
-                for q in range(0, len(words), 4):
-                    offset = (8 * n + k) * RANK * width + 4 * q
-                    mgpu.utils.inline_ptx(
-                        "{ .reg .pred p; setp.ne.b32 p, $5, 0; "
-                        f"@p st.global.v4.b32 [$0 + {offset}], {{$1, $2, $3, $4}}; }}",
-                        at,
-                        *words[q : q + 4],
-                        live,
-                        has_side_effects=True,
-                    )
-
-    call(ref, value, row, count)
-
-
-def store_heads(ref, value, row, count) -> None:
-    """Stores ref[row : row + count] of one value a column."""
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), HEADS, SPLAT, SPLAT))
-    def call(_, ref, value, row, count):
-        arith, c = mgpu.utils.arith, mgpu.utils.c
-        me = Thread()
-        column = arith.muli(me.t, c(2, me.i32))
-        at = address(ref, arith.addi(row.registers.item(), column), 4)
-        one = arith.ori(me.g, me.warp)  # zero in one quad
-        for n in range(2):
-            for k, x in enumerate(_elements(value.registers[n, 0, 0], 2)):
-                here = arith.addi(column, c(8 * n + k, me.i32))
-                live = arith.cmpi(arith.CmpIPredicate.slt, here, count.registers.item())
-                mine = arith.cmpi(arith.CmpIPredicate.eq, one, c(0, me.i32))
-                live = arith.extui(me.i32, arith.andi(live, mine))
-                mgpu.utils.inline_ptx(
-                    "{ .reg .pred p; setp.ne.b32 p, $2, 0; "
-                    f"@p st.global.f32 [$0 + {4 * (8 * n + k)}], $1; }}",
-                    at,
-                    x,
-                    live,
-                    has_side_effects=True,
-                )
-
-    call(ref, value, row, count)
+def _places(shared, dtype):
+    """Where a thread's 16 channels of a column lie in rows: ((n, k), addresses of 16 bytes)."""
+    arith, c = mgpu.utils.arith, mgpu.utils.c
+    me, size = Thread(), dtype.itemsize
+    per_tile = 128 // size
+    first = arith.muli(me.warp, c(128, me.i32))
+    first = arith.addi(first, arith.muli(me.permuted, c(16, me.i32)))
+    start = arith.addi(
+        shared_address(shared),
+        arith.muli(arith.divui(first, c(per_tile, me.i32)), c(1024, me.i32)),
+    )
+    chunk = arith.divui(arith.remui(first, c(per_tile, me.i32)), c(16 // size, me.i32))
+    for n, k in np.ndindex(2, 2):
+        row = arith.addi(arith.muli(me.t, c(2, me.i32)), c(k, me.i32))
+        begin = arith.addi(start, arith.muli(row, c(128, me.i32)))
+        begin = arith.addi(begin, c(8 * RANK * size * n, me.i32))
+        places = []
+        for q in range(size):
+            swizzled = arith.xori(arith.addi(chunk, c(q, me.i32)), row)
+            places.append(arith.addi(begin, arith.muli(swizzled, c(16, me.i32))))
+        yield (n, k), places
 
 
 # -- words
-
-
-class Thread:
-    """Where a thread is: thread 4 g + t of warp w of its warpgroup."""
-
-    def __init__(self):
-        arith, c = mgpu.utils.arith, mgpu.utils.c
-        self.thread = mgpu.utils.thread_idx()
-        i32 = self.i32 = self.thread.type
-        self.warp = arith.andi(arith.shrui(self.thread, c(5, i32)), c(3, i32))
-        self.t = arith.andi(self.thread, c(3, i32))
-        self.g = arith.andi(arith.shrui(self.thread, c(2, i32)), c(7, i32))
-        odd = arith.andi(self.g, c(1, i32))
-        self.permuted = arith.ori(arith.shrui(self.g, c(1, i32)), arith.muli(odd, c(4, i32)))
-
-
-def _own_place(shared):
-    arith, c = mgpu.utils.arith, mgpu.utils.c
-    me = Thread()
-    thread = arith.andi(me.thread, c(127, me.i32))
-    return arith.addi(shared_address(shared), arith.muli(thread, c(16, me.i32)))
 
 
 def _turn(one, two, pick, factor):
@@ -501,33 +404,6 @@ def _turn(one, two, pick, factor):
             result_types=i32,
         )
     )
-
-
-def two_numbers(word):
-    """A word as two numbers of bfloat16."""
-    ir, vector = mgpu.utils.ir, mgpu.utils.vector
-    kind = ir.VectorType.get((1,), word.type)
-    pair = ir.VectorType.get((2,), ir.BF16Type.get())
-    return vector.bitcast(pair, vector.broadcast(kind, word))
-
-
-def _join(pair):
-    """Two numbers of bfloat16 as a word."""
-    ir, vector = mgpu.utils.ir, mgpu.utils.vector
-    i32 = ir.IntegerType.get_signless(32)
-    word = vector.bitcast(ir.VectorType.get((1,), i32), _vector(pair, ir.BF16Type.get()))
-    return _elements(word, 1)[0]
-
-
-def _vector(values, kind):
-    values = list(values)
-    ir, vector = mgpu.utils.ir, mgpu.utils.vector
-    return vector.from_elements(ir.VectorType.get((len(values),), kind), values)
-
-
-def _elements(register, count):
-    extract = mgpu.utils.vector.extract
-    return [extract(register, dynamic_position=[], static_position=[n]) for n in range(count)]
 
 
 def _array(registers, layout, is_signed):

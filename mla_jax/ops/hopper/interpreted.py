@@ -14,33 +14,22 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mla_jax.cache.scaled import GROUP
-from mla_jax.ops.hopper import few, fragments, scaled
+from mla_jax.ops.hopper import columns, few, few_scaled, fragments, scaled
 from mla_jax.ops.hopper.kernel import FLAGS, WG, Part, Shape, launch, launch_options, tiled
 from mla_jax.ops.hopper.merge import like, merge
 from mla_jax.ops.hopper.schedule import BLOCK, STEP, TILE, Column
 
 
-def decode(operands, schedule, table, shape: Shape, batch: int, interpret: Any, part=None):
-    """`kernel.decode` in the interpreter, with its parameters, by a class of parts."""
+def decode(operands, schedule, table, shape: Shape, batch: int, name: str, interpret: Any):
+    """The kernel of a file, by its name, in the interpreter with these parameters."""
     options = launch_options(shape) | {"interpret": interpret}
-    part = InterpretedPart if part is None else part
-    results = launch(part, operands, schedule, table, shape, batch, **options)
+    if name.endswith("scaled"):
+        # The last block of a row may end past the cache: no load here takes part of a block's
+        # scales.
+        *operands, scales = operands
+        operands.append(jnp.pad(scales, ((0, STEP), (0, 0))))
+    results = launch(PARTS[name], operands, schedule, table, shape, batch, **options)
     return _merged(results, schedule, shape, options)
-
-
-def decode_scaled(operands, schedule, table, shape: Shape, batch: int, interpret: Any):
-    """`scaled.decode` in the interpreter, with its parameters."""
-    # The last block of a row may end past the cache: no load here takes part of a block's scales.
-    *operands, scales = operands
-    operands.append(jnp.pad(scales, ((0, STEP), (0, 0))))
-    return decode(operands, schedule, table, shape, batch, interpret, InterpretedScaledPart)
-
-
-def decode_few(operands, schedule, table, shape: Shape, batch: int, interpret: Any):
-    """`few.decode` in the interpreter, with its parameters."""
-    *operands, scales = operands
-    operands.append(jnp.pad(scales, ((0, STEP), (0, 0))))
-    return decode(operands, schedule, table, shape, batch, interpret, InterpretedFewPart)
 
 
 def _merged(results, schedule, shape, options):
@@ -193,8 +182,9 @@ class InterpretedFewPart(few.FewPart):
         """Also the accumulators and the barriers of the meetings."""
         f32 = jnp.float32
         return super().scratch(shape) | {
-            "o_acc": plgpu.SMEM((2, fragments.RANK, fragments.WIDTH), f32),
-            "s_acc": plgpu.SMEM((2, BLOCK, fragments.WIDTH), f32),
+            "given": plgpu.SMEM((columns.WIDTH, columns.RANK), f32),
+            "o_acc": plgpu.SMEM((2, columns.RANK, columns.WIDTH), f32),
+            "s_acc": plgpu.SMEM((2, BLOCK, columns.WIDTH), f32),
             "meet": plgpu.Barrier(num_barriers=4),
         }
 
@@ -208,20 +198,60 @@ class InterpretedFewPart(few.FewPart):
     announce = InterpretedPart.announce
     merge = InterpretedPart.merge
 
+    def rows(self):
+        return self.smem["given"], None
+
     def new_scores(self, me, body):
         self.smem["s_acc"][me] = self.zeros(BLOCK)
         return body(self.smem["s_acc"].at[me])
 
     def mma(self, acc, a, b, park=None):
         del park
-        right = b[...].astype(jnp.float32)
-        acc[...] = acc[...] + jnp.dot(a.astype(jnp.float32), right)
+        left, right = a[...].astype(jnp.float32), b[...].astype(jnp.float32)
+        acc[...] = acc[...] + jnp.dot(left, right)
 
-    def load_block_scales(self, place, me):
+    def put_weights(self, ref, p):
+        ref[...] = p.T
+
+    def clear_slots(self, ref, live):
+        slot = lax.broadcasted_iota(jnp.int32, ref.shape, 0)
+        ref[...] = jnp.where(slot < live, ref[...], 0)
+
+    def reduce(self, x, me, kind):
+        return x.max(0) if kind == "max" else x.sum(0)
+
+    def put(self, ref, value):
+        ref[...] = self.channels(value)
+
+    def take(self, ref):
+        return self.values(ref[...])
+
+    def channels(self, value):
+        """O^T as rows of channels."""
+        return value.T
+
+    def values(self, rows):
+        """Rows of channels as O^T."""
+        return rows.T
+
+    def store_columns(self, ref, value, target, row):
+        target[pl.ds(row, columns.WIDTH), :] = self.channels(value)
+
+    def store_heads(self, ref, value, row, count):
+        ref[pl.ds(row, columns.WIDTH)] = value
+
+
+class InterpretedFewScaledPart(InterpretedFewPart, few_scaled.FewScaledPart):
+    """`FewScaledPart` with plain arrays for what it has in registers."""
+
+    def load_ahead(self, place, me):
         return ()
 
-    def factors(self, scales, me):
+    def factors(self, held, me):
         return ()
+
+    def put_weights(self, ref, p):
+        ref[...] = p
 
     def load_keys(self, buffer, group):
         return buffer
@@ -248,17 +278,16 @@ class InterpretedFewPart(few.FewPart):
         value = jnp.where(slot < live, value * fragments.SMALL, 0)
         return value.astype(self.dtype).reshape(BLOCK, -1)
 
-    def reduce(self, x, me, kind):
-        return x.max(0) if kind == "max" else x.sum(0)
+    def channels(self, value):
+        return fragments.channels_of_values(value)
 
-    def put(self, value):
-        self.smem["given"][...] = value
+    def values(self, rows):
+        return fragments.values_of_channels(rows)
 
-    def take(self):
-        return self.smem["given"][...]
 
-    def store_columns(self, ref, value, row, count):
-        ref[pl.ds(row, fragments.WIDTH), :] = fragments.channels_of_values(value)
-
-    def store_heads(self, ref, value, row, count):
-        ref[pl.ds(row, fragments.WIDTH)] = value
+PARTS = {
+    "kernel": InterpretedPart,
+    "scaled": InterpretedScaledPart,
+    "few": InterpretedFewPart,
+    "few_scaled": InterpretedFewScaledPart,
+}

@@ -18,7 +18,7 @@ Letters: B batch, S cache slots, R latent width, P rope width, C groups of 128 c
 a row.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -26,8 +26,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mla_jax.ops.hopper import dequantise, kernel
-from mla_jax.ops.hopper.kernel import Part, Shape
-from mla_jax.ops.hopper.schedule import BLOCK, STEP, Column
+from mla_jax.ops.hopper.kernel import Shape
+from mla_jax.ops.hopper.places import WalkingPart
+from mla_jax.ops.hopper.schedule import BLOCK
 
 PRODUCER = 2  # its warpgroup
 REGISTERS = (216, 72)  # of a thread of the two warpgroups, and of the producer's
@@ -49,17 +50,7 @@ def raw_tiles(half: int):
     return plgpu.SMEM((4, 2, BLOCK, half), jnp.float8_e4m3fn, transforms=transforms)
 
 
-class Place(NamedTuple):
-    """A step of the producer's walk."""
-
-    row: Any
-    number: Any  # of the batch row's steps
-    end: Any  # the step after the row's last
-    length: Any  # of the row; 0 past the part's last step
-    page: Any
-
-
-class ScaledPart(Part):
+class ScaledPart(WalkingPart):
     """One thread block: its two warpgroups are `Part`'s, which here copy bytes."""
 
     name = "mla_decode_fp8"
@@ -126,12 +117,7 @@ class ScaledPart(Part):
 
     def produce(self):
         """Turns the tiles of every step of this part."""
-        of_part = lambda column: self.parts[self.part, column] + 0  # noqa: E731
-        row, begin = of_part(Column.FIRST_ROW), of_part(Column.FIRST_ROW_STEP)
-        length, self.end_row = of_part(Column.FIRST_ROW_LENGTH), of_part(Column.LAST_ROW)
-        number = self.first_step - begin
-        end = self.row_step[row + 1] + 0
-        here = Place(row, number, end, length, self.page(row, number * STEP))
+        here = self.first_place()
         held = tuple(self.load_scales(here, tile) for tile in ORDER[:AHEAD])
 
         def one_step(g, carry):
@@ -153,22 +139,6 @@ class ScaledPart(Part):
         for block, h in ORDER:
             plgpu.barrier_wait(self.smem["raw_bar"].at[2 * block + h])
             plgpu.barrier_arrive(self.smem["k_bar"].at[2 * block + h])
-
-    def place_after(self, g, place: Place) -> Place:
-        """The place of step g + 1, after that of step g."""
-        over = g + 1 >= place.end
-        row = jnp.where(over, jnp.minimum(place.row + 1, self.end_row), place.row)
-        number = jnp.where(over, 0, place.number + 1)
-        length = jnp.where(g + 1 < self.end_step, self.lengths[row], 0)
-        end = self.row_step[row + 1] + 0
-        return Place(row, number, end, length, self.page(row, number * STEP))
-
-    def extent(self, place: Place, block):
-        """Where a block begins in the flat cache, and how many of its slots are in use."""
-        row, number, _, length, page = place
-        slot = number * STEP
-        start = row * self.shape.slots + slot if page is None else page * STEP
-        return start + block * BLOCK, length - slot - block * BLOCK
 
     # -- what the interpreter has other ways for
 

@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from mla_jax.ops.hopper.fragments import Thread, two_numbers
+from mla_jax.ops.hopper.columns import Thread, two_numbers
 from mla_jax.ops.hopper.mosaic import load_shared, shared_address
 
 DEPTH = 128  # inputs of a step
