@@ -251,14 +251,14 @@ class InterpretedFewScaledPart(InterpretedFewPart, few_scaled.FewScaledPart):
         return ()
 
     def put_weights(self, ref, p):
-        ref[...] = p
+        ref[...] = p.reshape(ref.shape)
 
     def load_keys(self, buffer, group):
         return buffer
 
     def turn_keys(self, held, factors, group, n, here, me):
         piece = fragments.order_pattern(fragments.order_slots(self.turned(held, here, me)))
-        return piece[:, 128 * group + 64 * n :][:, :64]
+        return lax.dynamic_slice_in_dim(piece, 128 * group + 64 * n, 64, 1)
 
     def load_rope(self, buffer):
         return fragments.order_rope(fragments.order_slots(self.smem["kr"][buffer]))
@@ -267,7 +267,8 @@ class InterpretedFewScaledPart(InterpretedFewPart, few_scaled.FewScaledPart):
         return buffer
 
     def turn_values(self, held, j, here, me):
-        return fragments.order_values(self.turned(held, here, me))[:, 16 * j : 16 * j + 16]
+        values = fragments.order_values(self.turned(held, here, me))
+        return lax.dynamic_slice_in_dim(values, 16 * j, 16, 1)
 
     def turned(self, buffer, here, me):
         """The numbers of a block."""
