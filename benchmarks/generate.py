@@ -16,6 +16,7 @@ A line is printed as soon as it is known, and a batch that fails does not end th
 import argparse
 import collections
 import concurrent.futures
+import functools
 import json
 import pathlib
 import re
@@ -191,14 +192,17 @@ def prefilled(bound, batch, slots, options, result):
     if options.steps_only:
         cache = model.init_cache(batch, slots, options.cache_dtype)
 
-        def numbers(x):
+        def numbers(path, x):
             drawn = jax.random.normal(jax.random.key(x.size, impl="unsafe_rbg"), x.shape)
-            return jnp.abs(drawn).astype(x.dtype)  # scales are among them
+            scales = "scale" in jax.tree_util.keystr(path)
+            return (jnp.exp2(jnp.round(drawn)) if scales else drawn).astype(x.dtype)
 
-        stores = jax.jit(lambda stores: jax.tree.map(numbers, stores))(cache.stores)
-        cache = cache.replace(stores=stores, length=jnp.full_like(cache.length, prompt))
+        draw = jax.jit(functools.partial(jax.tree_util.tree_map_with_path, numbers))
+        cache = cache.replace(
+            stores=draw(cache.stores), length=jnp.full_like(cache.length, prompt)
+        )
         # Rows go on with words of their own, else all would choose the same experts.
-        ends = numbers(jnp.zeros((batch, words), jnp.float32)), jnp.zeros((batch, width), dtype)
+        ends = draw(jnp.zeros((batch, words), jnp.float32)), jnp.zeros((batch, width), dtype)
         return ends, prompts, cache
     seconds = []
     for run in range(4):
