@@ -152,8 +152,9 @@ def compile_few(target, rows, form, experts=64, width=2048, inner=1408):
             kernels = [Weight(*arrays[i : i + 2], block) for i in range(0, len(arrays), 2)]
         gate, up, down, *shared, linear = kernels
         chosen = Chosen(owner, rank)
-        hidden = few.gate_up(x, ((gate, up), tuple(shared[:2])), chosen, plan=plan)
-        made = few.down(hidden, (down, shared[2]), chosen, plan=plan)
+        order = few.order_of((down, shared[2]))
+        hidden = few.gate_up(x, ((gate, up), tuple(shared[:2])), chosen, plan=plan, order=order)
+        made = few.down(hidden, (down, shared[2]), chosen, plan=plan, ordered=order is not None)
         return made, few.linear(x, linear, plan=plan)
 
     arguments = [((rows, width), jnp.bfloat16), ((experts,), jnp.int32),
