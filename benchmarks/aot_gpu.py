@@ -1,10 +1,10 @@
 """Compiles the Hopper kernels for an H200 with no GPU there; prints what the compiler made.
 
-For every shape, of sparse attention's choice, of the decode kernels on a dense cache, on pages,
-over chosen slots and over fp8 latents, and of attention of the expanded form, it prints registers
-and spilled bytes a thread, shared memory, matrix instructions, and the compiler's warnings. It
-fails where more spills than is known to cost nothing, or where a warning says that matrix products
-were serialised.
+For every shape, of sparse attention's choice, of the kernels of few tokens, of the decode kernels
+on a dense cache, on pages, over chosen slots and over fp8 latents, and of attention of the expanded
+form, it prints registers and spilled bytes a thread, shared memory, matrix instructions, and the
+compiler's warnings. It fails where more spills than is known to cost nothing, or where a warning
+says that matrix products were serialised.
 It needs jax's CUDA plugin (no driver) and a CUDA toolkit with `ptxas`; where one is missing, it
 says so and leaves.
 """
@@ -37,6 +37,7 @@ from mla_jax.ops import choose_slots, dispatch, hopper  # noqa: E402
 from mla_jax.ops.experts import choice, few  # noqa: E402
 from mla_jax.ops.experts.tiles import Chosen  # noqa: E402
 from mla_jax.ops.hopper import attention  # noqa: E402
+from mla_jax.ops.hopper.append import append  # noqa: E402
 from mla_jax.ops.seen import Seen  # noqa: E402
 from mla_jax.ops.weights import Weight  # noqa: E402
 
@@ -61,7 +62,8 @@ SPILLS = {
 CHOICES = ((16, 1, 64, 128, 65536, 2048), (1, 256, 64, 128, 32768, 2048), (3, 3, 8, 64, 5000, 100))
 # B, T, J, I, S, K
 ROUTERS = ((8, 64, 6), (64, 256, 8))  # M, E, K
-WITHOUT_PRODUCTS = ("mla_select", "choose_experts")
+APPENDS = ((1, 16, 512, 64, None), (64, 128, 512, 64, "float8_e4m3fn"))  # B, N, R, P, encoding
+WITHOUT_PRODUCTS = ("mla_select", "choose_experts", "append_token")
 SERIALISED = {"C7510", "C7511", "C7512", "C7513"}
 H200 = """gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32
   shared_memory_per_block: 49152 shared_memory_per_core: 233472 threads_per_core_limit: 2048
@@ -190,6 +192,17 @@ def compile_router(target, tokens, experts, count):
     lower(target, call, [((tokens, experts), jnp.float32)])
 
 
+def compile_append(target, batch, heads, rank, rope, encoding, slots, dtype):
+    """Compiles what a decode step appends to a cache; leaves its PTX in DUMP."""
+    arrays = {"latent": ((batch, slots, rank), jnp.dtype(encoding or dtype))}
+    arrays["k_rope"] = ((batch, slots, rope), dtype)
+    if encoding is not None:
+        arrays["latent_scale"] = ((batch, slots, rank // GROUP), jnp.float32)
+    lines = (batch, heads + 1 + rank // rope, rope)
+    call = functools.partial(append, epsilon=1e-6)
+    lower(target, call, [(lines, dtype), ((rank,), dtype), ((batch,), jnp.int32), arrays])
+
+
 def quick_dumps():
     """Debug dumps print every operation of a constraint in full: most of the compile time."""
     from jax.experimental.mosaic.gpu import layout_inference
@@ -258,7 +271,11 @@ def main():
     of_few = lambda *what: compile_few(topology.devices[0], *what)  # noqa: E731
     if not options.chosen:
         of_router = lambda *what: compile_router(topology.devices[0], *what)  # noqa: E731
+        of_append = lambda *what: compile_append(  # noqa: E731
+            topology.devices[0], *what, options.slots, jnp.dtype(options.dtype)
+        )
         few_tokens = [(of_router, what) for what in ROUTERS] + [(of_few, what) for what in FEW]
+        few_tokens += [(of_append, what) for what in APPENDS]
         calls = few_tokens + ([] if options.few else calls)
     bad = False
     if not options.few:
