@@ -70,10 +70,13 @@ def widened(ref, row: int, order: int | None):
         arith, c, me = mgpu.utils.arith, mgpu.utils.c, Thread()
         first = shared_address(ref)
         registers = np.empty(layout.to_mgpu().registers_shape((64, DEPTH)), dtype=object)
-        for h in range(2):  # rows of the product lie eight apart
-            eight, place = _row_of(me, h, order)
-            base = arith.addi(first, arith.muli(eight, c(8 * DEPTH, me.i32)))
-            base = arith.addi(base, arith.muli(place, c(row, me.i32)))
+        eight, place = _first_row(me, order)
+        first = arith.addi(first, arith.muli(eight, c(8 * DEPTH, me.i32)))
+        for h in range(2):  # rows of the product lie eight apart; in order they come from two apart
+            offset = 8 * DEPTH * h if order is None else 0
+            if order is not None and h:
+                place = arith.addi(place, c(2, me.i32))
+            base = arith.addi(first, arith.muli(place, c(row, me.i32)))
             # The swizzle: within a tile of eight rows the place of 16 bytes depends on the row.
             turn = place if row == 128 else arith.shrui(place, c(1, me.i32))
             for part in range(2):  # of the 32 bytes
@@ -81,7 +84,8 @@ def widened(ref, row: int, order: int | None):
                 if row == 128:
                     chunk = arith.addi(arith.muli(me.t, c(2, me.i32)), c(part, me.i32))
                 at = arith.addi(base, arith.muli(arith.xori(chunk, turn), c(16, me.i32)))
-                for j, word in enumerate(load_shared(at, 8 * row * part if row == 64 else 0)):
+                behind = offset + (8 * row * part if row == 64 else 0)
+                for j, word in enumerate(load_shared(at, behind)):
                     for pair, signs in enumerate(_SIGNS):
                         index = 2 * (4 * part + j) + pair
                         made = mgpu.utils.inline_ptx(
@@ -95,22 +99,20 @@ def widened(ref, row: int, order: int | None):
     return call(ref)
 
 
-def _row_of(me: Thread, h: int, order: int | None):
-    """The row of the 128 that is row 16 w + 8 h + g of a product: its tile of eight, and where."""
+def _first_row(me, order):
+    """The row of the 128 that is row 16 w + g of a product: its tile of eight, and where in it."""
     arith, c = mgpu.utils.arith, mgpu.utils.c
     times = lambda x, by: arith.muli(x, c(by, me.i32))  # noqa: E731
     wg = arith.shrui(me.thread, c(7, me.i32))
     if order is None:
-        eight = arith.addi(times(wg, 8), times(me.warp, 2))
-        return arith.addi(eight, c(h, me.i32)), me.g
-    # The inverse of `in_order`: p = 16 j + 8 h + 2 t + e is 4 j + 2 h + e of the order / 4 from
-    # t order / 4 on, where t = g // 2, e = g % 2, and j = w, or 4 wg + w where 128 are one.
+        return arith.addi(times(wg, 8), times(me.warp, 2)), me.g
+    # The inverse of `in_order`: what it puts at 16 j + 8 h + 2 t + e stands at 4 j + 2 h + e of a
+    # quarter t of the order; here t = g // 2, e = g % 2, and j = w, or 4 wg + w where 128 are one.
     t, e = arith.shrui(me.g, c(1, me.i32)), arith.andi(me.g, c(1, me.i32))
     by_wg, by_t = (2, 4) if order == 128 else (8, 2)
     eight = arith.addi(times(wg, by_wg), times(t, by_t))
     eight = arith.addi(eight, arith.shrui(me.warp, c(1, me.i32)))
-    place = arith.addi(times(arith.andi(me.warp, c(1, me.i32)), 4), e)
-    return eight, arith.addi(place, c(2 * h, me.i32))
+    return eight, arith.addi(times(arith.andi(me.warp, c(1, me.i32)), 4), e)
 
 
 def all_have_read() -> None:

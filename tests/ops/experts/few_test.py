@@ -5,6 +5,8 @@ output, of y. Weights are exact, those of 8 bits too.
 """
 
 import dataclasses
+import operator
+import types
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from mla_jax import target
 from mla_jax.ops.experts import choose, few, gated_mlp, hopper, routed_experts, takes_shared
 from mla_jax.ops.experts.tiles import Chosen, chosen_experts
+from mla_jax.ops.hopper import widen
 from mla_jax.ops.weights import Weight
 
 INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
@@ -80,6 +83,23 @@ def check_products(kind, rng, rows=8, cores=2, interpret=INTERPRET, inner=128):
 )
 def test_the_products_of_chosen_and_shared_experts(kind, inner, rng):
     check_products(kind, rng, inner=inner)
+
+
+@pytest.mark.parametrize("order", [None, 64, 128])
+def test_both_warpgroups_take_rows_in_order(order, monkeypatch):
+    """What is not interpreted: the rows that a GPU's threads read, here by Python's numbers."""
+    by_number = types.SimpleNamespace(
+        addi=operator.add, muli=operator.mul, andi=operator.and_, shrui=operator.rshift
+    )
+    utils = types.SimpleNamespace(arith=by_number, c=lambda number, _: number)
+    monkeypatch.setattr(widen, "mgpu", types.SimpleNamespace(utils=utils))
+    rows = []
+    for wg, warp, h, g in np.ndindex(2, 4, 2, 8):
+        me = types.SimpleNamespace(thread=128 * wg + 32 * warp + 4 * g, warp=warp, g=g, i32=None)
+        eight, place = widen._first_row(me, order)
+        rows.append(8 * eight + place + h * (8 if order is None else 2))
+    every = jnp.arange(128)
+    assert rows == (every if order is None else few.in_order(every, order)).tolist()
 
 
 def check_linear(kind, rng, rows=8, cores=4, interpret=INTERPRET):
