@@ -141,23 +141,23 @@ def compile_attention(target, nope, rope, value, dtype, tokens=4096, heads=16):
 
 
 def compile_few(target, rows, form, experts=64, width=2048, inner=1408):
-    """Compiles the experts of few tokens with a shared one, and a linear; leaves their PTX."""
+    """Compiles the experts of few tokens with a shared one, and two linears; leaves their PTX."""
     plan, wide = few.Plan(rows, 132), 2 * inner
     block = {"float8_e4m3fn": (128, 128), "int8": (1, None), None: None}[form]
     shapes = [(experts, inner, width)] * 2 + [(experts, width, inner)]
-    shapes += [(1, wide, width)] * 2 + [(1, width, wide), (1, 576, width)]
+    shapes += [(1, wide, width)] * 2 + [(1, width, wide), (1, 3072, width), (1, 576, width)]
 
     def call(x, owner, rank, *arrays):
         if block is None:
             kernels = arrays
         else:
             kernels = [Weight(*arrays[i : i + 2], block) for i in range(0, len(arrays), 2)]
-        gate, up, down, *shared, linear = kernels
+        gate, up, down, *shared = kernels[:6]
         chosen = Chosen(owner, rank)
         order = few.order_of((down, shared[2]))
         hidden = few.gate_up(x, ((gate, up), tuple(shared[:2])), chosen, plan=plan, order=order)
         made = few.down(hidden, (down, shared[2]), chosen, plan=plan, ordered=order is not None)
-        return made, few.linear(x, linear, plan=plan)
+        return made, few.linears(x, tuple(kernels[6:]), plan=plan)
 
     arguments = [((rows, width), jnp.bfloat16), ((experts,), jnp.int32),
                  ((experts + 1,), jnp.int32)]  # fmt: skip

@@ -229,12 +229,13 @@ class MultiHeadLatentAttention(LatentMaps):
         view, batch = step.view(store), step.own(x).shape[0]
         self._check_store(view, batch, self._widths())
         x, by = step.clear(x), step.rotation(self.config)
-        q_nope, q_rope, gate, q_latent = self._queries(x, step.positions, by)
+        made, latents = self._projected(x)
+        q_nope, q_rope, gate, q_latent = self._queries(x, step.positions, by, made)
         form = step.form
         if form == "auto":  # a fresh row has nothing but the new tokens to attend to
             form = self._form(tokens, tokens if step.fresh else step.slots)
         absorbed = form == "absorbed"
-        q_rope, own, new = self._appended(q_rope, x, by, view, step, absorbed)
+        q_rope, own, new = self._appended(q_rope, x, by, latents, view, step, absorbed)
         every, x = x, step.own(x)
         source, relay = self._handed(own, relay)
         self._check_store(source, batch, {name: self._widths(True)[name] for name in _LATENTS})

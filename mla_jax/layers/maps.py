@@ -26,7 +26,7 @@ from mla_jax.layers.memory import Memory
 from mla_jax.layers.mixer import Mixer
 from mla_jax.layers.norm import RMSNorm
 from mla_jax.layers.projection import Projection, apart, kernel_of, together
-from mla_jax.layers.quantised import Quantised
+from mla_jax.layers.quantised import Quantised, maps_of
 from mla_jax.layers.step import check_positions, row_counts
 from mla_jax.ops import dispatch
 from mla_jax.ops.append import append_token
@@ -165,17 +165,30 @@ class LatentMaps(Mixer):
         kernel = kernel_of(self.kv_b_proj, config.kv_lora_rank, heads)
         return sharding.move(kernel, (), sharding.spec(kernel)[1])  # FSDP splits R
 
-    def _queries(self, x, positions, by):
+    def _projected(self, x):
+        """What the first maps of queries and of latents make of x, where one kernel may make both.
+
+        Else None and None: each is then made where it is used.
+        """
+        if self.config.kv_source_layer is not None or not isinstance(self.kv_a_proj, Quantised):
+            return None, None
+        with jax.named_scope("queries"):
+            first = self.q_proj if self.config.q_lora_rank is None else self.q_a_proj
+            return maps_of(x, (first, self.kv_a_proj))
+
+    def _queries(self, x, positions, by, made=None):
         """q_nope [B T N H], rotated q_rope [B T N P], the gate's logits [B T N 1 or V] or None.
 
-        And what an indexer reads: the query latent [B T Q], scaled as it is, or x.
+        And what an indexer reads: the query latent [B T Q], scaled as it is, or x. `made` is what
+        the first map makes of x, where that is known.
         """
         config, gate, q_latent = self.config, None, x
         with jax.named_scope("queries"):
             if config.q_lora_rank is None:
-                query = apart(self.q_proj(x), config.num_attention_heads)
+                made = self.q_proj(x) if made is None else made
+                query = apart(made, config.num_attention_heads)
             else:
-                raw = checkpoint_name(self.q_a_proj(x), "q_latent")
+                raw = checkpoint_name(self.q_a_proj(x) if made is None else made, "q_latent")
                 q_latent = self.q_a_norm(raw) if config.latent_norm else raw
                 if config.output_gate == "query":
                     query = self.q_b_proj(jnp.concatenate([q_latent, raw], axis=-1))
@@ -214,11 +227,11 @@ class LatentMaps(Mixer):
         """Normalized `latent` [B T R] and rotated `k_rope` [B T P], as the cache holds them."""
         return self._normalised(*self._raw_latents(x, by))
 
-    def _raw_latents(self, x, by):
-        """Latents before their norm, and rotated keys."""
+    def _raw_latents(self, x, by, made=None):
+        """Latents before their norm, and rotated keys; `made` as in `_queries`."""
         config = self.config
         with jax.named_scope("latents"):
-            raw = checkpoint_name(self.kv_a_proj(x), "latent")
+            raw = checkpoint_name(self.kv_a_proj(x) if made is None else made, "latent")
             latent, k_rope = jnp.split(raw, [config.kv_lora_rank], axis=-1)
             if config.k_rope_norm:
                 k_rope = self.k_rope_norm(k_rope)
@@ -234,12 +247,12 @@ class LatentMaps(Mixer):
                 latent = latent * math.sqrt(config.hidden_size / config.kv_lora_rank)
         return {"latent": latent, "k_rope": k_rope}
 
-    def _appended(self, q_rope, x, by, view, step, absorbed):
+    def _appended(self, q_rope, x, by, made, view, step, absorbed):
         """A store with a step's tokens, and these as later ones will find them.
 
         Args:
             q_rope: the rotary queries, which may come by the same kernel.
-            x, by: the layer's input, and the rotation.
+            x, by, made: as in `_raw_latents`.
             view: of the store.
             step: with slots for the tokens.
             absorbed: the tokens themselves are asked for through the store alone.
@@ -249,10 +262,10 @@ class LatentMaps(Mixer):
         """
         config, new = self.config, {}
         if config.kv_source_layer is None:
-            raw = self._raw_latents(x, by)
-            made = self._append_token(q_rope, *raw, view, step) if absorbed else None
-            if made is not None:
-                return *made, {}
+            raw = self._raw_latents(x, by, made)
+            appended = self._append_token(q_rope, *raw, view, step) if absorbed else None
+            if appended is not None:
+                return *appended, {}
             new = {name: step.own(array) for name, array in self._normalised(*raw).items()}
         x = step.own(x)
         if config.has_indexer:

@@ -7,7 +7,7 @@ goes through the same two kernels as one expert more:
 
     gate_up   silu(x gate) * (x up)          down   hidden down
 
-`linear` is one matrix of a layer alone, whose inputs several thread blocks share out.
+`linears` are single matrices that meet the same x, whose inputs several thread blocks share out.
 
 Weights are 16-bit, [K N] as a layer has them; or, as a checkpoint stores them, 8 bits wide, [N K]
 with scales: they come into shared memory as they are stored, and are made 16-bit in registers, from
@@ -140,21 +140,25 @@ def down(
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "ordered"))
-def linear(
-    x: Float[Array, "M K"], kernel: Kernel, *, plan: Plan, ordered: bool = False
-) -> Float[Array, "M N"]:
-    """X times one kernel [1 K N], in x's dtype; K and N are multiples of 64; `ordered` as above."""
-    outputs = kernel.shape[1 if isinstance(kernel, Weight) else 2]
-    parts, steps = -(-outputs // WIDTH), _steps(kernel)
+def linears(
+    x: Float[Array, "M K"], kernels: tuple[Kernel, ...], *, plan: Plan, ordered: bool = False
+) -> tuple[Float[Array, "M _"], ...]:
+    """X times each kernel [1 K N], in x's dtype; K and N are multiples of 64.
+
+    `ordered` is as in `down`.
+    """
+    outputs = [kernel.shape[1 if isinstance(kernel, Weight) else 2] for kernel in kernels]
+    parts, steps, count = sum(-(-n // WIDTH) for n in outputs), _steps(kernels[0]), len(kernels)
     # As many items as multiprocessors, or nearly, each of at least two steps.
     fitting = [n for n in range(1, steps // 2 + 1) if steps % n == 0 and n * parts <= plan.cores]
     split = max(fitting, default=1)
     first = lambda sums: sums[0]  # noqa: E731
     result = jnp.float32 if split > 1 else x.dtype
-    (made,) = _products(
-        (x,), ((kernel,),), None, first, plan, "few_linear", True, (split,), result, ordered=ordered
+    groups, splits = tuple((kernel,) for kernel in kernels), (split,) * count
+    made = _products(
+        (x,) * count, groups, None, first, plan, "few_linear", True, splits, result, ordered=ordered
     )
-    return _summed(made, split, plan).astype(x.dtype) if split > 1 else made
+    return tuple(_summed(one, split, plan).astype(x.dtype) if split > 1 else one for one in made)
 
 
 def _steps(kernel: Kernel) -> int:

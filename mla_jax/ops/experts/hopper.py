@@ -215,7 +215,8 @@ def gated(plan, x, kernels):
     rows = jnp.pad(x, ((0, plan.rows - len(x)), (0, 0)))
     order = _few().order_of((down,))
     (hidden,) = _few().gate_up(rows, ((gate, up),), None, plan=plan, order=order)
-    return _few().linear(hidden, down, plan=plan, ordered=order is not None)[: len(x)]
+    (y,) = _few().linears(hidden, (down,), plan=plan, ordered=order is not None)
+    return y[: len(x)]
 
 
 def _gated_forward(plan, x, kernels):

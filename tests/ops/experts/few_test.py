@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 from common import relative, slow
 from experts_oracle import gradients, loop, problem
+from flax import nnx
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mla_jax import target
+from mla_jax.layers.quantised import Quantised, maps_of
 from mla_jax.ops.experts import choose, few, gated_mlp, hopper, routed_experts, takes_shared
 from mla_jax.ops.experts.tiles import Chosen, chosen_experts
 from mla_jax.ops.hopper import widen
@@ -105,15 +107,37 @@ def test_both_warpgroups_take_rows_in_order(order, monkeypatch):
 def check_linear(kind, rng, rows=8, cores=4, interpret=INTERPRET):
     """Over two parts of K in float32; the last tiles of outputs and inputs are halves."""
     inputs = 512 if kind == "plain" else 448
-    kernel, exact = weight(kind, (1, inputs, 192), rng)
     x = jnp.asarray(rng.standard_normal((rows, inputs)), jnp.bfloat16)
-    y = few.linear(x, kernel, plan=few.Plan(rows, cores, interpret))
-    assert relative(y, np.asarray(x, np.float64) @ exact[0]) < tolerance(1)
+    for widths in ((192,), (64, 192)):
+        kernels, exact = zip(*(weight(kind, (1, inputs, n), rng) for n in widths), strict=True)
+        made = few.linears(x, kernels, plan=few.Plan(rows, cores, interpret))
+        for y, right in zip(jax.block_until_ready(made), exact, strict=True):
+            assert relative(y, np.asarray(x, np.float64) @ right[0]) < tolerance(1)
 
 
 @pytest.mark.parametrize("kind", ["plain", "e4m3", "int8"])
 def test_a_linear_whose_inputs_are_shared_out(kind, rng):
     check_linear(kind, rng)
+
+
+def test_maps_of_the_same_x_are_one_kernel(monkeypatch, rng):
+    """And their derivatives are float64's; one of them has a bias."""
+    kernels, exact = zip(*(weight("e4m3", (1, 128, n), rng) for n in (128, 64)), strict=True)
+    bias = nnx.Param(jnp.asarray(rng.standard_normal(64), jnp.float32))
+    maps = [Quantised(kernels[0].expert(0)), Quantised(kernels[1].expert(0), bias=bias)]
+    x = jnp.asarray(rng.standard_normal((2, 3, 128)), jnp.bfloat16)
+    asked, own = [], few.linears
+    monkeypatch.setattr(few, "linears", lambda *a, **k: asked.append(len(a[1])) or own(*a, **k))
+    with plgpu.force_gpu_interpret_mode(), jax.numpy_rank_promotion("allow"):
+        made, pull = jax.vjp(lambda x: maps_of(x, maps), x)
+        (dx,) = jax.block_until_ready(pull(made))
+    assert asked == [2]
+    right = [np.asarray(x, np.float64) @ k[0] for k in exact]
+    right[1] += np.asarray(bias[...], np.float64)
+    for one, two in zip(made, right, strict=True):
+        assert relative(one, two) < tolerance(2)
+    back = sum(np.asarray(y, np.float64) @ k[0].T for y, k in zip(made, exact, strict=True))
+    assert relative(dx, back) < tolerance(4)
 
 
 @pytest.mark.parametrize("kind", ["plain", "e4m3"])
@@ -263,7 +287,7 @@ def test_every_code_is_its_number_on_a_gpu(kind):
     values = jnp.zeros((256, 128), dtype).at[:, 5].set(jax.lax.bitcast_convert_type(codes, dtype))
     scale = jnp.ones((2, 1) if kind == "e4m3" else (256, 1), jnp.float32)
     x = jnp.zeros((8, 128), jnp.bfloat16).at[:, 5].set(1)
-    y = few.linear(x, Weight(values, scale, BLOCKS[kind]).stacked(), plan=few.Plan(8, 132))
+    (y,) = few.linears(x, (Weight(values, scale, BLOCKS[kind]).stacked(),), plan=few.Plan(8, 132))
     expected = np.broadcast_to(np.asarray(values[:, 5], np.float32), y.shape)
     assert np.isnan(expected).sum() == (16 if kind == "e4m3" else 0)
     np.testing.assert_array_equal(np.asarray(y, np.float32), expected)
