@@ -1,10 +1,10 @@
 """Compiles the Hopper kernels for an H200 with no GPU there; prints what the compiler made.
 
-For every shape, of sparse attention's choice, of the decode kernels on a dense cache, on pages,
-over chosen slots and over fp8 latents, and of attention of the expanded form, it prints registers
-and spilled bytes a thread, shared memory, matrix instructions, and the compiler's warnings. It
-fails where more spills than is known to cost nothing, or where a warning says that matrix products
-were serialised.
+For every shape, of sparse attention's choice, of the kernels of few tokens, of the decode kernels
+on a dense cache, on pages, over chosen slots and over fp8 latents, and of attention of the expanded
+form, it prints registers and spilled bytes a thread, shared memory, matrix instructions, and the
+compiler's warnings. It fails where more spills than is known to cost nothing, or where a warning
+says that matrix products were serialised.
 It needs jax's CUDA plugin (no driver) and a CUDA toolkit with `ptxas`; where one is missing, it
 says so and leaves.
 """
@@ -37,6 +37,7 @@ from mla_jax.ops import choose_slots, dispatch, hopper  # noqa: E402
 from mla_jax.ops.experts import choice, few  # noqa: E402
 from mla_jax.ops.experts.tiles import Chosen  # noqa: E402
 from mla_jax.ops.hopper import attention  # noqa: E402
+from mla_jax.ops.hopper.append import append  # noqa: E402
 from mla_jax.ops.seen import Seen  # noqa: E402
 from mla_jax.ops.weights import Weight  # noqa: E402
 
@@ -61,7 +62,8 @@ SPILLS = {
 CHOICES = ((16, 1, 64, 128, 65536, 2048), (1, 256, 64, 128, 32768, 2048), (3, 3, 8, 64, 5000, 100))
 # B, T, J, I, S, K
 ROUTERS = ((8, 64, 6), (64, 256, 8))  # M, E, K
-WITHOUT_PRODUCTS = ("mla_select", "choose_experts")
+APPENDS = ((1, 16, 512, 64, None), (64, 128, 512, 64, "float8_e4m3fn"))  # B, N, R, P, encoding
+WITHOUT_PRODUCTS = ("mla_select", "choose_experts", "append_token")
 SERIALISED = {"C7510", "C7511", "C7512", "C7513"}
 H200 = """gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32
   shared_memory_per_block: 49152 shared_memory_per_core: 233472 threads_per_core_limit: 2048
@@ -139,22 +141,23 @@ def compile_attention(target, nope, rope, value, dtype, tokens=4096, heads=16):
 
 
 def compile_few(target, rows, form, experts=64, width=2048, inner=1408):
-    """Compiles the experts of few tokens with a shared one, and a linear; leaves their PTX."""
+    """Compiles the experts of few tokens with a shared one, and two linears; leaves their PTX."""
     plan, wide = few.Plan(rows, 132), 2 * inner
     block = {"float8_e4m3fn": (128, 128), "int8": (1, None), None: None}[form]
     shapes = [(experts, inner, width)] * 2 + [(experts, width, inner)]
-    shapes += [(1, wide, width)] * 2 + [(1, width, wide), (1, 576, width)]
+    shapes += [(1, wide, width)] * 2 + [(1, width, wide), (1, 3072, width), (1, 576, width)]
 
     def call(x, owner, rank, *arrays):
         if block is None:
             kernels = arrays
         else:
             kernels = [Weight(*arrays[i : i + 2], block) for i in range(0, len(arrays), 2)]
-        gate, up, down, *shared, linear = kernels
+        gate, up, down, *shared = kernels[:6]
         chosen = Chosen(owner, rank)
-        hidden = few.gate_up(x, ((gate, up), tuple(shared[:2])), chosen, plan=plan)
-        made = few.down(hidden, (down, shared[2]), chosen, plan=plan)
-        return made, few.linear(x, linear, plan=plan)
+        order = few.order_of((down, shared[2]))
+        hidden = few.gate_up(x, ((gate, up), tuple(shared[:2])), chosen, plan=plan, order=order)
+        made = few.down(hidden, (down, shared[2]), chosen, plan=plan, ordered=order is not None)
+        return made, few.linears(x, tuple(kernels[6:]), plan=plan)
 
     arguments = [((rows, width), jnp.bfloat16), ((experts,), jnp.int32),
                  ((experts + 1,), jnp.int32)]  # fmt: skip
@@ -187,6 +190,17 @@ def compile_router(target, tokens, experts, count):
     """Compiles a router's choice; leaves its PTX in DUMP."""
     call = lambda scores: choice.choose(scores, count)  # noqa: E731
     lower(target, call, [((tokens, experts), jnp.float32)])
+
+
+def compile_append(target, batch, heads, rank, rope, encoding, slots, dtype):
+    """Compiles what a decode step appends to a cache; leaves its PTX in DUMP."""
+    arrays = {"latent": ((batch, slots, rank), jnp.dtype(encoding or dtype))}
+    arrays["k_rope"] = ((batch, slots, rope), dtype)
+    if encoding is not None:
+        arrays["latent_scale"] = ((batch, slots, rank // GROUP), jnp.float32)
+    lines = (batch, heads + 1 + rank // rope, rope)
+    call = functools.partial(append, epsilon=1e-6)
+    lower(target, call, [(lines, dtype), ((rank,), dtype), ((batch,), jnp.int32), arrays])
 
 
 def quick_dumps():
@@ -257,7 +271,11 @@ def main():
     of_few = lambda *what: compile_few(topology.devices[0], *what)  # noqa: E731
     if not options.chosen:
         of_router = lambda *what: compile_router(topology.devices[0], *what)  # noqa: E731
+        of_append = lambda *what: compile_append(  # noqa: E731
+            topology.devices[0], *what, options.slots, jnp.dtype(options.dtype)
+        )
         few_tokens = [(of_router, what) for what in ROUTERS] + [(of_few, what) for what in FEW]
+        few_tokens += [(of_append, what) for what in APPENDS]
         calls = few_tokens + ([] if options.few else calls)
     bad = False
     if not options.few:

@@ -117,18 +117,23 @@ def quantise(latent: Float[Array, "*B R"], held: str) -> tuple[Array, Float[Arra
     """
     width = latent.shape[-1]
     groups = _groups(latent.astype(jnp.float32))
-    largest = jnp.abs(groups).max(-1)
+    scale, inverse = scale_of(jnp.abs(groups).max(-1), held)
+    parts = groups * inverse[..., None]
+    if held == "int8":
+        parts = jnp.round(parts)
+    return parts.reshape(*latent.shape[:-1], -1)[..., :width].astype(held), scale
+
+
+def scale_of(largest: Float[Array, "*B"], held: str) -> tuple[Array, Array]:
+    """The scale of a group whose largest magnitude is given, and its inverse; NaN if not finite."""
     # largest <= limit 2^exponent, by the bits of both: what `log2` gives may be off by one.
     significand, exponent = math.frexp(_LARGEST[held])
     bits = jax.lax.bitcast_convert_type(largest, jnp.int32)
     over = (bits & 0x7FFFFF) > round((2 * significand - 1) * 2**23)
     power = jnp.maximum((bits >> 23) - 127 - (exponent - 1) + over, _LEAST)
-    finite = jnp.isfinite(largest)
-    parts = groups * jnp.where(finite, _power_of_two(-power), jnp.nan)[..., None]
-    if held == "int8":
-        parts = jnp.round(parts)
-    values = parts.reshape(*latent.shape[:-1], -1)[..., :width].astype(held)
-    return values, jnp.where(finite, _power_of_two(power), jnp.nan)
+    finite = (bits & 0x7FFFFFFF) < 0x7F800000  # Pallas for GPUs has no `isfinite`
+    scale, inverse = (jnp.where(finite, _power_of_two(n), jnp.nan) for n in (power, -power))
+    return scale, inverse
 
 
 @quantise.defjvp

@@ -229,26 +229,21 @@ class MultiHeadLatentAttention(LatentMaps):
         view, batch = step.view(store), step.own(x).shape[0]
         self._check_store(view, batch, self._widths())
         x, by = step.clear(x), step.rotation(self.config)
-        q_nope, q_rope, gate, q_latent = self._queries(x, step.positions, by)
-        new = {} if self.config.kv_source_layer is not None else self._latents(x, by)
-        new, every, x = {name: step.own(array) for name, array in new.items()}, x, step.own(x)
-        if self.config.has_indexer:
-            new["index_key"] = self.indexer.keys(x, by)
-        with jax.named_scope("cache_append"):
-            nothing = {} if new else {"index_key": x[..., :0].astype(view.index_key.dtype)}
-            own = view.write(step.place, **new, **nothing)  # `nothing`: see `_widths`
-            if "latent" in new:  # new tokens are attended to as later ones will find them
-                new |= own.decode(own.encode({"latent": new["latent"]}))
+        made, latents = self._projected(x)
+        q_nope, q_rope, gate, q_latent = self._queries(x, step.positions, by, made)
+        form = step.form
+        if form == "auto":  # a fresh row has nothing but the new tokens to attend to
+            form = self._form(tokens, tokens if step.fresh else step.slots)
+        absorbed = form == "absorbed"
+        q_rope, own, new = self._appended(q_rope, x, by, latents, view, step, absorbed)
+        every, x = x, step.own(x)
         source, relay = self._handed(own, relay)
         self._check_store(source, batch, {name: self._widths(True)[name] for name in _LATENTS})
         seen = step.seen.replace(window=self.config.sliding_window)
         if self.config.index_topk is not None:
             q_latent = step.own(q_latent)
             seen, relay = self._chosen(x, q_latent, step.positions, by, own, seen, relay)
-        form = step.form
-        if form == "auto":  # a fresh row has nothing but the new tokens to attend to
-            form = self._form(tokens, tokens if step.fresh else step.slots)
-        if form == "absorbed":
+        if absorbed:
             heads, lse = self._absorbed(q_nope, q_rope, source, seen, step)
         else:
             queries = step.own(q_nope), step.own(q_rope)

@@ -26,9 +26,10 @@ from mla_jax.layers.memory import Memory
 from mla_jax.layers.mixer import Mixer
 from mla_jax.layers.norm import RMSNorm
 from mla_jax.layers.projection import Projection, apart, kernel_of, together
-from mla_jax.layers.quantised import Quantised
+from mla_jax.layers.quantised import Quantised, maps_of
 from mla_jax.layers.step import check_positions, row_counts
 from mla_jax.ops import dispatch
+from mla_jax.ops.append import append_token
 from mla_jax.ops.weights_mesh import fold_keys, unfold_values
 from mla_jax.plain import Plain
 
@@ -164,17 +165,30 @@ class LatentMaps(Mixer):
         kernel = kernel_of(self.kv_b_proj, config.kv_lora_rank, heads)
         return sharding.move(kernel, (), sharding.spec(kernel)[1])  # FSDP splits R
 
-    def _queries(self, x, positions, by):
+    def _projected(self, x):
+        """What the first maps of queries and of latents make of x, where one kernel may make both.
+
+        Else None and None: each is then made where it is used.
+        """
+        if self.config.kv_source_layer is not None or not isinstance(self.kv_a_proj, Quantised):
+            return None, None
+        with jax.named_scope("queries"):
+            first = self.q_proj if self.config.q_lora_rank is None else self.q_a_proj
+            return maps_of(x, (first, self.kv_a_proj))
+
+    def _queries(self, x, positions, by, made=None):
         """q_nope [B T N H], rotated q_rope [B T N P], the gate's logits [B T N 1 or V] or None.
 
-        And what an indexer reads: the query latent [B T Q], scaled as it is, or x.
+        And what an indexer reads: the query latent [B T Q], scaled as it is, or x. `made` is what
+        the first map makes of x, where that is known.
         """
         config, gate, q_latent = self.config, None, x
         with jax.named_scope("queries"):
             if config.q_lora_rank is None:
-                query = apart(self.q_proj(x), config.num_attention_heads)
+                made = self.q_proj(x) if made is None else made
+                query = apart(made, config.num_attention_heads)
             else:
-                raw = checkpoint_name(self.q_a_proj(x), "q_latent")
+                raw = checkpoint_name(self.q_a_proj(x) if made is None else made, "q_latent")
                 q_latent = self.q_a_norm(raw) if config.latent_norm else raw
                 if config.output_gate == "query":
                     query = self.q_b_proj(jnp.concatenate([q_latent, raw], axis=-1))
@@ -211,19 +225,69 @@ class LatentMaps(Mixer):
 
     def _latents(self, x, by):
         """Normalized `latent` [B T R] and rotated `k_rope` [B T P], as the cache holds them."""
+        return self._normalised(*self._raw_latents(x, by))
+
+    def _raw_latents(self, x, by, made=None):
+        """Latents before their norm, and rotated keys; `made` as in `_queries`."""
         config = self.config
         with jax.named_scope("latents"):
-            raw = checkpoint_name(self.kv_a_proj(x), "latent")
+            raw = checkpoint_name(self.kv_a_proj(x) if made is None else made, "latent")
             latent, k_rope = jnp.split(raw, [config.kv_lora_rank], axis=-1)
+            if config.k_rope_norm:
+                k_rope = self.k_rope_norm(k_rope)
+        with jax.named_scope("rope"):
+            return latent, rope.rotate(k_rope, by, config)
+
+    def _normalised(self, latent, k_rope):
+        config = self.config
+        with jax.named_scope("latents"):
             if config.latent_norm:
                 latent = self.kv_a_norm(latent)
             if config.mla_scale_kv_lora:
                 latent = latent * math.sqrt(config.hidden_size / config.kv_lora_rank)
-            if config.k_rope_norm:
-                k_rope = self.k_rope_norm(k_rope)
-        with jax.named_scope("rope"):
-            k_rope = rope.rotate(k_rope, by, config)
         return {"latent": latent, "k_rope": k_rope}
+
+    def _appended(self, q_rope, x, by, made, view, step, absorbed):
+        """A store with a step's tokens, and these as later ones will find them.
+
+        Args:
+            q_rope: the rotary queries, which may come by the same kernel.
+            x, by, made: as in `_raw_latents`.
+            view: of the store.
+            step: with slots for the tokens.
+            absorbed: the tokens themselves are asked for through the store alone.
+
+        Returns:
+            the queries; the store; and the new tokens' arrays by name, or {}.
+        """
+        config, new = self.config, {}
+        if config.kv_source_layer is None:
+            raw = self._raw_latents(x, by, made)
+            appended = self._append_token(q_rope, *raw, view, step) if absorbed else None
+            if appended is not None:
+                return *appended, {}
+            new = {name: step.own(array) for name, array in self._normalised(*raw).items()}
+        x = step.own(x)
+        if config.has_indexer:
+            new["index_key"] = self.indexer.keys(x, by)
+        with jax.named_scope("cache_append"):
+            nothing = {} if new else {"index_key": x[..., :0].astype(view.index_key.dtype)}
+            own = view.write(step.place, **new, **nothing)  # `nothing`: see `_widths`
+            if "latent" in new:  # new tokens are attended to as later ones will find them
+                new |= own.decode(own.encode({"latent": new["latent"]}))
+        return q_rope, own, new
+
+    def _append_token(self, q_rope, latent, k_rope, view, step):
+        """Rotary queries and store by `ops.append_token`; None where that does not serve."""
+        norm = getattr(self, "kv_a_norm", None)
+        if not isinstance(norm, RMSNorm) or norm.scale is None or self.config.mla_scale_kv_lora:
+            return None
+        named = dispatch.normalized(self.implementation).get("latent_attention")
+        if named not in (None, "pallas_gpu"):
+            return None
+        latent, scale = norm.promote_dtype((latent, norm.scale[...]), dtype=norm.dtype)
+        with jax.named_scope("cache_append"):
+            return append_token(q_rope, latent, k_rope, scale, view, step.place, norm.epsilon)
 
     def remember(
         self,

@@ -6,12 +6,14 @@ numbers are no parameters: an optimizer of `nnx.Param` leaves them alone.
 Letters: M outputs, K inputs, E experts.
 """
 
+from collections.abc import Sequence
+
 from flax import nnx
 from jaxtyping import Array, Float
 
 from mla_jax import sharding
 from mla_jax.ops import weights_mesh
-from mla_jax.ops.weights import Weight
+from mla_jax.ops.weights import Weight, matmuls
 
 Letters = tuple[str | None, ...]
 
@@ -69,7 +71,22 @@ class Quantised(nnx.Module):
         """The map of one matrix."""
         x = x.astype(self.dtype or x.dtype)
         y = weights_mesh.matmul(x, self.weight, self.letters, precision=self.precision)
+        return self.biased(y)
+
+    def biased(self, y: Float[Array, "*B M"]) -> Float[Array, "*B M"]:
+        """A product with the bias, where there is one."""
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+
+def maps_of(x: Float[Array, "*B K"], maps: Sequence[nnx.Module]) -> list[Float[Array, "*B _"]]:
+    """What each map makes of x, by one kernel where they are `Quantised` and one serves them."""
+    kept = [each for each in maps if isinstance(each, Quantised)]
+    apart = len(kept) < len(maps) or len({(each.dtype, each.precision) for each in kept}) > 1
+    if apart or sharding.mesh_of(x, [each.weight for each in kept]) is not None:
+        return [each(x) for each in maps]  # pyrefly: ignore
+    x = x.astype(kept[0].dtype or x.dtype)
+    made = matmuls(x, [each.weight for each in kept], precision=kept[0].precision)
+    return [each.biased(y) for each, y in zip(kept, made, strict=True)]
 
 
 def letters_of(kernel: nnx.Variable, inputs: int = 1) -> Letters:

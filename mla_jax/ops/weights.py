@@ -17,6 +17,7 @@ channels of a head.
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -94,9 +95,29 @@ def matmul(
     return y.astype(x.dtype).reshape(*lead, -1)
 
 
+def matmuls(
+    x: Float[Array, "*B K"], weights: Sequence[Weight], *, precision=None
+) -> list[Float[Array, "*B _"]]:
+    """`matmul` of x and each weight; by one kernel, where it serves them and they are stored alike.
+
+    >>> weight = Weight(jnp.array([[2, -3]], jnp.int8), jnp.array([[0.5]]), (1, None))
+    >>> [y.tolist() for y in matmuls(jnp.array([[1.0, 10.0]]), [weight, weight])]
+    [[[-14.0]], [[-14.0]]]
+    """
+    lead, flat = x.shape[:-1], x.reshape(-1, x.shape[-1])
+    kinds = {(weight.values.dtype, weight.block) for weight in weights}
+    plans = [_few_rows(flat, weight) for weight in weights]
+    if len(kinds) > 1 or None in plans:
+        return [matmul(x, weight, precision=precision) for weight in weights]
+    made = _by_kernel(plans[0], precision, flat, tuple(weights))
+    return [y.reshape(*lead, -1) for y in made]
+
+
 def _matmul(x, weight, precision):
     few = _few_rows(x, weight)
-    return _by_xla(x, weight, precision) if few is None else _by_kernel(few, precision, x, weight)
+    if few is None:
+        return _by_xla(x, weight, precision)
+    return _by_kernel(few, precision, x, (weight,))[0]
 
 
 def _few_rows(x, weight):
@@ -112,22 +133,23 @@ def _few_rows(x, weight):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _by_kernel(plan, precision, x, weight):
+def _by_kernel(plan, precision, x, weights):
     del precision
     from mla_jax.ops.experts import few
 
     rows = jnp.pad(x, ((0, plan.rows - x.shape[0]), (0, 0)))
-    return few.linear(rows, weight.stacked(), plan=plan)[: x.shape[0]]
+    made = few.linears(rows, tuple(weight.stacked() for weight in weights), plan=plan)
+    return tuple(y[: x.shape[0]] for y in made)
 
 
-def _kernel_forward(plan, precision, x, weight):
-    return _by_kernel(plan, precision, x, weight), (x, weight)
+def _kernel_forward(plan, precision, x, weights):
+    return _by_kernel(plan, precision, x, weights), (x, weights)
 
 
 def _kernel_backward(plan, precision, residuals, dy):
-    x, weight = residuals
-    back = jax.vjp(lambda x: _by_xla(x, weight, precision).astype(x.dtype), x)[1]
-    return back(dy)[0], None
+    x, weights = residuals
+    plain = lambda x: tuple(_by_xla(x, w, precision).astype(x.dtype) for w in weights)  # noqa: E731
+    return jax.vjp(plain, x)[1](dy)[0], None
 
 
 _by_kernel.defvjp(_kernel_forward, _kernel_backward)

@@ -472,6 +472,15 @@ def test_where_it_runs():
         hopper.decode(*arrays, schedule, scale=SCALE)
 
 
+def test_queries_are_given_as_they_are():
+    """A tile's copy goes past their end: no array of 64 rows is made of 16."""
+    arrays, lengths = make(0, 1, 1, 136, 16, 128, 32, (135,), jnp.bfloat16)
+    traced = jax.make_jaxpr(functools.partial(attend, sms=4, interpret=None))(arrays, lengths)
+    before = str(traced).split("mpmd_map")[0]
+    assert "bf16[16,128]" in before
+    assert "bf16[64,128]" not in before
+
+
 # ---- on a Hopper GPU
 
 WIDTHS = ((512, 64), (256, 64), (256, 32), (128, 32), (512, 0))

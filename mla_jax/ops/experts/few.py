@@ -7,7 +7,7 @@ goes through the same two kernels as one expert more:
 
     gate_up   silu(x gate) * (x up)          down   hidden down
 
-`linear` is one matrix of a layer alone, whose inputs several thread blocks share out.
+`linears` are single matrices that meet the same x, whose inputs several thread blocks share out.
 
 Weights are 16-bit, [K N] as a layer has them; or, as a checkpoint stores them, 8 bits wide, [N K]
 with scales: they come into shared memory as they are stored, and are made 16-bit in registers, from
@@ -19,6 +19,7 @@ Letters: J chosen experts, M tokens (8, 16, 32 or 64, padded), E experts, K inpu
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -61,7 +62,23 @@ def why_not_stored(stored: tuple[str, tuple], dtype: str) -> str | None:
     return None
 
 
-@functools.partial(jax.jit, static_argnames=("plan", "apart"))
+def order_of(kernels: Sequence[Kernel]) -> int | None:
+    """How `gate_up` may leave hidden states so that products with these kernels take them as is.
+
+    Their thread blocks read activations in the order of `widen.in_order`, which XLA would make by a
+    kernel. None where `gate_up` cannot: scales of rows would have to go along.
+    """
+    by_block = all(isinstance(k, Weight) and k.block[1] is not None for k in kernels)
+    return _row(kernels) if by_block else None
+
+
+def _row(kernels: Sequence[Kernel]) -> int:
+    """Bytes of a row of shared memory: arrays must be whole tiles, and K may be an odd 64."""
+    stored = [kernel.shape[2] for kernel in kernels if isinstance(kernel, Weight)]
+    return 64 if any(inputs % DEPTH[1] for inputs in stored) else 128
+
+
+@functools.partial(jax.jit, static_argnames=("plan", "apart", "order"))
 def gate_up(
     x: Float[Array, "M K"] | Float[Array, "L K"],
     kernels: tuple[tuple[Kernel, Kernel], ...],
@@ -69,6 +86,7 @@ def gate_up(
     *,
     plan: Plan,
     apart: bool = False,
+    order: int | None = None,
 ) -> tuple[Float[Array, "_ _"], ...]:
     """`silu(x gate) * (x up)`, in x's dtype.
 
@@ -78,6 +96,7 @@ def gate_up(
         chosen: which experts; None where there is the shared one alone.
         plan: `plan.rows` is M.
         apart: every place has tokens of its own.
+        order: of the result's N, as `order_of` the kernels behind says; both must be by blocks.
 
     Returns:
         of every chosen expert, what is behind those in use being anything; of the shared one.
@@ -88,16 +107,24 @@ def gate_up(
         return a / (1 + jnp.exp(-a)) * b
 
     splits = (1,) * len(kernels)
+    xs = (x,) * len(kernels)
     return _products(
-        (x,) * len(kernels), kernels, chosen, finish, plan, "few_gate_up", not apart, splits
+        xs, kernels, chosen, finish, plan, "few_gate_up", not apart, splits, order=order
     )
 
 
-@functools.partial(jax.jit, static_argnames=("plan",))
+@functools.partial(jax.jit, static_argnames=("plan", "ordered"))
 def down(
-    x: tuple[Float[Array, "_ _"], ...], kernels: tuple[Kernel, ...], chosen: Chosen, *, plan: Plan
+    x: tuple[Float[Array, "_ _"], ...],
+    kernels: tuple[Kernel, ...],
+    chosen: Chosen,
+    *,
+    plan: Plan,
+    ordered: bool = False,
 ) -> tuple[Float[Array, "_ _"], ...]:
     """Each expert's hidden states times its kernel; arguments as in `gate_up`.
+
+    `ordered` says that they come in `order_of(kernels)`.
 
     A shared expert some times as wide as the others is cut into so many parts, which thread blocks
     take like experts: its result is their sum, in float32.
@@ -106,22 +133,32 @@ def down(
     steps = [_steps(kernel) for kernel in kernels]
     splits = (1, *(n // steps[0] if n % steps[0] == 0 else 1 for n in steps[1:]))
     first = lambda sums: sums[0]  # noqa: E731
-    made, *shared = _products(x, groups, chosen, first, plan, "few_down", False, splits)
+    made, *shared = _products(
+        x, groups, chosen, first, plan, "few_down", False, splits, ordered=ordered
+    )
     return made, *(_summed(*one, plan) for one in zip(shared, splits[1:], strict=True))
 
 
-@functools.partial(jax.jit, static_argnames=("plan",))
-def linear(x: Float[Array, "M K"], kernel: Kernel, *, plan: Plan) -> Float[Array, "M N"]:
-    """X times one kernel [1 K N], in x's dtype; K and N are multiples of 64."""
-    outputs = kernel.shape[1 if isinstance(kernel, Weight) else 2]
-    parts, steps = -(-outputs // WIDTH), _steps(kernel)
+@functools.partial(jax.jit, static_argnames=("plan", "ordered"))
+def linears(
+    x: Float[Array, "M K"], kernels: tuple[Kernel, ...], *, plan: Plan, ordered: bool = False
+) -> tuple[Float[Array, "M _"], ...]:
+    """X times each kernel [1 K N], in x's dtype; K and N are multiples of 64.
+
+    `ordered` is as in `down`.
+    """
+    outputs = [kernel.shape[1 if isinstance(kernel, Weight) else 2] for kernel in kernels]
+    parts, steps, count = sum(-(-n // WIDTH) for n in outputs), _steps(kernels[0]), len(kernels)
     # As many items as multiprocessors, or nearly, each of at least two steps.
     fitting = [n for n in range(1, steps // 2 + 1) if steps % n == 0 and n * parts <= plan.cores]
     split = max(fitting, default=1)
     first = lambda sums: sums[0]  # noqa: E731
     result = jnp.float32 if split > 1 else x.dtype
-    (made,) = _products((x,), ((kernel,),), None, first, plan, "few_linear", True, (split,), result)
-    return _summed(made, split, plan).astype(x.dtype) if split > 1 else made
+    groups, splits = tuple((kernel,) for kernel in kernels), (split,) * count
+    made = _products(
+        (x,) * count, groups, None, first, plan, "few_linear", True, splits, result, ordered=ordered
+    )
+    return tuple(_summed(one, split, plan).astype(x.dtype) if split > 1 else one for one in made)
 
 
 def _steps(kernel: Kernel) -> int:
@@ -174,11 +211,14 @@ class _Part(NamedTuple):
         return lax.div(at, jnp.int32(self.columns)), lax.rem(at, jnp.int32(self.columns))
 
 
-def _products(xs, groups, chosen, finish, plan, name, one_x, splits, result=None):
+def _products(
+    xs, groups, chosen, finish, plan, name, one_x, splits, result=None, order=None, ordered=False
+):
     """One kernel over all parts: `groups[p]` are the kernels that meet `xs[p]`.
 
     With `chosen` the first part is the experts'. The sums of the `splits[p]` parts of K come apart,
-    one below the other, in the dtype `result`, x's by default.
+    one below the other, in the dtype `result`, x's by default. `ordered` says that x is in order
+    already, `order` in which one the result is left.
     """
     stored = isinstance(groups[0][0], Weight)
     blocks, parts, size = len(groups[0]), len(groups), 1 if stored else 2
@@ -188,7 +228,7 @@ def _products(xs, groups, chosen, finish, plan, name, one_x, splits, result=None
         stages = 3
     values = [kernel.values if stored else kernel for group in groups for kernel in group]
     # A layer's matrix is [K N], a checkpoint's [N K].
-    inputs, outputs = (2, 1) if stored else (1, 2)
+    outputs = 1 if stored else 2
     scales = [kernel.scale for group in groups for kernel in group] if stored else []
     by_row = stored and groups[0][0].block[1] is None
     if by_row:
@@ -196,10 +236,8 @@ def _products(xs, groups, chosen, finish, plan, name, one_x, splits, result=None
             jnp.broadcast_to(table[..., 0], values[i].shape[:2]) for i, table in enumerate(scales)
         ]
     narrow, wide = values[0].dtype, xs[0].dtype
-    # Arrays must be whole tiles: K of some is an odd multiple of 64.
-    halves = stored and any(group[0].shape[inputs] % depth for group in groups)
-    row = 64 if halves else 128  # bytes of shared memory
-    if stored:
+    row = _row([group[0] for group in groups])
+    if stored and not ordered:
         xs = (in_order(xs[0], row),) * parts if one_x else tuple(in_order(x, row) for x in xs)
     result = wide if result is None else result
     copies = [*splits] if chosen is None else [chosen.owner.shape[0], *splits[1:]]
@@ -294,9 +332,11 @@ def _products(xs, groups, chosen, finish, plan, name, one_x, splits, result=None
                         plgpu.wgmma(acc, kernel.at[:, half].T, ring.at(0, slot).T)
                         continue
                     if plan.interpret:
-                        left = in_order(kernel.at[half][...].astype(wide), row)
+                        left = kernel[...].astype(wide)
+                        left = left if order is None else in_order(left.T, order).T
+                        left = in_order(lax.dynamic_slice_in_dim(left, wg * 64, 64), row)
                     else:
-                        left = widened(kernel.at[half], row)
+                        left = widened(kernel, row, order)
                     for i in range(tokens):
                         part = left[:, i * _CHUNK : (i + 1) * _CHUNK]
                         if park is not None:  # the interpreter has no left side in registers

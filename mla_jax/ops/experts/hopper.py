@@ -162,8 +162,11 @@ def _of_few(plan, call: Call, target: Target, x, experts, weights, kernels, chos
         tiles = make_tiles(experts, count, plan.rows, call.partial)
         chosen = Chosen(tiles.owner, tiles.used)  # kernels read the last number of `rank` alone
         rows, place = tiles.rows_of(x), tiles.place
-    hidden = _few().gate_up(rows, groups, chosen, plan=plan, apart=tokens > plan.rows)
-    made = _few().down(hidden, tuple(down for *_, down in kernels), chosen, plan=plan)
+    downs = tuple(down for *_, down in kernels)
+    order = _few().order_of(downs)
+    apart = tokens > plan.rows
+    hidden = _few().gate_up(rows, groups, chosen, plan=plan, apart=apart, order=order)
+    made = _few().down(hidden, downs, chosen, plan=plan, ordered=order is not None)
     own = made[0][place]
     if call.partial:
         own = jnp.where((experts < count)[..., None], own, 0)
@@ -210,8 +213,10 @@ def gated(plan, x, kernels):
     """
     gate, up, down = kernels
     rows = jnp.pad(x, ((0, plan.rows - len(x)), (0, 0)))
-    (hidden,) = _few().gate_up(rows, ((gate, up),), None, plan=plan)
-    return _few().linear(hidden, down, plan=plan)[: len(x)]
+    order = _few().order_of((down,))
+    (hidden,) = _few().gate_up(rows, ((gate, up),), None, plan=plan, order=order)
+    (y,) = _few().linears(hidden, (down,), plan=plan, ordered=order is not None)
+    return y[: len(x)]
 
 
 def _gated_forward(plan, x, kernels):

@@ -283,15 +283,15 @@ def _call(scale, interpret, arrays, table, schedule):
         slots = table.shape[1] * STEP
     encoded = len(held) > 2
     few = (rank, rope) == (512, 64) and tokens * heads <= _FEW_ROWS
-    # Copies take query rows by eights; the interpreter stores whole tiles only.
+    # Copies take query rows by eights, and zeros for those of a tile that are past the array's end;
+    # the interpreter copies and stores whole tiles only.
     unit = _FEW_ROWS if few else TILE if interpret else 8
     rows = -(-tokens * heads // unit) * unit
 
     def flat(query):
         query = query.reshape(batch, tokens * heads, query.shape[-1])
         query = jnp.pad(query, ((0, 0), (0, rows - tokens * heads), (0, 0)))
-        query = query.reshape(batch * rows, query.shape[-1])
-        return query if few else jnp.pad(query, ((0, max(0, TILE - batch * rows)), (0, 0)))
+        return query.reshape(batch * rows, query.shape[-1])
 
     if few and encoded:
         from mla_jax.ops.hopper import fragments

@@ -5,6 +5,8 @@ output, of y. Weights are exact, those of 8 bits too.
 """
 
 import dataclasses
+import operator
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +14,14 @@ import numpy as np
 import pytest
 from common import relative, slow
 from experts_oracle import gradients, loop, problem
+from flax import nnx
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mla_jax import target
+from mla_jax.layers.quantised import Quantised, maps_of
 from mla_jax.ops.experts import choose, few, gated_mlp, hopper, routed_experts, takes_shared
 from mla_jax.ops.experts.tiles import Chosen, chosen_experts
+from mla_jax.ops.hopper import widen
 from mla_jax.ops.weights import Weight
 
 INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
@@ -45,19 +50,27 @@ def weight(kind, shape, rng):
     return made, np.asarray(made.dense(jnp.float32), np.float64).swapaxes(1, 2)
 
 
-def check_products(kind, rng, rows=8, cores=2, interpret=INTERPRET):
-    """Two of three experts and a shared one of another width; places in use, one behind them."""
+def check_products(kind, rng, rows=8, cores=2, interpret=INTERPRET, inner=128):
+    """Two of three experts and a shared one of another width; places in use, one behind them.
+
+    Hidden states come in the order in which the products behind take them.
+    """
     chosen = Chosen(jnp.array([0, 2, 1]), jnp.array([0, 1, 1, 2]))
     x = jnp.asarray(rng.standard_normal((rows, 256)), jnp.bfloat16)
-    shapes = {"gate": (256, 128), "up": (256, 128), "down": (128, 256)}
+    shapes = {"gate": (256, inner), "up": (256, inner), "down": (inner, 256)}
     wide = {"gate": (256, 256), "up": (256, 256), "down": (256, 256)}
     made = {name: weight(kind, (3, *shape), rng) for name, shape in shapes.items()}
     own = {name: weight(kind, (1, *shape), rng) for name, shape in wide.items()}
     groups = tuple((kernels["gate"][0], kernels["up"][0]) for kernels in (made, own))
     plan = few.Plan(rows, cores, interpret)
-    hidden = jax.block_until_ready(few.gate_up(x, groups, chosen, plan=plan))
     down = tuple(kernels["down"][0] for kernels in (made, own))
-    y = jax.block_until_ready(few.down(hidden, down, chosen, plan=plan))
+    order, ordered = few.order_of(down), kind == "e4m3"
+    assert order == ((128 if inner % 128 == 0 else 64) if ordered else None)
+    hidden = jax.block_until_ready(few.gate_up(x, groups, chosen, plan=plan, order=order))
+    y = jax.block_until_ready(few.down(hidden, down, chosen, plan=plan, ordered=ordered))
+    if ordered:  # back, by the place that every number has taken
+        places = [np.argsort(few.in_order(jnp.arange(h.shape[1]), order)) for h in hidden]
+        hidden = [h[:, place] for h, place in zip(hidden, places, strict=True)]
     for kernels, part, expert, place in ((made, 0, 0, 0), (made, 0, 2, 1), (own, 1, 0, 0)):
         at = slice(place * rows, (place + 1) * rows)
         exact = {name: kernel[1][expert] for name, kernel in kernels.items()}
@@ -67,23 +80,64 @@ def check_products(kind, rng, rows=8, cores=2, interpret=INTERPRET):
         assert relative(y[part][at], right) < tolerance(1)
 
 
-@pytest.mark.parametrize("kind", ["plain", "e4m3", "int8"])
-def test_the_products_of_chosen_and_shared_experts(kind, rng):
-    check_products(kind, rng)
+@pytest.mark.parametrize(
+    ("kind", "inner"), [("plain", 128), ("e4m3", 128), ("e4m3", 192), ("int8", 192)]
+)
+def test_the_products_of_chosen_and_shared_experts(kind, inner, rng):
+    check_products(kind, rng, inner=inner)
+
+
+@pytest.mark.parametrize("order", [None, 64, 128])
+def test_both_warpgroups_take_rows_in_order(order, monkeypatch):
+    """What is not interpreted: the rows that a GPU's threads read, here by Python's numbers."""
+    by_number = types.SimpleNamespace(
+        addi=operator.add, muli=operator.mul, andi=operator.and_, shrui=operator.rshift
+    )
+    utils = types.SimpleNamespace(arith=by_number, c=lambda number, _: number)
+    monkeypatch.setattr(widen, "mgpu", types.SimpleNamespace(utils=utils))
+    rows = []
+    for wg, warp, h, g in np.ndindex(2, 4, 2, 8):
+        me = types.SimpleNamespace(thread=128 * wg + 32 * warp + 4 * g, warp=warp, g=g, i32=None)
+        eight, place = widen._first_row(me, order)
+        rows.append(8 * eight + place + h * (8 if order is None else 2))
+    every = jnp.arange(128)
+    assert rows == (every if order is None else few.in_order(every, order)).tolist()
 
 
 def check_linear(kind, rng, rows=8, cores=4, interpret=INTERPRET):
     """Over two parts of K in float32; the last tiles of outputs and inputs are halves."""
     inputs = 512 if kind == "plain" else 448
-    kernel, exact = weight(kind, (1, inputs, 192), rng)
     x = jnp.asarray(rng.standard_normal((rows, inputs)), jnp.bfloat16)
-    y = few.linear(x, kernel, plan=few.Plan(rows, cores, interpret))
-    assert relative(y, np.asarray(x, np.float64) @ exact[0]) < tolerance(1)
+    for widths in ((192,), (64, 192)):
+        kernels, exact = zip(*(weight(kind, (1, inputs, n), rng) for n in widths), strict=True)
+        made = few.linears(x, kernels, plan=few.Plan(rows, cores, interpret))
+        for y, right in zip(jax.block_until_ready(made), exact, strict=True):
+            assert relative(y, np.asarray(x, np.float64) @ right[0]) < tolerance(1)
 
 
 @pytest.mark.parametrize("kind", ["plain", "e4m3", "int8"])
 def test_a_linear_whose_inputs_are_shared_out(kind, rng):
     check_linear(kind, rng)
+
+
+def test_maps_of_the_same_x_are_one_kernel(monkeypatch, rng):
+    """And their derivatives are float64's; one of them has a bias."""
+    kernels, exact = zip(*(weight("e4m3", (1, 128, n), rng) for n in (128, 64)), strict=True)
+    bias = nnx.Param(jnp.asarray(rng.standard_normal(64), jnp.float32))
+    maps = [Quantised(kernels[0].expert(0)), Quantised(kernels[1].expert(0), bias=bias)]
+    x = jnp.asarray(rng.standard_normal((2, 3, 128)), jnp.bfloat16)
+    asked, own = [], few.linears
+    monkeypatch.setattr(few, "linears", lambda *a, **k: asked.append(len(a[1])) or own(*a, **k))
+    with plgpu.force_gpu_interpret_mode(), jax.numpy_rank_promotion("allow"):
+        made, pull = jax.vjp(lambda x: maps_of(x, maps), x)
+        (dx,) = jax.block_until_ready(pull(made))
+    assert asked == [2]
+    right = [np.asarray(x, np.float64) @ k[0] for k in exact]
+    right[1] += np.asarray(bias[...], np.float64)
+    for one, two in zip(made, right, strict=True):
+        assert relative(one, two) < tolerance(2)
+    back = sum(np.asarray(y, np.float64) @ k[0].T for y, k in zip(made, exact, strict=True))
+    assert relative(dx, back) < tolerance(4)
 
 
 @pytest.mark.parametrize("kind", ["plain", "e4m3"])
@@ -219,6 +273,7 @@ def test_bugs_planted_in_the_kernels_are_noticed(bug, monkeypatch, rng):
 @pytest.mark.parametrize("kind", ["plain", "e4m3", "int8"])
 def test_products_and_linears_on_a_gpu(kind, rows, rng):
     check_products(kind, rng, rows, 132, None)
+    check_products(kind, rng, rows, 132, None, inner=192)
     check_linear(kind, rng, rows, 132, None)
 
 
@@ -232,7 +287,7 @@ def test_every_code_is_its_number_on_a_gpu(kind):
     values = jnp.zeros((256, 128), dtype).at[:, 5].set(jax.lax.bitcast_convert_type(codes, dtype))
     scale = jnp.ones((2, 1) if kind == "e4m3" else (256, 1), jnp.float32)
     x = jnp.zeros((8, 128), jnp.bfloat16).at[:, 5].set(1)
-    y = few.linear(x, Weight(values, scale, BLOCKS[kind]).stacked(), plan=few.Plan(8, 132))
+    (y,) = few.linears(x, (Weight(values, scale, BLOCKS[kind]).stacked(),), plan=few.Plan(8, 132))
     expected = np.broadcast_to(np.asarray(values[:, 5], np.float32), y.shape)
     assert np.isnan(expected).sum() == (16 if kind == "e4m3" else 0)
     np.testing.assert_array_equal(np.asarray(y, np.float32), expected)
