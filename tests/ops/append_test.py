@@ -181,8 +181,11 @@ def test_native(shape, encoding, rng):
             one, two = (np.asarray(s.arrays[name], np.float32) for s in (store, other))
             untouched = np.arange(SLOTS)[None] != place[:, None]
             np.testing.assert_array_equal(one[untouched], two[untouched])
-    values = [store.block(0, SLOTS) for store in (made[1], right[1])]
+    values = [
+        {name: np.asarray(x, np.float32) for name, x in store.block(0, SLOTS).items()}
+        for store in (made[1], right[1])
+    ]
     np.testing.assert_array_equal(values[0]["k_rope"], values[1]["k_rope"])
     rows = np.flatnonzero(place < SLOTS)
-    one, two = (np.asarray(v["latent"], np.float32)[rows, place[rows]] for v in values)
+    one, two = (value["latent"][rows, place[rows]] for value in values)
     assert relative(one, two) < (2**-8 if encoding is None else 2**-5)

@@ -20,7 +20,6 @@ Letters: B batch, S cache slots.
 from typing import Any
 
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -54,38 +53,33 @@ class FewScaledPart(FewPart):
         """As `FewPart.scratch`, of the table above."""
         return super().scratch(shape) | {
             "k": plgpu.SMEM((4, BLOCK, RANK), jnp.float8_e4m3fn, transforms=fragments.BYTES),
-            "p": tiled((2, BLOCK // 16, 16, WIDTH), shape.dtype),
+            "p": tiled((2, BLOCK, WIDTH), shape.dtype),
             "factor": plgpu.SMEM((2, fragments.GROUPS, BLOCK), shape.dtype),
         }
 
     def block_scores(self, acc, o, buffer, here, factors, me):
         """The scores of a block."""
+        held = self.load_keys(buffer, 0)
         self.mma(acc, self.load_rope(buffer), self.q.at[o + PIECES].T)
-
-        def one_group(group, held):
-            coming = self.load_keys(buffer, jnp.minimum(group + 1, fragments.GROUPS - 1))
+        for group in range(fragments.GROUPS):
+            coming = self.load_keys(buffer, group + 1) if group + 1 < fragments.GROUPS else None
             for n in range(2):
                 keys = self.turn_keys(held, factors, group, n, here, me)
-                self.retire(0)
                 self.mma(acc, keys, self.q.at[o + (2 * group + n)].T)
-            return coming
-
-        lax.fori_loop(0, fragments.GROUPS, one_group, self.load_keys(buffer, 0))
+                self.retire(1)
+            held = coming
         return acc[...]
 
     def add_values(self, me, acc, o, buffer, here):
         """Adds a block's values, weighted."""
+        held = self.load_values(buffer, 0)
         self.warpgroup_sync()
-        parts = BLOCK // 16
-
-        def one_part(j, held):
-            coming = self.load_values(buffer, jnp.minimum(j + 1, parts - 1))
+        for j in range(BLOCK // 16):
+            coming = self.load_values(buffer, j + 1) if j + 1 < BLOCK // 16 else None
             values = self.turn_values(held, j, here, me)
-            self.retire(0)
-            self.mma(acc, values, self.p.at[o + me, j])
-            return coming
-
-        lax.fori_loop(0, parts, one_part, self.load_values(buffer, 0))
+            self.mma(acc, values, self.p.at[o + me, pl.ds(16 * j, 16)])
+            self.retire(1)
+            held = coming
 
     def slot_of_row(self, row):
         """The slot of a block that is row `row` of its scores."""
@@ -101,7 +95,7 @@ class FewScaledPart(FewPart):
         return fragments.factors(held, self.smem["factor"].at[me])
 
     def put_weights(self, ref, p):
-        fragments.put_weights(ref, p)
+        ref[...] = p
 
     def put(self, ref, value):
         fragments.put(ref, value)

@@ -184,44 +184,39 @@ def load_keys(tile, group):
     """The bytes of 128 channels of a tile: what `turn_keys` takes."""
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(BYTES), SPLAT),
+        arg_types=(plgpu.RefType(BYTES),),
         return_type=plgpu.ShapeDtypeStruct((2048,), jnp.dtype(jnp.int32), _BYTES),
     )
-    def call(_, tile, group):
+    def call(_, tile):
         arith, c = mgpu.utils.arith, mgpu.utils.c
         me = Thread()
         at = arith.addi(shared_address(tile), arith.muli(me.warp, c(2 * 8 * RANK, me.i32)))
-        at = arith.addi(at, arith.muli(group.registers.item(), c(1024, me.i32)))
         at = arith.addi(at, arith.muli(me.permuted, c(128, me.i32)))
         chunk = arith.xori(me.t, me.permuted)
         first = arith.addi(at, arith.muli(chunk, c(16, me.i32)))
         second = arith.addi(at, arith.muli(arith.xori(chunk, c(4, me.i32)), c(16, me.i32)))
         loads = [
-            load_shared(base, 8 * RANK * h) for base in (first, second) for h in range(2)
+            load_shared(base, 8 * RANK * h + 1024 * group)
+            for base in (first, second)
+            for h in range(2)
         ]
         return _array([vector_of(words, me.i32) for words in loads], _BYTES, True)
 
-    return call(tile, jnp.int32(group))
+    return call(tile)
 
 
 def turn_keys(held, factors, group, piece):
     """The left side [64, 64] of piece 0 or 1 of the 128 channels that `load_keys` loaded."""
 
     @plgpu.inline_mgpu(
-        arg_types=(_BYTES, _FACTORS, SPLAT),
+        arg_types=(_BYTES, _FACTORS),
         return_type=plgpu.ShapeDtypeStruct((BLOCK, 64), jnp.dtype(jnp.bfloat16), WG),
     )
-    def call(_, held, factors, group):
-        arith, group, layout = mgpu.utils.arith, group.registers.item(), WG.to_mgpu()
-        is_group = [
-            arith.cmpi(arith.CmpIPredicate.eq, group, mgpu.utils.c(n, group.type))
-            for n in range(GROUPS)
-        ]
+    def call(_, held, factors):
+        layout = WG.to_mgpu()
         registers = np.empty(layout.registers_shape((BLOCK, 64)), dtype=object)
         for h in range(2):
-            factor, *others = elements(factors.registers.flat[h], 4)
-            for mine, other in zip(is_group[1:], others, strict=True):
-                factor = arith.select(mine, other, factor)
+            factor = elements(factors.registers.flat[h], 4)[group]
             words = elements(held.registers.flat[2 * piece + h], 4)
             for j, word in enumerate(words):
                 for pair in range(2):
@@ -230,7 +225,7 @@ def turn_keys(held, factors, group, piece):
                     registers[0, 2 * j + pair, 0, 0, h, 0, 0, 0, 0] = value
         return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
-    return call(held, factors, jnp.int32(group))
+    return call(held, factors)
 
 
 def load_rope(tile):
@@ -263,46 +258,44 @@ def load_values(tile, j):
     """The bytes of slots 16 j to 16 j + 15 of a tile: what `turn_values` takes."""
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(BYTES), SPLAT),
+        arg_types=(plgpu.RefType(BYTES),),
         return_type=plgpu.ShapeDtypeStruct((2048,), jnp.dtype(jnp.int32), _BYTES),
     )
-    def call(_, tile, j):
+    def call(_, tile):
         arith, c = mgpu.utils.arith, mgpu.utils.c
         me = Thread()
         at = arith.addi(shared_address(tile), arith.muli(me.warp, c(1024, me.i32)))
-        at = arith.addi(at, arith.muli(j.registers.item(), c(2 * 8 * RANK, me.i32)))
         at = arith.addi(at, arith.muli(me.t, c(128, me.i32)))
         chunk = arith.xori(me.t, me.permuted)
         first = arith.addi(at, arith.muli(chunk, c(16, me.i32)))
         second = arith.addi(at, arith.muli(arith.xori(chunk, c(4, me.i32)), c(16, me.i32)))
         loads = [
-            load_shared(base, h * 8 * RANK + 4 * 128 * e)
+            load_shared(base, (2 * j + h) * 8 * RANK + 4 * 128 * e)
             for h in range(2)
             for e, base in enumerate((first, second))
         ]
         return _array([vector_of(words, me.i32) for words in loads], _BYTES, True)
 
-    return call(tile, jnp.int32(j))
+    return call(tile)
 
 
 def turn_values(held, shared, j):
     """The left side [512, 16] of the slots that `load_values` loaded; `shared` is of `factors`."""
 
     @plgpu.inline_mgpu(
-        arg_types=(_BYTES, plgpu.RefType(), SPLAT),
+        arg_types=(_BYTES, plgpu.RefType()),
         return_type=plgpu.ShapeDtypeStruct((RANK, 16), jnp.dtype(jnp.bfloat16), WG),
     )
-    def call(_, held, shared, j):
+    def call(_, held, shared):
         arith, c = mgpu.utils.arith, mgpu.utils.c
         me = Thread()
         at = arith.addi(arith.muli(me.warp, c(2 * BLOCK, me.i32)), arith.muli(me.t, c(4, me.i32)))
-        at = arith.addi(at, arith.muli(j.registers.item(), c(2 * 16, me.i32)))
         at = arith.addi(shared_address(shared), at)
         layout = WG.to_mgpu()
         registers = np.empty(layout.registers_shape((RANK, 16)), dtype=object)
         for h in range(2):
             factor = mgpu.utils.inline_ptx(
-                f"ld.shared.b32 $0, [$1 + {2 * 8 * h}];",
+                f"ld.shared.b32 $0, [$1 + {2 * (16 * j + 8 * h)}];",
                 at,
                 result_types=me.i32,
                 has_side_effects=True,
@@ -315,36 +308,7 @@ def turn_values(held, shared, j):
                     registers[i, h, 0, 0, e, 0, 0, 0, 0] = value
         return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
-    return call(held, shared, jnp.int32(j))
-
-
-def put_weights(shared, p) -> None:
-    """Stores 16-bit [64, 16] as [4, 16, 16], tiled and swizzled as operands of products."""
-    transforms = plgpu.TilingTransform((8, 16)), plgpu.SwizzleTransform(32)
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(transforms), WG))
-    def call(_, shared, p):
-        arith, c = mgpu.utils.arith, mgpu.utils.c
-        me = Thread()
-        # Eight lanes say where the rows of a square of 8 x 8 begin, of squares (n, e).
-        lane = arith.andi(me.thread, c(31, me.i32))
-        row, square = arith.andi(lane, c(7, me.i32)), arith.shrui(lane, c(3, me.i32))
-        n, e = arith.shrui(square, c(1, me.i32)), arith.andi(square, c(1, me.i32))
-        chunk = arith.xori(n, arith.shrui(row, c(2, me.i32)))
-        row = arith.addi(row, arith.muli(e, c(8, me.i32)))
-        row = arith.addi(row, arith.muli(me.warp, c(16, me.i32)))
-        at = arith.addi(shared_address(shared), arith.muli(row, c(32, me.i32)))
-        at = arith.addi(at, arith.muli(chunk, c(16, me.i32)))
-        words = [word_of(p.registers[0, n, 0, 0, e, 0, 0, 0, 0]) for n, e in np.ndindex(2, 2)]
-        mgpu.utils.inline_ptx(
-            "stmatrix.sync.aligned.m8n8.x4.shared.b16 [$0], {$1, $2, $3, $4};",
-            at,
-            *words,
-            has_side_effects=True,
-            convergent=True,
-        )
-
-    call(shared, p)
+    return call(held, shared)
 
 
 def put(shared, value) -> None:

@@ -170,6 +170,9 @@ class InterpretedScaledPart(InterpretedPart, scaled.ScaledPart):
         slot = lax.broadcasted_iota(jnp.int32, value.shape, 0)
         self.k[buffer] = jnp.where(slot < live, value, 0).astype(self.dtype)
 
+    def bring_near(self, place, block):
+        pass
+
     def take_registers(self, count, action):
         pass
 
@@ -251,14 +254,14 @@ class InterpretedFewScaledPart(InterpretedFewPart, few_scaled.FewScaledPart):
         return ()
 
     def put_weights(self, ref, p):
-        ref[...] = p.reshape(ref.shape)
+        ref[...] = p
 
     def load_keys(self, buffer, group):
         return buffer
 
     def turn_keys(self, held, factors, group, n, here, me):
         piece = fragments.order_pattern(fragments.order_slots(self.turned(held, here, me)))
-        return lax.dynamic_slice_in_dim(piece, 128 * group + 64 * n, 64, 1)
+        return piece[:, 128 * group + 64 * n :][:, :64]
 
     def load_rope(self, buffer):
         return fragments.order_rope(fragments.order_slots(self.smem["kr"][buffer]))
@@ -267,8 +270,7 @@ class InterpretedFewScaledPart(InterpretedFewPart, few_scaled.FewScaledPart):
         return buffer
 
     def turn_values(self, held, j, here, me):
-        values = fragments.order_values(self.turned(held, here, me))
-        return lax.dynamic_slice_in_dim(values, 16 * j, 16, 1)
+        return fragments.order_values(self.turned(held, here, me))[:, 16 * j : 16 * j + 16]
 
     def turned(self, buffer, here, me):
         """The numbers of a block."""
