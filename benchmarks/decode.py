@@ -464,7 +464,9 @@ def main():
     parser.add_argument("--cache-dtype", choices=ENCODINGS, help="latents in it, with scales")
     parser.add_argument("--last", type=float, default=0.06, help="seconds of a timed loop")
     parser.add_argument("--most-bytes", type=float, default=8e9, help="skip larger caches")
-    parser.add_argument("--only", nargs="+", help="shapes in whose name one of these patterns is found")
+    parser.add_argument(
+        "--only", nargs="+", help="shapes in whose name one of these patterns is found"
+    )
     parser.add_argument("--pages", action="store_true", help="compare paged with dense caches")
     parser.add_argument("--json", type=pathlib.Path, help="write the rows here too")
     parser.add_argument("--plot", type=pathlib.Path, help="draw the fractions here (matplotlib)")

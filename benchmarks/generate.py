@@ -198,9 +198,7 @@ def prefilled(bound, batch, slots, options, result):
             return (jnp.exp2(jnp.round(drawn)) if scales else drawn).astype(x.dtype)
 
         draw = jax.jit(functools.partial(jax.tree_util.tree_map_with_path, numbers))
-        cache = cache.replace(
-            stores=draw(cache.stores), length=jnp.full_like(cache.length, prompt)
-        )
+        cache = cache.replace(stores=draw(cache.stores), length=jnp.full_like(cache.length, prompt))
         # Rows go on with words of their own, else all would choose the same experts.
         ends = draw(jnp.zeros((batch, words), jnp.float32)), jnp.zeros((batch, width), dtype)
         return ends, prompts, cache

@@ -19,14 +19,15 @@ HEADS = WG.reduce(0)  # one value a column of a tile
 RANK, ROPE, WIDTH = 512, 64, 16  # channels of a latent and of a rotary key; columns of a tile
 
 
-def _tiles(dtype):
+def tiles_of(dtype):
+    """How `rows_of` lie in shared memory."""
     columns = 128 // jnp.dtype(dtype).itemsize
     return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128)
 
 
 def rows_of(dtype):
     """Shared memory for the 16 queries as rows [16, 512], which a copy can store."""
-    return plgpu.SMEM((WIDTH, RANK), dtype, transforms=_tiles(dtype))
+    return plgpu.SMEM((WIDTH, RANK), dtype, transforms=tiles_of(dtype))
 
 
 def reduce_columns(x, shared, kind):
@@ -84,7 +85,7 @@ def put(shared, value) -> None:
     """Stores [512, 16] as the rows of `rows_of`."""
     dtype = shared.dtype
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(_tiles(dtype)), WG))
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(tiles_of(dtype)), WG))
     def call(_, shared, value):
         bits = 8 * dtype.itemsize
         kind = mgpu.utils.ir.IntegerType.get_signless(bits)
@@ -105,7 +106,7 @@ def take(shared):
     dtype = shared.dtype
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(_tiles(dtype)),),
+        arg_types=(plgpu.RefType(tiles_of(dtype)),),
         return_type=plgpu.ShapeDtypeStruct((RANK, WIDTH), dtype, WG),
     )
     def call(_, shared):

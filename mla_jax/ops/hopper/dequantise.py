@@ -80,27 +80,6 @@ def load_scales(scale, source, live, half: int, columns: int):
     return call(scale, source, live)
 
 
-def prefetch(latent, source, live) -> None:
-    """Starts to bring the block that begins at slot `source` from memory to the L2 cache.
-
-    Slots from `live` on are left where they are.
-    """
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _SPLAT, _SPLAT))
-    def call(_, latent, source, live):
-        arith, c, utils = mgpu.utils.arith, mgpu.utils.c, mgpu.utils
-        live, width = live.registers.item(), row_bytes(latent)
-        at = address(latent, source.registers.item(), width)
-        size = arith.muli(arith.minsi(live, c(BLOCK, live.type)), c(width, live.type))
-        with utils.single_thread(utils.ThreadSubset.WARPGROUP):
-            with utils.when(arith.cmpi(arith.CmpIPredicate.sgt, live, c(0, live.type))):
-                utils.inline_ptx(
-                    "cp.async.bulk.prefetch.L2.global [$0], $1;", at, size, has_side_effects=True
-                )
-
-    call(latent, source, live)
-
-
 def turn(buffer, scales, half: int, transforms):
     """Turns the bytes of a tile into bfloat16.
 

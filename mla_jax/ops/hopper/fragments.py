@@ -30,7 +30,7 @@ from mla_jax.ops.hopper.columns import (
     WIDTH,
     Thread,
     elements,
-    rows_of,
+    tiles_of,
     two_numbers,
     vector_of,
     word_of,
@@ -315,12 +315,14 @@ def put(shared, value) -> None:
     """As `columns.put`, in the order of values' channels: a thread has 16 side by side."""
     dtype = shared.dtype
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(rows_of(dtype).transforms), WG))
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(tiles_of(dtype)), WG))
     def call(_, shared, value):
         i32 = mgpu.utils.ir.IntegerType.get_signless(32)
         for (n, k), places in _places(shared, dtype):
-            numbers = [elements(value.registers[i, n, 0, 0, e, 0, 0, 0, 0], 2)[k]
-                       for i, e in np.ndindex(8, 2)]
+            numbers = [
+                elements(value.registers[i, n, 0, 0, e, 0, 0, 0, 0], 2)[k]
+                for i, e in np.ndindex(8, 2)
+            ]
             if dtype.itemsize == 2:
                 kind = numbers[0].type
                 pairs = zip(numbers[::2], numbers[1::2], strict=True)
@@ -343,7 +345,7 @@ def take(shared):
     dtype = shared.dtype
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(rows_of(dtype).transforms),),
+        arg_types=(plgpu.RefType(tiles_of(dtype)),),
         return_type=plgpu.ShapeDtypeStruct((RANK, WIDTH), dtype, WG),
     )
     def call(_, shared):
@@ -351,12 +353,16 @@ def take(shared):
         registers = np.empty(layout.registers_shape((RANK, WIDTH)), dtype=object)
         found = {}
         for (n, k), places in _places(shared, dtype):
-            found[n, k] = [x for at in places for x in mgpu.utils.inline_ptx(
-                "ld.shared.v4.f32 {$0, $1, $2, $3}, [$4];",
-                at,
-                result_types=[f32] * 4,
-                has_side_effects=True,
-            )]
+            found[n, k] = [
+                x
+                for at in places
+                for x in mgpu.utils.inline_ptx(
+                    "ld.shared.v4.f32 {$0, $1, $2, $3}, [$4];",
+                    at,
+                    result_types=[f32] * 4,
+                    has_side_effects=True,
+                )
+            ]
         for i, n, e in np.ndindex(8, 2, 2):
             pair = [found[n, k][2 * i + e] for k in range(2)]
             registers[i, n, 0, 0, e, 0, 0, 0, 0] = vector_of(pair, f32)

@@ -170,9 +170,6 @@ class InterpretedScaledPart(InterpretedPart, scaled.ScaledPart):
         slot = lax.broadcasted_iota(jnp.int32, value.shape, 0)
         self.k[buffer] = jnp.where(slot < live, value, 0).astype(self.dtype)
 
-    def bring_near(self, place, block):
-        pass
-
     def take_registers(self, count, action):
         pass
 

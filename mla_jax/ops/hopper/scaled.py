@@ -118,14 +118,11 @@ class ScaledPart(WalkingPart):
     def produce(self):
         """Turns the tiles of every step of this part."""
         here = self.first_place()
-        then = self.place_after(self.first_step, here)
         held = tuple(self.load_scales(here, tile) for tile in ORDER[:AHEAD])
 
         def one_step(g, carry):
-            here, then, held = carry
-            after = self.place_after(g + 1, then)
-            for block in range(2):
-                self.bring_near(after, block)
+            here, held = carry
+            then = self.place_after(g, here)
             places = [(here, tile) for tile in ORDER] + [(then, tile) for tile in ORDER]
             for n, (block, h) in enumerate(ORDER):
                 coming = self.load_scales(*places[n + AHEAD])
@@ -135,9 +132,9 @@ class ScaledPart(WalkingPart):
                 self.fence()
                 plgpu.barrier_arrive(self.smem["k_bar"].at[buffer])
                 held = (*held[1:], coming)
-            return then, after, held
+            return then, held
 
-        lax.fori_loop(self.first_step, self.end_step, one_step, (here, then, held))
+        lax.fori_loop(self.first_step, self.end_step, one_step, (here, held))
         # The two ask for one step more, whose scores nobody uses.
         for block, h in ORDER:
             plgpu.barrier_wait(self.smem["raw_bar"].at[2 * block + h])
@@ -154,10 +151,6 @@ class ScaledPart(WalkingPart):
         del place
         transforms = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)  # of `tiled`
         dequantise.turn(self.k.at[buffer], scales, buffer % 2, transforms)
-
-    def bring_near(self, place, block):
-        """Has a block's bytes in the L2 cache before their copy, which waits for a free tile."""
-        dequantise.prefetch(self.k_hbm, *self.extent(place, block))
 
     def take_registers(self, count, action):
         plgpu.set_max_registers(count, action=action)
