@@ -492,7 +492,6 @@ NATIVE = [
 ]
 NATIVE += [(128, t, 512, 64, "bfloat16") for t in (1, 2, 8, 150)]
 NATIVE += [(16, t, 512, 64, "bfloat16") for t in (1, 200)]
-NATIVE += [(5, 3, 512, 64, "float16"), (8, 2, 512, 64, "bfloat16"), (2, 7, 512, 64, "bfloat16")]
 
 
 @pytest.mark.accelerator

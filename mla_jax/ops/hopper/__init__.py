@@ -5,11 +5,12 @@ sparse attention does before it attends, scores and the choice of slots, is in `
 
 `kernel.py` is the algorithm, `merge.py` its end where parts share a row, `schedule.py` the cut of a
 ragged batch into equal parts, `mosaic.py` what Pallas lacks, and `interpreted.py` what the kernel
-does instead on a CPU. It reads dense caches, and paged ones through their table. Latents in fp8
-with scales have kernels of their own: `scaled.py` with `dequantise.py`, and for up to 16 query rows
-a batch row, of ranks (512, 64), `few.py` with `fragments.py`. So has attention to chosen slots,
-`gathered.py` with `copies.py`, which `chosen.py` calls. All are forward only: derivatives are those
-of the XLA backend.
+does instead on a CPU. It reads dense caches, and paged ones through their table. Up to 16 query
+rows a batch row, of ranks (512, 64), have a kernel of their own, `few.py` with `columns.py`.
+Latents in fp8 with scales have two: `scaled.py` with `dequantise.py`, and of few query rows
+`few_scaled.py` with `fragments.py`. So has attention to chosen slots, `gathered.py` with
+`copies.py`, which `chosen.py` calls. All are forward only: derivatives are those of the XLA
+backend.
 
 The kernel's thread blocks wait for each other where they share a batch row, so all of them must be
 on the device at once: their number never exceeds the multiprocessors that the device reports, but

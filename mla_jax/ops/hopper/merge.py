@@ -22,7 +22,8 @@ LOWEST = -1e30  # first running maximum: finite, so that exp2(old - new) is neve
 # For up to 2, up to 4, up to 31, and more pieces: into how many units a query row is cut, how many
 # units are merged at once, and how many pieces.
 _FEW, _AT_ONCE = (2, 4, 31), ((1, 8, 2), (1, 4, 4), (1, 2, 8), (2, 1, 32))
-# With few query rows there are more warpgroups than rows, and instructions come from memory.
+# With few query rows there are more warpgroups than rows. One way serves all, as every other would
+# be instructions that come from memory.
 _FEW_ROWS, _OF_FEW_ROWS = 16, (4, 1, 16)
 
 
