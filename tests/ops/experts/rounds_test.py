@@ -19,7 +19,7 @@ def run(x, experts, weights, *kernels):
     return xla.all_experts(x, experts, weights, kernels, precision="highest", partial=True)
 
 
-@pytest.mark.parametrize("kind", ["TPU7x", "TPU v6 lite"])  # conditions, and a loop
+@pytest.mark.parametrize("kind", ["TPU7x", "TPU v6 lite"])  # without a loop, and with one
 @pytest.mark.parametrize("every", [False, True])
 def test_rounds_and_their_gradients_are_float64s(kind, every):
     """Up to 9 rounds of 8 pairs, and 9 where the device has the experts of `every` pair."""
