@@ -28,9 +28,6 @@ from mla_jax.sharding import Axes
 # Pairs of token and expert that are done at once, at least. XLA for TPUs multiplies all of them by
 # every expert of a device.
 _LEAST = 256
-# Pairs of token and expert up to which a TPU7x does rounds without a loop: a decode step's, because
-# without one the derivatives of every round's kernels are held together.
-_UNROLLED = 4096
 
 
 def routed(
@@ -245,19 +242,11 @@ def _local(run, kernels, x, experts, weights, *, parts: int):
         add = lambda y: some(y, *given, x, kernels)  # noqa: E731
         return lax.cond((given[1] < count).any(), add, lambda y: y, y), None
 
-    def looped(y):
-        return lax.scan(step, y, (token[1:], expert[1:], weight[1:]))[0]
-
-    def unrolled(y):
-        own = x
-        for given in zip(token[1:], expert[1:], weight[1:], strict=True):
-            y, own = lax.optimization_barrier((y, own))  # one round's rows at a time
-            y = some(y, *given, own, kernels)
-        return y
-
-    # The first round stands outside, and most often alone: on a TPU7x libtpu copies the kernels
-    # that a loop reads to another layout, and its memory counts even where the loop does not run.
-    y = some(_zeros(x.shape, wide, x), token[0], expert[0], weight[0], x, kernels)
-    few = pairs <= _UNROLLED and target.current().kind == "TPU7x"
-    y = lax.cond((expert[1] < count).any(), unrolled if few else looped, lambda y: y, y)
+    y = _zeros(x.shape, wide, x)
+    # The first round stands outside of the loop, and most often alone: kernels that go into a loop
+    # are copied to another layout on some TPUs, in every step.
+    first, rest = ([a[at] for a in (token, expert, weight)] for at in (0, slice(1, None)))
+    y = some(y, *first, x, kernels)
+    more = lambda y: lax.scan(step, y, rest)[0]  # noqa: E731
+    y = lax.cond((expert[1] < count).any(), more, lambda y: y, y)
     return y.astype(x.dtype)

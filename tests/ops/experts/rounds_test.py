@@ -10,7 +10,6 @@ from common import relative
 from experts_oracle import gradients, loop, problem
 
 from mla_jax.ops.experts import mesh, xla
-from mla_jax.target import Target
 
 OWN = 4  # of 12 experts
 
@@ -19,9 +18,8 @@ def run(x, experts, weights, *kernels):
     return xla.all_experts(x, experts, weights, kernels, precision="highest", partial=True)
 
 
-@pytest.mark.parametrize("kind", ["TPU7x", "TPU v6 lite"])  # without a loop, and with one
 @pytest.mark.parametrize("every", [False, True])
-def test_rounds_and_their_gradients_are_float64s(kind, every):
+def test_rounds_and_their_gradients_are_float64s(every):
     """Up to 9 rounds of 8 pairs, and 9 where the device has the experts of `every` pair."""
     arrays, experts = problem(24, count=12, chosen=3, widths=(24, 9))
     x, weights, *kernels = arrays
@@ -37,13 +35,9 @@ def test_rounds_and_their_gradients_are_float64s(kind, every):
         y, back = jax.vjp(local, *arrays)
         return y, back(jnp.asarray(cotangent, jnp.float32))
 
-    with (
-        mock.patch.object(mesh, "_LEAST", 8),
-        mock.patch.object(mesh.target, "current", return_value=Target("tpu", kind)),
-    ):
-        program = str(jax.make_jaxpr(local)(*arrays))
-        assert ("scan[" in program) == (kind != "TPU7x")
-        assert "optimization_barrier" in program  # before the zeros that sums are added to
+    with mock.patch.object(mesh, "_LEAST", 8):
+        # Without it XLA for GPUs makes the zeros of all layers, to which they add, at the start.
+        assert "optimization_barrier" in str(jax.make_jaxpr(local)(*arrays))
         y, found = jax.jit(both)(*arrays)
     others = experts >= OWN
     right = (x, np.where(others, 0, weights), *kernels)
