@@ -203,11 +203,14 @@ def _as(array, other):
 
 
 def _zeros(shape, dtype, after):
-    """Zeros that vary over the mesh as another array does, and are made when that has been made.
+    """Zeros that vary over the mesh as another array does, on a GPU made behind it.
 
     XLA for GPUs makes the zeros of all layers in one kernel, at once, and keeps them.
     """
-    return lax.optimization_barrier((_as(jnp.zeros(shape, dtype), after), after))[0]
+    zeros = _as(jnp.zeros(shape, dtype), after)
+    if target.current().platform != "gpu":
+        return zeros
+    return lax.optimization_barrier((zeros, after))[0]
 
 
 def _local(run, kernels, x, experts, weights, *, parts: int):

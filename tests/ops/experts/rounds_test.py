@@ -10,6 +10,7 @@ from common import relative
 from experts_oracle import gradients, loop, problem
 
 from mla_jax.ops.experts import mesh, xla
+from mla_jax.target import Target
 
 OWN = 4  # of 12 experts
 
@@ -35,7 +36,8 @@ def test_rounds_and_their_gradients_are_float64s(every):
         y, back = jax.vjp(local, *arrays)
         return y, back(jnp.asarray(cotangent, jnp.float32))
 
-    with mock.patch.object(mesh, "_LEAST", 8):
+    platform = mock.patch.object(mesh.target, "current", return_value=Target("gpu", "a GPU", 9.0))
+    with mock.patch.object(mesh, "_LEAST", 8), platform:
         # Without it XLA for GPUs makes the zeros of all layers, to which they add, at the start.
         assert "optimization_barrier" in str(jax.make_jaxpr(local)(*arrays))
         y, found = jax.jit(both)(*arrays)
