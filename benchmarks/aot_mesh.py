@@ -4,7 +4,7 @@ DeepSeek-V3 and Kimi-K2 in bf16, a decode step (cache donated) and a prefill, fo
 (v5p, v6e, tpu7x) and for 4 hosts of 8 H200s. Printed for each: HBM of a device, arguments and
 temporaries; bytes that a device sends over links, by kind, beside those of the layout's closed
 form; seconds to compile. Checked: nothing that moves is as large as the cache or as a weight, and a
-decode step moves at most 1.3 times the closed form.
+decode step moves at most 1.3 times the closed form and has at most 0.2 GB of temporaries.
 
     python benchmarks/aot_mesh.py v6e h200 --what wide    some targets, some programs
     python benchmarks/aot_mesh.py --short                 two narrow layers on 8 chips: for CI
@@ -28,13 +28,15 @@ Layouts, on axes data and model (8 wide; on tpu7x, whose 64 chips are 128 device
 
 Closed form of a decode step (`mla_jax.placement`), numbers of 2 bytes that one device sends in one
 layer: b rows of a device, m devices of model, d of data, f(s) = s (m-1)/m.
-    wide     queries' latents gathered f(m b Q); absorbed queries there and mixed latents back
-             f(b N (R+P)) + f(b N R); sums of o_proj scattered f(m b D). Gated MLP (dense or
-             shared): inputs gathered, sums scattered, 2 f(m b D). Experts exchanged, K b D each way
-             at most, and the choices of all, 4 (n-1) b K. Once: as a gated MLP, and logits 2 f(b W)
-    helix    queries gathered f(b N (R+P)); mixed latents with their lse exchanged f(b N (R+2));
-             sums of o_proj 2 f(b D), and of a gated MLP. Experts gathered: (d-1) b (2 D + 4 K), and
-             sums 2 f(b D). Once: sums of the embedding 2 f(b D), logits 2 f(b W)
+    wide     inputs of q_a_proj exchanged f(b D), and its sums 2 f(m b Q); absorbed queries there
+             and mixed latents back f(b N (R+P)) + f(b N R); sums of o_proj scattered f(m b D).
+             Gated MLP (dense or shared): inputs gathered, sums scattered, 2 f(m b D). Experts
+             exchanged, K b D each way at most, and the choices of all, 4 (n-1) b K. Once: as a
+             gated MLP, and logits 2 f(b W)
+    helix    sums of q_a_proj 2 f(b Q); queries gathered f(b N (R+P)); mixed latents with their lse
+             exchanged f(b N (R+2)); sums of o_proj 2 f(b D), and of a gated MLP. Experts gathered:
+             (d-1) b (2 D + 4 K), and sums 2 f(b D). Once: sums of the embedding 2 f(b D), logits
+             2 f(b W)
 """
 
 import argparse
@@ -81,7 +83,7 @@ TARGETS: dict[str, tuple[str, tuple[int, int], float]] = {
     "h200-host": ("1x1x8", (1, 8), 141),
 }
 ALL = ("data", "model")
-WEIGHTS: dict[str, Any] = {"N": "model", "F": "model", "W": "model", "E": ALL}
+WEIGHTS: dict[str, Any] = {"N": "model", "F": "model", "W": "model", "E": ALL, "A": "model"}
 LAYOUTS = {
     "wide": Rules(B=ALL, **WEIGHTS),
     "helix": Rules(B="data", S="model", **WEIGHTS),
@@ -259,6 +261,8 @@ def look(target: str, mesh, name: str, what: str, options: argparse.Namespace) -
         found = memory.argument_size_in_bytes, memory.temp_size_in_bytes
         within = all(a <= b for a, b in zip(found, limits, strict=True))
         assert within, f"{found} bytes are above {limits}"
+    if what != "prefill" and weights is None:
+        assert memory.temp_size_in_bytes <= 0.2e9, f"{memory.temp_size_in_bytes} of temporaries"
     large = [one for one in moved if any(_shape(s) in held for s in one.shapes)]
     assert not large, f"moves what is as large as a weight or the cache: {large[:3]}"
     if what != "prefill":

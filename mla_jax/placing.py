@@ -192,7 +192,7 @@ class _Links:
         config, rules = self.config.attention, self.rules
         rank, rope = config.kv_lora_rank, config.qk_rope_head_dim
         shared, other = self._split(rules.N)
-        entering = self._gather(rules.N, config.q_lora_rank or config.hidden_size)
+        entering = self._queries()
         sums = self._sums(rules.N, config.hidden_size)
         each = self._rows() * config.num_attention_heads * self.width
         moved = each / other * (2 * rank + rope) * (shared - 1) / shared  # to rows and back
@@ -205,6 +205,17 @@ class _Links:
             if joint < slots:
                 moved += own * rank * (slots - 1) / slots
         return entering + moved + sums
+
+    def _queries(self) -> float:
+        """What q_b_proj takes, or q_proj: to all heads."""
+        config, rules = self.config.attention, self.rules
+        if config.q_lora_rank is None or not rules.A:
+            return self._gather(rules.N, config.q_lora_rank or config.hidden_size)
+        shared, other = self._split(rules.A)
+        row = self._rows() * self.width
+        inputs = row * config.hidden_size / other * (shared - 1) / shared
+        parts = shared * other
+        return inputs + 2 * shared * row * config.q_lora_rank * (parts - 1) / parts
 
     def _experts(self) -> float:
         chosen, width = self.config.num_experts_per_tok, self.config.attention.hidden_size

@@ -41,9 +41,12 @@ class Rules:
         W: words of the vocabulary.
         D: the other axis of kernels, the hidden size or a rank. Kernels are gathered over those of
             its axes that the batch is split over as well.
+        A: what q_a_proj sums over, the hidden size of its inputs: the axes of N, or none. Its
+            kernel does not move: its inputs and sums do, which is more than moves without A.
 
     Raises:
-        ValueError: an axis that is no name, or one that a letter has twice.
+        ValueError: an axis that is no name, or one that a letter has twice; other axes for A
+            than for N.
 
     >>> Rules(B="data", N=("data", "model")).N
     ('data', 'model')
@@ -59,6 +62,7 @@ class Rules:
     F: Axes | str = ()
     W: Axes | str = ()
     D: Axes | str = ()
+    A: Axes | str = ()
 
     def __post_init__(self):
         for letter in LETTERS:
@@ -71,6 +75,11 @@ class Rules:
                     "ones."
                 )
             object.__setattr__(self, letter, tuple(axes))
+        if self.A and self.A != self.N:
+            raise ValueError(
+                f"A={self.A}: it must have the axes of N={self.N}, or none, because the sums of "
+                "q_a_proj go to the heads of q_b_proj."
+            )
 
     def of(self, tree: Any, mesh: Any = None) -> Any:
         """The sharding of every array of a tree: for `jax.device_put`, out_shardings, or orbax.

@@ -20,6 +20,7 @@ from mla_jax import MLAConfig, MultiHeadLatentAttention, explain, sharding
 from mla_jax.cache.stripes import Stripes
 from mla_jax.generation import generate
 from mla_jax.layers.experts import MixtureOfExperts, expert_load
+from mla_jax.layers.indexer import Indexer
 from mla_jax.models import Decoder, DecoderConfig, rounding
 from mla_jax.ops import guard
 from mla_jax.sharding import Rules
@@ -130,7 +131,7 @@ def test_a_split_vocabulary_has_the_same_gradients(tied):
     assert_close((got[0][1:], got[1]), (wanted[0][1:], wanted[1]))
 
 
-STORED = Rules(B=BOTH, D="data", N="model", F="model", W="model", E=BOTH)
+STORED = Rules(B=BOTH, D="data", N="model", F="model", W="model", E=BOTH, A="model")
 
 
 def rounded_decoder(block):
@@ -152,7 +153,7 @@ def prompt_and_token(model, tokens):
 
 def test_weights_as_stored_on_a_mesh_are_those_of_one_device():
     """Blocks of 16 rows straddle devices: of q_b_proj's 48 rows each of four has 12."""
-    model = rounded_decoder((16, 8))
+    model = rounded_decoder((16, 2))
     tokens = np.random.default_rng(1).integers(0, 64, (B, 4)).astype(np.int32)
     wanted = jax.device_get(prompt_and_token(model, tokens))
     with jax.set_mesh(mesh()):
@@ -160,6 +161,7 @@ def test_weights_as_stored_on_a_mesh_are_those_of_one_device():
         got = jax.device_get(prompt_and_token(placed, put(tokens, BOTH)))
         attention, mlp = placed.blocks[0].attention, placed.blocks[0].mlp
         for module, place in (
+            (attention.q_a_proj, (("data",), ("model",))),
             (attention.q_b_proj, (("model",), ("data",))),
             (attention.o_proj, (("data",), ("model",))),
             (mlp.gate_proj, (BOTH, (), ())),
@@ -171,7 +173,7 @@ def test_weights_as_stored_on_a_mesh_are_those_of_one_device():
 
 
 def test_inputs_as_stored_are_split_between_blocks_only():
-    model = rounded_decoder((16, 12))  # o_proj has 32 inputs, 8 on each of four devices
+    model = rounded_decoder((16, 3))  # o_proj has 32 inputs, 8 on each of four devices
     with jax.set_mesh(mesh()):
         placed = laid(model, STORED)
         with pytest.raises(NotImplementedError, match=r"its 32 inputs into parts of 8\. Load"):
@@ -219,6 +221,11 @@ MOVES = {
         ("all-reduce", "f32[4,1,24]"),
     ],
     "context": [("all-to-all", "u32[1,4,1,1,1,17]"), ("all-gather", "f32[4,1,4,16]")],
+    "data_core_of_split_heads": [  # q_a_proj's inputs and sums, queries, mixed latents, o_proj's
+        ("all-to-all", "f32[1,1,1,1,6]"), ("all-reduce", "f32[4,1,12]"),
+        ("all-to-all", "f32[1,1,1,1,1,20]"), ("all-to-all", "f32[1,1,1,1,1,16]"),
+        ("all-reduce", "f32[4,1,24]"),
+    ],
     "fsdp": [
         ("all-gather", shape)
         for shape in ("f32[24,12]", "f32[12,4,12]", "f32[24,20]", "f32[16,4,16]", "f32[4,8,24]")
@@ -311,15 +318,18 @@ def test_sparse_attention_chooses_on_every_device_for_its_rows():
 
     wanted = jax.device_get(run(layer, layer.init_cache(B, 512), x))
     with jax.set_mesh(mesh()):
-        x = put(x, ("data",))
-        for place in (Rules(B="data", S="model"), Rules(B="data", N="model")):
-            placed = laid(layer, place)
+        for place in (Rules(B="data", S="model"), Rules(B=BOTH, N="model", A="model")):
+            x, placed = put(x, place.B), laid(layer, place)
             cache = layer.init_cache(B, 512, sharding=place)
             if place.S:
                 with pytest.raises(NotImplementedError, match="sparse attention chooses among a"):
                     run(placed, cache, x)
             else:
-                assert_close(jax.device_get(run(placed, cache, x)), wanted)
+                queries = {"autospec": True, "side_effect": Indexer.queries}
+                with mock.patch.object(Indexer, "queries", **queries) as asked:
+                    assert_close(jax.device_get(run(placed, cache, x)), wanted)
+                latents = [call.args[2] for call in asked.call_args_list]
+                assert all(sharding.spec(latent)[0] == place.B for latent in latents)
 
 
 @pytest.mark.parametrize("rows", [8, 32])

@@ -59,6 +59,13 @@ SENT = {
         Rules(B=BOTH, N="model"),
         {"attention": 3 * 12 * 4 + 4 * 4 * (20 + 16) * 3 / 4 + 3 * 24 * 4},
     ),
+    "wide_inputs": (  # of q_a_proj; then sums of its outputs, to the rows of all four devices
+        Rules(B=BOTH, N="model", A="model"),
+        {
+            "attention": 24 * 4 * 3 / 4 + 2 * 4 * 12 * 4 * 3 / 4
+            + 4 * 4 * (20 + 16) * 3 / 4 + 3 * 24 * 4
+        },
+    ),
     "gathered": (Rules(B="data", E="data"), {"experts": 4 * (2 * 24 * 4 + 3 * 8)}),
     "exchanged": (Rules(B=BOTH, E=BOTH), {"experts": 2 * 3 * 24 * 4 + 7 * 3 * 8}),
     "words": (

@@ -25,7 +25,7 @@ LAYOUTS = {
     "tensor": Rules(B="data", N="model", F="model"),
     "fsdp": Rules(B="data", D="data"),
     "fsdp_tensor": Rules(B="data", D="data", N="model", F="model"),
-    "data_core_of_split_heads": Rules(B=BOTH, N="model", F="model"),
+    "data_core_of_split_heads": Rules(B=BOTH, N="model", F="model", A="model"),
     "experts": Rules(B="data", E=BOTH),
     "experts_tensor": Rules(B="data", N="model", F="model", E="data"),
     "helix": Rules(B="data", S="model", N="model", F="model"),
@@ -144,6 +144,7 @@ def test_a_layer_on_a_mesh_is_the_layer(layout, mixer, store):
         cache = layer.init_cache(B, S, **STORES[store], sharding=place)
         assert sharding.spec(cache.stores[0].latent)[:2] == (place.B, place.S)
         assert sharding.spec(layer.o_proj.kernel[...]) == (place.N, (), place.D)
+        assert sharding.spec(layer.q_a_proj.kernel[...]) == (place.A, place.D)
         x = jax.tree.map(lambda x: put(x, place.B), x)
         y, lengths = steps(layer, cache, x, more, held)
     rows = sharding.spec(y["decode_1"])
@@ -170,6 +171,8 @@ def test_misuse_is_named(rules, letters, shape, words):
 def test_rules_are_checked_and_letters_that_do_not_exist_refused():
     with pytest.raises(ValueError, match=re.escape("N=('a', 'a'): it must be one name")):
         Rules(N=("a", "a"))
+    with pytest.raises(ValueError, match=re.escape("A=('a',): it must have the axes of N=('b',)")):
+        Rules(A="a", N="b")
     with pytest.raises(TypeError, match="'X'"):
         Rules(X="data")
     with pytest.raises(ValueError, match="there is no mesh"):

@@ -34,9 +34,9 @@ from mla_jax.ops.weights_mesh import fold_keys, unfold_values
 from mla_jax.plain import Plain
 
 _BIASED = ("q_a_proj", "kv_a_proj", "o_proj")  # what attention_bias=True means
-# Of each kernel's axes; ranks count as D, the axis that FSDP splits.
+# Of each kernel's axes; ranks count as D, the axis that FSDP splits. A is that of q_a_proj alone.
 _LETTERS = {
-    "q_proj": ("D", "N", None), "q_a_proj": ("D", None), "q_b_proj": ("D", "N", None),
+    "q_proj": ("D", "N", None), "q_a_proj": ("A", "D"), "q_b_proj": ("D", "N", None),
     "kv_a_proj": ("D", None), "kv_b_proj": ("D", "N", None), "g_proj": ("D", "N", None),
     "o_proj": ("N", None, "D"),
 }  # fmt: skip
@@ -199,6 +199,7 @@ class LatentMaps(Mixer):
                 if config.mla_scale_q_lora:
                     scale = math.sqrt(config.hidden_size / config.q_lora_rank)
                     query, q_latent = query * scale, q_latent * scale
+                q_latent = sharding.beside(q_latent, x)
             q_nope, q_rope = jnp.split(query, [config.qk_nope_head_dim], axis=-1)
         with jax.named_scope("rope"):
             q_rope = rope.rotate(q_rope, by, config)

@@ -148,7 +148,7 @@ def _exchanged(local, x, experts, weights, group: _Group, count: int):
     sent = way.there(x.at[token].get(mode="fill", fill_value=0))
     back = way.back(local(sent, here, share))
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    y = jnp.zeros(x.shape, wide).at[token].add(back.astype(wide), mode="drop")
+    y = _zeros(x.shape, wide, back).at[token].add(back.astype(wide), mode="drop")
     return y.astype(x.dtype)
 
 
@@ -169,12 +169,12 @@ class _Ways:
     def there(self, rows: Float[Array, "leaving D"]) -> Float[Array, "arriving D"]:
         """Rows to the devices that they go to; what no row came for is zeros."""
         start, sizes = self.start[self.me], self.counts[self.me]
-        out = jnp.zeros_like(rows, shape=(self.n * self.block, rows.shape[1]))
+        out = _zeros((self.n * self.block, rows.shape[1]), rows.dtype, rows)
         if self.ragged:
             first = jnp.full((self.n,), self.me * self.block, jnp.int32)
             coming = self.counts[:, self.me]
             return lax.ragged_all_to_all(
-                rows, _as(out, rows), start, sizes, first, coming, axis_name=self.axes
+                rows, out, start, sizes, first, coming, axis_name=self.axes
             )
         inside = jnp.arange(self.block, dtype=jnp.int32)[None]
         index = jnp.where(inside < sizes[:, None], start[:, None] + inside, self.leaving)
@@ -184,12 +184,12 @@ class _Ways:
     def back(self, rows: Float[Array, "arriving D"]) -> Float[Array, "leaving D"]:
         """Rows to where they came from, in the order in which they left."""
         start, sizes = self.start[self.me], self.counts[self.me]
-        out = jnp.zeros_like(rows, shape=(self.leaving, rows.shape[1]))
+        out = _zeros((self.leaving, rows.shape[1]), rows.dtype, rows)
         if self.ragged:
             first = jnp.arange(self.n, dtype=jnp.int32) * self.block
             coming, theirs = self.counts[:, self.me], self.start[:, self.me]
             return lax.ragged_all_to_all(
-                rows, _as(out, rows), first, coming, theirs, sizes, axis_name=self.axes
+                rows, out, first, coming, theirs, sizes, axis_name=self.axes
             )
         blocks = lax.all_to_all(rows.reshape(self.n, self.block, -1), self.axes, 0, 0)
         inside = jnp.arange(self.block, dtype=jnp.int32)[None]
@@ -200,6 +200,17 @@ class _Ways:
 def _as(array, other):
     """An array that varies over the mesh as another does."""
     return sharding.varying(array, tuple(jax.typeof(other).mat.varying))
+
+
+def _zeros(shape, dtype, after):
+    """Zeros that vary over the mesh as another array does, on a GPU made behind it.
+
+    XLA for GPUs makes the zeros of all layers in one kernel, at once, and keeps them.
+    """
+    zeros = _as(jnp.zeros(shape, dtype), after)
+    if target.current().platform != "gpu":
+        return zeros
+    return lax.optimization_barrier((zeros, after))[0]
 
 
 def _local(run, kernels, x, experts, weights, *, parts: int):
@@ -234,7 +245,7 @@ def _local(run, kernels, x, experts, weights, *, parts: int):
         add = lambda y: some(y, *given, x, kernels)  # noqa: E731
         return lax.cond((given[1] < count).any(), add, lambda y: y, y), None
 
-    y = _as(jnp.zeros(x.shape, wide), x)
+    y = _zeros(x.shape, wide, x)
     # The first round stands outside of the loop, and most often alone: kernels that go into a loop
     # are copied to another layout on some TPUs, in every step.
     first, rest = ([a[at] for a in (token, expert, weight)] for at in (0, slice(1, None)))
