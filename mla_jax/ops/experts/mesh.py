@@ -25,9 +25,9 @@ from jaxtyping import Array, Float, Int
 from mla_jax import sharding, target
 from mla_jax.sharding import Axes
 
-# Pairs of token and expert that are done at once, at least. XLA for TPUs multiplies all of them by
-# every expert of a device.
-_LEAST = 256
+# Pairs of token and expert that are done at once: the least of a first round, as XLA for TPUs
+# multiplies all of them by every expert of a device, and the most of one that outgrows the first.
+_LEAST, _MOST = 256, 4096
 
 
 def routed(
@@ -217,20 +217,23 @@ def _local(run, kernels, x, experts, weights, *, parts: int):
     """This device's part of the sum of each token's experts, [M D].
 
     Of the pairs that a device might have it has one in `parts` in the mean. They are put side by
-    side, and done in as many rounds as they need, of twice the mean: so neither memory nor work
-    grows with the pairs of others.
+    side, and a first round does twice the mean, most often all. What is left is done in rounds
+    twice as large as the one before, and from `_MOST` on in a loop of equal ones: so neither memory
+    nor work grows with the pairs of others.
     """
     (tokens, chosen), count = experts.shape, kernels[0].shape[0]
     pairs = tokens * chosen
     size = max(_LEAST, -(-2 * pairs // parts))
     if size >= pairs:
         return run(x, experts, weights, *kernels)
-    rounds = -(-pairs // size)
+    sizes = _rounds(pairs, size)
+    looped = -(-(pairs - sum(sizes)) // sizes[-1])
+    places = sum(sizes) + looped * sizes[-1]
     flat = experts.reshape(-1)
     valid = flat < count
-    place = jnp.where(valid, jnp.cumsum(valid, dtype=jnp.int32) - 1, rounds * size)
-    put = lambda a, fill: _as(jnp.full((rounds * size,), fill, a.dtype), a)  # noqa: E731
-    side = lambda a, fill: put(a, fill).at[place].set(a, mode="drop").reshape(rounds, size)  # noqa: E731
+    place = jnp.where(valid, jnp.cumsum(valid, dtype=jnp.int32) - 1, places)
+    put = lambda a, fill: _as(jnp.full((places,), fill, a.dtype), a)  # noqa: E731
+    side = lambda a, fill: put(a, fill).at[place].set(a, mode="drop")  # noqa: E731
     token = side(jnp.arange(pairs, dtype=jnp.int32) // chosen + 0 * flat, tokens)
     expert, weight = side(flat, count), side(weights.reshape(-1), 0)
     wide = jnp.promote_types(x.dtype, jnp.float32)
@@ -241,15 +244,40 @@ def _local(run, kernels, x, experts, weights, *, parts: int):
         own = run(rows, expert[:, None], weight[:, None], *kernels)
         return y.at[token].add(own.astype(wide), mode="drop")
 
-    def step(y, given):
-        add = lambda y: some(y, *given, x, kernels)  # noqa: E731
-        return lax.cond((given[1] < count).any(), add, lambda y: y, y), None
+    def from_round(n, y):
+        """Adds round n and those after it, as far as there are pairs."""
+        start = sum(sizes[:n])
+        given = [a[start:] for a in (token, expert, weight)]
+        if n < len(sizes):
+            y = some(y, *[a[: sizes[n]] for a in given], x, kernels)
+            return if_more(n + 1, y)
 
-    y = _zeros(x.shape, wide, x)
-    # The first round stands outside of the loop, and most often alone: kernels that go into a loop
-    # are copied to another layout on some TPUs, in every step.
-    first, rest = ([a[at] for a in (token, expert, weight)] for at in (0, slice(1, None)))
-    y = some(y, *first, x, kernels)
-    more = lambda y: lax.scan(step, y, rest)[0]  # noqa: E731
-    y = lax.cond((expert[1] < count).any(), more, lambda y: y, y)
-    return y.astype(x.dtype)
+        def step(y, given):
+            add = lambda y: some(y, *given, x, kernels)  # noqa: E731
+            return lax.cond(given[1][0] < count, add, lambda y: y, y), None
+
+        return lax.scan(step, y, [a.reshape(looped, -1) for a in given])[0]
+
+    def if_more(n, y):
+        start = sum(sizes[:n])
+        if start == places:
+            return y
+        more = functools.partial(from_round, n)
+        return lax.cond(expert[start] < count, more, lambda y: y, y)
+
+    # There is no loop where none is needed: kernels that go into one are copied to another layout
+    # on some TPUs, and the memory for it is set aside in every step.
+    return from_round(0, _zeros(x.shape, wide, x)).astype(x.dtype)
+
+
+def _rounds(pairs: int, first: int) -> list[int]:
+    """How many pairs the rounds before the loop take: all, or up to the largest round.
+
+    >>> _rounds(4096, 256), _rounds(100_000, 3000)
+    ([256, 512, 1024, 2304], [3000])
+    """
+    sizes = [first]
+    while (left := pairs - sum(sizes)) and 2 * sizes[-1] <= _MOST:
+        # A round takes along what would be no more than the first.
+        sizes.append(left if left <= 2 * sizes[-1] + first else 2 * sizes[-1])
+    return sizes

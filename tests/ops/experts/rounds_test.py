@@ -19,9 +19,12 @@ def run(x, experts, weights, *kernels):
     return xla.all_experts(x, experts, weights, kernels, precision="highest", partial=True)
 
 
-@pytest.mark.parametrize("every", [False, True])
-def test_rounds_and_their_gradients_are_float64s(every):
-    """Up to 9 rounds of 8 pairs, and 9 where the device has the experts of `every` pair."""
+@pytest.mark.parametrize(("every", "most"), [(False, 4096), (True, 4096), (False, 8), (True, 16)])
+def test_rounds_and_their_gradients_are_float64s(every, most):
+    """Rounds of 8, 16 and 48 pairs, or of 8 and then some in a loop.
+
+    All are needed where the device has the experts of `every` pair.
+    """
     arrays, experts = problem(24, count=12, chosen=3, widths=(24, 9))
     x, weights, *kernels = arrays
     experts = np.asarray(experts) % (OWN if every else 12)
@@ -37,7 +40,8 @@ def test_rounds_and_their_gradients_are_float64s(every):
         return y, back(jnp.asarray(cotangent, jnp.float32))
 
     platform = mock.patch.object(mesh.target, "current", return_value=Target("gpu", "a GPU", 9.0))
-    with mock.patch.object(mesh, "_LEAST", 8), platform:
+    sizes = mock.patch.multiple(mesh, _LEAST=8, _MOST=most)
+    with sizes, platform:
         # Without it XLA for GPUs makes the zeros of all layers, to which they add, at the start.
         assert "optimization_barrier" in str(jax.make_jaxpr(local)(*arrays))
         y, found = jax.jit(both)(*arrays)
