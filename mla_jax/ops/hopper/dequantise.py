@@ -94,9 +94,10 @@ def turn(buffer, scales, half: int, transforms):
     def call(_, buffer, scales):
         raw, store = _Raw(buffer, columns), _Store(buffer, scales, half, columns)
         each = range(columns // _COLUMNS)
-        low, high = ([raw.load(i, j) for j in each] for i in range(len(_ROWS)))
+        low, high = [raw.load(0, j) for j in each], []
         for j, codes in zip(each, low, strict=True):
             store(0, j, codes)
+            high.append(raw.load(1, j))  # not before, as registers are few
         mgpu.warpgroup_barrier()
         for j, codes in zip(each, high, strict=True):
             store(1, j, codes)
