@@ -25,9 +25,10 @@ from jaxtyping import Array, Float, Int
 from mla_jax import sharding, target
 from mla_jax.sharding import Axes
 
-# Pairs of token and expert that are done at once: the least of a first round, as XLA for TPUs
-# multiplies all of them by every expert of a device, and the most of one that outgrows the first.
-_LEAST, _MOST = 256, 4096
+# Pairs of token and expert that are done at once: in a first round, at least, and in one of those
+# that follow such a small one, of which there are at most so many. XLA for TPUs multiplies all of
+# them by every expert of a device.
+_LEAST, _MORE, _FOLLOWING = 256, 768, 6
 
 
 def routed(
@@ -218,8 +219,7 @@ def _local(run, kernels, x, experts, weights, *, parts: int):
 
     Of the pairs that a device might have it has one in `parts` in the mean. They are put side by
     side, and a first round does twice the mean, most often all. What is left is done in rounds
-    twice as large as the one before, and from `_MOST` on in a loop of equal ones: so neither memory
-    nor work grows with the pairs of others.
+    that are left out where nothing is: so neither memory nor work grows with the pairs of others.
     """
     (tokens, chosen), count = experts.shape, kernels[0].shape[0]
     pairs = tokens * chosen
@@ -227,8 +227,8 @@ def _local(run, kernels, x, experts, weights, *, parts: int):
     if size >= pairs:
         return run(x, experts, weights, *kernels)
     sizes = _rounds(pairs, size)
-    looped = -(-(pairs - sum(sizes)) // sizes[-1])
-    places = sum(sizes) + looped * sizes[-1]
+    looped = -(-(pairs - sum(sizes)) // size)
+    places = sum(sizes) + looped * size
     flat = experts.reshape(-1)
     valid = flat < count
     place = jnp.where(valid, jnp.cumsum(valid, dtype=jnp.int32) - 1, places)
@@ -271,13 +271,12 @@ def _local(run, kernels, x, experts, weights, *, parts: int):
 
 
 def _rounds(pairs: int, first: int) -> list[int]:
-    """How many pairs the rounds before the loop take: all, or up to the largest round.
+    """How many pairs the rounds before the loop take: all, or the first where they would be many.
 
-    >>> _rounds(4096, 256), _rounds(100_000, 3000)
-    ([256, 512, 1024, 2304], [3000])
+    >>> _rounds(2048, 256), _rounds(100_000, 3000)
+    ([256, 768, 768, 256], [3000])
     """
-    sizes = [first]
-    while (left := pairs - sum(sizes)) and 2 * sizes[-1] <= _MOST:
-        # A round takes along what would be no more than the first.
-        sizes.append(left if left <= 2 * sizes[-1] + first else 2 * sizes[-1])
-    return sizes
+    following = -(-(pairs - first) // _MORE)
+    if first > _LEAST or following > _FOLLOWING:
+        return [first]
+    return [first, *[_MORE] * (following - 1), pairs - first - _MORE * (following - 1)]
