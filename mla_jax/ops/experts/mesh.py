@@ -28,7 +28,7 @@ from mla_jax.sharding import Axes
 # Pairs of token and expert that are done at once: in a first round, at least, and in one of those
 # that follow such a small one, of which there are at most so many. XLA for TPUs multiplies all of
 # them by every expert of a device.
-_LEAST, _MORE, _FOLLOWING = 256, 768, 6
+_LEAST, _MORE, _FOLLOWING = 256, 512, 8
 
 
 def routed(
@@ -274,7 +274,7 @@ def _rounds(pairs: int, first: int) -> list[int]:
     """How many pairs the rounds before the loop take: all, or the first where they would be many.
 
     >>> _rounds(2048, 256), _rounds(100_000, 3000)
-    ([256, 768, 768, 256], [3000])
+    ([256, 512, 512, 512, 256], [3000])
     """
     following = -(-(pairs - first) // _MORE)
     if first > _LEAST or following > _FOLLOWING:
