@@ -16,7 +16,7 @@ warpgroup starts the copy of its next block as soon as it is done with one. Both
 instructions, of which as few as possible: at small batches these come from memory as latents do,
 and where each had its own, they waited for instructions half of their time.
 
-Shared memory (KiB; 200 in all, 215 over fp8):
+Shared memory (KiB; 200 in all, 217 over fp8):
 
     name   KiB  shape               holds
     k      128  2 [64, 512]         latents: k[w] is the block of warpgroup w
