@@ -28,7 +28,7 @@ from mla_jax.sharding import Axes
 # Pairs of token and expert that are done at once: in a first round, at least, and in one of those
 # that follow such a small one, of which there are at most so many. XLA for TPUs multiplies all of
 # them by every expert of a device.
-_LEAST, _MORE, _FOLLOWING = 256, 512, 8
+_LEAST, _MORE, _FOLLOWING = 256, 768, 6
 
 
 def routed(
@@ -244,37 +244,34 @@ def _local(run, kernels, x, experts, weights, *, parts: int):
         own = run(rows, expert[:, None], weight[:, None], *kernels)
         return y.at[token].add(own.astype(wide), mode="drop")
 
-    def from_round(n, y):
-        """Adds round n and those after it, as far as there are pairs."""
-        start = sum(sizes[:n])
-        given = [a[start:] for a in (token, expert, weight)]
-        if n < len(sizes):
-            y = some(y, *[a[: sizes[n]] for a in given], x, kernels)
-            return if_more(n + 1, y)
+    def of_round(start, size):
+        return [a[start : start + size] for a in (token, expert, weight)]
 
-        def step(y, given):
-            add = lambda y: some(y, *given, x, kernels)  # noqa: E731
-            return lax.cond(given[1][0] < count, add, lambda y: y, y), None
+    def step(y, given):
+        add = lambda y: some(y, *given, x, kernels)  # noqa: E731
+        return lax.cond(given[1][0] < count, add, lambda y: y, y), None
 
-        return lax.scan(step, y, [a.reshape(looped, -1) for a in given])[0]
-
-    def if_more(n, y):
-        start = sum(sizes[:n])
-        if start == places:
+    def rest(y):
+        """All rounds but the first, as far as there are pairs."""
+        start = sizes[0]
+        for more in sizes[1:]:
+            y, start = step(y, of_round(start, more))[0], start + more
+        if not looped:
             return y
-        more = functools.partial(from_round, n)
-        return lax.cond(expert[start] < count, more, lambda y: y, y)
+        last = of_round(start, looped * size)
+        return lax.scan(step, y, [a.reshape(looped, -1) for a in last])[0]
 
-    # There is no loop where none is needed: kernels that go into one are copied to another layout
-    # on some TPUs, and the memory for it is set aside in every step.
-    return from_round(0, _zeros(x.shape, wide, x)).astype(x.dtype)
+    y = some(_zeros(x.shape, wide, x), *of_round(0, size), x, kernels)
+    # Most often that was all. There is no loop where none is needed: kernels that go into one are
+    # copied to another layout on some TPUs, and memory for them is set aside in every step.
+    return lax.cond(expert[size] < count, rest, lambda y: y, y).astype(x.dtype)
 
 
 def _rounds(pairs: int, first: int) -> list[int]:
     """How many pairs the rounds before the loop take: all, or the first where they would be many.
 
     >>> _rounds(2048, 256), _rounds(100_000, 3000)
-    ([256, 512, 512, 512, 256], [3000])
+    ([256, 768, 768, 256], [3000])
     """
     following = -(-(pairs - first) // _MORE)
     if first > _LEAST or following > _FOLLOWING:
