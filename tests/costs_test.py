@@ -269,6 +269,7 @@ class CrossoverTest(parameterized.TestCase):
             )
 
 
+@pytest.mark.unchecked
 class SlowerTest(parameterized.TestCase):
     @parameterized.product(
         preset=("deepseek_v3", "deepseek_v2_lite", "tiny"), batch=(1, 9), queries=(1, 70),
