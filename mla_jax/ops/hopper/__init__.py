@@ -319,7 +319,8 @@ def _call(scale, interpret, arrays, table, schedule):
     if interpret:
         from mla_jax.ops.hopper import interpreted
 
-        run = functools.partial(interpreted.decode, name=name, interpret=interpret)
+        part = interpreted.PARTS[name]
+        run = functools.partial(interpreted.decode, part=part, interpret=interpret)
     else:
         run = importlib.import_module(f"mla_jax.ops.hopper.{name}").decode
     out, lse = run(operands, schedule, table, shape, batch)

@@ -61,9 +61,8 @@ def attend(operands, chosen, limits, schedule, table, shape: Shape, interpret: A
     if interpret is None:
         options = launch_options(shape)
         return launch(GatheredPart, operands, schedule, table, shape, tokens, **options)[:2]
-    return interpreted.decode(
-        operands, schedule, table, shape, tokens, interpret, InterpretedGatheredPart
-    )
+    part = InterpretedGatheredPart
+    return interpreted.decode(operands, schedule, table, shape, tokens, part, interpret)
 
 
 class GatheredPart(Part):

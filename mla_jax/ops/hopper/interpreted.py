@@ -20,15 +20,15 @@ from mla_jax.ops.hopper.merge import like, merge
 from mla_jax.ops.hopper.schedule import BLOCK, STEP, TILE, Column
 
 
-def decode(operands, schedule, table, shape: Shape, batch: int, name: str, interpret: Any):
-    """The kernel of a file, by its name, in the interpreter with these parameters."""
+def decode(operands, schedule, table, shape: Shape, batch: int, part: Any, interpret: Any):
+    """The kernel of a class of parts, in the interpreter with these parameters."""
     options = launch_options(shape) | {"interpret": interpret}
-    if name.endswith("scaled"):
+    if part in (InterpretedScaledPart, InterpretedFewScaledPart):
         # The last block of a row may end past the cache: no load here takes part of a block's
         # scales.
         *operands, scales = operands
         operands.append(jnp.pad(scales, ((0, STEP), (0, 0))))
-    results = launch(PARTS[name], operands, schedule, table, shape, batch, **options)
+    results = launch(part, operands, schedule, table, shape, batch, **options)
     return _merged(results, schedule, shape, options)
 
 
@@ -285,7 +285,7 @@ class InterpretedFewScaledPart(InterpretedFewPart, few_scaled.FewScaledPart):
         return fragments.values_of_channels(rows)
 
 
-PARTS = {
+PARTS = {  # by the file of what each stands for
     "kernel": InterpretedPart,
     "scaled": InterpretedScaledPart,
     "few": InterpretedFewPart,
