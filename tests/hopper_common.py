@@ -10,6 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import mla_jax
 from mla_jax import target
+from mla_jax.cache import PAGE
 from mla_jax.models.decoder import Decoder, DecoderConfig
 from mla_jax.ops import dispatch, hopper
 
@@ -68,6 +69,30 @@ def check(got, want, dtype, tolerance=None):
     assert relative(out, want[0]) < (tolerance or 0.8 * float(jnp.finfo(dtype).eps))
     # float32 sums of exponentials by approximate instructions
     np.testing.assert_allclose(lse[~dead], want[1][~dead], atol=2e-5)
+
+
+def attend(arrays, lengths, sms, interpret=INTERPRET, table=None, latent_scale=None):
+    """The decode kernel on a batch that is cut for so many multiprocessors."""
+    tokens, heads = arrays[0].shape[1:3]
+    slots = arrays[2].shape[1] if table is None else table.shape[1] * PAGE
+    schedule = make_schedule(lengths, rows=tokens * heads, slots=slots, num_sms=sms, slack=0)
+    got = hopper.decode(
+        *arrays, schedule, latent_scale=latent_scale, table=table, scale=SCALE, interpret=interpret
+    )
+    return jax.block_until_ready(got) if interpret else got
+
+
+def shuffled_pages(arrays, lengths, seed=0):
+    """Rows on pages in random order: (arrays, those of the cache as pools; table)."""
+    rng = np.random.default_rng(seed)
+    batch, slots = arrays[2].shape[:2]
+    count = batch * slots // PAGE
+    order = rng.permutation(count).astype(np.int32)
+    place = np.argsort(order)
+    pool = lambda x: x.reshape(count, PAGE, x.shape[2])[place]  # noqa: E731
+    held = np.arange(slots // PAGE)[None] * PAGE < np.asarray(lengths)[:, None]
+    table = np.where(held, order.reshape(batch, -1), count)
+    return [*arrays[:2], *map(pool, arrays[2:])], jnp.asarray(table)
 
 
 def two_layers():

@@ -9,33 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hopper_common import INTERPRET, MARKS, SCALE, check, loop, make, make_schedule
+from hopper_common import MARKS, attend, check, loop, make, shuffled_pages
 
-from mla_jax.cache import PAGE
-from mla_jax.ops import hopper
 from mla_jax.ops.hopper import few, interpreted, merge
 
 pytestmark = MARKS
-
-
-def attend(arrays, lengths, sms, interpret=INTERPRET, table=None):
-    tokens, heads = arrays[0].shape[1:3]
-    slots = arrays[2].shape[1] if table is None else table.shape[1] * PAGE
-    schedule = make_schedule(lengths, rows=tokens * heads, slots=slots, num_sms=sms, slack=0)
-    got = hopper.decode(*arrays, schedule, table=table, scale=SCALE, interpret=interpret)
-    return jax.block_until_ready(got) if interpret else got
-
-
-def paginate(arrays, lengths, seed=0):
-    """Rows on pages in random order: (arrays with pools, table)."""
-    rng = np.random.default_rng(seed)
-    batch, slots = arrays[2].shape[:2]
-    count = batch * slots // PAGE
-    order = rng.permutation(count).astype(np.int32)
-    pool = lambda x: x.reshape(count, PAGE, x.shape[2])[np.argsort(order)]  # noqa: E731
-    held = np.arange(slots // PAGE)[None] * PAGE < np.asarray(lengths)[:, None]
-    table = jnp.asarray(np.where(held, order.reshape(batch, -1), count))
-    return [*arrays[:2], *map(pool, arrays[2:])], table
 
 
 def test_rows_of_several_tokens():
@@ -48,7 +26,7 @@ def test_more_pieces_than_are_merged_at_once(monkeypatch):
     """A row on pages that three parts share, and 16 heads."""
     monkeypatch.setattr(merge, "_OF_FEW_ROWS", (4, 1, 2))
     arrays, lengths = make(6, 1, 1, 384, 16, 512, 64, (327,), jnp.bfloat16)
-    pages, table = paginate(arrays, lengths)
+    pages, table = shuffled_pages(arrays, lengths)
     check(attend(pages, lengths, 3, table=table), loop(arrays, lengths), jnp.bfloat16)
 
 
@@ -119,7 +97,7 @@ def test_native(case, card):
     got = run(arrays, lengths)
     tolerance = 4e-3 if dtype == "bfloat16" else 5e-4
     check(got, want, jnp.dtype(dtype), tolerance=tolerance)
-    pages, table = paginate(arrays, lengths)
+    pages, table = shuffled_pages(arrays, lengths)
     for again in (run(arrays, lengths), run(pages, lengths, table=table)):
         for one, two in zip(got, again, strict=True):
             np.testing.assert_array_equal(np.asarray(one), np.asarray(two))

@@ -18,16 +18,18 @@ from hopper_common import (
     MARKS,
     SCALE,
     SPEC,
+    attend,
     check,
     loop,
     make,
     make_schedule,
+    shuffled_pages,
     two_layers,
 )  # fmt: skip
 
 import mla_jax
 from mla_jax import ops
-from mla_jax.cache import PAGE, Scaled
+from mla_jax.cache import Scaled
 from mla_jax.cache.scaled import dequantise, quantise
 from mla_jax.ops import hopper
 from mla_jax.ops.hopper import scaled
@@ -59,29 +61,6 @@ def encoded(arrays, lengths, seed=0):
     return held, scale, [pattern, q_rope, dequantise(codes, scale, pattern.dtype), k_rope]
 
 
-def attend(arrays, scale, lengths, sms, interpret=INTERPRET, table=None):
-    tokens, heads = arrays[0].shape[1:3]
-    slots = arrays[2].shape[1] if table is None else table.shape[1] * PAGE
-    schedule = make_schedule(lengths, rows=tokens * heads, slots=slots, num_sms=sms, slack=0)
-    got = hopper.decode(
-        *arrays, schedule, latent_scale=scale, table=table, scale=SCALE, interpret=interpret
-    )
-    return jax.block_until_ready(got) if interpret else got
-
-
-def paginate(arrays, scale, lengths, seed=0):
-    """Rows on pages in random order: (arrays with pools, pool of scales, table)."""
-    rng = np.random.default_rng(seed)
-    batch, slots = arrays[2].shape[:2]
-    count = batch * slots // PAGE
-    order = rng.permutation(count).astype(np.int32)
-    place = np.argsort(order)
-    pool = lambda x: x.reshape(count, PAGE, x.shape[2])[place]  # noqa: E731
-    held = np.arange(slots // PAGE)[None] * PAGE < np.asarray(lengths)[:, None]
-    table = np.where(held, order.reshape(batch, -1), count)
-    return [*arrays[:2], *map(pool, arrays[2:])], pool(scale), jnp.asarray(table)
-
-
 LOOPS = {  # seed; B, T, S, N, R, P, lengths; multiprocessors
     # Each part has rows of several steps, and both have one.
     "two_parts": (1, (2, 2, 296, 3, 256, 16, (70, 290)), 3),
@@ -95,7 +74,7 @@ def test_interpreted_is_the_loop(name):
     seed, shape, sms = LOOPS[name]
     arrays, lengths = make(seed, *shape, jnp.bfloat16)
     held, scale, whole = encoded(arrays, lengths)
-    check(attend(held, scale, lengths, sms), loop(whole, lengths), jnp.bfloat16)
+    check(attend(held, lengths, sms, latent_scale=scale), loop(whole, lengths), jnp.bfloat16)
 
 
 PAGED = {
@@ -109,8 +88,8 @@ def test_pages_interpreted_are_the_loop(name):
     seed, shape, sms = PAGED[name]
     arrays, lengths = make(seed, *shape, jnp.bfloat16)
     held, scale, whole = encoded(arrays, lengths)
-    pages, scales, table = paginate(held, scale, lengths)
-    got = attend(pages, scales, lengths, sms, table=table)
+    (*pages, scales), table = shuffled_pages([*held, scale], lengths)
+    got = attend(pages, lengths, sms, table=table, latent_scale=scales)
     check(got, loop(whole, lengths), jnp.bfloat16)
 
 
@@ -155,7 +134,7 @@ def test_planted_bugs_are_noticed(bug, monkeypatch):
     arrays, lengths = make(1, 2, 2, 296, 3, 256, 16, (70, 290), jnp.bfloat16)
     held, scale, whole = encoded(arrays, lengths)
     with pytest.raises(AssertionError):
-        check(attend(held, scale, lengths, 1), loop(whole, lengths), jnp.bfloat16)
+        check(attend(held, lengths, 1, latent_scale=scale), loop(whole, lengths), jnp.bfloat16)
 
 
 def test_gradients_of_the_queries_are_those_of_xla():
@@ -228,14 +207,16 @@ def test_native(case, card):
     held, scale, whole = encoded(arrays, lengths)
     want = loop(whole, lengths)
     run = jax.jit(functools.partial(attend, sms=card.cores, interpret=None))
-    got = run(held, scale, lengths)
+    got = run(held, lengths, latent_scale=scale)
     check(got, want, jnp.bfloat16, tolerance=4e-3)
-    pages, scales, table = paginate(held, scale, lengths)
-    for again in (run(held, scale, lengths), run(pages, scales, lengths, table=table)):
+    (*pages, scales), table = shuffled_pages([*held, scale], lengths)
+    again_on_pages = run(pages, lengths, table=table, latent_scale=scales)
+    for again in (run(held, lengths, latent_scale=scale), again_on_pages):
         for one, two in zip(got, again, strict=True):
             np.testing.assert_array_equal(np.asarray(one), np.asarray(two))
     few = 4 * -(-shape[1] * shape[3] // 64)
-    got = jax.jit(functools.partial(attend, sms=few, interpret=None))(held, scale, lengths)
+    run = jax.jit(functools.partial(attend, sms=few, interpret=None))
+    got = run(held, lengths, latent_scale=scale)
     check(got, want, jnp.bfloat16, tolerance=4e-3)
 
 
@@ -256,11 +237,15 @@ def test_native_turns_every_byte_exactly(heads, least, most, card):
     held = [zeros(rows, 1, heads, rank), zeros(rows, 1, heads, 64), latent, zeros(rows, slots, 64)]
     lengths = jnp.ones(rows, jnp.int32)
     run = jax.jit(functools.partial(attend, sms=card.cores, interpret=None))
-    out = np.asarray(run(held, jnp.asarray(scale), lengths)[0].astype(jnp.float32))[:, 0]
+    out = np.asarray(run(held, lengths, latent_scale=jnp.asarray(scale))[0].astype(jnp.float32))[
+        :, 0
+    ]
     for head in (0, heads - 1):
         np.testing.assert_array_equal(out[:, head], np.asarray(want.astype(jnp.float32)))
     scale[5, 0, 1] = np.nan  # a group that had no finite number
-    out = np.asarray(run(held, jnp.asarray(scale), lengths)[0].astype(jnp.float32))[:, 0, 0]
+    out = np.asarray(run(held, lengths, latent_scale=jnp.asarray(scale))[0].astype(jnp.float32))[
+        :, 0, 0
+    ]
     assert np.isnan(out[5, 128:256]).any()
     np.testing.assert_array_equal(np.isfinite(np.delete(out, 5, 0)), True)
 

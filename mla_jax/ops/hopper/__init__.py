@@ -36,11 +36,10 @@ from mla_jax.config import configs_dir
 from mla_jax.ops import guard
 from mla_jax.ops.hopper import chosen
 from mla_jax.ops.hopper.mapped import joined
-from mla_jax.ops.hopper.schedule import BLOCK, SLACK, STEP, TILE, Schedule, make_schedule
+from mla_jax.ops.hopper.schedule import BLOCK, FEW_ROWS, SLACK, STEP, TILE, Schedule, make_schedule
 
 _RANKS, _ROPES = (128, 256, 384, 512), (0, 16, 32, 64)
 _MOST_QUERIES = 1024  # of a chunk: with more, the expanded form is faster at any width
-_FEW_ROWS = 16  # T N up to which latents of (512, 64) have kernels of their own
 _KERNELS = {  # by whether there are few rows, and whether latents are in fp8
     (False, False): "kernel",
     (False, True): "scaled",
@@ -283,10 +282,10 @@ def _call(scale, interpret, arrays, table, schedule):
     if table is not None:
         slots = table.shape[1] * STEP
     encoded = len(held) > 2
-    few = (rank, rope) == (512, 64) and tokens * heads <= _FEW_ROWS
+    few = (rank, rope) == (512, 64) and tokens * heads <= FEW_ROWS
     # Copies take query rows by eights, and zeros for those of a tile that are past the array's end;
     # the interpreter copies and stores whole tiles only.
-    unit = _FEW_ROWS if few else TILE if interpret else 8
+    unit = FEW_ROWS if few else TILE if interpret else 8
     rows = -(-tokens * heads // unit) * unit
 
     def flat(query):

@@ -6,6 +6,8 @@ and 8 n + 2 t + 1: register [i, n, 0, 0, e, 0, 0, 0, 0].
 None of this runs in the interpreter.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
@@ -13,10 +15,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mla_jax.ops.hopper.dequantise import address
 from mla_jax.ops.hopper.mosaic import shared_address
+from mla_jax.ops.hopper.schedule import FEW_ROWS
 
 WG, SPLAT = plgpu.Layout.WGMMA, plgpu.Layout.WG_SPLAT
 HEADS = WG.reduce(0)  # one value a column of a tile
-RANK, ROPE, WIDTH = 512, 64, 16  # channels of a latent and of a rotary key; columns of a tile
+RANK, ROPE, WIDTH = 512, 64, FEW_ROWS  # channels of a latent and of a rotary key; columns of a tile
 
 
 def tiles_of(dtype):
@@ -81,29 +84,40 @@ def reduce_columns(x, shared, kind):
     return call(x, shared)
 
 
-def put(shared, value) -> None:
-    """Stores [512, 16] as the rows of `rows_of`."""
-    dtype = shared.dtype
+def put(shared, value, places=None) -> None:
+    """Stores [512, 16] as the rows of `rows_of`.
+
+    `places` gives the runs of a thread's numbers that lie side by side, as `places_in_order` does.
+    """
+    dtype, places = shared.dtype, places or places_in_order
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(tiles_of(dtype)), WG))
     def call(_, shared, value):
-        bits = 8 * dtype.itemsize
-        kind = mgpu.utils.ir.IntegerType.get_signless(bits)
-        for (i, n, e, k), base, offset in _places(shared, dtype):
-            number = elements(value.registers[i, n, 0, 0, e, 0, 0, 0, 0], 2)[k]
+        for run, base, offset in places(shared, dtype):
+            numbers = [
+                elements(value.registers[i, n, 0, 0, e, 0, 0, 0, 0], 2)[k] for i, n, e, k in run
+            ]
+            bits = min(32, 8 * dtype.itemsize * len(run))
+            kind = mgpu.utils.ir.IntegerType.get_signless(bits)
+            if bits > 8 * dtype.itemsize:
+                pairs = zip(numbers[::2], numbers[1::2], strict=True)
+                words = [word_of(vector_of(pair, numbers[0].type)) for pair in pairs]
+            else:
+                words = [mgpu.utils.arith.bitcast(kind, x) for x in numbers]
+            many, names = _vector_of_ptx(len(words), 1)
             mgpu.utils.inline_ptx(
-                f"st.shared.b{bits} [$0 + {offset}], $1;",
+                f"st.shared{many}.b{bits} [$0 + {offset}], {names};",
                 base,
-                mgpu.utils.arith.bitcast(kind, number),
+                *words,
                 has_side_effects=True,
             )
 
     call(shared, value)
 
 
-def take(shared):
+def take(shared, places=None):
     """What the same thread of another warpgroup has `put`, in float32."""
-    dtype = shared.dtype
+    dtype, places = shared.dtype, places or places_in_order
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(tiles_of(dtype)),),
@@ -112,15 +126,16 @@ def take(shared):
     def call(_, shared):
         layout, f32 = WG.to_mgpu(), mgpu.utils.ir.F32Type.get()
         registers = np.empty(layout.registers_shape((RANK, WIDTH)), dtype=object)
-        found = {
-            at: mgpu.utils.inline_ptx(
-                f"ld.shared.f32 $0, [$1 + {offset}];",
+        found = {}
+        for run, base, offset in places(shared, dtype):
+            many, names = _vector_of_ptx(len(run), 0)
+            made: Any = mgpu.utils.inline_ptx(
+                f"ld.shared{many}.f32 {names}, [${len(run)} + {offset}];",
                 base,
-                result_types=f32,
+                result_types=f32 if len(run) == 1 else [f32] * len(run),
                 has_side_effects=True,
             )
-            for at, base, offset in _places(shared, dtype)
-        }
+            found |= zip(run, [made] if len(run) == 1 else made, strict=True)
         for i, n, e in np.ndindex(RANK // 64, 2, 2):
             pair = [found[i, n, e, k] for k in range(2)]
             registers[i, n, 0, 0, e, 0, 0, 0, 0] = vector_of(pair, f32)
@@ -129,8 +144,14 @@ def take(shared):
     return call(shared)
 
 
-def _places(shared, dtype):
-    """Where a thread's numbers of [512, 16] lie in rows: ((i, n, e, k), address, offset).
+def _vector_of_ptx(count: int, first: int) -> tuple[str, str]:
+    """What PTX calls so many operands from number `first` on."""
+    names = ", ".join(f"${first + n}" for n in range(count))
+    return ("", names) if count == 1 else (f".v{count}", f"{{{names}}}")
+
+
+def places_in_order(shared, dtype):
+    """Where a thread's numbers of [512, 16] lie in rows: ([(i, n, e, k)], address, offset).
 
     Eight threads have neighbouring channels of a row, and four of them lie in rows whose swizzled
     chunks of 16 bytes differ, so that a store meets every bank once.
@@ -152,7 +173,7 @@ def _places(shared, dtype):
         at = arith.addi(at, arith.muli(rest, c(size, me.i32)))
         bases[e, k] = arith.addi(start, at)
     for i, n, e, k in np.ndindex(RANK // 64, 2, 2, 2):
-        yield (i, n, e, k), bases[e, k], 8 * RANK * size * n + 64 // per_tile * 1024 * i
+        yield [(i, n, e, k)], bases[e, k], 8 * RANK * size * n + 64 // per_tile * 1024 * i
 
 
 def put_weights(shared, p) -> None:

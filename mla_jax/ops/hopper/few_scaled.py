@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from mla_jax.ops.hopper import fragments, kernel
+from mla_jax.ops.hopper import columns, fragments, kernel
 from mla_jax.ops.hopper.columns import RANK, WIDTH
 from mla_jax.ops.hopper.few import PIECES, FewPart
 from mla_jax.ops.hopper.kernel import Shape, tiled
@@ -98,10 +98,10 @@ class FewScaledPart(FewPart):
         ref[...] = p
 
     def put(self, ref, value):
-        fragments.put(ref, value)
+        columns.put(ref, value, fragments.places)
 
     def take(self, ref):
-        return fragments.take(ref)
+        return columns.take(ref, fragments.places)
 
     def load_keys(self, buffer, group):
         return fragments.load_keys(self.k.at[buffer], group)

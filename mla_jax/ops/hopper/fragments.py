@@ -27,13 +27,10 @@ from mla_jax.ops.hopper.columns import (
     ROPE,
     SPLAT,
     WG,
-    WIDTH,
     Thread,
     elements,
-    tiles_of,
     two_numbers,
     vector_of,
-    word_of,
 )
 from mla_jax.ops.hopper.dequantise import address, bits, row_bytes
 from mla_jax.ops.hopper.mosaic import load_shared, shared_address
@@ -311,68 +308,8 @@ def turn_values(held, shared, j):
     return call(held, shared)
 
 
-def put(shared, value) -> None:
-    """As `columns.put`, in the order of values' channels: a thread has 16 side by side."""
-    dtype = shared.dtype
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(tiles_of(dtype)), WG))
-    def call(_, shared, value):
-        i32 = mgpu.utils.ir.IntegerType.get_signless(32)
-        for (n, k), places in _places(shared, dtype):
-            numbers = [
-                elements(value.registers[i, n, 0, 0, e, 0, 0, 0, 0], 2)[k]
-                for i, e in np.ndindex(8, 2)
-            ]
-            if dtype.itemsize == 2:
-                kind = numbers[0].type
-                pairs = zip(numbers[::2], numbers[1::2], strict=True)
-                words = [word_of(vector_of(pair, kind)) for pair in pairs]
-            else:
-                words = [mgpu.utils.arith.bitcast(i32, x) for x in numbers]
-            for q, at in enumerate(places):
-                mgpu.utils.inline_ptx(
-                    "st.shared.v4.b32 [$0], {$1, $2, $3, $4};",
-                    at,
-                    *words[4 * q : 4 * q + 4],
-                    has_side_effects=True,
-                )
-
-    call(shared, value)
-
-
-def take(shared):
-    """What the same thread of another warpgroup has `put`, in float32."""
-    dtype = shared.dtype
-
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(tiles_of(dtype)),),
-        return_type=plgpu.ShapeDtypeStruct((RANK, WIDTH), dtype, WG),
-    )
-    def call(_, shared):
-        layout, f32 = WG.to_mgpu(), mgpu.utils.ir.F32Type.get()
-        registers = np.empty(layout.registers_shape((RANK, WIDTH)), dtype=object)
-        found = {}
-        for (n, k), places in _places(shared, dtype):
-            found[n, k] = [
-                x
-                for at in places
-                for x in mgpu.utils.inline_ptx(
-                    "ld.shared.v4.f32 {$0, $1, $2, $3}, [$4];",
-                    at,
-                    result_types=[f32] * 4,
-                    has_side_effects=True,
-                )
-            ]
-        for i, n, e in np.ndindex(8, 2, 2):
-            pair = [found[n, k][2 * i + e] for k in range(2)]
-            registers[i, n, 0, 0, e, 0, 0, 0, 0] = vector_of(pair, f32)
-        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
-
-    return call(shared)
-
-
-def _places(shared, dtype):
-    """Where a thread's 16 channels of a column lie in rows: ((n, k), addresses of 16 bytes)."""
+def places(shared, dtype):
+    """As `columns.places_in_order`, of values' channels: a thread has 16 side by side."""
     arith, c = mgpu.utils.arith, mgpu.utils.c
     me, size = Thread(), dtype.itemsize
     per_tile = 128 // size
@@ -387,11 +324,11 @@ def _places(shared, dtype):
         row = arith.addi(arith.muli(me.t, c(2, me.i32)), c(k, me.i32))
         begin = arith.addi(start, arith.muli(row, c(128, me.i32)))
         begin = arith.addi(begin, c(8 * RANK * size * n, me.i32))
-        places = []
-        for q in range(size):
+        channels = [(i, n, e, k) for i, e in np.ndindex(8, 2)]
+        for q, run in enumerate(np.split(np.arange(16), size)):
             swizzled = arith.xori(arith.addi(chunk, c(q, me.i32)), row)
-            places.append(arith.addi(begin, arith.muli(swizzled, c(16, me.i32))))
-        yield (n, k), places
+            at = arith.addi(begin, arith.muli(swizzled, c(16, me.i32)))
+            yield [channels[place] for place in run], at, 0
 
 
 # -- words

@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from mla_jax.ops.hopper.schedule import TILE, Column
+from mla_jax.ops.hopper.schedule import FEW_ROWS, TILE, Column
 
 LOG2E = math.log2(math.e)
 LOWEST = -1e30  # first running maximum: finite, so that exp2(old - new) is never NaN
@@ -24,7 +24,7 @@ LOWEST = -1e30  # first running maximum: finite, so that exp2(old - new) is neve
 _FEW, _AT_ONCE = (2, 4, 31), ((1, 8, 2), (1, 4, 4), (1, 2, 8), (2, 1, 32))
 # With few query rows there are more warpgroups than rows. One way serves all, as every other would
 # be instructions that come from memory.
-_FEW_ROWS, _OF_FEW_ROWS = 16, (4, 1, 16)
+_OF_FEW_ROWS = (4, 1, 16)
 
 
 def like(operand, shape, dtype):
@@ -128,7 +128,7 @@ def _merge_share(row, part, tile, wg, refs, shape, meet):
 
     # Registers bound the loads in flight; these are loads of the many pieces of one unit, or of
     # the few pieces of several units.
-    if shape.rows <= _FEW_ROWS:
+    if shape.rows <= FEW_ROWS:
         merge_units(*_OF_FEW_ROWS)
         return
     kind = sum((count > most).astype(jnp.int32) for most in _FEW)
