@@ -221,14 +221,20 @@ def test_native(case, card):
 
 
 @pytest.mark.accelerator
-@pytest.mark.parametrize(("heads", "least", "most"), [(16, -57, 67), (20, -100, 117)])
-def test_native_turns_every_byte_exactly(heads, least, most, card):
-    """Every finite number of e4m3 with scales of many sizes: out is the only latent."""
+@pytest.mark.parametrize(
+    ("heads", "least", "most", "span"), [(16, -30, 60, 22), (20, -76, 117, 24)]
+)
+def test_native_turns_every_byte_exactly(heads, least, most, span, card):
+    """Every finite number of e4m3 with scales of many sizes: out is the only latent.
+
+    The largest scale of a latent is of 2^least to 2^most, its smallest 2^span times smaller.
+    """
     rows, rank, slots = 64, 512, 128
     rng = np.random.default_rng(0)
     codes = np.zeros((rows, slots, rank), np.uint8)
     codes[:, 0] = rng.permuted(np.resize(FINITE, (rows, rank)), axis=1)
-    powers = (np.arange(rows * 4) % (most - least + 1) + least).reshape(rows, 4)
+    largest = np.linspace(least, most, rows).round().astype(int)
+    powers = rng.permuted(largest[:, None] - np.array([0, 1, span // 2, span]), axis=1)
     scale = np.full((rows, slots, 4), np.nan, np.float32)
     scale[:, 0] = np.ldexp(1.0, powers)
     latent = jnp.asarray(codes).view(FP8)
@@ -248,6 +254,30 @@ def test_native_turns_every_byte_exactly(heads, least, most, card):
     ]
     assert np.isnan(out[5, 128:256]).any()
     np.testing.assert_array_equal(np.isfinite(np.delete(out, 5, 0)), True)
+
+
+@pytest.mark.accelerator
+def test_native_queries_of_many_sizes(card):
+    """One power of two serves all queries of a row, and what is not finite stays in its head."""
+    arrays, lengths = make(7, 3, 2, 1024, 8, 512, 64, (1023, 65, 700), jnp.bfloat16)
+    size = jnp.asarray(np.exp2(40.0 - 2 * np.arange(8)), jnp.bfloat16)[:, None]
+    pattern, q_rope, latent, k_rope = arrays
+    latent = latent * jnp.asarray(2.0**-40, jnp.bfloat16)
+    held, scale, whole = encoded([pattern * size, q_rope, latent, k_rope], lengths)
+    run = jax.jit(functools.partial(attend, sms=card.cores, interpret=None))
+    got = run(held, lengths, latent_scale=scale)
+    # Rounding of float16 and of weights, relative to the largest score of a head.
+    check(got, loop(whole, lengths), jnp.bfloat16, tolerance=4e-3)
+    for bad in (jnp.inf, jnp.nan):
+        worse = [held[0].at[1, 0, 3, 5].set(bad), *held[1:]]
+        out, lse = run(worse, lengths, latent_scale=scale)
+        assert np.isnan(np.asarray(lse[1, 0, 3]))
+        np.testing.assert_array_equal(
+            np.isnan(np.asarray(out.astype(jnp.float32))).any(-1), np.isnan(np.asarray(lse))
+        )
+        keep = ~np.isnan(np.asarray(lse))
+        assert keep.sum() == keep.size - 1
+        np.testing.assert_array_equal(np.asarray(lse)[keep], np.asarray(got[1])[keep])
 
 
 @pytest.mark.accelerator

@@ -293,11 +293,6 @@ def _call(scale, interpret, arrays, table, schedule):
         query = jnp.pad(query, ((0, 0), (0, rows - tokens * heads), (0, 0)))
         return query.reshape(batch * rows, query.shape[-1])
 
-    if few and encoded:
-        from mla_jax.ops.hopper import fragments
-
-        pattern = fragments.order_pattern(pattern)
-        q_rope = fragments.order_rope(q_rope * fragments.SMALL)
     operands = [flat(pattern), flat(q_rope)]
     operands += [x.reshape(x.shape[0] * x.shape[1], x.shape[2]) for x in held]
     if not rope:

@@ -205,24 +205,30 @@ def put_weights(shared, p) -> None:
 
 
 def clear_slots(shared, live) -> None:
-    """Stores zeros in the rows of 16-bit [64, 512] from `live` on, since 0 times NaN is NaN."""
-    transforms = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
+    """Stores zeros in the rows of [64, 512] from `live` on, since 0 times NaN is NaN.
+
+    Numbers have 8 or 16 bits, in tiles of 8 rows of 128 swizzled bytes.
+    """
+    lanes = RANK * shared.dtype.itemsize // 16  # that clear a row
+    columns = 128 // shared.dtype.itemsize
+    transforms = plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(transforms), SPLAT))
     def call(_, shared, live):
         arith, c = mgpu.utils.arith, mgpu.utils.c
         me = Thread()
         thread = arith.andi(me.thread, c(127, me.i32))
-        row = arith.addi(live.registers.item(), arith.shrui(thread, c(6, me.i32)))
-        tile = arith.andi(arith.shrui(thread, c(3, me.i32)), c(7, me.i32))
+        row = arith.addi(live.registers.item(), arith.divui(thread, c(lanes, me.i32)))
+        tile = arith.andi(arith.shrui(thread, c(3, me.i32)), c(lanes // 8 - 1, me.i32))
         at = arith.addi(shared_address(shared), arith.muli(tile, c(1024, me.i32)))
         at = arith.addi(at, arith.muli(arith.andi(thread, c(7, me.i32)), c(16, me.i32)))
         mgpu.utils.inline_ptx(
             "{ .reg .pred p; .reg .b32 r, at, low, zero; mov.b32 r, $0; mov.b32 zero, 0; "
             "again: setp.ge.s32 p, r, 64; @p bra done; "
-            f"shr.u32 at, r, 3; mul.lo.u32 at, at, {16 * RANK}; and.b32 low, r, 7; "
+            f"shr.u32 at, r, 3; mul.lo.u32 at, at, {128 * lanes}; and.b32 low, r, 7; "
             "mad.lo.u32 at, low, 128, at; add.u32 at, at, $1; "
-            "st.shared.v4.b32 [at], {zero, zero, zero, zero}; add.s32 r, r, 2; bra again; done: }",
+            "st.shared.v4.b32 [at], {zero, zero, zero, zero}; "
+            f"add.s32 r, r, {128 // lanes}; bra again; done: }}",
             row,
             at,
             has_side_effects=True,
@@ -276,12 +282,11 @@ class Thread:
         self.permuted = arith.ori(arith.shrui(self.g, c(1, i32)), arith.muli(odd, c(4, i32)))
 
 
-def two_numbers(word):
-    """A word as two numbers of bfloat16."""
-    ir, vector = mgpu.utils.ir, mgpu.utils.vector
-    kind = ir.VectorType.get((1,), word.type)
-    pair = ir.VectorType.get((2,), ir.BF16Type.get())
-    return vector.bitcast(pair, vector.broadcast(kind, word))
+def two_numbers(word, dtype=jnp.bfloat16):
+    """A word as two numbers of 16 bits."""
+    vector, kind = mgpu.utils.vector, mgpu.utils.dtype_to_ir_type(jnp.dtype(dtype))
+    pair = mgpu.utils.ir.VectorType.get((2,), kind)
+    return vector.bitcast(pair, vector_of([word], word.type))
 
 
 def word_of(pair):

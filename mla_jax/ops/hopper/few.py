@@ -53,7 +53,7 @@ def decode(operands, schedule, table, shape: Shape, batch: int):
     return kernel.launch(FewPart, operands, schedule, table, shape, batch, **options)[:2]
 
 
-def _over(values, rows):
+def over(values, rows):
     """[16] to [rows, 16], free in registers."""
     return lax.broadcast_in_dim(values, (rows, WIDTH), [1])
 
@@ -67,7 +67,7 @@ class FewPart(WalkingPart):
 
     name = "mla_decode_few"
     depth = 1  # blocks of a warpgroup that are under way at once
-    small = 1.0  # what numbers in registers are too small by
+    headroom = raised = 0  # log2 of what values and softmax weights are multiplied with
 
     @classmethod
     def scratch(cls, shape: Shape) -> dict[str, Any]:
@@ -113,6 +113,7 @@ class FewPart(WalkingPart):
             end = self.row_step[row + 1] + 0
             lo, hi = jnp.maximum(begin, self.first_step), jnp.minimum(end, self.end_step)
             plgpu.barrier_wait(self.smem["q_bar"])
+            scale2 = self.scale2 * self.turn_queries(me)
             acc[...] = self.zeros(RANK)
             m, total = _filled(LOWEST), self.zeros(BLOCK)
 
@@ -123,7 +124,7 @@ class FewPart(WalkingPart):
                     turn = lax.rem(g - self.first_step, jnp.int32(self.depth))
                     buffer = self.depth * me + turn
                 coming = self.load_ahead(places[1], me)
-                m, total = self.one_block(me, acc, buffer, places[0], held, m, total)
+                m, total = self.one_block(me, acc, buffer, places[0], held, scale2, m, total)
                 self.warpgroup_sync()
                 self.fetch_block(me, buffer - self.depth * me, places[-1])
                 after = self.place_after(g + self.depth, places[-1])
@@ -139,27 +140,25 @@ class FewPart(WalkingPart):
         for n in range(self.depth):  # copies of the blocks past the end
             plgpu.barrier_wait(self.smem["k_bar"].at[self.depth * me + n])
 
-    def one_block(self, me, acc, buffer, here, held, m, total):
+    def one_block(self, me, acc, buffer, here, held, scale2, m, total):
         """One block: scores, softmax, values."""
-        factors = self.factors(held, me)
+        del held
         plgpu.barrier_wait(self.smem["k_bar"].at[buffer])
         o = self.begin_step(here.number)
-        s = self.new_scores(me, lambda a: self.block_scores(a, o, buffer, here, factors, me))
+        s = self.new_scores(me, lambda a: self.block_scores(a, o, buffer))
         s = self.mask_rows(s, here, me)
-        scale2 = self.scale2 / self.small
         m_new = jnp.maximum(m, self.reduce(s, me, "max") * scale2)
         alpha = jnp.exp2(m - m_new)
-        p = jnp.exp2(s * scale2 - _over(m_new, BLOCK))
+        p = jnp.exp2(s * scale2 - over(m_new, BLOCK))
         self.store_weights(me, p)
-        total = total * _over(alpha, BLOCK) + p
-        acc[...] = self.current(acc) * _over(alpha, RANK)
+        total = total * over(alpha, BLOCK) + p
+        acc[...] = self.current(acc) * over(alpha, RANK)
         self.add_values(me, acc, o, buffer, here)
         self.retire(0)
         return m_new, total
 
-    def block_scores(self, acc, o, buffer, here, factors, me):
+    def block_scores(self, acc, o, buffer):
         """The scores of a block."""
-        del here, factors, me
         for n in range(PIECES):
             keys = self.k.at[o + buffer, :, pl.ds(64 * n, 64)]
             self.mma(acc, keys, self.q.at[o + n].T)
@@ -168,7 +167,7 @@ class FewPart(WalkingPart):
 
     def store_weights(self, me, p):
         """Shares the softmax weights with this warpgroup's products."""
-        self.put_weights(self.p.at[me], p.astype(self.dtype))
+        self.put_weights(self.p.at[me], p.astype(self.p.dtype))
         self.fence()
 
     def add_values(self, me, acc, o, buffer, here):
@@ -216,10 +215,10 @@ class FewPart(WalkingPart):
             both = total * mine + other_total * theirs
             some = both > 0
             safe = jnp.where(some, both, 1.0)
-            inverse = jnp.where(some, (1 / self.small) / safe, 0.0)
-            joined = value * _over(mine * inverse, RANK)
-            joined = joined + self.take(given) * _over(theirs * inverse, RANK)
-            lse2 = jnp.where(some, top + jnp.log2(safe), -jnp.inf)
+            inverse = jnp.where(some, 2.0**-self.headroom / safe, 0.0)
+            joined = value * over(mine * inverse, RANK)
+            joined = joined + self.take(given) * over(theirs * inverse, RANK)
+            lse2 = jnp.where(some, top + jnp.log2(safe) - self.raised, -jnp.inf)
             count = jnp.int32(min(shape.rows, WIDTH))
 
             @pl.when(~split)
@@ -255,9 +254,10 @@ class FewPart(WalkingPart):
 
     def fetch_q(self, row):
         rows, bar = pl.ds(row * self.shape.rows, WIDTH), self.smem["q_bar"]
+        to = self.query_buffers()
         for n in range(PIECES):
-            plgpu.copy_gmem_to_smem(self.q_hbm.at[rows, pl.ds(64 * n, 64)], self.q.at[n], bar)
-        plgpu.copy_gmem_to_smem(self.qr_hbm.at[rows], self.q.at[PIECES], bar)
+            plgpu.copy_gmem_to_smem(self.q_hbm.at[rows, pl.ds(64 * n, 64)], to.at[n], bar)
+        plgpu.copy_gmem_to_smem(self.qr_hbm.at[rows], to.at[PIECES], bar)
 
     # -- what fp8 has other ways for
 
@@ -266,10 +266,14 @@ class FewPart(WalkingPart):
         del place, me
         return ()
 
-    def factors(self, held, me) -> Any:
-        """What numbers are multiplied with: nothing."""
-        del held, me
-        return ()
+    def turn_queries(self, me) -> Any:
+        """Brings queries into the units of left sides, which here are theirs; what undoes it."""
+        del me
+        return 1.0
+
+    def query_buffers(self):
+        """Where copies put queries."""
+        return self.q
 
     def slot_of_row(self, row):
         """The slot of a block that is row `row` of its scores."""

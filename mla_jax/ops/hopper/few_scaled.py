@@ -1,18 +1,29 @@
 """The decode kernel of few query rows over latents in fp8: bytes become left sides in registers.
 
 The algorithm is that of `few.py`. A warpgroup loads the bytes of its block from shared memory into
-registers and turns them into bfloat16 there (`fragments.py`), once as keys and once as values. So
-no tile of bfloat16 is ever stored: a block of 64 slots costs shared memory 40 KiB of writes and 72
-of reads, where `scaled.py` takes 350. What bounds it is the arithmetic of turning, 8 instructions
-for two numbers.
+registers and turns them into float16 there (`fragments.py`), once as keys and once as values. So no
+tile of 16-bit numbers is ever stored: a block of 64 slots costs shared memory 40 KiB of writes and
+72 of reads, where `scaled.py` takes 350.
+
+Float16 has few exponents, but the device makes it of e4m3 by one instruction for two numbers. So a
+slot's numbers are relative to the largest of its scales, which scores and weights make up for:
+
+    K'[s] = 2^7 K[s] / r[s]      r[s] is the largest scale of slot s, a power of two
+    Q'    = 2^k Q                one k for all queries of a row, see `queries.py`
+    u[s]  = log2(e) scale S[s] + log2(r[s])       S' = K' Q'^T = 2^(7+k) S / r
+    P'[s] = 2^(14 + u[s] - max u)                 what K'[s] as values is multiplied with
+    out   = 2^-7 sum(P' K') / sum(P' / r)
+
+Numbers are exact where a group's scale is not below 2^-22 of its slot's largest.
 
 Shared memory (KiB) where it differs from `few.py`; a warpgroup has two buffers of bytes:
 
-    name   KiB  shape               holds
-    k      128  4 [64, 512] e4m3    latents of blocks; k[2 w + i] is buffer i of warpgroup w
-    kr      32  4 [64, 64]          rotary keys of the same blocks
-    p        4  2 [64, 16]          softmax weights of warpgroup w
-    factor   1  2 [4, 64]           scales as `fragments.factors` makes them
+    name     KiB  shape               holds
+    k        128  4 [64, 512] e4m3    latents of blocks; k[2 w + i] is buffer i of warpgroup w
+    kr        32  4 [64, 64]          rotary keys of the same blocks
+    p          4  2 [64, 16]          softmax weights of warpgroup w
+    factor     1  2 [4, 64]           what `fragments.factors` makes of scales
+    largest       [1] int32           the bits of the row's largest query
 
 Letters: B batch, S cache slots.
 """
@@ -20,20 +31,27 @@ Letters: B batch, S cache slots.
 from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from mla_jax.ops.hopper import columns, fragments, kernel
+from mla_jax.ops.hopper import columns, fragments, kernel, queries
 from mla_jax.ops.hopper.columns import RANK, WIDTH
-from mla_jax.ops.hopper.few import PIECES, FewPart
+from mla_jax.ops.hopper.few import PIECES, FewPart, over
+from mla_jax.ops.hopper.fragments import TURNED
 from mla_jax.ops.hopper.kernel import Shape, tiled
 from mla_jax.ops.hopper.schedule import BLOCK
 
 
 def decode(operands, schedule, table, shape: Shape, batch: int):
-    """As `scaled.decode`, of queries in the order of `fragments`, 16 rows of each batch row."""
+    """As `scaled.decode`, of 16 query rows of each batch row."""
     options = kernel.launch_options(shape)
     return kernel.launch(FewScaledPart, operands, schedule, table, shape, batch, **options)[:2]
+
+
+def _across(values):
+    """[64] to [64, 16], free in registers."""
+    return lax.broadcast_in_dim(values, (BLOCK, WIDTH), [0])
 
 
 class FewScaledPart(FewPart):
@@ -41,26 +59,55 @@ class FewScaledPart(FewPart):
 
     name = "mla_decode_few_fp8"
     depth = 2
-    small = fragments.SMALL
+    headroom, raised = fragments.HEADROOM, fragments.RAISED
 
     def __init__(self, refs, smem, shape: Shape, paged: bool):
         refs = list(refs)
         self.scale_hbm: Any = refs.pop(4)
-        super().__init__(refs, smem, shape, paged)
+        self.given_q, q = self.views(smem)
+        super().__init__(refs, smem | {"q": q}, shape, paged)
 
     @classmethod
     def scratch(cls, shape: Shape) -> dict[str, Any]:
         """As `FewPart.scratch`, of the table above."""
+        queries = (tiled((PIECES + 1, WIDTH, 64), kind) for kind in (shape.dtype, TURNED))
         return super().scratch(shape) | {
             "k": plgpu.SMEM((4, BLOCK, RANK), jnp.float8_e4m3fn, transforms=fragments.BYTES),
-            "p": tiled((2, BLOCK, WIDTH), shape.dtype),
-            "factor": plgpu.SMEM((2, fragments.GROUPS, BLOCK), shape.dtype),
+            "q": plgpu.RefUnion(*queries),
+            "p": tiled((2, BLOCK, WIDTH), TURNED),
+            "factor": plgpu.SMEM((2, fragments.GROUPS, BLOCK), TURNED),
+            "largest": plgpu.SMEM((1,), jnp.int32),
         }
 
-    def block_scores(self, acc, o, buffer, here, factors, me):
-        """The scores of a block."""
+    def begin(self, me):
+        self.clear_largest(me)
+        super().begin(me)
+
+    def one_block(self, me, acc, buffer, here, held, scale2, m, total):
+        """As `FewPart.one_block`, in the units above."""
+        factors, largest = self.factors(held, here, me)
+        plgpu.barrier_wait(self.smem["k_bar"].at[buffer])
+        _, live = self.extent(here, me)
+        pl.when((live > 0) & (live < BLOCK))(lambda: self.clear_slots(self.k.at[buffer], live))
+        o = self.begin_step(here.number)
+        make = lambda a: self.turned_scores(a, o, buffer, here, factors, largest, me)  # noqa: E731
+        s = self.new_scores(me, make)
+        u = s * _across(largest * scale2) + _across(jnp.log2(largest))
+        u = self.mask_rows(u, here, me)
+        m_new = jnp.maximum(m, self.reduce(u, me, "max"))
+        alpha = jnp.exp2(m - m_new)
+        p = jnp.exp2(u - over(m_new - self.raised, BLOCK))
+        self.store_weights(me, p)
+        total = total * over(alpha, BLOCK) + p * _across(1 / largest)
+        acc[...] = self.current(acc) * over(alpha, RANK)
+        self.add_values(me, acc, o, buffer, here)
+        self.retire(0)
+        return m_new, total
+
+    def turned_scores(self, acc, o, buffer, here, factors, largest, me):
+        """The scores of a block, relative to its slots' largest scales."""
         held = self.load_keys(buffer, 0)
-        self.mma(acc, self.load_rope(buffer), self.q.at[o + PIECES].T)
+        self.mma(acc, self.load_rope(buffer, largest), self.given_q.at[o + PIECES].T)
         for group in range(fragments.GROUPS):
             coming = self.load_keys(buffer, group + 1) if group + 1 < fragments.GROUPS else None
             for n in range(2):
@@ -85,13 +132,40 @@ class FewScaledPart(FewPart):
         """The slot of a block that is row `row` of its scores."""
         return fragments.slot_of_row(row)
 
+    def query_buffers(self):
+        """Where copies put queries."""
+        return self.given_q
+
     # -- what the interpreter has other ways for
+
+    def views(self, smem):
+        """Queries as they come, and as they are multiplied."""
+        return smem["q"]
+
+    def clear_largest(self, me):
+        pl.when(me == 0)(lambda: queries.clear(self.smem["largest"]))
+
+    def turn_queries(self, me):
+        largest = self.smem["largest"]
+        self.meet(me, 0)  # the largest of the row before is cleared
+        queries.find_largest(self.given_q, largest)
+        self.meet(me, 1)
+        inverse = queries.turn(self.given_q, largest)
+        self.fence()
+        self.meet(me, 0)  # neither needs the largest any more
+        self.clear_largest(me)
+        return inverse * 2.0**-self.headroom
+
+    def clear_slots(self, ref, live):
+        columns.clear_slots(ref, live)
+        self.warpgroup_sync()
 
     def load_ahead(self, place, me):
         """The scales of a block."""
         return fragments.load_scales(self.scale_hbm, *self.extent(place, me))
 
-    def factors(self, held, me):
+    def factors(self, held, here, me):
+        del here
         return fragments.factors(held, self.smem["factor"].at[me])
 
     def put_weights(self, ref, p):
@@ -110,8 +184,8 @@ class FewScaledPart(FewPart):
         del here, me
         return fragments.turn_keys(held, factors, group, n)
 
-    def load_rope(self, buffer):
-        return fragments.load_rope(self.smem["kr"].at[buffer])
+    def load_rope(self, buffer, largest):
+        return fragments.load_rope(self.smem["kr"].at[buffer], largest)
 
     def load_values(self, buffer, j):
         return fragments.load_values(self.k.at[buffer], j)

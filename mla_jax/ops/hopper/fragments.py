@@ -1,12 +1,12 @@
 """Bytes of latents become left sides of matrix products in registers: pieces of `few_scaled.py`.
 
-A number of e4m3 becomes one of bfloat16 by its bits, as `dequantise.py` describes, but 2^60 too
-small (`SMALL`): 2^60 times the scale, which these bits are multiplied with, is then finite for any
-scale up to 2^67, and the product exact from 2^-57 on. A larger scale gives infinity or NaN. A
-rotary query is made as small, and the kernel makes scores and outputs large again. A left side in
-registers may have its rows and its inner axis in any order, as long as whatever meets it has the
-same; the orders here are such that every thread loads 16 bytes of a slot at once and that eight
-neighbours load from different banks.
+One instruction makes two numbers of e4m3 float16, exactly, and another multiplies them with their
+group's scale over the largest of their slot and with 2^7 (`HEADROOM`), which is exact down to 2^-22
+of that: `few_scaled.py` says how scores, weights and outputs get their size back. Rotary keys stay
+in bfloat16, are multiplied with 2^7 over the largest scale, and meet the same scores. A left side
+in registers may have its rows and its inner axis in any order, as long as whatever meets it has the
+same (`queries.py`); the orders here are such that every thread loads 16 bytes of a slot at once and
+that eight neighbours load from different banks.
 
 Thread 4 g + t of warp w, of a tile whose slots are 16 w + 8 h + r:
 
@@ -14,7 +14,7 @@ Thread 4 g + t of warp w, of a tile whose slots are 16 w + 8 h + r:
     values    16 channels from 128 w + 16 PERMUTED[g], in slots r = t and r = t + 4
     rope      slots as keys; of 64 channels, it has 8 t to 8 t + 7 and 32 + 8 t to 39 + 8 t
 
-None of this runs in the interpreter, which has `order_pattern` and the like.
+None of this runs in the interpreter, which has `order_slots` and the like.
 """
 
 import jax.numpy as jnp
@@ -38,7 +38,12 @@ from mla_jax.ops.hopper.schedule import BLOCK
 
 STRIDED = plgpu.Layout.WG_STRIDED
 GROUPS = RANK // 128
-SMALL = 2.0**-60  # what numbers in registers are too small by
+TURNED = jnp.dtype(jnp.float16)  # what bytes become
+HEADROOM = 7  # log2 of what they are multiplied with beyond their scale: 448 2^7 is below 65504
+RAISED = 14  # log2 of the largest softmax weight
+LEAST, MOST = 2.0**-30, 2.0**60  # bounds of what a slot's numbers are made relative to
+_INTERLEAVED = (0x5140, 0x7362)  # first bytes of two words, their second ones, and so on
+ROWS = WG.reduce(1)  # one value a row of a tile
 _SCALES = STRIDED((1024,), 4)  # the groups of two slots a thread
 _FACTORS = STRIDED((1024,), 4)
 _BYTES = STRIDED((2048,), 4)  # four times 16 bytes a thread
@@ -46,26 +51,12 @@ BYTES = (plgpu.TilingTransform((8, 128)), plgpu.SwizzleTransform(128))  # of a t
 ROPES = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # of one of rotary keys
 
 
-# -- the orders, for queries, for the interpreter and for tests
+# -- the orders, for the interpreter and for tests
 
 
 def slot_of_row(row):
     """The slot of a block that is row `row` of its scores."""
     return (row & ~7) | ((row & 7) >> 1) | ((row & 1) << 2)
-
-
-def order_pattern(pattern):
-    """[..., 512] in the order of the inner axis of keys: 64-channel pieces of (j, h, t, e)."""
-    shape = pattern.shape
-    x = pattern.reshape(*shape[:-1], RANK // 64, 4, 4, 2, 2)  # piece, t, j, h, e
-    return jnp.moveaxis(x, -4, -2).reshape(shape)
-
-
-def order_rope(rope):
-    """[..., 64] in the order of the inner axis of rotary keys: (b, p // 2, p % 2, t, e)."""
-    shape = rope.shape
-    x = rope.reshape(*shape[:-1], 2, 4, 2, 2, 2)  # b, t, p // 2, p % 2, e
-    return jnp.moveaxis(x, -4, -2).reshape(shape)
 
 
 def order_slots(tile):
@@ -132,35 +123,42 @@ def load_scales(scale, source, live):
 
 
 def factors(scales, shared):
-    """What bits of numbers are multiplied with: of this thread's keys, and in `shared` of values.
+    """What numbers are multiplied with, and the largest scale of every slot.
 
-    2^120, `SMALL` and the scale: twice in a register, and [4, 64] in shared memory in the order of
-    rows.
+    Returns the factors of this thread's keys, twice in a register, and of every row of scores its
+    slot's largest scale, [64]. Values' factors go to `shared` [4, 64], in the order of rows.
     """
 
     @plgpu.inline_mgpu(
         arg_types=(_SCALES, plgpu.RefType()),
-        return_type=plgpu.ShapeDtypeStruct((1024,), jnp.dtype(jnp.int32), _FACTORS),
+        return_type=(
+            plgpu.ShapeDtypeStruct((1024,), jnp.dtype(jnp.int32), _FACTORS),
+            plgpu.ShapeDtypeStruct((BLOCK,), jnp.dtype(jnp.float32), ROWS),
+        ),
     )
     def call(_, scales, shared):
         arith, c = mgpu.utils.arith, mgpu.utils.c
-        me = Thread()
+        me, f32 = Thread(), mgpu.utils.ir.F32Type.get()
         base = shared_address(shared)
         row = arith.addi(arith.muli(me.warp, c(16, me.i32)), me.g)
         at = arith.addi(arith.muli(me.t, c(BLOCK, me.i32)), row)
         at = arith.addi(base, arith.muli(at, c(2, me.i32)))
-        registers = []
+        layout = ROWS.to_mgpu()
+        registers, largest = [], np.empty(layout.registers_shape((BLOCK,)), dtype=object)
         for h, register in enumerate(scales.registers.flat):
-            words = [
-                mgpu.utils.inline_ptx(
-                    f"{{ .reg .f32 f; .reg .b32 x; mul.f32 f, $1, 0f{bits(2.0**120 * SMALL)}; "
-                    "mov.b32 x, f; "
-                    "prmt.b32 $0, x, x, 0x3232; }",
-                    scale,
-                    result_types=me.i32,
+            four = elements(register, 4)
+            *words, top = mgpu.utils.inline_ptx(
+                "{ .reg .f32 x, y; .reg .b32 b; max.NaN.f32 x, $5, $6; max.NaN.f32 y, $7, $8; "
+                f"max.NaN.f32 x, x, y; max.NaN.f32 x, x, 0f{bits(LEAST)}; "
+                f"min.NaN.f32 x, x, 0f{bits(MOST)}; mov.f32 $4, x; "
+                f"mov.b32 b, x; sub.s32 b, {_inverse()}, b; mov.b32 x, b; "
+                + " ".join(
+                    f"mul.f32 y, ${5 + n}, x; cvt.rn.f16x2.f32 ${n}, y, y;" for n in range(GROUPS)
                 )
-                for scale in elements(register, 4)
-            ]
+                + " }",
+                *four,
+                result_types=[me.i32] * GROUPS + [f32],
+            )
             mine = words[0]
             for group in range(1, GROUPS):
                 is_mine = arith.cmpi(arith.CmpIPredicate.eq, me.t, c(group, me.i32))
@@ -172,7 +170,9 @@ def factors(scales, shared):
                 has_side_effects=True,
             )
             registers.append(vector_of(words, me.i32))
-        return _array(registers, _FACTORS, True)
+            largest.flat[h] = vector_of([top], f32)
+        largest = mgpu.FragmentedArray(_registers=largest, _layout=layout, _is_signed=None)
+        return _array(registers, _FACTORS, True), largest
 
     return call(scales, shared)
 
@@ -207,7 +207,7 @@ def turn_keys(held, factors, group, piece):
 
     @plgpu.inline_mgpu(
         arg_types=(_BYTES, _FACTORS),
-        return_type=plgpu.ShapeDtypeStruct((BLOCK, 64), jnp.dtype(jnp.bfloat16), WG),
+        return_type=plgpu.ShapeDtypeStruct((BLOCK, 64), TURNED, WG),
     )
     def call(_, held, factors):
         layout = WG.to_mgpu()
@@ -216,23 +216,21 @@ def turn_keys(held, factors, group, piece):
             factor = elements(factors.registers.flat[h], 4)[group]
             words = elements(held.registers.flat[2 * piece + h], 4)
             for j, word in enumerate(words):
-                for pair in range(2):
-                    pick = 0x9180 + 0x2222 * pair
-                    value = _turn(word, word, pick, factor)
+                for pair, value in enumerate(_turn(word, factor)):
                     registers[0, 2 * j + pair, 0, 0, h, 0, 0, 0, 0] = value
         return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
     return call(held, factors)
 
 
-def load_rope(tile):
-    """The left side [64, 64] of rotary keys."""
+def load_rope(tile, largest):
+    """The left side [64, 64] of rotary keys, in the units of `turn_keys`."""
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(ROPES),),
+        arg_types=(plgpu.RefType(ROPES), ROWS),
         return_type=plgpu.ShapeDtypeStruct((BLOCK, ROPE), jnp.dtype(jnp.bfloat16), WG),
     )
-    def call(_, tile):
+    def call(_, tile, largest):
         arith, c = mgpu.utils.arith, mgpu.utils.c
         me = Thread()
         at = arith.addi(shared_address(tile), arith.muli(me.warp, c(2 * 1024, me.i32)))
@@ -240,15 +238,27 @@ def load_rope(tile):
         chunk = arith.xori(me.t, me.permuted)
         layout = WG.to_mgpu()
         registers = np.empty(layout.registers_shape((BLOCK, ROPE)), dtype=object)
+        factor = [
+            mgpu.utils.inline_ptx(
+                f"{{ .reg .b32 b; mov.b32 b, $1; sub.s32 b, {_inverse()}, b; "
+                "prmt.b32 $0, b, b, 0x3232; }",
+                elements(register, 1)[0],
+                result_types=me.i32,
+            )
+            for register in largest.registers.flat
+        ]
         for b in range(2):
             base = arith.xori(chunk, c(4 * b, me.i32))
             base = arith.addi(at, arith.muli(base, c(16, me.i32)))
             for h in range(2):
                 for p, word in enumerate(load_shared(base, 1024 * h)):
-                    registers[0, 4 * b + p, 0, 0, h, 0, 0, 0, 0] = two_numbers(word)
+                    value = mgpu.utils.inline_ptx(
+                        "mul.rn.bf16x2 $0, $1, $2;", word, factor[h], result_types=me.i32
+                    )
+                    registers[0, 4 * b + p, 0, 0, h, 0, 0, 0, 0] = two_numbers(value)
         return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
-    return call(tile)
+    return call(tile, largest)
 
 
 def load_values(tile, j):
@@ -281,7 +291,7 @@ def turn_values(held, shared, j):
 
     @plgpu.inline_mgpu(
         arg_types=(_BYTES, plgpu.RefType()),
-        return_type=plgpu.ShapeDtypeStruct((RANK, 16), jnp.dtype(jnp.bfloat16), WG),
+        return_type=plgpu.ShapeDtypeStruct((RANK, 16), TURNED, WG),
     )
     def call(_, held, shared):
         arith, c = mgpu.utils.arith, mgpu.utils.c
@@ -299,9 +309,8 @@ def turn_values(held, shared, j):
             )
             one, two = (elements(held.registers.flat[2 * h + e], 4) for e in range(2))
             for i in range(8):
-                for e in range(2):
-                    pick = 0xC480 + 0x1111 * (2 * (i % 2) + e)
-                    value = _turn(one[i // 2], two[i // 2], pick, factor)
+                word = _interleave(one[i // 2], two[i // 2], _INTERLEAVED[i % 2])
+                for e, value in enumerate(_turn(word, factor)):
                     registers[i, h, 0, 0, e, 0, 0, 0, 0] = value
         return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
@@ -334,19 +343,33 @@ def places(shared, dtype):
 # -- words
 
 
-def _turn(one, two, pick, factor):
-    """Two bytes, each below eight copies of its sign; shifted by four, masked, and multiplied."""
+def _turn(word, factor):
+    """Four numbers of e4m3 in a word, times a factor twice in a register: two pairs of float16."""
     i32 = mgpu.utils.ir.IntegerType.get_signless(32)
-    return two_numbers(
-        mgpu.utils.inline_ptx(
-            f"{{ .reg .b32 x; prmt.b32 x, $1, $2, 0x{pick:X}; shl.b32 x, x, 4; "
-            "and.b32 x, x, 0x87f087f0; mul.rn.bf16x2 $0, x, $3; }",
-            one,
-            two,
-            factor,
-            result_types=i32,
+    return [
+        two_numbers(
+            mgpu.utils.inline_ptx(
+                "{ .reg .b16 x, y; .reg .b32 z; mov.b32 {x, y}, $1; "
+                f"cvt.rn.f16x2.e4m3x2 z, {half}; mul.rn.f16x2 $0, z, $2; }}",
+                word,
+                factor,
+                result_types=i32,
+            ),
+            TURNED,
         )
-    )
+        for half in "xy"
+    ]
+
+
+def _interleave(one, two, pick):
+    """Bytes of two words in one of the orders `_INTERLEAVED`."""
+    i32 = mgpu.utils.ir.IntegerType.get_signless(32)
+    return mgpu.utils.inline_ptx(f"prmt.b32 $0, $1, $2, 0x{pick:X};", one, two, result_types=i32)
+
+
+def _inverse():
+    """What the bits of a power of two are taken from for those of 2^HEADROOM over it."""
+    return (2 * 127 + HEADROOM) << 23
 
 
 def _array(registers, layout, is_signed):

@@ -242,13 +242,30 @@ class InterpretedFewPart(few.FewPart):
 
 
 class InterpretedFewScaledPart(InterpretedFewPart, few_scaled.FewScaledPart):
-    """`FewScaledPart` with plain arrays for what it has in registers."""
+    """`FewScaledPart` with plain arrays for what it has in registers, and queries as they come."""
+
+    @classmethod
+    def scratch(cls, shape: Shape) -> dict[str, Any]:
+        """With one way to see queries."""
+        return super().scratch(shape) | {
+            "q": tiled((few.PIECES + 1, columns.WIDTH, 64), shape.dtype)
+        }
+
+    def views(self, smem):
+        return smem["q"], smem["q"]
+
+    def clear_largest(self, me):
+        pass
+
+    def turn_queries(self, me):
+        return 2.0**-self.headroom
 
     def load_ahead(self, place, me):
         return ()
 
-    def factors(self, held, me):
-        return ()
+    def factors(self, held, here, me):
+        largest = jnp.clip(self.scales(here, me).max(1), fragments.LEAST, fragments.MOST)
+        return (), fragments.order_slots(largest[:, None])[:, 0]
 
     def put_weights(self, ref, p):
         ref[...] = p
@@ -257,11 +274,12 @@ class InterpretedFewScaledPart(InterpretedFewPart, few_scaled.FewScaledPart):
         return buffer
 
     def turn_keys(self, held, factors, group, n, here, me):
-        piece = fragments.order_pattern(fragments.order_slots(self.turned(held, here, me)))
-        return piece[:, 128 * group + 64 * n :][:, :64]
+        keys = fragments.order_slots(self.turned(held, here, me))
+        return keys[:, 128 * group + 64 * n :][:, :64]
 
-    def load_rope(self, buffer):
-        return fragments.order_rope(fragments.order_slots(self.smem["kr"][buffer]))
+    def load_rope(self, buffer, largest):
+        rope = fragments.order_slots(self.smem["kr"][buffer]).astype(jnp.float32)
+        return (rope * (2.0**self.headroom / largest)[:, None]).astype(self.dtype)
 
     def load_values(self, buffer, j):
         return buffer
@@ -269,14 +287,19 @@ class InterpretedFewScaledPart(InterpretedFewPart, few_scaled.FewScaledPart):
     def turn_values(self, held, j, here, me):
         return fragments.order_values(self.turned(held, here, me))[:, 16 * j : 16 * j + 16]
 
-    def turned(self, buffer, here, me):
-        """The numbers of a block."""
+    def scales(self, here, me):
+        """Of a block's slots, zeros where none is in use."""
         start, live = self.extent(here, me)
         scales = self.scale_hbm[pl.ds(jnp.where(live > 0, start, 0), BLOCK), :]
-        value = self.k[buffer].astype(jnp.float32).reshape(BLOCK, -1, GROUP) * scales[..., None]
-        slot = lax.broadcasted_iota(jnp.int32, value.shape, 0)
-        value = jnp.where(slot < live, value * fragments.SMALL, 0)
-        return value.astype(self.dtype).reshape(BLOCK, -1)
+        return jnp.where(lax.broadcasted_iota(jnp.int32, scales.shape, 0) < live, scales, 0)
+
+    def turned(self, buffer, here, me):
+        """The numbers of a block, relative to its slots' largest scales."""
+        scales = self.scales(here, me)
+        largest = jnp.clip(scales.max(1, keepdims=True), fragments.LEAST, fragments.MOST)
+        factor = (scales * (2.0**self.headroom / largest))[..., None]
+        value = self.k[buffer].astype(jnp.float32).reshape(BLOCK, -1, GROUP) * factor
+        return value.astype(fragments.TURNED).reshape(BLOCK, -1)
 
     def channels(self, value):
         return fragments.channels_of_values(value)
