@@ -260,7 +260,7 @@ def test_native_turns_every_byte_exactly(heads, least, most, span, card):
 def test_native_queries_of_many_sizes(card):
     """One power of two serves all queries of a row, and what is not finite stays in its head."""
     arrays, lengths = make(7, 3, 2, 1024, 8, 512, 64, (1023, 65, 700), jnp.bfloat16)
-    size = jnp.asarray(np.exp2(40.0 - 2 * np.arange(8)), jnp.bfloat16)[:, None]
+    size = jnp.asarray(np.exp2(40.0 - 2 * np.arange(8)), jnp.bfloat16).reshape(1, 1, 8, 1)
     pattern, q_rope, latent, k_rope = arrays
     latent = latent * jnp.asarray(2.0**-40, jnp.bfloat16)
     held, scale, whole = encoded([pattern * size, q_rope, latent, k_rope], lengths)
