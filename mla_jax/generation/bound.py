@@ -145,9 +145,9 @@ def bind(model: Any) -> Bound:
     again then; that compiles nothing.
 
     On a GPU it also keeps W_UK and W_UV of every attention layer apart, because XLA would cut them
-    out of kv_b_proj in every step. They are copies and take as much memory as kv_b_proj: in
-    bfloat16 0.11 GB for DeepSeek-V2-Lite and 2 GB for DeepSeek-V3. Weights that are stored in 8
-    bits, and models on a mesh, have no such copies.
+    out of kv_b_proj in every step. They are copies in the dtype of the computation and take as much
+    memory as kv_b_proj does in it: in bfloat16 0.11 GB for DeepSeek-V2-Lite and 2 GB for
+    DeepSeek-V3, whether weights are stored in 8 bits or not. Models on a mesh have no such copies.
 
     Args:
         model: a `models.Decoder`, a single layer, or a model of one's own that has

@@ -149,10 +149,13 @@ class LatentMaps(Mixer):
         """Keeps W_UK and W_UV apart beside kv_b_proj, of which they are copies; or their shapes.
 
         XLA for GPUs cuts them out of kv_b_proj by a kernel each in every step, and each takes as
-        long as the product. The copies take as much memory as kv_b_proj. Where that is a
-        `Quantised` or lies on a mesh, nothing is kept.
+        long as the product. Those of a `Quantised` are made of its numbers and scales, rounded once
+        to the dtype of the computation: scales of blocks would be two kernels more. The copies take
+        as much memory as kv_b_proj in that dtype. Where it lies on a mesh, or is a `Quantised` that
+        computes in whatever its input comes in, nothing is kept.
         """
-        if isinstance(self.kv_b_proj, Quantised) or sharding.mesh_of(self.kv_b_proj) is not None:
+        follows = isinstance(self.kv_b_proj, Quantised) and self.kv_b_proj.dtype is None
+        if follows or sharding.mesh_of(self.kv_b_proj) is not None:
             return
         shapes = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(self.kv_b_proj))
         parts = lambda layer: (layer.w_uk, layer.w_uv)  # noqa: E731
@@ -323,14 +326,14 @@ class LatentMaps(Mixer):
     def _pattern(self, q_nope):
         """What each head looks for among the latents, [B T N R]."""
         with jax.named_scope("w_uk"):
-            if isinstance(self.kv_b_proj, Quantised):
+            if isinstance(self.kv_b_proj, Quantised) and not hasattr(self, "kept_uk"):
                 return fold_keys(q_nope, self.kv_b_proj.weight, precision=self.precision)
             return self._fold("BTNH,RNH->BTNR", q_nope, self.w_uk)
 
     def _heads(self, out_latent):
         """Heads [B T N V] from mixed latents [B T N R]."""
         with jax.named_scope("w_uv"):
-            if isinstance(self.kv_b_proj, Quantised):
+            if isinstance(self.kv_b_proj, Quantised) and not hasattr(self, "kept_uv"):
                 return unfold_values(
                     out_latent, self.kv_b_proj.weight, self.config.v_head_dim,
                     precision=self.precision,

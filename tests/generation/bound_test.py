@@ -9,6 +9,7 @@ from flax import nnx
 import mla_jax
 from mla_jax import target
 from mla_jax.models import Decoder, DecoderConfig
+from mla_jax.models.rounding import round_weights
 from mla_jax.sharding import Rules
 
 
@@ -44,6 +45,28 @@ def test_on_a_gpu_a_bound_model_has_its_absorbed_weights_apart(on_gpu):
         return bound.decode(jnp.array([[1]]), cache)[0]
 
     np.testing.assert_array_equal(decoded(made), decoded(plain))
+
+
+def test_stored_weights_are_kept_apart_in_the_dtype_of_the_computation(on_gpu):
+    """Rounded once: what a step gives differs by that alone. Without a dtype none is known."""
+    model = Decoder(DecoderConfig.from_preset("tiny"), dtype=jnp.float32, rngs=nnx.Rngs(0))
+    round_weights(model.blocks, "float8_e4m3fn")
+    plain, made = mla_jax.bind(model), on_gpu(mla_jax.bind, model)
+    own, kept = model.blocks[0].attention, made.model.blocks[0].attention
+    np.testing.assert_array_equal(kept.kept_uk[...], own.w_uk)
+    np.testing.assert_array_equal(kept.kept_uv[...], own.w_uv)
+    assert kept.kept_uv.dtype == jnp.float32
+
+    def decoded(bound):
+        _, cache = bound.prefill(jnp.array([[3, 1, 4]]), bound.init_cache(1, 8))
+        return bound.decode(jnp.array([[1]]), cache)[0]
+
+    np.testing.assert_allclose(decoded(made), decoded(plain), atol=1e-5)
+    other = kept.kept_uv[...]
+    kept.kept_uv.set_value(0 * other)
+    assert not kept._heads(jnp.ones((1, 1, own.config.num_attention_heads, len(other)))).any()
+    own.kv_b_proj.dtype = None
+    assert not hasattr(on_gpu(mla_jax.bind, own).model, "kept_uk")
 
 
 def test_shapes_of_a_model_are_bound_as_its_arrays_are(on_gpu):
