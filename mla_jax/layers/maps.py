@@ -10,6 +10,7 @@ Letters: B batch, T query tokens, N heads, D hidden size, Q q_lora_rank, R kv_lo
 H qk_nope_head_dim, P qk_rope_head_dim, V v_head_dim.
 """
 
+import functools
 import math
 
 import jax
@@ -30,6 +31,7 @@ from mla_jax.layers.quantised import Quantised, maps_of
 from mla_jax.layers.step import check_positions, row_counts
 from mla_jax.ops import dispatch
 from mla_jax.ops.append import append_token
+from mla_jax.ops.hopper import order
 from mla_jax.ops.weights_mesh import fold_keys, unfold_values
 from mla_jax.plain import Plain
 
@@ -142,7 +144,7 @@ class LatentMaps(Mixer):
     def w_uv(self) -> Float[Array, "R N V"]:
         """W_UV, the part of kv_b_proj that makes values: applied after mixing when absorbed."""
         if hasattr(self, "kept_uv"):
-            return self.kept_uv[...]
+            return self._restored(self.kept_uv[...])
         return self._kv_b()[..., self.config.qk_nope_head_dim :]
 
     def keep_parts(self) -> None:
@@ -153,6 +155,9 @@ class LatentMaps(Mixer):
         to the dtype of the computation: scales of blocks would be two kernels more. The copies take
         as much memory as kv_b_proj in that dtype. Where it lies on a mesh, or is a `Quantised` that
         computes in whatever its input comes in, nothing is kept.
+
+        Where o_proj has a kernel that asks for heads in an order of its own, the outputs of W_UV
+        stand in that order, `kept_order`: see `ops.hopper.order`.
         """
         follows = isinstance(self.kv_b_proj, Quantised) and self.kv_b_proj.dtype is None
         if follows or sharding.mesh_of(self.kv_b_proj) is not None:
@@ -160,7 +165,18 @@ class LatentMaps(Mixer):
         shapes = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(self.kv_b_proj))
         parts = lambda layer: (layer.w_uk, layer.w_uv)  # noqa: E731
         w_uk, w_uv = jax.eval_shape(parts, self) if shapes else parts(self)
+        self.kept_order = None
+        if isinstance(self.o_proj, Quantised):
+            row = self.o_proj.order_for(w_uv.dtype)
+            self.kept_order = row if row and w_uv.shape[-1] % row == 0 else None
+        if self.kept_order is not None:
+            ordered = functools.partial(order.in_order, row=self.kept_order)
+            w_uv = jax.eval_shape(ordered, w_uv) if shapes else ordered(w_uv)
         self.kept_uk, self.kept_uv = Kept(w_uk), Kept(w_uv)
+
+    def _restored(self, x):
+        """What W_UV makes, or itself, as it is without an order."""
+        return x if self.kept_order is None else order.restored(x, self.kept_order)
 
     def _kv_b(self):
         config = self.config
@@ -338,6 +354,9 @@ class LatentMaps(Mixer):
                     out_latent, self.kv_b_proj.weight, self.config.v_head_dim,
                     precision=self.precision,
                 )  # fmt: skip
+            if hasattr(self, "kept_uv"):
+                made = self._fold("BTNR,RNV->BTNV", out_latent, self.kept_uv[...])
+                return self._restored(made)
             return self._fold("BTNR,RNV->BTNV", out_latent, self.w_uv)
 
     def _fold(self, letters, x, kernel):

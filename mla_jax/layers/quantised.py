@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from mla_jax import sharding
 from mla_jax.ops import weights_mesh
-from mla_jax.ops.weights import Weight, matmuls
+from mla_jax.ops.weights import Weight, matmuls, order_for
 
 Letters = tuple[str | None, ...]
 
@@ -66,6 +66,13 @@ class Quantised(nnx.Module):
     def weight(self) -> Weight:
         """Values and scales."""
         return Weight(self.values[...], self.scale[...], self.block)
+
+    def order_for(self, dtype, tokens: int = 1) -> int | None:
+        """See `ops.weights.order_for`; of shapes as of arrays. None on a mesh."""
+        values, scale = self.values.get_value(), self.scale.get_value()
+        if sharding.mesh_of(values) is not None:
+            return None
+        return order_for(Weight(values, scale, self.block), dtype, tokens)
 
     def __call__(self, x: Float[Array, "*B K"]) -> Float[Array, "*B M"]:
         """The map of one matrix."""

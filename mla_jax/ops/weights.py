@@ -113,6 +113,20 @@ def matmuls(
     return [y.reshape(*lead, -1) for y in made]
 
 
+def order_for(weight: Weight, dtype, tokens: int = 1) -> int | None:
+    """How what meets a weight may be brought into order: the `row` of `ops.hopper.order.in_order`.
+
+    None where no kernel that asks for an order serves so many tokens of this dtype.
+
+    >>> order_for(Weight(jnp.zeros((64, 64), jnp.int8), jnp.ones((64, 1)), (1, None)), "bfloat16")
+    """
+    if _few_plan(tokens, dtype, weight) is None:
+        return None
+    from mla_jax.ops.experts import few
+
+    return few.row_of((weight,))
+
+
 def _matmul(x, weight, precision):
     few = _few_rows(x, weight)
     if few is None:
@@ -121,15 +135,19 @@ def _matmul(x, weight, precision):
 
 
 def _few_rows(x, weight):
+    return _few_plan(x.shape[0], x.dtype, weight)
+
+
+def _few_plan(rows, dtype, weight):
     """The plan of the Hopper kernel for few rows; None where it does not serve."""
     here = target.current()
-    rows, (outputs, inputs) = x.shape[0], weight.shape
+    outputs, inputs = weight.shape[-2:]
     if not isinstance(rows, int) or outputs % 64 or inputs % 64:
         return None
     from mla_jax.ops.experts import hopper  # it imports this module
 
     kind = (jnp.dtype(weight.values.dtype).name, weight.block)
-    return hopper.few_plan(rows, jnp.dtype(x.dtype).name, kind, here)
+    return hopper.few_plan(rows, jnp.dtype(dtype).name, kind, here)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

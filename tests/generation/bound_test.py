@@ -10,6 +10,7 @@ import mla_jax
 from mla_jax import target
 from mla_jax.models import Decoder, DecoderConfig
 from mla_jax.models.rounding import round_weights
+from mla_jax.ops.hopper.order import in_order
 from mla_jax.sharding import Rules
 
 
@@ -26,6 +27,12 @@ def on_gpu(monkeypatch):
     return call
 
 
+def decoded(bound):
+    """Logits of a token behind a prompt."""
+    _, cache = bound.prefill(jnp.array([[3, 1, 4]]), bound.init_cache(1, 8))
+    return bound.decode(jnp.array([[1]]), cache)[0]
+
+
 def test_on_a_gpu_a_bound_model_has_its_absorbed_weights_apart(on_gpu):
     """They are copies: the model that was given stays as it is, and so does what comes out."""
     model = Decoder(DecoderConfig.from_preset("tiny"), rngs=nnx.Rngs(0))
@@ -40,33 +47,46 @@ def test_on_a_gpu_a_bound_model_has_its_absorbed_weights_apart(on_gpu):
         assert kept.w_uk is kept.kept_uk[...]
         assert kept.w_uv is kept.kept_uv[...]
 
-    def decoded(bound):
-        _, cache = bound.prefill(jnp.array([[3, 1, 4]]), bound.init_cache(1, 8))
-        return bound.decode(jnp.array([[1]]), cache)[0]
-
     np.testing.assert_array_equal(decoded(made), decoded(plain))
 
 
 def test_stored_weights_are_kept_apart_in_the_dtype_of_the_computation(on_gpu):
     """Rounded once: what a step gives differs by that alone. Without a dtype none is known."""
-    model = Decoder(DecoderConfig.from_preset("tiny"), dtype=jnp.float32, rngs=nnx.Rngs(0))
-    round_weights(model.blocks, "float8_e4m3fn")
-    plain, made = mla_jax.bind(model), on_gpu(mla_jax.bind, model)
-    own, kept = model.blocks[0].attention, made.model.blocks[0].attention
-    np.testing.assert_array_equal(kept.kept_uk[...], own.w_uk)
-    np.testing.assert_array_equal(kept.kept_uv[...], own.w_uv)
-    assert kept.kept_uv.dtype == jnp.float32
+    config = mla_jax.MLAConfig.from_preset("tiny")
+    layer = mla_jax.MultiHeadLatentAttention(config, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    round_weights(layer, "float8_e4m3fn")
+    made = on_gpu(mla_jax.bind, layer).model
+    np.testing.assert_array_equal(made.kept_uk[...], layer.w_uk)
+    np.testing.assert_array_equal(made.kept_uv[...], layer.w_uv)
+    assert made.kept_uv.dtype == jnp.float32
+    q_nope, mixed = (jax.random.normal(jax.random.key(n), (2, 1, 4, n)) for n in (32, 64))
+    np.testing.assert_allclose(made._pattern(q_nope), layer._pattern(q_nope), atol=1e-5)
+    np.testing.assert_allclose(made._heads(mixed), layer._heads(mixed), atol=1e-5)
+    for kept in (made.kept_uk, made.kept_uv):  # they are what multiplies
+        kept.set_value(0 * kept[...])
+    assert not made._pattern(q_nope).any()
+    assert not made._heads(mixed).any()
+    layer.kv_b_proj.dtype = None
+    assert not hasattr(on_gpu(mla_jax.bind, layer).model, "kept_uk")
 
-    def decoded(bound):
-        _, cache = bound.prefill(jnp.array([[3, 1, 4]]), bound.init_cache(1, 8))
-        return bound.decode(jnp.array([[1]]), cache)[0]
 
-    np.testing.assert_allclose(decoded(made), decoded(plain), atol=1e-5)
-    other = kept.kept_uv[...]
-    kept.kept_uv.set_value(0 * other)
-    assert not kept._heads(jnp.ones((1, 1, own.config.num_attention_heads, len(other)))).any()
-    own.kv_b_proj.dtype = None
-    assert not hasattr(on_gpu(mla_jax.bind, own).model, "kept_uk")
+def test_heads_come_in_the_order_that_the_kernel_of_o_proj_asks_for(on_gpu):
+    """By the weights that make them. `w_uv`, and what comes out, is as without an order."""
+    config = mla_jax.MLAConfig.from_preset("tiny").replace(v_head_dim=128)
+    layer = mla_jax.MultiHeadLatentAttention(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    round_weights(layer, "float8_e4m3fn")
+    made = on_gpu(mla_jax.bind, layer).model
+    w_uv = layer.w_uv
+    np.testing.assert_array_equal(made.kept_uv[...], in_order(w_uv, 128))
+    np.testing.assert_array_equal(made.w_uv, w_uv)
+    mixed = jax.random.normal(jax.random.key(0), (2, 1, 4, 64), jnp.bfloat16)
+    plain = layer._fold("BTNR,RNV->BTNV", mixed, w_uv)
+    np.testing.assert_array_equal(made._heads(mixed), plain)
+    # XLA leaves nothing of going there and back.
+    both = jax.jit(lambda x: in_order(made._restored(x), 128)).lower(plain).compile().as_text()
+    assert "transpose" not in both
+    layer.o_proj = mla_jax.MultiHeadLatentAttention(config, rngs=nnx.Rngs(0)).o_proj
+    assert on_gpu(mla_jax.bind, layer).model.kept_order is None
 
 
 def test_shapes_of_a_model_are_bound_as_its_arrays_are(on_gpu):

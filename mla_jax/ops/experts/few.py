@@ -32,7 +32,8 @@ from jaxtyping import Array, Float
 from mla_jax.ops.experts.ring import Plan, Ring, launch, swizzled
 from mla_jax.ops.experts.tiles import Chosen
 from mla_jax.ops.hopper.merge import like
-from mla_jax.ops.hopper.widen import all_have_read, in_order, widened
+from mla_jax.ops.hopper.order import in_order
+from mla_jax.ops.hopper.widen import all_have_read, widened
 from mla_jax.ops.weights import Weight
 
 ROWS = (8, 16, 32, 64)  # M
@@ -65,16 +66,16 @@ def why_not_stored(stored: tuple[str, tuple], dtype: str) -> str | None:
 def order_of(kernels: Sequence[Kernel]) -> int | None:
     """How `gate_up` may leave hidden states so that products with these kernels take them as is.
 
-    Their thread blocks read activations in the order of `widen.in_order`, which XLA would make by a
+    Their thread blocks read activations in the order of `in_order`, which XLA would make by a
     kernel. None where `gate_up` cannot: scales of rows would have to go along.
     """
     by_block = all(isinstance(k, Weight) and k.block[1] is not None for k in kernels)
-    return _row(kernels) if by_block else None
+    return row_of(kernels) if by_block else None
 
 
-def _row(kernels: Sequence[Kernel]) -> int:
+def row_of(kernels: Sequence[Kernel]) -> int:
     """Bytes of a row of shared memory: arrays must be whole tiles, and K may be an odd 64."""
-    stored = [kernel.shape[2] for kernel in kernels if isinstance(kernel, Weight)]
+    stored = [kernel.shape[-1] for kernel in kernels if isinstance(kernel, Weight)]
     return 64 if any(inputs % DEPTH[1] for inputs in stored) else 128
 
 
@@ -236,7 +237,7 @@ def _products(
             jnp.broadcast_to(table[..., 0], values[i].shape[:2]) for i, table in enumerate(scales)
         ]
     narrow, wide = values[0].dtype, xs[0].dtype
-    row = _row([group[0] for group in groups])
+    row = row_of([group[0] for group in groups])
     if stored and not ordered:
         xs = (in_order(xs[0], row),) * parts if one_x else tuple(in_order(x, row) for x in xs)
     result = wide if result is None else result

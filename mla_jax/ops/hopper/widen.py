@@ -1,8 +1,8 @@
 """8-bit numbers from shared memory as the 16-bit left side of matrix products, in registers.
 
 The inner axis of a left side may have any order, as long as the right side has the same
-(`in_order`): here it is such that a thread loads 16 bytes at once, and that eight neighbours load
-from different banks. Of a step's 128 bytes of a row, thread t of four has the 32 from 32 t on;
+(`order.in_order`): here it is such that a thread loads 16 bytes at once, and that eight neighbours
+load from different banks. Of a step's 128 bytes of a row, thread t of four has the 32 from 32 t on;
 where rows of shared memory are only 64 bytes long, it has 16 from 16 t on of each half.
 
 An e4m3 number's bits stand in a bfloat16's place for exponent and mantissa: it is 2^120 times
@@ -39,13 +39,6 @@ mov.b32 z, 0x43004300;
 add.rn.bf16x2 y, y, z;
 sub.rn.bf16x2 $0, x, y;""",
 }
-
-
-def in_order(x, row: int):
-    """[..., K] in the order of `widened`, for rows of 128 or 64 bytes; K is a multiple of `row`."""
-    shape = x.shape
-    x = x.reshape(*shape[:-1], shape[-1] // row, 4, row // 16, 2, 2)
-    return jnp.moveaxis(x, -4, -2).reshape(shape)
 
 
 def widened(ref, row: int, order: int | None):

@@ -22,6 +22,7 @@ from mla_jax.layers.quantised import Quantised, maps_of
 from mla_jax.ops.experts import choose, few, gated_mlp, hopper, routed_experts, takes_shared
 from mla_jax.ops.experts.tiles import Chosen, chosen_experts
 from mla_jax.ops.hopper import widen
+from mla_jax.ops.hopper.order import in_order
 from mla_jax.ops.weights import Weight
 
 INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
@@ -69,7 +70,7 @@ def check_products(kind, rng, rows=8, cores=2, interpret=INTERPRET, inner=128):
     hidden = jax.block_until_ready(few.gate_up(x, groups, chosen, plan=plan, order=order))
     y = jax.block_until_ready(few.down(hidden, down, chosen, plan=plan, ordered=ordered))
     if ordered:  # back, by the place that every number has taken
-        places = [np.argsort(few.in_order(jnp.arange(h.shape[1]), order)) for h in hidden]
+        places = [np.argsort(in_order(jnp.arange(h.shape[1]), order)) for h in hidden]
         hidden = [h[:, place] for h, place in zip(hidden, places, strict=True)]
     for kernels, part, expert, place in ((made, 0, 0, 0), (made, 0, 2, 1), (own, 1, 0, 0)):
         at = slice(place * rows, (place + 1) * rows)
@@ -101,7 +102,7 @@ def test_both_warpgroups_take_rows_in_order(order, monkeypatch):
         eight, place = widen._first_row(me, order)
         rows.append(8 * eight + place + h * (8 if order is None else 2))
     every = jnp.arange(128)
-    assert rows == (every if order is None else few.in_order(every, order)).tolist()
+    assert rows == (every if order is None else in_order(every, order)).tolist()
 
 
 def check_linear(kind, rng, rows=8, cores=4, interpret=INTERPRET):
