@@ -34,7 +34,7 @@ from flax import nnx
 import mla_jax
 from mla_jax.generation import Sampling, loop, prefill
 from mla_jax.generation.drafts import PromptLookup
-from mla_jax.layers.maps import Kept
+from mla_jax.layers.quantised import Kept
 from mla_jax.models import DecoderConfig, random_decoder
 
 SCOPES = {  # the first that an operation's name contains
@@ -66,7 +66,7 @@ def weights(model, batch):
         names = set(map(str, path))
         if "embed" in names and not config.tie_word_embeddings:
             continue
-        if isinstance(leaf, Kept):  # a copy of a part of kv_b_proj, which is counted
+        if isinstance(leaf, Kept):  # a copy of a part that is counted
             continue
         routed = "mlp" in names and leaf.ndim == 3
         if routed:

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 from mla_jax import target
 from mla_jax.cache import PAGE, Cache
 from mla_jax.layers.attention import MultiHeadLatentAttention
+from mla_jax.layers.experts import MixtureOfExperts
 from mla_jax.plain import Plain
 from mla_jax.sharding import Rules
 
@@ -46,7 +47,7 @@ def _ready(model: Any) -> Any:
         return model
     model = jax.tree.map(lambda leaf: leaf, model)  # modules of its own, the same arrays
     for _, module in nnx.iter_modules(model):
-        if isinstance(module, MultiHeadLatentAttention):
+        if isinstance(module, MultiHeadLatentAttention | MixtureOfExperts):
             module.keep_parts()
     return model
 

@@ -1,4 +1,4 @@
-"""A mixture of experts: a router, the experts that it chooses, and one that every token sees.
+"""A mixture of experts: a `router`, the experts that it chooses, and one that every token sees.
 
 DeepSeekMoE (arXiv 2401.06066). The experts of one layer are one array, never a loop in Python.
 The load is balanced without a loss by DeepSeek-V3's bias on the choice (arXiv 2412.19437, section
@@ -9,7 +9,7 @@ Letters: B batch, T tokens of a row, M tokens of all rows, D hidden size, F inne
 K experts per token.
 """
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,130 +19,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mla_jax import sharding
 from mla_jax.layers.mlp import GatedMLP
-from mla_jax.layers.quantised import Quantised
-from mla_jax.ops.experts import choose, routed_experts, takes_shared
+from mla_jax.layers.quantised import Kept, Quantised
+from mla_jax.layers.router import ExpertsConfig, Router
+from mla_jax.ops.experts import routed_experts, takes_shared
 from mla_jax.ops.experts.tiles import Chosen
-
-
-class _Attention(Protocol):
-    @property
-    def hidden_size(self) -> int: ...
-
-
-class ExpertsConfig(Protocol):
-    """What a mixture of experts asks of its config; `mla_jax.models.DecoderConfig` has it all."""
-
-    @property
-    def attention(self) -> _Attention: ...
-    @property
-    def moe_intermediate_size(self) -> int | None: ...
-    @property
-    def n_routed_experts(self) -> int | None: ...
-    @property
-    def num_experts_per_tok(self) -> int: ...
-    @property
-    def n_shared_experts(self) -> int: ...
-    @property
-    def scoring_func(self) -> str: ...
-    @property
-    def norm_topk_prob(self) -> bool: ...
-    @property
-    def routed_scaling_factor(self) -> float: ...
-    @property
-    def has_selection_bias(self) -> bool: ...
-    @property
-    def zero_expert_num(self) -> int: ...
-    @property
-    def n_group(self) -> int: ...
-    @property
-    def topk_group(self) -> int: ...
-
-
-class SelectionBias(nnx.Variable):
-    """The router's bias on the choice of experts [E]: state that the load moves, not a parameter.
-
-    An optimizer made with `wrt=nnx.Param` leaves it alone, weight decay included; it is saved and
-    loaded with the rest of the model's state.
-
-    >>> bias = SelectionBias(jnp.zeros(4))
-    >>> bias.set_value(balance_bias(bias[...], jnp.array([3, 1, 2, 2])))
-    >>> bias[...].tolist() == jnp.array([-1e-3, 1e-3, 0.0, 0.0]).tolist()
-    True
-    """
-
-
-class Router(nnx.Module):
-    """Which experts a token goes to, and their weights: float32 throughout.
-
-    `bias` [E] (where the config has_selection_bias) shifts the choice but not the weights
-    (DeepSeek-V3, arXiv 2412.19437, equation 16). E counts the experts that return their input, too.
-
-    Args:
-        config: number of experts, groups and the way of scoring.
-        rngs: for the kernel [D E].
-    """
-
-    def __init__(self, config: ExpertsConfig, *, rngs: nnx.Rngs):
-        self.config = config
-        count = (config.n_routed_experts or 0) + config.zero_expert_num
-        shape = (config.attention.hidden_size, count)
-        self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), shape, jnp.float32))
-        if config.has_selection_bias:
-            self.bias = SelectionBias(jnp.zeros(shape[1:], jnp.float32))
-
-    def scores(self, x: Float[Array, "*B D"]) -> Float[Array, "*B E"]:
-        """Each token's affinity to every expert, without the bias, in float32."""
-        logits = jnp.dot(x.astype(jnp.float32), self.kernel[...], precision="highest")
-        sigmoid = self.config.scoring_func == "sigmoid"
-        return jax.nn.sigmoid(logits) if sigmoid else jax.nn.softmax(logits, axis=-1)
-
-    def __call__(self, x: Float[Array, "M D"]) -> tuple[Int[Array, "M K"], Float[Array, "M K"]]:
-        """The chosen experts of every token, best first, and their weights."""
-        return self.route(x)[:2]
-
-    def route(
-        self, x: Float[Array, "M D"], implementation: str | None = None
-    ) -> tuple[Int[Array, "M K"], Float[Array, "M K"], Chosen | None]:
-        """The same, and the table of the chosen experts, or None: see `ops.experts.choose`."""
-        scores = self.scores(x)
-        if sharding.mesh_of(scores) is not None:
-            return *self.choose(scores), None
-        choice = self._choice(scores, *self._bias())
-        experts, chosen = choose(choice, self.config.num_experts_per_tok, implementation)
-        return experts, self._weights(scores, experts), chosen
-
-    def choose(self, scores: Float[Array, "M E"]) -> tuple[Int[Array, "M K"], Float[Array, "M K"]]:
-        """The chosen experts and their weights, from each token's scores."""
-        return sharding.of_rows(self._choose, scores, *self._bias())
-
-    def _bias(self):
-        return [self.bias[...]] if self.config.has_selection_bias else []
-
-    def _choose(self, scores, *bias):
-        choice = self._choice(scores, *bias)
-        experts = lax.top_k(choice, self.config.num_experts_per_tok)[1]
-        return experts, self._weights(scores, experts)
-
-    def _choice(self, scores, bias=None):
-        """The scores by which experts are chosen: biased, and -inf outside the kept groups."""
-        config, choice = self.config, scores
-        if bias is not None:
-            choice = scores + bias[None]
-        if config.n_group > 1:
-            groups = choice.reshape(scores.shape[0], config.n_group, -1)
-            best = 2 if config.scoring_func == "sigmoid" else 1
-            worth = lax.top_k(groups, min(best, groups.shape[-1]))[0].sum(-1)
-            kept = lax.top_k(worth, config.topk_group)[1]
-            allowed = jax.nn.one_hot(kept, config.n_group, dtype=bool).any(1)
-            # -inf, not 0: with its bias a score may be negative, and 0 would win.
-            choice = jnp.where(allowed[..., None], groups, -jnp.inf).reshape(choice.shape)
-        return choice
-
-    def _weights(self, scores, experts):
-        weights = jnp.take_along_axis(scores, experts, axis=-1)
-        if self.config.norm_topk_prob:
-            weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
-        return weights * self.config.routed_scaling_factor
+from mla_jax.ops.hopper.order import in_order
 
 
 class Routing(NamedTuple):
@@ -216,8 +97,34 @@ class MixtureOfExperts(nnx.Module):
         """Every token through its experts and the shared one."""
         with jax.named_scope("router"):
             flat = x.reshape(-1, x.shape[-1])
-            experts, weights, chosen = self.router.route(flat, self.implementation)
+            row = (
+                self._order(flat.dtype, flat.shape[0])
+                if hasattr(self.router, "kept_kernel")
+                else None
+            )
+            experts, weights, chosen = self.router.route(flat, self.implementation, row)
         return self._mix(x, experts, weights, chosen)
+
+    def keep_parts(self) -> None:
+        """Keeps the router's kernel, or its shape, in the order of tokens that kernels ask for.
+
+        Those of stored experts do (`ops.hopper.order`). If the router does, too, the norm before
+        both makes tokens so by its one kernel, as nobody asks for them as they were.
+        """
+        row, kernel = self._order(self.dtype or jnp.bfloat16), self.router.kernel.get_value()
+        if row is None:
+            return
+        ordered = lambda kernel: in_order(kernel.T, row).T  # noqa: E731
+        shapes = isinstance(kernel, jax.ShapeDtypeStruct)
+        kept = jax.eval_shape(ordered, kernel) if shapes else ordered(kernel)
+        self.router.kept_kernel = Kept(kept)
+
+    def _order(self, dtype, tokens=1) -> int | None:
+        """The order in which so many tokens are multiplied with gate and up; None for none."""
+        stored = isinstance(self.gate_proj, Quantised)
+        if not stored or self.implementation not in (None, "pallas_gpu"):
+            return None
+        return self.gate_proj.order_for(dtype, tokens)
 
     def with_routing(
         self, x: Float[Array, "B T D"], valid: Bool[Array, "B T"] | None = None

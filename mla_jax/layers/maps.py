@@ -27,7 +27,7 @@ from mla_jax.layers.memory import Memory
 from mla_jax.layers.mixer import Mixer
 from mla_jax.layers.norm import RMSNorm
 from mla_jax.layers.projection import Projection, apart, kernel_of, together
-from mla_jax.layers.quantised import Quantised, maps_of
+from mla_jax.layers.quantised import Kept, Quantised, maps_of
 from mla_jax.layers.step import check_positions, row_counts
 from mla_jax.ops import dispatch
 from mla_jax.ops.append import append_token
@@ -42,14 +42,6 @@ _LETTERS = {
     "kv_a_proj": ("D", None), "kv_b_proj": ("D", "N", None), "g_proj": ("D", "N", None),
     "o_proj": ("N", None, "D"),
 }  # fmt: skip
-
-
-class Kept(nnx.Variable):
-    """A part of a parameter as it was, for a model that does not change any more.
-
-    >>> isinstance(Kept(jnp.zeros(3)), nnx.Param)
-    False
-    """
 
 
 class LatentMaps(Mixer):

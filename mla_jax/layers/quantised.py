@@ -27,6 +27,15 @@ class Frozen(nnx.Variable):
     """
 
 
+class Kept(nnx.Variable):
+    """A part of a parameter as it was, for a model that does not change any more.
+
+    >>> import jax.numpy as jnp
+    >>> isinstance(Kept(jnp.zeros(3)), nnx.Param)
+    False
+    """
+
+
 class Quantised(nnx.Module):
     """A matrix [M K], or one for every expert [E M K], in torch's order, with scales.
 

@@ -8,16 +8,19 @@ import pytest
 from common import PLAIN, drawn, relative
 from flax import nnx
 
+import mla_jax
+from mla_jax import target
 from mla_jax.layers.experts import (
     MixtureOfExperts,
-    Router,
-    SelectionBias,
     balance_bias,
     expert_load,
     sequence_balance_loss,
 )
+from mla_jax.layers.router import Router, SelectionBias
 from mla_jax.models import DecoderConfig
+from mla_jax.models.rounding import round_weights
 from mla_jax.ops.experts import xla
+from mla_jax.ops.hopper.order import in_order
 
 CONFIG = DecoderConfig(
     attention=PLAIN, moe_intermediate_size=9, n_routed_experts=8, num_experts_per_tok=2,
@@ -35,6 +38,32 @@ def test_the_bias_shifts_the_choice_but_not_the_weights(rng):
     assert relative(weights, np.take_along_axis(expected, np.asarray(experts), 1)) < 1e-6
     first = np.asarray(scores)[np.arange(5), experts[:, 0]]
     np.testing.assert_array_equal(first, weights[:, 0])
+
+
+def test_a_bound_router_takes_tokens_in_the_order_that_the_experts_ask_for(rng, monkeypatch):
+    """That of kernels for few tokens. For more, and unbound, they come as they are."""
+    widths = PLAIN.replace(hidden_size=256)
+    config = CONFIG.replace(attention=widths, moe_intermediate_size=128)
+    layer = MixtureOfExperts(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    round_weights(layer, "float8_e4m3fn")
+    monkeypatch.setattr(target, "current", lambda: target.Target("gpu", "NVIDIA H200", 9.0, 132))
+    bound = mla_jax.bind(layer).model
+    np.testing.assert_array_equal(
+        bound.router.kept_kernel[...], in_order(layer.router.kernel[...].T, 128).T
+    )
+    x = jnp.asarray(rng.standard_normal((3, 256)), jnp.bfloat16)
+    made = bound.router.scores(x, 128)
+    np.testing.assert_allclose(made, layer.router.scores(x), rtol=1e-5)
+    rows, scores = [], Router.scores
+
+    def spy(self, x, row=None):
+        rows.append(row)
+        return scores(self, x, row)
+
+    monkeypatch.setattr(Router, "scores", spy)
+    for each, tokens in ((bound, 64), (bound, 65), (layer, 64)):
+        jax.eval_shape(each, jax.ShapeDtypeStruct((tokens, 1, 256), jnp.bfloat16))
+    assert rows == [128, None, None]
 
 
 def test_an_optimizer_of_parameters_leaves_the_bias_alone(rng):

@@ -11,7 +11,7 @@ from common import PLAIN, drawn, relative
 from flax import nnx
 from jax.flatten_util import ravel_pytree
 
-from mla_jax.layers.experts import SelectionBias
+from mla_jax.layers.router import SelectionBias
 from mla_jax.models import Decoder, DecoderConfig, training_loss
 from mla_jax.ops.experts import xla
 
