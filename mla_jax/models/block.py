@@ -104,7 +104,14 @@ class Block(nnx.Module):
         """
         (store,) = stores
         y, store, relay = self.attention.extend(self.attention_norm(x), store, step, relay)
-        return self._feed_forward(self._add(x, y)), (store,), relay
+        if x.shape[1] != 1:
+            return self._feed_forward(self._add(x, y)), (store,), relay
+        # Not (x + y) + z, which XLA makes of three kernels: the sum that the norm takes is then a
+        # part of the norm's kernel, and where y comes in parts each reader sums them. A prompt
+        # would keep an array more.
+        with jax.named_scope("mlp"):
+            z = self.mlp(self.mlp_norm(self._add(x, y)))
+            return self._add(self._add(x, z), y), (store,), relay
 
     def _add(self, x, y):
         """The sum, y scaled as MiniCPM3 does."""

@@ -257,3 +257,22 @@ def test_a_single_row_may_be_carried_as_equal_ones(form, rng, monkeypatch):
         ):
             assert relative(held, other) < 2e-6
     assert carried[2][1].length.tolist() == [5]
+
+
+@pytest.mark.parametrize(("tokens", "sum_"), [(1, 0.0), (2, 2.0**-25)])
+def test_a_decode_step_adds_what_attention_gives_last(tokens, sum_, monkeypatch):
+    """Then the sum before the MLP has one reader. 1 + 2^-25 is 1 in float32, and 1 - 1 is 0."""
+    model, full = make("sigmoid"), functools.partial(jnp.full, (1, tokens, 24))
+    block, cache, given = model.blocks[1], model.init_cache(1, 4), []
+
+    def mlp(self, h):
+        given.append(h)
+        return full(2.0**-25)
+
+    attention = lambda self, x, store, step, relay: (full(-1.0), store, relay)  # noqa: E731
+    monkeypatch.setattr(block, "scale", 1)
+    monkeypatch.setattr(type(block.attention), "extend", attention)
+    monkeypatch.setattr(type(block.mlp), "__call__", mlp)
+    step = Step.begin(cache, tokens)
+    assert (block.extend(full(1.0), cache.stores[1:2], step)[0] == sum_).all()
+    np.testing.assert_array_equal(given[0], block.mlp_norm(full(0.0)))
