@@ -199,7 +199,7 @@ def compile_append(target, batch, heads, rank, rope, encoding, slots, dtype):
     if encoding is not None:
         arrays["latent_scale"] = ((batch, slots, rank // GROUP), jnp.float32)
     lines = (batch, heads + 1 + rank // rope, rope)
-    call = functools.partial(append, epsilon=1e-6)
+    call = functools.partial(append, heads=heads, epsilon=1e-6)
     lower(target, call, [(lines, dtype), ((rank,), dtype), ((batch,), jnp.int32), arrays])
 
 

@@ -235,7 +235,9 @@ class MultiHeadLatentAttention(LatentMaps):
         if form == "auto":  # a fresh row has nothing but the new tokens to attend to
             form = self._form(tokens, tokens if step.fresh else step.slots)
         absorbed = form == "absorbed"
-        q_rope, own, new = self._appended(q_rope, x, by, latents, view, step, absorbed)
+        queries = q_nope, q_rope
+        queries, own, new = self._appended(queries, x, by, latents, view, step, absorbed)
+        q_nope, q_rope = queries
         every, x = x, step.own(x)
         source, relay = self._handed(own, relay)
         self._check_store(source, batch, {name: self._widths(True)[name] for name in _LATENTS})

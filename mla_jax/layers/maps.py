@@ -259,11 +259,11 @@ class LatentMaps(Mixer):
                 latent = latent * math.sqrt(config.hidden_size / config.kv_lora_rank)
         return {"latent": latent, "k_rope": k_rope}
 
-    def _appended(self, q_rope, x, by, made, view, step, absorbed):
+    def _appended(self, queries, x, by, made, view, step, absorbed):
         """A store with a step's tokens, and these as later ones will find them.
 
         Args:
-            q_rope: the rotary queries, which may come by the same kernel.
+            queries: q_nope and q_rope, which may come by the same kernel.
             x, by, made: as in `_raw_latents`.
             view: of the store.
             step: with slots for the tokens.
@@ -275,9 +275,10 @@ class LatentMaps(Mixer):
         config, new = self.config, {}
         if config.kv_source_layer is None:
             raw = self._raw_latents(x, by, made)
-            appended = self._append_token(q_rope, *raw, view, step) if absorbed else None
+            appended = self._append_token(queries, raw, view, step) if absorbed else None
             if appended is not None:
-                return *appended, {}
+                q_nope, q_rope, own = appended
+                return (step.copied(q_nope), step.copied(q_rope)), own, {}
             new = {name: step.own(array) for name, array in self._normalised(*raw).items()}
         x = step.own(x)
         if config.has_indexer:
@@ -287,19 +288,22 @@ class LatentMaps(Mixer):
             own = view.write(step.place, **new, **nothing)  # `nothing`: see `_widths`
             if "latent" in new:  # new tokens are attended to as later ones will find them
                 new |= own.decode(own.encode({"latent": new["latent"]}))
-        return q_rope, own, new
+        return queries, own, new
 
-    def _append_token(self, q_rope, latent, k_rope, view, step):
-        """Rotary queries and store by `ops.append_token`; None where that does not serve."""
+    def _append_token(self, queries, raw, view, step):
+        """Queries and store by `ops.append_token`; None where that does not serve."""
         norm = getattr(self, "kv_a_norm", None)
         if not isinstance(norm, RMSNorm) or norm.scale is None or self.config.mla_scale_kv_lora:
             return None
         named = dispatch.normalized(self.implementation).get("latent_attention")
         if named not in (None, "pallas_gpu"):
             return None
+        (q_nope, q_rope), (latent, k_rope) = queries, raw
         latent, scale = norm.promote_dtype((latent, norm.scale[...]), dtype=norm.dtype)
         with jax.named_scope("cache_append"):
-            return append_token(q_rope, latent, k_rope, scale, view, step.place, norm.epsilon)
+            return append_token(
+                q_nope, q_rope, latent, k_rope, scale, view, step.place, norm.epsilon
+            )
 
     def remember(
         self,

@@ -1,15 +1,17 @@
-"""What a decode step appends to a cache, and its rotary queries, by two kernels of a Hopper GPU.
+"""What a decode step appends to a cache, and its queries, by two kernels of a Hopper GPU.
 
-XLA makes a kernel of the rotary queries, of the latents' norm, of the scales of latents in 8 bits,
-and of the write of every array; most of these take less time than their start. Here one kernel of
-XLA's puts rotary queries, keys and latents side by side, rotated, as sums of what the projections
-left in parts; and one, `hopper.append`, normalises and writes.
+XLA makes a kernel of either part of the queries, of the latents' norm, of the scales of latents in
+8 bits, and of the write of every array; most of these take less time than their start. Here one
+kernel of XLA's puts rotary queries, keys, latents and the other queries side by side, rotated, as
+sums of what the projections left in parts; and one, `hopper.append`, normalises and writes.
 
 Letters: A rows of activations: B of the cache, or more where a single one comes in copies
-(`dense.copies`); T tokens, N heads, P rope width, R latent width, L = N + 1 + R / P, S slots.
+(`dense.copies`); T tokens, N heads, H nope and P rope width, R latent width, S slots, L lines of P
+numbers: N + 1 + R / P and those of the other queries.
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -26,11 +28,13 @@ from mla_jax.ops.norm import rms_norm
 class _How(NamedTuple):
     """What is known when the program is compiled."""
 
+    heads: int
     epsilon: float
     interpret: Any
 
 
 def append_token(
+    q_nope: Float[Array, "A T N H"],
     q_rope: Float[Array, "A T N P"],
     latent: Float[Array, "A T R"],
     k_rope: Float[Array, "A T P"],
@@ -38,14 +42,15 @@ def append_token(
     store: Store,
     place: Int[Array, "B T"],
     epsilon: float,
-) -> tuple[Float[Array, "B T N P"], Dense] | None:
-    """The rotary queries, and `store.write` of normalised latents; None where no kernel serves.
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N P"], Dense] | None:
+    """The queries, and `store.write` of normalised latents; None where no kernel serves.
 
     There is one on a Hopper GPU for one token of every row and a dense store on one device, of
     latents and rotary keys alone, in 16 bits or latents in float8_e4m3fn. Derivatives are those of
     XLA's way.
 
     Args:
+        q_nope: queries that are not rotated. They are summed with the others where they fill lines.
         q_rope: rotated queries.
         latent: before the norm.
         k_rope: rotated keys.
@@ -60,11 +65,21 @@ def append_token(
     assert isinstance(store, Dense)
     q_rope, latent, k_rope = q_rope[:count], latent[:count], k_rope[:count]
     lines = latent.reshape(count, -1, k_rope.shape[2])
+    rest = _lines(q_nope[:count, 0], k_rope)
     # Behind the barrier XLA does not see what each part is made of, which it would make apart.
-    whole = lax.optimization_barrier(jnp.concatenate([q_rope[:, 0], k_rope, lines], axis=1))
-    how = _How(epsilon, here.interpret)
-    q_rope, store = _append(how, whole, scale.astype(whole.dtype), place[:, 0], store)
-    return q_rope[:, None], store
+    whole = lax.optimization_barrier(jnp.concatenate([q_rope[:, 0], k_rope, lines, rest], axis=1))
+    how = _How(q_rope.shape[2], epsilon, here.interpret)
+    q_rope, rest, store = _append(how, whole, scale.astype(whole.dtype), place[:, 0], store)
+    q_nope = rest.reshape(q_nope[:count].shape) if rest.size else q_nope[:count]
+    return q_nope, q_rope[:, None], store
+
+
+def _lines(query, like):
+    """Queries [B N H] as lines of P numbers, [B 0 P] where they cannot be."""
+    count, width, rope = len(query), math.prod(query.shape[1:]), like.shape[2]
+    # A copy is of up to 256 lines.
+    fits = query.dtype == like.dtype and width % rope == 0 and width // rope <= 256
+    return query.reshape(count, -1, rope) if fits else like[:, :0]
 
 
 def _serves(q_rope, latent, k_rope, store, place, here) -> bool:
@@ -98,8 +113,8 @@ def _append(how: _How, whole, scale, place, store):
     def call(whole, scale, place, store):
         from mla_jax.ops.hopper import append
 
-        q_rope, arrays = append.append(whole, scale, place, store.arrays, **how._asdict())
-        return q_rope, type(store)(arrays)
+        *queries, arrays = append.append(whole, scale, place, store.arrays, **how._asdict())
+        return *queries, type(store)(arrays)
 
     @call.def_vmap
     def _(size, mapped, *arguments):
@@ -113,10 +128,11 @@ def _append(how: _How, whole, scale, place, store):
 
 def _by_xla(how, whole, scale, place, store):
     rank, (count, _, rope) = store.latent.shape[2], store.k_rope.shape
-    key = whole.shape[1] - 1 - rank // rope
-    latent = rms_norm(whole[:, key + 1 :].reshape(count, 1, rank), scale, how.epsilon)
-    store = store.write(place[:, None], latent=latent, k_rope=whole[:, key : key + 1])
-    return whole[:, :key], store
+    q_rope, k_rope, latent, rest = jnp.split(
+        whole, [how.heads, how.heads + 1, how.heads + 1 + rank // rope], axis=1
+    )
+    latent = rms_norm(latent.reshape(count, 1, rank), scale, how.epsilon)
+    return q_rope, rest, store.write(place[:, None], latent=latent, k_rope=k_rope)
 
 
 def _forward(how, whole, scale, place, store):

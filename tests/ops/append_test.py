@@ -24,7 +24,7 @@ SLOTS = 12
 EPSILON = 1e-6
 
 
-def problem(rng, shape=(4, 3, 128, 16), dtype=jnp.bfloat16, encoding=None):
+def problem(rng, shape=(4, 3, 128, 16), dtype=jnp.bfloat16, encoding=None, nope=None):
     """Operands of `append_token` but for epsilon; of B, N, R, P. The second token is dropped."""
     batch, heads, rank, rope = shape
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)  # noqa: E731
@@ -36,8 +36,9 @@ def problem(rng, shape=(4, 3, 128, 16), dtype=jnp.bfloat16, encoding=None):
     # Slots that nobody has written to hold anything, and keep it.
     store = jax.tree.map(lambda x: x.at[:, 1].set(jnp.asarray(jnp.nan).astype(x.dtype)), store)
     place = jnp.asarray(rng.permutation(SLOTS)[:batch, None], jnp.int32).at[1].set(SLOTS)
-    q_rope, latent, k_rope = draw(batch, 1, heads, rope), draw(batch, 1, rank), draw(batch, 1, rope)
-    return q_rope, 3 * latent, k_rope, draw(rank), store, place
+    q_nope, q_rope = (draw(batch, 1, heads, width) for width in (nope or 2 * rope, rope))
+    latent, k_rope = draw(batch, 1, rank), draw(batch, 1, rope)
+    return q_nope, q_rope, 3 * latent, k_rope, draw(rank), store, place
 
 
 def same(one, two):
@@ -48,10 +49,10 @@ def same(one, two):
         np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
 
 
-def by_hand(q_rope, latent, k_rope, scale, store, place):
+def by_hand(q_nope, q_rope, latent, k_rope, scale, store, place):
     norm = RMSNorm(scale.size, epsilon=EPSILON, param_dtype=scale.dtype, rngs=nnx.Rngs(0))
     norm.scale.set_value(scale)
-    return q_rope, store.write(place, latent=norm(latent), k_rope=k_rope)
+    return q_nope, q_rope, store.write(place, latent=norm(latent), k_rope=k_rope)
 
 
 def by_kernel(*operands):
@@ -60,19 +61,19 @@ def by_kernel(*operands):
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype", "encoding"),
+    ("shape", "dtype", "encoding", "nope"),
     [
-        ((4, 3, 128, 16), jnp.bfloat16, None),
-        ((1, 1, 384, 64), jnp.float16, None),
-        ((3, 5, 256, 64), jnp.bfloat16, FP8),
+        ((4, 3, 128, 16), jnp.bfloat16, None, 32),
+        ((1, 1, 384, 64), jnp.float16, None, 40),  # which fill no lines
+        ((3, 5, 256, 64), jnp.bfloat16, FP8, 64),
     ],
 )
-def test_the_kernel_writes_what_xla_writes(shape, dtype, encoding, rng):
+def test_the_kernel_writes_what_xla_writes(shape, dtype, encoding, nope, rng):
     batch = shape[0]
-    problem_ = problem(rng, (max(batch, 2), *shape[1:]), dtype, encoding)
-    latent = problem_[1].at[0, 0, :128].multiply(1e-3)  # groups get scales of their own
+    problem_ = problem(rng, (max(batch, 2), *shape[1:]), dtype, encoding, nope)
+    latent = problem_[2].at[0, 0, :128].multiply(1e-3)  # groups get scales of their own
     latent = latent.at[-1, 0, 5].set(jnp.nan)
-    operands = (problem_[0], latent, *problem_[2:])
+    operands = (*problem_[:2], latent, *problem_[3:])
     same(by_kernel(*operands), by_hand(*operands))
 
 
@@ -85,7 +86,7 @@ def test_copies_of_the_only_token_are_left_out(rng):
 
 def test_derivatives_are_those_of_xlas_way(rng):
     *operands, place = problem(rng)
-    operands[4] = jax.tree.map(lambda x: jnp.nan_to_num(x), operands[4])
+    operands[5] = jax.tree.map(lambda x: jnp.nan_to_num(x), operands[5])
     cotangents = jax.tree.map(lambda x: jnp.cos(x), by_hand(*operands, place))
     found = [
         jax.block_until_ready(jax.vjp(lambda *x: way(*x, place), *operands)[1](cotangents))  # noqa: B023
@@ -97,7 +98,7 @@ def test_derivatives_are_those_of_xlas_way(rng):
 def test_fp8_has_no_derivative(rng):
     *operands, place = problem(rng, encoding=FP8)
     with pytest.raises(NotImplementedError, match="has no derivative"):
-        jax.grad(lambda x: by_kernel(operands[0], x, *operands[2:], place)[0].sum())(operands[1])
+        jax.grad(lambda x: by_kernel(*operands[:2], x, *operands[3:], place)[1].sum())(operands[2])
 
 
 def test_vmap_is_xlas_way(rng):
@@ -105,7 +106,7 @@ def test_vmap_is_xlas_way(rng):
     *arrays, scale, store, place = jax.tree.map(
         lambda x: x if x.ndim < 2 else x.reshape(2, 2, *x.shape[1:]), operands
     )
-    axes = (0, 0, 0, None, 0, 0)
+    axes = (0, 0, 0, 0, None, 0, 0)
     made = jax.vmap(by_kernel, in_axes=axes)(*arrays, scale, store, place)
     made = jax.tree.map(lambda x: x.reshape(4, *x.shape[2:]), made)
     same(made, by_hand(*operands))
@@ -135,7 +136,7 @@ def test_what_it_serves(rng):
     jax.eval_shape(
         jax.shard_map(
             lambda *x: found.append(served(*x)),
-            mesh=mesh, in_specs=(rows, rows, rows, jax.P(), rows, rows), out_specs=None,
+            mesh=mesh, in_specs=(*[rows] * 4, jax.P(), rows, rows), out_specs=None,
         ),
         *arrays, scale, store, place,
     )  # fmt: skip
@@ -174,16 +175,17 @@ def test_native(shape, encoding, rng):
     assert not target.current().interpret
     made = jax.jit(lambda *x: append_token(*x, EPSILON))(*operands)
     right = by_hand(*operands)
-    np.testing.assert_array_equal(made[0], right[0])
+    for queries, given in zip(made[:2], right[:2], strict=True):
+        np.testing.assert_array_equal(queries, given)
     place = np.asarray(operands[-1])[:, 0]
-    for store, other in ((made[1], right[1]), (right[1], made[1])):
+    for store, other in ((made[2], right[2]), (right[2], made[2])):
         for name in store.arrays:
             one, two = (np.asarray(s.arrays[name], np.float32) for s in (store, other))
             untouched = np.arange(SLOTS)[None] != place[:, None]
             np.testing.assert_array_equal(one[untouched], two[untouched])
     values = [
         {name: np.asarray(x, np.float32) for name, x in store.block(0, SLOTS).items()}
-        for store in (made[1], right[1])
+        for store in (made[2], right[2])
     ]
     np.testing.assert_array_equal(values[0]["k_rope"], values[1]["k_rope"])
     rows = np.flatnonzero(place < SLOTS)

@@ -3,8 +3,8 @@
 A thread block takes one row. It waits for nothing but its own loads, so that all of it takes little
 longer than one of the kernels that XLA makes of the norm, the scales and the write of every array.
 
-Letters: B batch rows, N heads, P rope width, R latent width, L = N + 1 + R / P lines, S slots,
-C groups of 128 latent channels.
+Letters: B batch rows, N heads, P rope width, R latent width, L lines, at least N + 1 + R / P,
+S slots, C groups of 128 latent channels.
 """
 
 import functools
@@ -25,44 +25,53 @@ from mla_jax.ops.hopper.merge import like
 _MOST = 4  # numbers that a thread loads at once
 
 
-@functools.partial(jax.jit, static_argnames=("epsilon", "interpret"))
+@functools.partial(jax.jit, static_argnames=("heads", "epsilon", "interpret"))
 def append(
     whole: Float[Array, "B L P"],
     scale: Float[Array, "R"],
     place: Int[Array, "B"],
     arrays: dict[str, Array],
     *,
+    heads: int,
     epsilon: float,
     interpret: Any = None,
-) -> tuple[Float[Array, "B N P"], dict[str, Array]]:
-    """The rotary queries of every row, and a store's arrays with its token; they are written to.
+) -> tuple[Float[Array, "B N P"], Float[Array, "B _ P"], dict[str, Array]]:
+    """The queries of every row, and a store's arrays with its token; they are written to.
 
     Args:
-        whole: of each row N rotary queries, the rotary key, and the latent before its norm.
+        whole: of each row N rotary queries, the rotary key, the latent before its norm, and the
+            other queries, up to 256 lines or none.
         scale: of the norm.
         place: the slot of each row's token; at S or beyond it is dropped.
         arrays: latent [B S R], k_rope [B S P]; and where latents are in 8 bits, latent_scale
             [B S C].
+        heads: N.
         epsilon: of the norm.
         interpret: parameters of the interpreter, to run on a CPU.
     """
     names, (batch, slots, rank) = list(arrays), arrays["latent"].shape
     held_in, (_, lines, rope) = arrays["latent"].dtype, whole.shape
-    heads = lines - 1 - rank // rope
+    first = heads + 1 + rank // rope
+    parts = [(0, heads), *([(first, lines - first)] if lines > first else [])]
 
     def body(whole_ref, flat_ref, scale_ref, place_ref, *refs):
         held = dict(zip(names, refs[: len(names)], strict=True))
-        query_ref, query, key, numbers, scales, copied = refs[len(names) :]
+        out_refs, (key, numbers, scales, copied, *queries) = (
+            refs[len(names) : len(names) + len(parts)],
+            refs[len(names) + len(parts) :],
+        )
         row = lax.axis_index("row")
         slot = place_ref[row]
-        plgpu.copy_gmem_to_smem(whole_ref.at[row, pl.ds(0, heads)], query, copied)
+        for query, (begin, count) in zip(queries, parts, strict=True):
+            plgpu.copy_gmem_to_smem(whole_ref.at[row, pl.ds(begin, count)], query, copied)
         plgpu.copy_gmem_to_smem(flat_ref.at[row, pl.ds(heads * rope, rope)], key, copied)
         latent = _load(flat_ref.at[row, pl.ds((heads + 1) * rope, rank)]).astype(jnp.float32)
         factors = _load(scale_ref).astype(jnp.float32)
         mean = (latent * latent).sum() * (1 / rank)
         latent = (latent * lax.rsqrt(mean + epsilon) * factors).astype(whole.dtype)
         plgpu.barrier_wait(copied)
-        plgpu.copy_smem_to_gmem(query, query_ref.at[row])
+        for query, out_ref in zip(queries, out_refs, strict=True):
+            plgpu.copy_smem_to_gmem(query, out_ref.at[row])
 
         @pl.when(slot < slots)
         def _():
@@ -86,13 +95,13 @@ def append(
 
     kernel = plgpu.kernel(
         body,
-        out_type=like(whole, (batch, heads, rope), whole.dtype),
+        out_type=[like(whole, (batch, count, rope), whole.dtype) for _, count in parts],
         scratch_types=[
-            plgpu.SMEM((heads, rope), whole.dtype),
             plgpu.SMEM((rope,), whole.dtype),
             plgpu.SMEM((rank,), jnp.float32),
             plgpu.SMEM((GROUP,), jnp.float32),
-            plgpu.Barrier(num_arrivals=2),
+            plgpu.Barrier(num_arrivals=1 + len(parts)),
+            *[plgpu.SMEM((count, rope), whole.dtype) for _, count in parts],
         ],
         grid=(batch,),
         grid_names=("row",),
@@ -102,12 +111,14 @@ def append(
 
     def run(whole, scale, place, *held):
         refs = [jax.new_ref(array) for array in held]
-        query = kernel(whole, whole.reshape(len(whole), -1), scale, place, *refs)
-        return query, *(jax.freeze(ref) for ref in refs)
+        queries = kernel(whole, whole.reshape(len(whole), -1), scale, place, *refs)
+        return *queries, *(jax.freeze(ref) for ref in refs)
 
     run = guard.unsplit(run, "append_token", interpret)
-    query, *written = run(whole, scale, place, *arrays.values())
-    return query, dict(zip(names, written, strict=True))
+    made = run(whole, scale, place, *arrays.values())
+    queries, written = made[: len(parts)], made[len(parts) :]
+    rest = queries[1] if len(parts) > 1 else whole[:, first:]
+    return queries[0], rest, dict(zip(names, written, strict=True))
 
 
 def _layout(size: int):
