@@ -148,8 +148,8 @@ def linears(
 
     `ordered` is as in `down`.
     """
-    outputs = [kernel.shape[1 if isinstance(kernel, Weight) else 2] for kernel in kernels]
-    parts, steps, count = sum(-(-n // WIDTH) for n in outputs), _steps(kernels[0]), len(kernels)
+    parts = sum(-(-_outputs(kernel) // WIDTH) for kernel in kernels)
+    steps, count = _steps(kernels[0]), len(kernels)
     # As many items as multiprocessors, or nearly, each of at least two steps.
     fitting = [n for n in range(1, steps // 2 + 1) if steps % n == 0 and n * parts <= plan.cores]
     split = max(fitting, default=1)
@@ -166,6 +166,11 @@ def _steps(kernel: Kernel) -> int:
     """Steps of all of K; copies past its end bring zeros."""
     stored = isinstance(kernel, Weight)
     return -(-kernel.shape[2 if stored else 1] // DEPTH[1 if stored else 2])
+
+
+def _outputs(kernel: Kernel) -> int:
+    """N: a layer's matrix is [K N], a checkpoint's [N K]."""
+    return kernel.shape[1 if isinstance(kernel, Weight) else 2]
 
 
 def _summed(made, split, plan):
@@ -227,9 +232,12 @@ def _products(
     stages = min(_MOST, _ROOM // (depth * (2 * rows + size * WIDTH * blocks)))
     if plan.interpret:  # every room of every stage is a slow one there
         stages = 3
+    if chosen is None:  # as many as are ever filled: each has barriers to be made at the start
+        each = [(group[0], split) for group, split in zip(groups, splits, strict=True)]
+        items = sum(-(-_outputs(kernel) // WIDTH) * split for kernel, split in each)
+        steps = max(_steps(kernel) // split for kernel, split in each)
+        stages = min(stages, steps * -(-items // plan.cores))
     values = [kernel.values if stored else kernel for group in groups for kernel in group]
-    # A layer's matrix is [K N], a checkpoint's [N K].
-    outputs = 1 if stored else 2
     scales = [kernel.scale for group in groups for kernel in group] if stored else []
     by_row = stored and groups[0][0].block[1] is None
     if by_row:
@@ -243,7 +251,7 @@ def _products(
     result = wide if result is None else result
     copies = [*splits] if chosen is None else [chosen.owner.shape[0], *splits[1:]]
     out = [
-        like(x, (count * rows, group[0].shape[outputs]), result)
+        like(x, (count * rows, _outputs(group[0])), result)
         for x, group, count in zip(xs, groups, copies, strict=True)
     ]
     cut = 1 if one_x else parts
@@ -258,7 +266,7 @@ def _products(
         for p in (*range(1, parts), 0):  # the experts' items come last: their number is not known
             own, kernel = slice(p * blocks, (p + 1) * blocks), groups[p][0]
             steps = _steps(kernel)
-            columns = -(-kernel.shape[outputs] // WIDTH)
+            columns = -(-_outputs(kernel) // WIDTH)
             part = _Part(
                 x=x_refs[0 if one_x else p],
                 values=value_refs[own],

@@ -116,6 +116,18 @@ def check_linear(kind, rng, rows=8, cores=4, interpret=INTERPRET):
             assert relative(y, np.asarray(x, np.float64) @ right[0]) < tolerance(1)
 
 
+def test_a_linear_has_as_many_stages_as_a_thread_block_takes_steps(rng, monkeypatch):
+    """116 of four steps each; where there are few thread blocks, as many as there is room for."""
+    rings, own = [], few.Ring
+    monkeypatch.setattr(few, "Ring", lambda *fields: rings.append(own(*fields)) or rings[-1])
+    x = jnp.zeros((8, 2048), jnp.bfloat16)
+    kernels = tuple(weight("e4m3", (1, 2048, n), rng)[0] for n in (3072, 576))
+    for cores in (132, 2):
+        run = lambda x: few.linears(x, kernels, plan=few.Plan(8, cores))  # noqa: B023, E731
+        jax.eval_shape(run, x)
+    assert [ring.stages for ring in rings] == [4, 10]
+
+
 @pytest.mark.parametrize("kind", ["plain", "e4m3", "int8"])
 def test_a_linear_whose_inputs_are_shared_out(kind, rng):
     check_linear(kind, rng)
