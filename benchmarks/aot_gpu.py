@@ -61,7 +61,7 @@ SPILLS = {
 }
 CHOICES = ((16, 1, 64, 128, 65536, 2048), (1, 256, 64, 128, 32768, 2048), (3, 3, 8, 64, 5000, 100))
 # B, T, J, I, S, K
-ROUTERS = ((8, 64, 6), (64, 256, 8))  # M, E, K
+ROUTERS = ((8, 64, 6), (64, 256, 8), (8, 64, 6, 16), (16, 128, 8, 16))  # M, E, K; parts
 APPENDS = ((1, 16, 512, 64, None), (64, 128, 512, 64, "float8_e4m3fn"))  # B, N, R, P, encoding
 WITHOUT_PRODUCTS = ("mla_select", "choose_experts", "append_token")
 SERIALISED = {"C7510", "C7511", "C7512", "C7513"}
@@ -186,10 +186,12 @@ def compile_choice(target, batch, tokens, heads, width, slots, count, dtype):
     lower(target, call, arguments)
 
 
-def compile_router(target, tokens, experts, count):
-    """Compiles a router's choice; leaves its PTX in DUMP."""
-    call = lambda scores: choice.choose(scores, count)  # noqa: E731
-    lower(target, call, [((tokens, experts), jnp.float32)])
+def compile_router(target, tokens, experts, count, parts=None):
+    """Compiles a router's choice, by scores or by parts of logits; leaves its PTX in DUMP."""
+    make = choice.choose if parts is None else choice.choose_by_parts
+    call = lambda given: make(given, count)  # noqa: E731
+    shape = (tokens, experts) if parts is None else (parts, tokens, experts)
+    lower(target, call, [(shape, jnp.float32)])
 
 
 def compile_append(target, batch, heads, rank, rope, encoding, slots, dtype):

@@ -15,7 +15,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from mla_jax import sharding
-from mla_jax.ops.experts import choose
+from mla_jax.layers.quantised import Kept
+from mla_jax.ops.experts import choose, route
 from mla_jax.ops.experts.tiles import Chosen
 from mla_jax.ops.hopper.order import in_order
 
@@ -79,6 +80,8 @@ class Router(nnx.Module):
         rngs: for the kernel [D E].
     """
 
+    kept_kernel: Kept  # of a bound model: see `MixtureOfExperts.keep_parts`
+
     def __init__(self, config: ExpertsConfig, *, rngs: nnx.Rngs):
         self.config = config
         count = (config.n_routed_experts or 0) + config.zero_expert_num
@@ -93,11 +96,16 @@ class Router(nnx.Module):
         With `row`, which is that of `kept_kernel`, x is brought into its order before it is
         multiplied: for a step that asks for x in this order anyway.
         """
-        kernel = self.kernel[...] if row is None else self.kept_kernel[...]
-        x = x if row is None else in_order(x, row)
+        x, kernel = self._operands(x, row)
         logits = jnp.dot(x.astype(jnp.float32), kernel, precision="highest")
         sigmoid = self.config.scoring_func == "sigmoid"
         return jax.nn.sigmoid(logits) if sigmoid else jax.nn.softmax(logits, axis=-1)
+
+    def _operands(self, x, row):
+        """X and the kernel, both in an order or none."""
+        if row is None:
+            return x, self.kernel[...]
+        return in_order(x, row), self.kept_kernel[...]
 
     def __call__(self, x: Float[Array, "M D"]) -> tuple[Int[Array, "M K"], Float[Array, "M K"]]:
         """The chosen experts of every token, best first, and their weights."""
@@ -110,6 +118,13 @@ class Router(nnx.Module):
 
         `row` is as in `scores`.
         """
+        config = self.config
+        plain = config.scoring_func == "softmax" and config.n_group == 1
+        if plain and not config.has_selection_bias:
+            made = route(*self._operands(x, row), config.num_experts_per_tok, implementation)
+            if made is not None:
+                experts, weights, chosen = made
+                return experts, self._scaled(weights), chosen
         scores = self.scores(x, row)
         if sharding.mesh_of(scores) is not None:
             return *self.choose(scores), None
@@ -145,7 +160,9 @@ class Router(nnx.Module):
         return choice
 
     def _weights(self, scores, experts):
-        weights = jnp.take_along_axis(scores, experts, axis=-1)
+        return self._scaled(jnp.take_along_axis(scores, experts, axis=-1))
+
+    def _scaled(self, weights):
         if self.config.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
         return weights * self.config.routed_scaling_factor

@@ -114,6 +114,22 @@ def choose(
     return lax.top_k(scores, count)[1], None
 
 
+def route(
+    x: Float[Array, "M D"],
+    kernel: Float[Array, "D E"],
+    count: int,
+    implementation: str | None = None,
+) -> tuple[Int[Array, "M {count}"], Float[Array, "M {count}"], Chosen] | None:
+    """`choose` of the softmax of x times a router's kernel, in float32, and the scores of that.
+
+    None where no kernel makes all of that of a product in parts: there is one on Hopper, for up to
+    16 tokens and 128 experts.
+    """
+    if implementation not in (None, "pallas_gpu") or sharding.mesh_of((x, kernel)) is not None:
+        return None
+    return hopper.route(x, kernel, count, targets.current())
+
+
 def takes_shared(
     x: Float[Array, "M D"],
     experts: Int[Array, "M K"],

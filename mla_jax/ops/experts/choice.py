@@ -5,10 +5,15 @@ Here both are one thread block, which takes little longer than its start. Its fi
 chooses: the best score of every token, K times. Then all warpgroups make the table, each for 64
 experts at a time.
 
-Letters: M tokens, K experts per token, E experts.
+For few tokens the product behind the scores leaves sums in parts, as those of XLA do, which takes
+one kernel more to add them and to make a softmax of them: here that is done by the same thread
+block.
+
+Letters: M tokens, K experts per token, E experts, L parts of a sum.
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -49,18 +54,8 @@ def choose(
             # Rows of no token hold anything. Nobody reads what is chosen for them.
             plgpu.copy_gmem_to_smem(scores_ref, scores_smem.at[pl.ds(0, tokens)], copied)
             plgpu.barrier_wait(copied)
-            bits = lax.bitcast_convert_type(
-                plgpu.load(scores_smem, layout=_TILE, optimized=False), jnp.int32
-            )
-            # Integers in the order of the numbers, -NaN first and NaN last.
-            key = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-            key = jnp.maximum(key, _LOWEST + 1)
-            index = plgpu.broadcasted_iota(jnp.int32, key.shape, 1, layout=_TILE)
-            for k in range(count):
-                best = _wide(key.max(1), groups)
-                # The first index of several is the largest distance from the end.
-                at = groups - jnp.where(key == best, groups - index, 0).max(1)
-                key = jnp.where(index == _wide(at, groups), _LOWEST, key)
+            scores = plgpu.load(scores_smem, layout=_TILE, optimized=False)
+            for k, (at, _) in enumerate(_best(scores, count)):
                 pairs_ref[k] = at
                 picked_ref[:, k] = at
 
@@ -68,9 +63,7 @@ def choose(
         load = lambda i: pairs_ref[lax.rem(i, count), lax.div(i, count)]  # noqa: E731
         _table(load, tokens * count, groups, warpgroups, (*of_table, met))
 
-    places, parts = _sizes(tokens * count, groups)
-    warpgroups = min(parts, 2)  # with more, a thread has no room for a tile of many scores
-    parts = -(-parts // warpgroups) * warpgroups
+    places, parts, warpgroups = _cut(tokens * count, groups)
     picked, owner, rank = _launch(
         body,
         [(ROWS, count), (places * ROWS,), ((parts + 1) * ROWS,)],
@@ -86,6 +79,75 @@ def choose(
         scores,
     )
     return picked[:tokens], Chosen(owner, rank)
+
+
+@functools.partial(jax.jit, static_argnames=("count", "interpret"))
+def choose_by_parts(
+    logits: Float[Array, "L M E"], count: int, *, interpret: Any = None
+) -> tuple[Int[Array, "M K"], Float[Array, "M K"], Chosen]:
+    """`choose` of a softmax of logits that come as parts of their sums, and the scores of that.
+
+    M times E is a multiple of 128.
+    """
+    terms, tokens, groups = logits.shape
+    layout = plgpu.Layout.WG_STRIDED((tokens, groups), math.gcd(tokens * groups // 128, 4))
+
+    def body(logits_ref, picked_ref, weight_ref, *refs):
+        *of_table, met, tile, pairs_ref = refs
+
+        @pl.when(lax.axis_index("wg") == 0)
+        def _():
+            part = lambda i: plgpu.load(logits_ref.at[i], layout=layout, optimized=False)  # noqa: E731
+            total = part(0)
+            for i in range(1, terms):
+                total += part(i)
+            tile[pl.ds(0, tokens)] = total  # rows of no token hold anything
+            found = plgpu.load(tile, layout=_TILE, optimized=False)
+            scores = jnp.exp(found - _wide(found.max(1), groups))
+            scores = scores / _wide(scores.sum(1), groups)
+            for k, (at, best) in enumerate(_best(scores, count)):
+                pairs_ref[k] = at
+                picked_ref[:, k] = at
+                weight_ref[:, k] = best
+
+        _meet(met.at[2])
+        load = lambda i: pairs_ref[lax.rem(i, count), lax.div(i, count)]  # noqa: E731
+        _table(load, tokens * count, groups, warpgroups, (*of_table, met))
+
+    places, parts, warpgroups = _cut(tokens * count, groups)
+    f32 = jnp.float32
+    picked, weights, owner, rank = _launch(
+        body,
+        [(ROWS, count), (ROWS, count, f32), (places * ROWS,), ((parts + 1) * ROWS,)],
+        [
+            *_scratch(parts, warpgroups),
+            plgpu.SMEM((ROWS, groups), f32),
+            plgpu.SMEM((count, ROWS), jnp.int32),
+        ],
+        warpgroups,
+        "choose_experts",
+        interpret,
+        logits,
+    )
+    return picked[:tokens], weights[:tokens], Chosen(owner, rank)
+
+
+def _best(scores, count):
+    """The places and the values [64] of the best scores of a tile's rows, one after the other."""
+    groups = scores.shape[1]
+    # Integers in the order of the numbers, -NaN first and NaN last.
+    key = jnp.maximum(_turned(lax.bitcast_convert_type(scores, jnp.int32)), _LOWEST + 1)
+    index = plgpu.broadcasted_iota(jnp.int32, key.shape, 1, layout=_TILE)
+    for _ in range(count):
+        best = key.max(1)
+        # The first index of several is the largest distance from the end.
+        at = groups - jnp.where(key == _wide(best, groups), groups - index, 0).max(1)
+        key = jnp.where(index == _wide(at, groups), _LOWEST, key)
+        yield at, lax.bitcast_convert_type(_turned(best), jnp.float32)
+
+
+def _turned(bits):
+    return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 @functools.partial(jax.jit, static_argnames=("groups", "interpret"))
@@ -107,6 +169,13 @@ def _sizes(pairs, groups):
     return -(-min(groups, pairs) // ROWS), -(-groups // ROWS)
 
 
+def _cut(pairs, groups):
+    """The tiles of places and of experts, and the warpgroups, of a choice and its table."""
+    places, parts = _sizes(pairs, groups)
+    warpgroups = min(parts, 2)  # with more, a thread has no room for a tile of many scores
+    return places, -(-parts // warpgroups) * warpgroups, warpgroups
+
+
 def _scratch(parts, warpgroups):
     return [
         plgpu.SMEM((parts * ROWS,), jnp.int32),
@@ -118,7 +187,7 @@ def _scratch(parts, warpgroups):
 def _launch(body, shapes, scratch, warpgroups, name, interpret, operand):
     kernel = plgpu.kernel(
         body,
-        out_type=[like(operand, shape, jnp.int32) for shape in shapes],
+        out_type=[like(operand, shape[:2], (*shape[2:], jnp.int32)[0]) for shape in shapes],
         scratch_types=scratch,
         grid=(1,),
         grid_names=("block",),

@@ -29,6 +29,7 @@ from mla_jax.ops.hopper import multiprocessors, not_hopper
 from mla_jax.ops.weights import Weight, matmul
 from mla_jax.target import Target
 
+_PARTS = 16  # in which a router's product leaves its sums, as many as XLA has it done by at once
 _INTERPRETED_CORES = 2  # enough to share work, few enough to be interpreted on a CPU
 
 
@@ -113,6 +114,44 @@ def choose(scores, count: int, target: Target):
         return None
     # The choice has no derivative, and the kernel has no rule.
     return _choice().choose(lax.stop_gradient(scores), count, interpret=target.interpret)
+
+
+def route(x, kernel, count: int, target: Target):
+    """See `ops.experts.route`; None where no kernel serves."""
+    (tokens, width), groups = x.shape, kernel.shape[1]
+    if not_hopper(target) or _modules() is None or not isinstance(tokens, int):
+        return None
+    # One thread block reads all parts, with a row of scores in registers.
+    few = 1 <= tokens <= 16 and 1 <= count <= groups <= 128 and groups % 8 == 0
+    if not few or tokens * groups % 128 or width % _PARTS:
+        return None
+    cut = x.astype(jnp.float32).reshape(tokens, _PARTS, -1)
+    kernel = kernel.reshape(_PARTS, -1, groups)
+    parts = jnp.einsum("MLc,LcE->LME", cut, kernel, precision="highest")
+    return _routed(count, target.interpret, parts)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _routed(count, interpret, parts):
+    return _choice().choose_by_parts(parts, count, interpret=interpret)
+
+
+def _routed_forward(count, interpret, parts):
+    made = _routed(count, interpret, parts)
+    return made, (parts, made[0])
+
+
+def _routed_backward(count, interpret, residuals, cotangents):
+    del count, interpret
+    parts, experts = residuals
+
+    def weights(parts):
+        return jnp.take_along_axis(jax.nn.softmax(parts.sum(0)), experts, axis=-1)
+
+    return jax.vjp(weights, parts)[1](cotangents[1])
+
+
+_routed.defvjp(_routed_forward, _routed_backward)
 
 
 def run(
