@@ -9,8 +9,8 @@ does instead on a CPU. It reads dense caches, and paged ones through their table
 rows a batch row, of ranks (512, 64), have a kernel of their own, `few.py` with `columns.py`.
 Latents in fp8 with scales have two: `scaled.py` with `dequantise.py`, and of few query rows
 `few_scaled.py` with `fragments.py` and `queries.py`. So has attention to chosen slots,
-`gathered.py` with `copies.py`, which `chosen.py` calls. All are forward only: derivatives are those of the XLA
-backend.
+`gathered.py` with `copies.py`, which `chosen.py` calls. All are forward only: derivatives are those
+of the XLA backend.
 
 The kernel's thread blocks wait for each other where they share a batch row, so all of them must be
 on the device at once: their number never exceeds the multiprocessors that the device reports, but
