@@ -155,8 +155,8 @@ def _by_kernel(plan, precision, x, weights):
     del precision
     from mla_jax.ops.experts import few
 
-    rows = jnp.pad(x, ((0, plan.rows - x.shape[0]), (0, 0)))
-    made = few.linears(rows, tuple(weight.stacked() for weight in weights), plan=plan)
+    kernels = tuple(weight.stacked() for weight in weights)
+    made = few.linears(few.padded(x, kernels, plan), kernels, plan=plan)
     return tuple(y[: x.shape[0]] for y in made)
 
 

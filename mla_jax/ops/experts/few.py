@@ -32,7 +32,7 @@ from jaxtyping import Array, Float
 from mla_jax.ops.experts.ring import Plan, Ring, launch, swizzled
 from mla_jax.ops.experts.tiles import Chosen
 from mla_jax.ops.hopper.merge import like
-from mla_jax.ops.hopper.order import in_order
+from mla_jax.ops.hopper.order import in_order, restored
 from mla_jax.ops.hopper.widen import all_have_read, widened
 from mla_jax.ops.weights import Weight
 
@@ -71,6 +71,19 @@ def order_of(kernels: Sequence[Kernel]) -> int | None:
     """
     by_block = all(isinstance(k, Weight) and k.block[1] is not None for k in kernels)
     return row_of(kernels) if by_block else None
+
+
+def padded(x: Float[Array, "B K"], kernels: Sequence[Kernel], plan: Plan) -> Float[Array, "M K"]:
+    """X with rows of zeros behind, for products with these kernels.
+
+    Where they ask for an order x is brought into it before: what makes x may then do that, and what
+    else takes x in order has it from there.
+    """
+    behind = ((0, plan.rows - len(x)), (0, 0))
+    if not isinstance(kernels[0], Weight):
+        return jnp.pad(x, behind)
+    row = row_of(kernels)
+    return restored(jnp.pad(in_order(x, row), behind), row)
 
 
 def row_of(kernels: Sequence[Kernel]) -> int:

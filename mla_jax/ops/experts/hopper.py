@@ -194,7 +194,7 @@ def _of_few(plan, call: Call, target: Target, x, experts, weights, kernels, chos
             chosen = _choice().chosen_experts(experts, count, interpret=plan.interpret)
         elif chosen is None:
             chosen = chosen_experts(experts, count)
-        rows = jnp.pad(x, ((0, plan.rows - tokens), (0, 0)))
+        rows = _few().padded(x, [kernel for pair in groups for kernel in pair], plan)
         place = chosen.rank[jnp.minimum(experts, count - 1)] * plan.rows
         place = place + jnp.arange(tokens, dtype=jnp.int32)[:, None]
     else:
@@ -251,8 +251,7 @@ def gated(plan, x, kernels):
     `plan` is of `few_plan`.
     """
     gate, up, down = kernels
-    rows = jnp.pad(x, ((0, plan.rows - len(x)), (0, 0)))
-    order = _few().order_of((down,))
+    rows, order = _few().padded(x, (gate, up), plan), _few().order_of((down,))
     (hidden,) = _few().gate_up(rows, ((gate, up),), None, plan=plan, order=order)
     (y,) = _few().linears(hidden, (down,), plan=plan, ordered=order is not None)
     return y[: len(x)]

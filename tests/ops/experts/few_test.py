@@ -22,7 +22,7 @@ from mla_jax.layers.quantised import Quantised, maps_of
 from mla_jax.ops.experts import choose, few, gated_mlp, hopper, routed_experts, takes_shared
 from mla_jax.ops.experts.tiles import Chosen, chosen_experts
 from mla_jax.ops.hopper import widen
-from mla_jax.ops.hopper.order import in_order
+from mla_jax.ops.hopper.order import in_order, restored
 from mla_jax.ops.weights import Weight
 
 INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
@@ -114,6 +114,17 @@ def check_linear(kind, rng, rows=8, cores=4, interpret=INTERPRET):
         made = few.linears(x, kernels, plan=few.Plan(rows, cores, interpret))
         for y, right in zip(jax.block_until_ready(made), exact, strict=True):
             assert relative(y, np.asarray(x, np.float64) @ right[0]) < tolerance(1)
+
+
+@pytest.mark.parametrize(("kind", "inputs"), [("e4m3", 256), ("int8", 192)])
+def test_rows_are_brought_into_order_before_others_are_put_behind(kind, inputs, rng):
+    """So nothing is left to do where they are made in order."""
+    x = jnp.asarray(rng.standard_normal((5, inputs)), jnp.bfloat16)
+    kernels, plan = (weight(kind, (1, inputs, 64), rng)[0],), few.Plan(8, 2)
+    np.testing.assert_array_equal(few.padded(x, kernels, plan), jnp.pad(x, ((0, 3), (0, 0))))
+    row = few.row_of(kernels)
+    given = lambda x: in_order(few.padded(restored(x, row), kernels, plan), row)  # noqa: E731
+    assert "transpose" not in jax.jit(given).lower(x).compile().as_text()
 
 
 def test_a_linear_has_as_many_stages_as_a_thread_block_takes_steps(rng, monkeypatch):
