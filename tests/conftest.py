@@ -1,8 +1,11 @@
+import atexit
 import contextlib
 import gc
 import importlib.util
 import os
 import pathlib
+import shutil
+import tempfile
 
 # The GPU kernels' interpreter runs every warpgroup in a thread of XLA's pool: more than small
 # machines have.
@@ -12,6 +15,12 @@ os.environ["XLA_FLAGS"] = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
     + os.environ.get("XLA_FLAGS", "")  # what the user has set comes last and wins
 )
+# Programs that one process or test has compiled serve all others of this run.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="mla_jax_tests_")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import annotations
 import jax
@@ -25,6 +34,9 @@ collect_ignore_glob = ["testdata/*"]  # scripts that need torch made what is the
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Tracing makes many objects: looking through them at the usual rate takes up to a tenth of the time.
+gc.set_threshold(50_000, 10, 10)
 
 _raises = pytest.raises
 
