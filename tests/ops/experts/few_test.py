@@ -33,6 +33,10 @@ def tolerance(roundings):
     return (roundings / 3) ** 0.5 * 2.0**-8
 
 
+# One program, where each of its operations would be one.
+dense = jax.jit(lambda stored: stored.dense(jnp.float32))
+
+
 def weight(kind, shape, rng):
     """A kernel [E K N], or the like [E N K] as it is stored; and its numbers [E K N] in float64."""
     count, inputs, outputs = shape
@@ -48,7 +52,7 @@ def weight(kind, shape, rng):
     size = inputs**-0.5 / (1 if kind == "e4m3" else 64)
     scale = jnp.asarray(rng.uniform(0.5, 2, grid) * size, jnp.float32)
     made = Weight(values, scale, BLOCKS[kind])
-    return made, np.asarray(made.dense(jnp.float32), np.float64).swapaxes(1, 2)
+    return made, np.asarray(dense(made), np.float64).swapaxes(1, 2)
 
 
 def check_products(kind, rng, rows=8, cores=2, interpret=INTERPRET, inner=128):
@@ -68,7 +72,8 @@ def check_products(kind, rng, rows=8, cores=2, interpret=INTERPRET, inner=128):
     order, ordered = few.order_of(down), kind == "e4m3"
     assert order == ((128 if inner % 128 == 0 else 64) if ordered else None)
     hidden = jax.block_until_ready(few.gate_up(x, groups, chosen, plan=plan, order=order))
-    y = jax.block_until_ready(few.down(hidden, down, chosen, plan=plan, ordered=ordered))
+    y = jax.device_get(few.down(hidden, down, chosen, plan=plan, ordered=ordered))
+    hidden = jax.device_get(hidden)
     if ordered:  # back, by the place that every number has taken
         places = [np.argsort(in_order(jnp.arange(h.shape[1]), order)) for h in hidden]
         hidden = [h[:, place] for h, place in zip(hidden, places, strict=True)]
@@ -152,9 +157,14 @@ def test_maps_of_the_same_x_are_one_kernel(monkeypatch, rng):
     x = jnp.asarray(rng.standard_normal((2, 3, 128)), jnp.bfloat16)
     asked, own = [], few.linears
     monkeypatch.setattr(few, "linears", lambda *a, **k: asked.append(len(a[1])) or own(*a, **k))
-    with plgpu.force_gpu_interpret_mode(), jax.numpy_rank_promotion("allow"):
+
+    @jax.jit
+    def both(x):
         made, pull = jax.vjp(lambda x: maps_of(x, maps), x)
-        (dx,) = jax.block_until_ready(pull(made))
+        return made, *pull(made)
+
+    with plgpu.force_gpu_interpret_mode(), jax.numpy_rank_promotion("allow"):
+        made, dx = jax.block_until_ready(both(x))
     assert asked == [2]
     right = [np.asarray(x, np.float64) @ k[0] for k in exact]
     right[1] += np.asarray(bias[...], np.float64)
@@ -168,9 +178,14 @@ def test_maps_of_the_same_x_are_one_kernel(monkeypatch, rng):
 def test_a_gated_mlp_and_its_derivatives(kind, rng):
     made = [weight(kind, (1, 128, 128), rng) for _ in range(3)]
     x = jnp.asarray(rng.standard_normal((2, 3, 128)), jnp.bfloat16)
-    with plgpu.force_gpu_interpret_mode():
+
+    @jax.jit
+    def both(x):
         y, pull = jax.vjp(lambda x: gated_mlp(x, [k for k, _ in made]), x)
-        (dx,) = jax.block_until_ready(pull(y))
+        return y, *pull(y)
+
+    with plgpu.force_gpu_interpret_mode():
+        y, dx = jax.block_until_ready(both(x))
     exact = [k for _, k in made]
     flat, one, first = x.reshape(6, 128), jnp.ones((6, 1)), jnp.zeros((6, 1), int)
     assert relative(y.reshape(6, -1), loop(first, flat, one, *exact)) < tolerance(2)
@@ -193,8 +208,7 @@ def test_the_op_is_float64s(tokens, kind, rng):
         arrays = [k for k, _ in kernels], [k for k, _ in shared]
         assert takes_shared(x, experts, weights, *arrays) == (tokens <= 64)
         more = {"shared": arrays[1]} if tokens <= 64 else {}
-        y = routed_experts(x, experts, weights, *arrays[0], **more)
-        jax.block_until_ready(y)
+        y = jax.block_until_ready(jax.jit(routed_experts)(x, experts, weights, *arrays[0], **more))
     right = loop(experts, x, weights, *(k for _, k in kernels))
     if tokens > 64:
         assert relative(y, right) < tolerance(3)
@@ -217,8 +231,13 @@ def test_experts_that_lie_elsewhere_are_dropped_and_derivatives_are_float64s(kin
             x, experts, weights, *(k for k, _ in kernels), precision=None, call=call,
             target=target.current(),
         )  # fmt: skip
-        y, pull = jax.vjp(run, x, weights)
-        dx, dweights = jax.block_until_ready(pull(dy))
+
+        @jax.jit
+        def both(x, weights, dy):
+            y, pull = jax.vjp(run, x, weights)
+            return y, *pull(dy)
+
+        y, dx, dweights = jax.block_until_ready(both(x, weights, dy))
     there = np.asarray(experts) < 3
     shares = jnp.where(there, weights, 0)
     inside = jnp.where(there, experts, 0)

@@ -43,10 +43,13 @@ def normal(rng, *shape):
     return jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
 
 
+jitted_tiles = jax.jit(make_tiles, static_argnums=(1, 2, 3))
+
+
 def layout(sizes, rows, spare=0):
     """Tiles of experts with these numbers of tokens, and unused ones behind."""
     experts = np.repeat(np.arange(len(sizes)), sizes)[:, None]
-    tiles = make_tiles(jnp.asarray(experts, jnp.int32), len(sizes), rows)
+    tiles = jitted_tiles(jnp.asarray(experts, jnp.int32), len(sizes), rows)
     spare_tokens = jnp.full((spare * rows,), len(experts), jnp.int32)
     return tiles._replace(
         token=jnp.concatenate([tiles.token, spare_tokens]),
@@ -134,12 +137,17 @@ def test_gradients_of_kernels(rows, widths, count, dtype, rng):
         assert relative(found, expected) < unit
 
 
-def run(arrays, experts, dy, rows, monkeypatch):
-    """The output and all gradients through the public op, interpreted."""
+def both(arrays, experts, dy):
+    """The output and all gradients through the public op."""
+    y, pull = jax.vjp(lambda x, *rest: routed_experts(x, experts, *rest), *arrays)
+    return y, *pull(dy)
+
+
+def run(arrays, experts, dy, rows, monkeypatch, program=both):
+    """Of `both`, interpreted: kernels that other calls share, and what is between them."""
     monkeypatch.setattr(hopper, "tile_rows", lambda call: rows)
     with plgpu.force_gpu_interpret_mode():
-        y, pull = jax.vjp(lambda x, *rest: routed_experts(x, experts, *rest), *arrays)
-        return jax.block_until_ready((y, *pull(dy)))
+        return jax.block_until_ready(program(arrays, experts, dy))
 
 
 def check(found, arrays, experts, dy):
@@ -169,14 +177,18 @@ def test_the_public_op_and_its_gradients(tokens, routing, rows, kernels, monkeyp
     x, weights, *own = arrays
     arrays = (x, weights, *(kernel.astype(kernels) for kernel in own))
     dy = normal(np.random.default_rng(1), *x.shape)
-    found = run(arrays, experts, dy, rows, monkeypatch)
+    # No other case has its shapes: one program is less work than one for each operation.
+    found = run(arrays, experts, dy, rows, monkeypatch, jax.jit(lambda *given: both(*given)))
     check(found, arrays, experts, dy)
     assert [a.dtype for a in found] == [jnp.bfloat16, *(a.dtype for a in arrays)]
 
 
 def test_two_runs_agree_bit_for_bit(monkeypatch):
     arrays, experts = problem(90, count=3, chosen=2, widths=(128, 128), dtype=jnp.bfloat16)
-    one, two = (run(arrays, experts, arrays[0], grouped.MANY, monkeypatch) for _ in range(2))
+    program = jax.jit(lambda *given: both(*given))
+    one, two = (
+        run(arrays, experts, arrays[0], grouped.MANY, monkeypatch, program) for _ in range(2)
+    )
     for a, b in zip(one, two, strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -195,7 +207,7 @@ def changed(**changes):
     """`make_tiles` whose result is changed so."""
 
     def made(*arguments):
-        tiles = make_tiles(*arguments)
+        tiles = jitted_tiles(*arguments)
         return tiles._replace(**{name: f(getattr(tiles, name)) for name, f in changes.items()})
 
     return made
