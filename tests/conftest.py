@@ -37,9 +37,6 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Nobody reads the lines of Python that programs name: to write them is a third of lowering.
 jax.config.update("jax_traceback_in_locations_limit", 0)
 
-# Tracing makes many objects: to look through them at the usual rate takes up to a tenth of the time.
-gc.set_threshold(50_000, 10, 10)
-
 # Tracing makes many objects: looking through them at the usual rate takes up to a tenth of the time.
 gc.set_threshold(50_000, 10, 10)
 
