@@ -34,10 +34,10 @@ collect_ignore_glob = ["testdata/*"]  # scripts that need torch made what is the
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Nobody reads the lines of Python that programs name: to write them is a third of lowering.
+# Nobody reads the lines of Python that programs name: to write them takes 5 % of the time.
 jax.config.update("jax_traceback_in_locations_limit", 0)
 
-# Tracing makes many objects: looking through them at the usual rate takes up to a tenth of the time.
+# Tracing makes many objects: to look through them at the usual rate takes a tenth of the time.
 gc.set_threshold(50_000, 10, 10)
 
 _raises = pytest.raises
