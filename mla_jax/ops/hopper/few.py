@@ -8,7 +8,7 @@ the queries the 16 columns on the right:
     O^T [512 channels, 16] += V^T [512, 64] P^T
 
 Both left sides are one tile in shared memory. Over latents in fp8 they come from its bytes, which
-`few_scaled.py` turns into bfloat16 in registers.
+`few_scaled.py` turns into float16 in registers.
 
 Two warpgroups take every other block, each with a maximum, a sum and O^T of its own, and meet only
 at the end of a batch row, where the second gives its O^T to the first through shared memory. A
@@ -16,7 +16,7 @@ warpgroup starts the copy of its next block as soon as it is done with one. Both
 instructions, of which as few as possible: at small batches these come from memory as latents do,
 and where each had its own, they waited for instructions half of their time.
 
-Shared memory (KiB; 200 in all, 217 over fp8):
+Shared memory (KiB; 200 in all, 218 over fp8):
 
     name   KiB  shape               holds
     k      128  2 [64, 512]         latents: k[w] is the block of warpgroup w
@@ -25,7 +25,7 @@ Shared memory (KiB; 200 in all, 217 over fp8):
     p        4  2 [16, 64]          softmax weights of warpgroup w
     given   32  [16, 512] float32   O^T of warpgroup 1, then what the part stores
     stat         2 [16] float32     the maximum and the sum of warpgroup 1
-    shared       2 [4, 16]          what `fragments.reduce_columns` works with
+    shared       2 [4, 16]          what `columns.reduce_columns` works with
 
 Letters: B batch, S cache slots.
 """
