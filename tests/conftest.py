@@ -1,11 +1,9 @@
-import atexit
 import contextlib
 import gc
 import importlib.util
 import os
 import pathlib
 import shutil
-import tempfile
 
 # The GPU kernels' interpreter runs every warpgroup in a thread of XLA's pool: more than small
 # machines have.
@@ -15,12 +13,14 @@ os.environ["XLA_FLAGS"] = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
     + os.environ.get("XLA_FLAGS", "")  # what the user has set comes last and wins
 )
-# Programs that one process or test has compiled serve all others of this run.
+# Programs that are compiled once serve all processes and tests, and the next run.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="mla_jax_tests_")
+    kept = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "programs"
+    if sum(file.stat().st_size for file in kept.glob("*")) > 1e9:  # of code that has changed since
+        shutil.rmtree(kept)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(kept)
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import annotations
 import jax
