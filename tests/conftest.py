@@ -8,6 +8,8 @@ import shutil
 # The GPU kernels' interpreter runs every warpgroup in a thread of XLA's pool: more than small
 # machines have.
 os.environ.setdefault("NPROC", "16")
+# On a GPU many processes share its memory.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 # The tests compile many small programs and run each once or twice: compiling is what they wait for.
 os.environ["XLA_FLAGS"] = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
