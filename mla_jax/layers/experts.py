@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mla_jax import sharding
 from mla_jax.layers.mlp import GatedMLP
-from mla_jax.layers.quantised import Kept, Quantised
+from mla_jax.layers.quantised import Kept, Quantised, made
 from mla_jax.layers.router import ExpertsConfig, Router
 from mla_jax.ops.experts import routed_experts, takes_shared
 from mla_jax.ops.experts.tiles import Chosen
@@ -97,11 +97,8 @@ class MixtureOfExperts(nnx.Module):
         """Every token through its experts and the shared one."""
         with jax.named_scope("router"):
             flat = x.reshape(-1, x.shape[-1])
-            row = (
-                self._order(flat.dtype, flat.shape[0])
-                if hasattr(self.router, "kept_kernel")
-                else None
-            )
+            kept = hasattr(self.router, "kept_kernel")
+            row = self._order(flat.dtype, flat.shape[0]) if kept else None
             experts, weights, chosen = self.router.route(flat, self.implementation, row)
         return self._mix(x, experts, weights, chosen)
 
@@ -114,10 +111,7 @@ class MixtureOfExperts(nnx.Module):
         row, kernel = self._order(self.dtype or jnp.bfloat16), self.router.kernel.get_value()
         if row is None:
             return
-        ordered = lambda kernel: in_order(kernel.T, row).T  # noqa: E731
-        shapes = isinstance(kernel, jax.ShapeDtypeStruct)
-        kept = jax.eval_shape(ordered, kernel) if shapes else ordered(kernel)
-        self.router.kept_kernel = Kept(kept)
+        self.router.kept_kernel = Kept(made(lambda kernel: in_order(kernel.T, row).T, kernel))
 
     def _order(self, dtype, tokens=1) -> int | None:
         """The order in which so many tokens are multiplied with gate and up; None for none."""

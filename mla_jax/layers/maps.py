@@ -27,7 +27,7 @@ from mla_jax.layers.memory import Memory
 from mla_jax.layers.mixer import Mixer
 from mla_jax.layers.norm import RMSNorm
 from mla_jax.layers.projection import Projection, apart, kernel_of, together
-from mla_jax.layers.quantised import Kept, Quantised, maps_of
+from mla_jax.layers.quantised import Kept, Quantised, made, maps_of
 from mla_jax.layers.step import check_positions, row_counts
 from mla_jax.ops import dispatch
 from mla_jax.ops.append import append_token
@@ -154,16 +154,13 @@ class LatentMaps(Mixer):
         follows = isinstance(self.kv_b_proj, Quantised) and self.kv_b_proj.dtype is None
         if follows or sharding.mesh_of(self.kv_b_proj) is not None:
             return
-        shapes = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(self.kv_b_proj))
-        parts = lambda layer: (layer.w_uk, layer.w_uv)  # noqa: E731
-        w_uk, w_uv = jax.eval_shape(parts, self) if shapes else parts(self)
+        w_uk, w_uv = made(lambda layer: (layer.w_uk, layer.w_uv), self)
         self.kept_order = None
         if isinstance(self.o_proj, Quantised):
             row = self.o_proj.order_for(w_uv.dtype)
             self.kept_order = row if row and w_uv.shape[-1] % row == 0 else None
         if self.kept_order is not None:
-            ordered = functools.partial(order.in_order, row=self.kept_order)
-            w_uv = jax.eval_shape(ordered, w_uv) if shapes else ordered(w_uv)
+            w_uv = made(functools.partial(order.in_order, row=self.kept_order), w_uv)
         self.kept_uk, self.kept_uv = Kept(w_uk), Kept(w_uv)
 
     def _restored(self, x):

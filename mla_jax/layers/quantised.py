@@ -6,8 +6,10 @@ numbers are no parameters: an optimizer of `nnx.Param` leaves them alone.
 Letters: M outputs, K inputs, E experts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -34,6 +36,17 @@ class Kept(nnx.Variable):
     >>> isinstance(Kept(jnp.zeros(3)), nnx.Param)
     False
     """
+
+
+def made(make: Callable[[Any], Any], of: Any) -> Any:
+    """make(of), or the shapes of that where shapes stand for the arrays of `of`.
+
+    >>> import jax.numpy as jnp
+    >>> made(jnp.transpose, jax.ShapeDtypeStruct((2, 3), jnp.int8)).shape
+    (3, 2)
+    """
+    shapes = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(of))
+    return jax.eval_shape(make, of) if shapes else make(of)
 
 
 class Quantised(nnx.Module):

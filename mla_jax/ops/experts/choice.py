@@ -44,41 +44,14 @@ def choose(
 
     Scores are in float32; ties and NaN go as there. E is a multiple of 8.
     """
-    tokens, groups = scores.shape
+    tokens = scores.shape[0]
 
-    def body(scores_ref, picked_ref, *refs):
-        *of_table, met, scores_smem, copied, pairs_ref = refs
+    def tile_of(scores_ref, tile, copied):
+        plgpu.copy_gmem_to_smem(scores_ref, tile.at[pl.ds(0, tokens)], copied)
+        plgpu.barrier_wait(copied)
+        return plgpu.load(tile, layout=_TILE, optimized=False)
 
-        @pl.when(lax.axis_index("wg") == 0)
-        def _():
-            # Rows of no token hold anything. Nobody reads what is chosen for them.
-            plgpu.copy_gmem_to_smem(scores_ref, scores_smem.at[pl.ds(0, tokens)], copied)
-            plgpu.barrier_wait(copied)
-            scores = plgpu.load(scores_smem, layout=_TILE, optimized=False)
-            for k, (at, _) in enumerate(_best(scores, count)):
-                pairs_ref[k] = at
-                picked_ref[:, k] = at
-
-        _meet(met.at[2])
-        load = lambda i: pairs_ref[lax.rem(i, count), lax.div(i, count)]  # noqa: E731
-        _table(load, tokens * count, groups, warpgroups, (*of_table, met))
-
-    places, parts, warpgroups = _cut(tokens * count, groups)
-    picked, owner, rank = _launch(
-        body,
-        [(ROWS, count), (places * ROWS,), ((parts + 1) * ROWS,)],
-        [
-            *_scratch(parts, warpgroups),
-            plgpu.SMEM((ROWS, groups), jnp.float32),
-            plgpu.Barrier(),
-            plgpu.SMEM((count, ROWS), jnp.int32),
-        ],
-        warpgroups,
-        "choose_experts",
-        interpret,
-        scores,
-    )
-    return picked[:tokens], Chosen(owner, rank)
+    return _choose(tile_of, scores, count, interpret, plgpu.Barrier())
 
 
 @functools.partial(jax.jit, static_argnames=("count", "interpret"))
@@ -92,44 +65,63 @@ def choose_by_parts(
     terms, tokens, groups = logits.shape
     layout = plgpu.Layout.WG_STRIDED((tokens, groups), math.gcd(tokens * groups // 128, 4))
 
-    def body(logits_ref, picked_ref, weight_ref, *refs):
-        *of_table, met, tile, pairs_ref = refs
+    def tile_of(logits_ref, tile):
+        part = lambda i: plgpu.load(logits_ref.at[i], layout=layout, optimized=False)  # noqa: E731
+        total = part(0)
+        for i in range(1, terms):
+            total += part(i)
+        tile[pl.ds(0, tokens)] = total
+        found = plgpu.load(tile, layout=_TILE, optimized=False)
+        scores = jnp.exp(found - _wide(found.max(1), groups))
+        return scores / _wide(scores.sum(1), groups)
+
+    return _choose(tile_of, logits, count, interpret, weighed=True)
+
+
+def _choose(tile_of, given, count, interpret, *scratch, weighed=False):
+    """The choice among scores [M E] that the first warpgroup has, and its table.
+
+    Args:
+        tile_of: makes a tile of them of `given` [..., M, E], a tile in shared memory, and scratch.
+            Its rows of no token hold anything. Nobody reads what is chosen for them.
+        weighed: the chosen scores are results, too.
+    """
+    tokens, groups = given.shape[-2:]
+    places, parts, warpgroups = _cut(tokens * count, groups)
+
+    def body(given_ref, picked_ref, *refs):
+        weights_ref, refs = refs[:weighed], refs[weighed:]
+        *of_table, met = refs[:5]
+        *own, pairs_ref = refs[5:]
 
         @pl.when(lax.axis_index("wg") == 0)
         def _():
-            part = lambda i: plgpu.load(logits_ref.at[i], layout=layout, optimized=False)  # noqa: E731
-            total = part(0)
-            for i in range(1, terms):
-                total += part(i)
-            tile[pl.ds(0, tokens)] = total  # rows of no token hold anything
-            found = plgpu.load(tile, layout=_TILE, optimized=False)
-            scores = jnp.exp(found - _wide(found.max(1), groups))
-            scores = scores / _wide(scores.sum(1), groups)
-            for k, (at, best) in enumerate(_best(scores, count)):
+            for k, (at, best) in enumerate(_best(tile_of(given_ref, *own), count)):
                 pairs_ref[k] = at
                 picked_ref[:, k] = at
-                weight_ref[:, k] = best
+                for ref in weights_ref:
+                    ref[:, k] = best
 
         _meet(met.at[2])
         load = lambda i: pairs_ref[lax.rem(i, count), lax.div(i, count)]  # noqa: E731
         _table(load, tokens * count, groups, warpgroups, (*of_table, met))
 
-    places, parts, warpgroups = _cut(tokens * count, groups)
-    f32 = jnp.float32
-    picked, weights, owner, rank = _launch(
+    kinds = (jnp.int32, jnp.float32)[: 1 + weighed]
+    *chosen, owner, rank = _launch(
         body,
-        [(ROWS, count), (ROWS, count, f32), (places * ROWS,), ((parts + 1) * ROWS,)],
+        [*(((ROWS, count), kind) for kind in kinds), *_of_table(places, parts)],
         [
             *_scratch(parts, warpgroups),
-            plgpu.SMEM((ROWS, groups), f32),
+            plgpu.SMEM((ROWS, groups), jnp.float32),
+            *scratch,
             plgpu.SMEM((count, ROWS), jnp.int32),
         ],
         warpgroups,
         "choose_experts",
         interpret,
-        logits,
+        given,
     )
-    return picked[:tokens], weights[:tokens], Chosen(owner, rank)
+    return *(of_rows[:tokens] for of_rows in chosen), Chosen(owner, rank)
 
 
 def _best(scores, count):
@@ -159,8 +151,8 @@ def chosen_experts(experts: Int[Array, "M K"], groups: int, *, interpret: Any = 
         _table(lambda i: flat_ref[i], flat.size, groups, parts, refs)
 
     places, parts = _sizes(flat.size, groups)
-    shapes = [(places * ROWS,), ((parts + 1) * ROWS,)]
-    made = _launch(body, shapes, _scratch(parts, parts), parts, "chosen_experts", interpret, flat)
+    table = _of_table(places, parts)
+    made = _launch(body, table, _scratch(parts, parts), parts, "chosen_experts", interpret, flat)
     return Chosen(*made)
 
 
@@ -176,6 +168,11 @@ def _cut(pairs, groups):
     return places, -(-parts // warpgroups) * warpgroups, warpgroups
 
 
+def _of_table(places, parts):
+    """Shapes and dtypes of `Chosen`."""
+    return [((places * ROWS,), jnp.int32), (((parts + 1) * ROWS,), jnp.int32)]
+
+
 def _scratch(parts, warpgroups):
     return [
         plgpu.SMEM((parts * ROWS,), jnp.int32),
@@ -184,10 +181,10 @@ def _scratch(parts, warpgroups):
     ]
 
 
-def _launch(body, shapes, scratch, warpgroups, name, interpret, operand):
+def _launch(body, outputs, scratch, warpgroups, name, interpret, operand):
     kernel = plgpu.kernel(
         body,
-        out_type=[like(operand, shape[:2], (*shape[2:], jnp.int32)[0]) for shape in shapes],
+        out_type=[like(operand, *kind) for kind in outputs],
         scratch_types=scratch,
         grid=(1,),
         grid_names=("block",),

@@ -56,10 +56,8 @@ def append(
 
     def body(whole_ref, flat_ref, scale_ref, place_ref, *refs):
         held = dict(zip(names, refs[: len(names)], strict=True))
-        out_refs, (key, numbers, scales, copied, *queries) = (
-            refs[len(names) : len(names) + len(parts)],
-            refs[len(names) + len(parts) :],
-        )
+        out_refs = refs[len(names) : len(names) + len(parts)]
+        key, numbers, scales, copied, *queries = refs[len(names) + len(parts) :]
         row = lax.axis_index("row")
         slot = place_ref[row]
         for query, (begin, count) in zip(queries, parts, strict=True):

@@ -23,7 +23,7 @@ RANK, ROPE, WIDTH = 512, 64, FEW_ROWS  # channels of a latent and of a rotary ke
 
 
 def tiles_of(dtype):
-    """How `rows_of` lie in shared memory."""
+    """How numbers lie in shared memory: in tiles of 8 rows of 128 swizzled bytes."""
     columns = 128 // jnp.dtype(dtype).itemsize
     return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128)
 
@@ -178,9 +178,8 @@ def places_in_order(shared, dtype):
 
 def put_weights(shared, p) -> None:
     """Stores 16-bit [64, 16] as [16, 64], tiled and swizzled as an operand of products."""
-    transforms = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(transforms), WG))
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(tiles_of(shared.dtype)), WG))
     def call(_, shared, p):
         arith, c = mgpu.utils.arith, mgpu.utils.c
         me = Thread()
@@ -207,13 +206,11 @@ def put_weights(shared, p) -> None:
 def clear_slots(shared, live) -> None:
     """Stores zeros in the rows of [64, 512] from `live` on, since 0 times NaN is NaN.
 
-    Numbers have 8 or 16 bits, in tiles of 8 rows of 128 swizzled bytes.
+    Numbers have 8 or 16 bits.
     """
     lanes = RANK * shared.dtype.itemsize // 16  # that clear a row
-    columns = 128 // shared.dtype.itemsize
-    transforms = plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128)
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(transforms), SPLAT))
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(tiles_of(shared.dtype)), SPLAT))
     def call(_, shared, live):
         arith, c = mgpu.utils.arith, mgpu.utils.c
         me = Thread()

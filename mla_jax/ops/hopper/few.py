@@ -254,10 +254,9 @@ class FewPart(WalkingPart):
 
     def fetch_q(self, row):
         rows, bar = pl.ds(row * self.shape.rows, WIDTH), self.smem["q_bar"]
-        to = self.query_buffers()
         for n in range(PIECES):
-            plgpu.copy_gmem_to_smem(self.q_hbm.at[rows, pl.ds(64 * n, 64)], to.at[n], bar)
-        plgpu.copy_gmem_to_smem(self.qr_hbm.at[rows], to.at[PIECES], bar)
+            plgpu.copy_gmem_to_smem(self.q_hbm.at[rows, pl.ds(64 * n, 64)], self.q.at[n], bar)
+        plgpu.copy_gmem_to_smem(self.qr_hbm.at[rows], self.q.at[PIECES], bar)
 
     # -- what fp8 has other ways for
 
@@ -270,10 +269,6 @@ class FewPart(WalkingPart):
         """Brings queries into the units of left sides, which here are theirs; what undoes it."""
         del me
         return 1.0
-
-    def query_buffers(self):
-        """Where copies put queries."""
-        return self.q
 
     def slot_of_row(self, row):
         """The slot of a block that is row `row` of its scores."""

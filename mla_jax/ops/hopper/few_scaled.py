@@ -64,7 +64,7 @@ class FewScaledPart(FewPart):
     def __init__(self, refs, smem, shape: Shape, paged: bool):
         refs = list(refs)
         self.scale_hbm: Any = refs.pop(4)
-        self.given_q, q = self.views(smem)
+        q, self.turned_q = self.views(smem)
         super().__init__(refs, smem | {"q": q}, shape, paged)
 
     @classmethod
@@ -107,12 +107,12 @@ class FewScaledPart(FewPart):
     def turned_scores(self, acc, o, buffer, here, factors, largest, me):
         """The scores of a block, relative to its slots' largest scales."""
         held = self.load_keys(buffer, 0)
-        self.mma(acc, self.load_rope(buffer, largest), self.given_q.at[o + PIECES].T)
+        self.mma(acc, self.load_rope(buffer, largest), self.q.at[o + PIECES].T)
         for group in range(fragments.GROUPS):
             coming = self.load_keys(buffer, group + 1) if group + 1 < fragments.GROUPS else None
             for n in range(2):
                 keys = self.turn_keys(held, factors, group, n, here, me)
-                self.mma(acc, keys, self.q.at[o + (2 * group + n)].T)
+                self.mma(acc, keys, self.turned_q.at[o + (2 * group + n)].T)
                 self.retire(1)
             held = coming
         return acc[...]
@@ -132,10 +132,6 @@ class FewScaledPart(FewPart):
         """The slot of a block that is row `row` of its scores."""
         return fragments.slot_of_row(row)
 
-    def query_buffers(self):
-        """Where copies put queries."""
-        return self.given_q
-
     # -- what the interpreter has other ways for
 
     def views(self, smem):
@@ -148,9 +144,9 @@ class FewScaledPart(FewPart):
     def turn_queries(self, me):
         largest = self.smem["largest"]
         self.meet(me, 0)  # the largest of the row before is cleared
-        queries.find_largest(self.given_q, largest)
+        queries.find_largest(self.q, largest)
         self.meet(me, 1)
-        inverse = queries.turn(self.given_q, largest)
+        inverse = queries.turn(self.q, largest)
         self.fence()
         self.meet(me, 0)  # neither needs the largest any more
         self.clear_largest(me)

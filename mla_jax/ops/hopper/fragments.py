@@ -29,6 +29,7 @@ from mla_jax.ops.hopper.columns import (
     WG,
     Thread,
     elements,
+    tiles_of,
     two_numbers,
     vector_of,
 )
@@ -47,8 +48,7 @@ ROWS = WG.reduce(1)  # one value a row of a tile
 _SCALES = STRIDED((1024,), 4)  # the groups of two slots a thread
 _FACTORS = STRIDED((1024,), 4)
 _BYTES = STRIDED((2048,), 4)  # four times 16 bytes a thread
-BYTES = (plgpu.TilingTransform((8, 128)), plgpu.SwizzleTransform(128))  # of a tile of bytes
-ROPES = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # of one of rotary keys
+BYTES, _ROPES = tiles_of(jnp.float8_e4m3fn), tiles_of(jnp.bfloat16)
 
 
 # -- the orders, for the interpreter and for tests
@@ -227,7 +227,7 @@ def load_rope(tile, largest):
     """The left side [64, 64] of rotary keys, in the units of `turn_keys`."""
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(ROPES), ROWS),
+        arg_types=(plgpu.RefType(_ROPES), ROWS),
         return_type=plgpu.ShapeDtypeStruct((BLOCK, ROPE), jnp.dtype(jnp.bfloat16), WG),
     )
     def call(_, tile, largest):

@@ -264,8 +264,7 @@ class InterpretedFewScaledPart(InterpretedFewPart, few_scaled.FewScaledPart):
         return ()
 
     def factors(self, held, here, me):
-        largest = jnp.clip(self.scales(here, me).max(1), fragments.LEAST, fragments.MOST)
-        return (), fragments.order_slots(largest[:, None])[:, 0]
+        return (), fragments.order_slots(self.scales(here, me)[1])[:, 0]
 
     def put_weights(self, ref, p):
         ref[...] = p
@@ -288,15 +287,15 @@ class InterpretedFewScaledPart(InterpretedFewPart, few_scaled.FewScaledPart):
         return fragments.order_values(self.turned(held, here, me))[:, 16 * j : 16 * j + 16]
 
     def scales(self, here, me):
-        """Of a block's slots, zeros where none is in use."""
+        """Of a block's slots, zeros where none is in use; and the largest of each, [64, 1]."""
         start, live = self.extent(here, me)
         scales = self.scale_hbm[pl.ds(jnp.where(live > 0, start, 0), BLOCK), :]
-        return jnp.where(lax.broadcasted_iota(jnp.int32, scales.shape, 0) < live, scales, 0)
+        scales = jnp.where(lax.broadcasted_iota(jnp.int32, scales.shape, 0) < live, scales, 0)
+        return scales, jnp.clip(scales.max(1, keepdims=True), fragments.LEAST, fragments.MOST)
 
     def turned(self, buffer, here, me):
         """The numbers of a block, relative to its slots' largest scales."""
-        scales = self.scales(here, me)
-        largest = jnp.clip(scales.max(1, keepdims=True), fragments.LEAST, fragments.MOST)
+        scales, largest = self.scales(here, me)
         factor = (scales * (2.0**self.headroom / largest))[..., None]
         value = self.k[buffer].astype(jnp.float32).reshape(BLOCK, -1, GROUP) * factor
         return value.astype(fragments.TURNED).reshape(BLOCK, -1)

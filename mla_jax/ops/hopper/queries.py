@@ -13,12 +13,12 @@ import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from mla_jax.ops.hopper.columns import RANK, SPLAT, WIDTH
+from mla_jax.ops.hopper.columns import RANK, SPLAT, WIDTH, tiles_of
 from mla_jax.ops.hopper.mosaic import load_shared, shared_address
 
 _PATTERN, _ROTARY = range(RANK // 64), range(RANK // 64, RANK // 64 + 1)  # pieces
 _LARGEST = 14  # log2 of what the largest query becomes at least
-_TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+_TILES = tiles_of(jnp.bfloat16)
 
 
 def clear(largest) -> None:
@@ -41,7 +41,7 @@ def find_largest(queries, largest) -> None:
     The rotary piece, which stays in bfloat16, does not count.
     """
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(_TRANSFORMS), plgpu.RefType()))
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(_TILES), plgpu.RefType()))
     def call(_, queries, largest):
         i32 = mgpu.utils.ir.IntegerType.get_signless(32)
         best = mgpu.utils.c(0, i32)
@@ -70,12 +70,11 @@ def turn(queries, largest):
     """Brings queries into the order and the units of left sides; returns what undoes the units."""
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(_TRANSFORMS), plgpu.RefType()),
+        arg_types=(plgpu.RefType(_TILES), plgpu.RefType()),
         return_type=plgpu.ShapeDtypeStruct((), jnp.dtype(jnp.float32), SPLAT),
     )
     def call(_, queries, largest):
         f32 = mgpu.utils.ir.F32Type.get()
-        i32 = mgpu.utils.ir.IntegerType.get_signless(32)
         # The bits are those of bfloat16, and 2^7 more for what is finite.
         factor, inverse = mgpu.utils.inline_ptx(
             "{ .reg .b32 x; ld.shared.b32 x, [$2]; sub.s32 x, x, 0x80; shr.s32 x, x, 7; "
@@ -86,30 +85,19 @@ def turn(queries, largest):
             has_side_effects=True,
         )
         unit = _unit(queries, _PATTERN)
-        turned = [
-            mgpu.utils.inline_ptx(
-                "{ .reg .b32 x; .reg .f32 a, b; shl.b32 x, $1, 16; mov.b32 a, x; "
-                "and.b32 x, $1, 0xffff0000; mov.b32 b, x; mul.f32 a, a, $2; mul.f32 b, b, $2; "
-                "cvt.rn.f16x2.f32 $0, b, a; }",
-                word,
-                factor,
-                result_types=i32,
-            )
-            for word in unit.load()
-        ]
+        turned = unit.times(
+            factor,
+            "{ .reg .b32 x; .reg .f32 a, b; shl.b32 x, $1, 16; mov.b32 a, x; "
+            "and.b32 x, $1, 0xffff0000; mov.b32 b, x; mul.f32 a, a, $2; mul.f32 b, b, $2; "
+            "cvt.rn.f16x2.f32 $0, b, a; }",
+        )
         for j, h in np.ndindex(4, 2):
             unit.store(2 * j + h, [turned[8 * t + 2 * j + h] for t in range(4)])
         unit = _unit(queries, _ROTARY)
-        turned = [
-            mgpu.utils.inline_ptx(
-                "{ .reg .b32 x; mov.b32 x, $2; prmt.b32 x, x, x, 0x3232; "
-                "mul.rn.bf16x2 $0, $1, x; }",
-                word,
-                factor,
-                result_types=i32,
-            )
-            for word in unit.load()
-        ]
+        turned = unit.times(
+            factor,
+            "{ .reg .b32 x; mov.b32 x, $2; prmt.b32 x, x, x, 0x3232; mul.rn.bf16x2 $0, $1, x; }",
+        )
         for b, p in np.ndindex(2, 4):
             unit.store(4 * b + p, [turned[16 * b + 4 * t + p] for t in range(4)])
         return mgpu.FragmentedArray.splat(inverse, ())
@@ -131,6 +119,13 @@ class _Unit:
 
     def load(self):
         return [word for part in range(8) for word in load_shared(self.chunk(part), 0)]
+
+    def times(self, factor, assembly):
+        """What assembly makes of each word, of two numbers, and a factor."""
+        return [
+            mgpu.utils.inline_ptx(assembly, word, factor, result_types=self.row.type)
+            for word in self.load()
+        ]
 
     def store(self, part, words):
         mgpu.utils.inline_ptx(

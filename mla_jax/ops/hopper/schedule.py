@@ -17,9 +17,8 @@ from jax import lax
 from jaxtyping import Array, Int
 
 TILE = 64  # query rows of a thread block: the M of a warpgroup's matrix product
-FEW_ROWS = (
-    16  # query rows of a batch row up to which latents of (512, 64) have kernels of their own
-)
+# Query rows of a batch row up to which latents of (512, 64) have kernels of their own.
+FEW_ROWS = 16
 BLOCK = 64  # slots of one softmax
 STEP = 2 * BLOCK  # slots of one iteration: a block for each of the two warpgroups
 SLACK = 8  # steps: the default of `make_schedule`, which says what it means
