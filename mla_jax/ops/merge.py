@@ -37,8 +37,8 @@ def merge_attention(
     # the attention.
     weights = [jnp.exp(lse - top) for lse in lses]
     total = functools.reduce(jnp.add, weights)
-    safe = jnp.where(total > 0, total, 1)
+    safe = jnp.where(total != 0, total, 1)
     shares = [(weight / safe)[..., None] for weight in weights]
     terms = [share * out.astype(share.dtype) for share, out in zip(shares, outs, strict=True)]
     out = functools.reduce(jnp.add, terms).astype(jnp.result_type(*outs))
-    return out, jnp.where(total > 0, top + jnp.log(safe), -jnp.inf)
+    return out, jnp.where(total != 0, top + jnp.log(safe), -jnp.inf)

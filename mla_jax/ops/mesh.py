@@ -242,10 +242,10 @@ def _merged(layout, out, lse, heads):
     top = jnp.where(top == -jnp.inf, 0, top)
     weights = jnp.exp(lse - top)
     total = lax.psum(weights, layout.slots)
-    safe = jnp.where(total > 0, total, 1)
+    safe = jnp.where(total != 0, total, 1)
     mixed = lax.psum(weights[..., None] * out.astype(weights.dtype), layout.slots)
     out = (mixed / safe[..., None]).astype(out.dtype)
-    return out, jnp.where(total > 0, top + jnp.log(safe), -jnp.inf)
+    return out, jnp.where(total != 0, top + jnp.log(safe), -jnp.inf)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -65,8 +65,8 @@ def _attend(queries, keys, value, seen, call):
     top = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores - jnp.where(top == -jnp.inf, 0, top))
     total = weights.sum(-1)
-    lse = jnp.where(total > 0, jnp.log(jnp.where(total > 0, total, 1)) + top[..., 0], -jnp.inf)
-    weights /= jnp.where(total > 0, total, 1)[..., None]
+    lse = jnp.where(total != 0, jnp.log(jnp.where(total != 0, total, 1)) + top[..., 0], -jnp.inf)
+    weights /= jnp.where(total != 0, total, 1)[..., None]
     value = jnp.where(used.reshape(*used.shape, *[1] * (value.ndim - 2)), value, 0)
     letters = "BNTS,BSV->BTNV" if value.ndim == 3 else "BNTS,BSNV->BTNV"
     out = jnp.einsum(letters, weights, value.astype(dtype), precision="highest")

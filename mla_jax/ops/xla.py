@@ -346,7 +346,7 @@ def _blocks(queries, load, seen, slots, width, shared, zero, call, size=None):
         empty = jax.tree.map(lambda array: array + zero, empty)
         indices = jnp.arange(math.ceil(slots / size), dtype=jnp.int32)
         (top, total, mixed), _ = lax.scan(step, empty, indices)
-        some = total > 0
+        some = total != 0  # NaN is a sum of weights, too
         safe = jnp.where(some, total, 1)
         out = (mixed / safe[..., None]).astype(queries[0].dtype)
         lse = jnp.where(some, top + jnp.log(safe), -jnp.inf)

@@ -143,12 +143,55 @@ def test_unseen_slots_may_hold_anything(op, implementation, rng):
             np.testing.assert_allclose(of_dirty, of_clean, atol=2e-5)
 
 
-def test_nan_that_is_seen_stays_in_its_row(rng):
-    args = [jnp.asarray(a) for a in operands("latent_attention", rng)[0]]
-    args[2] = args[2].at[0, 3].set(jnp.nan)
-    out, _ = mla_jax.latent_attention(*args, lengths=jnp.asarray(LENGTHS), scale=SCALE)
-    assert np.isnan(out[0]).all()
-    assert np.isfinite(out[1:]).all()
+def check_nan(out, lse, row):
+    """What a NaN has met is NaN, out and log-sum-exp, in this row and nowhere else."""
+    bad = np.isnan(np.asarray(lse, np.float32))
+    np.testing.assert_array_equal(np.isnan(np.asarray(out, np.float32)).any(-1), bad)
+    assert bad[row].all()
+    assert not np.delete(bad, row, 0).any()
+
+
+@pytest.mark.parametrize("how", ["whole", "blocks", "reference"])
+@pytest.mark.parametrize("op", OPS)
+def test_nan_that_is_seen_stays_in_its_row(op, how, rng, monkeypatch):
+    if how == "blocks":
+        monkeypatch.setattr(xla, "_WHOLE_SCORES", 0)
+        monkeypatch.setattr(xla, "_BLOCK_SLOTS", 4)
+    args, _ = operands(op, rng)
+    args[2][0, 3] = np.nan
+    lengths = {"lengths": np.array([[4, 5, 11], [0, 0, 0], [5, 0, 11]], np.int32)}
+    if how == "reference":
+        got = program(op, how, args, lengths)
+    else:
+        got = patched(monkeypatch, op, args, lengths)
+    check_nan(*got, 0)
+    other = tuple(np.zeros_like(array) for array in got)
+    whole = jax.jit(mla_jax.merge_attention)(other, got)
+    check_nan(*whole, 0)
+
+
+@pytest.mark.accelerator
+@pytest.mark.usefixtures("card")
+@pytest.mark.parametrize("heads", [16, 64])
+def test_nan_that_is_seen_stays_in_its_row_on_a_gpu(heads, rng):
+    """Maxima of a GPU leave NaN out."""
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)  # noqa: E731
+    run = functools.partial(
+        jax.jit(mla_jax.latent_attention, static_argnames=("scale", "implementation")),
+        scale=SCALE, implementation="pallas_gpu",
+    )  # fmt: skip
+    args = [draw(3, 1, heads, 512), draw(3, 1, heads, 64), draw(3, 9000, 512), draw(3, 9000, 64)]
+    for slot in (0, 8999):
+        bad = [*args[:2], args[2].at[1, slot, 7].set(jnp.nan), args[3]]
+        check_nan(*run(*bad, lengths=jnp.array([70, 9000, 5000])), 1)
+    expanded = functools.partial(
+        jax.jit(mla_jax.expanded_attention, static_argnames=("scale", "implementation")),
+        scale=SCALE, implementation="pallas_gpu",
+    )  # fmt: skip
+    shapes = (2, 130, 4, 128), (2, 130, 4, 64), (2, 130, 4, 128), (2, 130, 64), (2, 130, 4, 128)
+    args = [draw(*shape) for shape in shapes]
+    args[2] = args[2].at[1, 0].set(jnp.nan)
+    check_nan(*expanded(*args, lengths=jnp.array([130, 130])), 1)
 
 
 @pytest.mark.parametrize("op", OPS)

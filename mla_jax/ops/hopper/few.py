@@ -213,7 +213,7 @@ class FewPart(WalkingPart):
             top = jnp.maximum(m, other)
             mine, theirs = jnp.exp2(m - top), jnp.exp2(other - top)
             both = total * mine + other_total * theirs
-            some = both > 0
+            some = both != 0  # NaN is a sum of weights, too
             safe = jnp.where(some, both, 1.0)
             inverse = jnp.where(some, 2.0**-self.headroom / safe, 0.0)
             joined = value * over(mine * inverse, RANK)

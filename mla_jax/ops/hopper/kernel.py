@@ -344,7 +344,7 @@ class Part:
         self.stat[4 + me] = total.sum(axis=1)
         self.meet(me, 0)
         total = _row_vector(self.stat.at[4]) + _row_vector(self.stat.at[5])
-        some = total > 0
+        some = total != 0  # NaN is a sum of weights, too
         inverse = jnp.where(some, 1.0 / jnp.where(some, total, 1.0), 0.0)
         value = acc[...] * _columns(inverse, half)
         lse2 = jnp.where(some, m + jnp.log2(jnp.where(some, total, 1.0)), -jnp.inf)

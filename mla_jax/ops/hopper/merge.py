@@ -114,7 +114,7 @@ def _merge_share(row, part, tile, wg, refs, shape, meet):
             steps = lax.div(count + (pieces_at_once - 1), jnp.int32(pieces_at_once))
             merged = lax.fori_loop(0, steps, add, start)
             for (r, columns), (value, weight, m) in zip(mine, merged, strict=True):
-                some = weight > 0
+                some = weight != 0  # NaN is a sum of weights, too
                 safe = jnp.where(some, weight, 1.0)
                 to = row * shape.rows + tile * TILE + r
                 out[to, columns] = (value * jnp.where(some, 1.0 / safe, 0.0)).astype(shape.dtype)

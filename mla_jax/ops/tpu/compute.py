@@ -123,7 +123,7 @@ class Compute:
         """(out [M R] float32, lse by lane [groups 128]) of a row that ends with a piece."""
         top = self.vmem["peak"][number]
         total = jnp.broadcast_to(self.vmem["total"][number].sum(-1, keepdims=True), top.shape)
-        some = top > _MASKED / 2
+        some = ~(top <= _MASKED / 2)  # NaN is a score, too
         share = jnp.where(some, 1 / total, 0.0)
         out = self.vmem["mixed"][number] * _repeat(share, self.rank)
         lse = jnp.where(some, (top + jnp.log2(total)) * math.log(2), -jnp.inf)

@@ -174,7 +174,7 @@ class _Forward(Walk):
 
         m, total = lax.cond(last > first, blocks, nothing)
         total = total.sum(axis=1)
-        some = total > 0
+        some = total != 0  # NaN is a sum of weights, too
         safe = jnp.where(some, total, 1.0)
         value = acc[...] * columns(jnp.where(some, 1.0 / safe, 0.0), shape.value)
         lse = jnp.where(some, (m + jnp.log2(safe)) * (1.0 / LOG2E), -jnp.inf)

@@ -198,7 +198,7 @@ def _attend(of, shape: Shape, kind: str, begin):
 def _finish(of, shape: Shape):
     """Normalizes what the blocks of slots left."""
     top, total = of["top"][:1], of["mixed"][shape.value : shape.value + 1]
-    some = top > MASKED / 2
+    some = ~(top <= MASKED / 2)  # NaN is a score, too
     share = jnp.where(some, 1 / total, 0.0)
     of["out"][...] = (of["mixed"][: shape.value] * share).T.astype(of["out"].dtype)
     of["lse"][...] = jnp.where(some, top + jnp.log2(total), MASKED)
