@@ -154,9 +154,8 @@ def compile_few(target, rows, form, experts=64, width=2048, inner=1408):
             kernels = [Weight(*arrays[i : i + 2], block) for i in range(0, len(arrays), 2)]
         gate, up, down, *shared = kernels[:6]
         chosen = Chosen(owner, rank)
-        order = few.order_of((down, shared[2]))
-        hidden = few.gate_up(x, ((gate, up), tuple(shared[:2])), chosen, plan=plan, order=order)
-        made = few.down(hidden, (down, shared[2]), chosen, plan=plan, ordered=order is not None)
+        groups, downs = ((gate, up), tuple(shared[:2])), (down, shared[2])
+        made = few.gated_mlps((x,), groups, downs, chosen, plan=plan)
         return made, few.linears(x, tuple(kernels[6:]), plan=plan)
 
     arguments = [((rows, width), jnp.bfloat16), ((experts,), jnp.int32),

@@ -156,7 +156,7 @@ def _by_kernel(plan, precision, x, weights):
     from mla_jax.ops.experts import few
 
     kernels = tuple(weight.stacked() for weight in weights)
-    made = few.linears(few.padded(x, kernels, plan), kernels, plan=plan)
+    made = few.linears(few.padded(x, kernels, plan.rows), kernels, plan=plan)
     return tuple(y[: x.shape[0]] for y in made)
 
 

@@ -1,8 +1,9 @@
 """The experts on Hopper GPUs, forward and backward, for any M: only the chosen experts are read.
 
-Up to 64 tokens go through `few.py` unsorted, with weights as a checkpoint stores them too, and with
-the shared expert. For more XLA gathers each tile's rows between the kernels of `grouped.py`, and
-sums each token's outputs. The derivatives of few tokens are those of the general way.
+Up to 64 tokens go through `few.py` with the shared expert, and with weights as a checkpoint stores
+them any number without it. For more XLA gathers each tile's rows between the kernels of
+`grouped.py`, and sums each token's outputs. The derivatives of `few.py` are those of the general
+way.
 
 The backward pass keeps x and the two products of the gated MLP, x gate and x up, and takes the rest
 anew. With s = sigmoid(a), h = a s b, w the pair's weight, and t = dy down^T:
@@ -170,13 +171,10 @@ def run(
 ):
     """See `routed_experts`."""
     cores = _cores(target)
-    if call.tokens <= max(_few().ROWS):
-        plan = _few().Plan(_few().rows_of(call.tokens), cores, target.interpret)
+    if call.stored or call.tokens <= max(_few().ROWS):
+        plan = _few().Plan(_few().tile_rows(call), cores, target.interpret)
         kernels = [(gate, up, down), *([] if shared is None else [shared])]
         return _of_few(plan, call, target, x, experts, weights, kernels, chosen)
-    if call.stored:
-        plan = _few().Plan(max(_few().ROWS), cores, target.interpret)
-        return _of_few(plan, call, target, x, experts, weights, [(gate, up, down)], None)
     rows = tile_rows(call)
     plan = _grouped().Plan(rows, cores, target.interpret)
     tiles = make_tiles(experts, call.experts, rows, call.partial)
@@ -189,23 +187,23 @@ def _of_few(plan, call: Call, target: Target, x, experts, weights, kernels, chos
     if not call.stored:
         kernels = [[kernel.astype(x.dtype) for kernel in group] for group in kernels]
     groups = tuple((gate, up) for gate, up, _ in kernels)
+    both = [kernel for pair in groups for kernel in pair]
     if tokens <= plan.rows:
         if chosen is None and count <= _choice().MOST_EXPERTS:
             chosen = _choice().chosen_experts(experts, count, interpret=plan.interpret)
         elif chosen is None:
             chosen = chosen_experts(experts, count)
-        rows = _few().padded(x, [kernel for pair in groups for kernel in pair], plan)
+        xs = (_few().padded(x, both, plan.rows),)
         place = chosen.rank[jnp.minimum(experts, count - 1)] * plan.rows
         place = place + jnp.arange(tokens, dtype=jnp.int32)[:, None]
     else:
         tiles = make_tiles(experts, count, plan.rows, call.partial)
         chosen = Chosen(tiles.owner, tiles.used)  # kernels read the last number of `rank` alone
-        rows, place = tiles.rows_of(x), tiles.place
+        x_ = _few().padded(x, both, -(-tokens // plan.rows) * plan.rows)
+        xs = (_few().sorted_rows(x_, both, tiles), x_)[: len(groups)]
+        place = tiles.place
     downs = tuple(down for *_, down in kernels)
-    order = _few().order_of(downs)
-    apart = tokens > plan.rows
-    hidden = _few().gate_up(rows, groups, chosen, plan=plan, apart=apart, order=order)
-    made = _few().down(hidden, downs, chosen, plan=plan, ordered=order is not None)
+    made = _few().gated_mlps(xs, groups, downs, chosen, plan=plan)
     own = made[0][place]
     if call.partial:
         own = jnp.where((experts < count)[..., None], own, 0)
@@ -251,8 +249,8 @@ def gated(plan, x, kernels):
     `plan` is of `few_plan`.
     """
     gate, up, down = kernels
-    rows, order = _few().padded(x, (gate, up), plan), _few().order_of((down,))
-    (hidden,) = _few().gate_up(rows, ((gate, up),), None, plan=plan, order=order)
+    x_, order = _few().padded(x, (gate, up), plan.rows), _few().order_of((down,))
+    (hidden,) = _few().gate_up((x_,), ((gate, up),), None, plan=plan, order=order)
     (y,) = _few().linears(hidden, (down,), plan=plan, ordered=order is not None)
     return y[: len(x)]
 

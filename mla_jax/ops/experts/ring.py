@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mla_jax.ops import guard
+from mla_jax.ops.hopper.mosaic import arrive_global, fence_copies, meet_global
 
 EPILOGUE = 64  # rows of an accumulator that are written at a time, and 16-bit columns
 _COPYING, _MULTIPLYING = 40, 232  # registers of a thread of each kind of warpgroup
@@ -30,6 +31,51 @@ class Plan(NamedTuple):
     rows: int
     cores: int
     interpret: Any = None
+
+
+class Work(NamedTuple):
+    """Output tiles that thread blocks share out.
+
+    Attributes:
+        total: how many there are.
+        fetch: gives, for an output tile, the number of its steps and what copies one of them.
+        take: does all of an output tile, given the number of steps that were taken before it; gives
+            that number after it. It waits for and frees the stages of its steps.
+    """
+
+    total: Any
+    fetch: Callable
+    take: Callable
+
+
+class Meeting(NamedTuple):
+    """Where the copying warpgroup of every thread block waits for all multiplying ones.
+
+    Attributes:
+        arrivals: int32 [1] in global memory: zero before and after.
+        here: a barrier of two arrivals for the interpreter, which has one thread block; or None.
+        plan: of the kernel.
+    """
+
+    arrivals: Any
+    here: Any
+    plan: Plan
+
+    def arrive(self) -> None:
+        """Says that all that this warpgroup has written may be read."""
+        if self.plan.interpret:
+            plgpu.barrier_arrive(self.here)
+        else:
+            arrive_global(self.arrivals, jnp.int32(0))
+
+    def wait(self) -> None:
+        """Waits for all; then copies bring what they have written."""
+        if self.plan.interpret:
+            plgpu.barrier_wait(self.here)
+            return
+        cores = self.plan.cores
+        meet_global(self.arrivals, jnp.int32(0), jnp.int32(2 * cores), jnp.int32(cores))
+        fence_copies()
 
 
 class Ring(NamedTuple):
@@ -58,11 +104,22 @@ class Ring(NamedTuple):
         tile: tuple[int, int],
         accumulators: int,
     ) -> None:
-        """Takes this thread block's share of `total` output tiles.
+        """Takes this thread block's share of `total` output tiles; the rest as in `streamed`."""
+        take = self.streamed(fetch, multiply, finish, tile, accumulators)
+        self.share(Work(total, fetch, take))
+
+    def streamed(
+        self,
+        fetch: Callable,
+        multiply: Callable,
+        finish: Callable,
+        tile: tuple[int, int],
+        accumulators: int,
+    ) -> Callable:
+        """`take` of a `Work` whose sums stay in accumulators.
 
         Args:
-            total: output tiles of all thread blocks.
-            fetch: gives, for an output tile, the number of its steps and what copies one of them.
+            fetch: as in `Work`.
             multiply: issues a step's products, one for each accumulator.
             finish: writes an output tile from the accumulators.
             tile: shape of a warpgroup's accumulator.
@@ -97,25 +154,27 @@ class Ring(NamedTuple):
 
             return pl.run_scoped(scope, *[plgpu.ACC(tile, jnp.float32)] * accumulators)
 
-        self.share(total, fetch, take)
+        return take
 
-    def share(self, total: Any, fetch: Callable, take: Callable) -> None:
-        """The same where `take` does all of an output tile.
+    def share(self, first: Work, second: Work | None = None, meeting: Meeting | None = None):
+        """Takes this thread block's share of the output tiles, of one work or of two in turn.
 
-        Args:
-            total, fetch: as in `stream`.
-            take: of an output tile and the number of steps that were taken before it; gives that
-                number after it. It waits for and frees the stages of its steps.
+        The second reads what all thread blocks have written of the first, after `meeting`. Its
+        first output tile is for the thread block that comes after the one of the first's last.
         """
-        cores, first = self.cores, lax.axis_index("sm")
-        count = lax.div(total - first + (cores - 1), jnp.int32(cores))
+        cores, me = self.cores, lax.axis_index("sm")
+        count_from = lambda start, work: lax.div(  # noqa: E731
+            work.total - start + (cores - 1), jnp.int32(cores)
+        )
+        count = count_from(me, first)
+        if second is not None:
+            start = lax.rem(me + cores - lax.rem(first.total, jnp.int32(cores)), jnp.int32(cores))
+            second_count = count_from(start, second)
 
         def produce():
             plgpu.set_max_registers(_COPYING, action="decrease")
 
-            def item(index, filled):
-                steps, copy = fetch(first + index * cores)
-
+            def step_of(copy, **which):
                 def step(k, filled):
                     slot = lax.rem(filled, self.stages)
 
@@ -123,12 +182,32 @@ class Ring(NamedTuple):
                     def _():
                         plgpu.barrier_wait(self.empty.at[slot])
 
-                    copy(k, slot)
+                    copy(k, slot, **which)
                     return filled + 1
 
-                return lax.fori_loop(0, steps, step, filled)
+                return step
 
-            filled = lax.fori_loop(0, count, item, jnp.int32(0))
+            def item_of(work, start):
+                def item(index, filled):
+                    steps, copy = work.fetch(start + index * cores)
+                    return lax.fori_loop(0, steps, step_of(copy), filled)
+
+                return item
+
+            filled = lax.fori_loop(0, count, item_of(first, me), jnp.int32(0))
+            if second is not None:
+                steps, copy = second.fetch(start)
+                steps = jnp.where(second_count > 0, steps, 0)
+                early = jnp.minimum(steps, self.stages)
+                begun = lax.fori_loop(0, early, step_of(copy, tokens=False), filled)
+                meeting.wait()
+
+                def late(k, _):
+                    copy(k, lax.rem(filled + k, self.stages), weights=False)
+
+                lax.fori_loop(0, early, late, None)
+                filled = lax.fori_loop(early, steps, step_of(copy), begun)
+                filled = lax.fori_loop(1, second_count, item_of(second, start), filled)
 
             def drain(step, _):  # a barrier must not be left with an arrival that nobody awaited
                 plgpu.barrier_wait(self.empty.at[lax.rem(step, self.stages)])
@@ -137,11 +216,13 @@ class Ring(NamedTuple):
 
         def consume():
             plgpu.set_max_registers(_MULTIPLYING, action="increase")
-
-            def item(index, done):
-                return take(first + index * cores, done)
-
-            lax.fori_loop(0, count, item, jnp.int32(0))
+            item = lambda index, done: first.take(me + index * cores, done)  # noqa: E731
+            done = lax.fori_loop(0, count, item, jnp.int32(0))
+            if second is not None:
+                plgpu.wait_smem_to_gmem(0)
+                meeting.arrive()
+                item = lambda index, done: second.take(start + index * cores, done)  # noqa: E731
+                lax.fori_loop(0, second_count, item, done)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         lax.cond(lax.axis_index("wg") == 2, produce, consume)

@@ -35,6 +35,12 @@ def fence_async(_):
 
 
 @plgpu.inline_mgpu()
+def fence_copies(_):
+    """Lets copies from global memory see what other thread blocks have been seen to write."""
+    mgpu.utils.inline_ptx("fence.proxy.async.global;", has_side_effects=True)
+
+
+@plgpu.inline_mgpu()
 def warpgroup_sync(_):
     """Waits for the four warps of the warpgroup.
 
