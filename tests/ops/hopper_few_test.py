@@ -24,7 +24,7 @@ def test_rows_of_several_tokens():
 
 def test_more_pieces_than_are_merged_at_once(monkeypatch):
     """A row on pages that three parts share, and 16 heads."""
-    monkeypatch.setattr(merge, "_OF_FEW_ROWS", (4, 1, 2))
+    monkeypatch.setattr(merge, "_OF_FEW_ROWS", ((1, 2), ((1, 4, 2), (4, 1, 2), (4, 1, 2))))
     arrays, lengths = make(6, 1, 1, 384, 16, 512, 64, (327,), jnp.bfloat16)
     pages, table = shuffled_pages(arrays, lengths)
     check(attend(pages, lengths, 3, table=table), loop(arrays, lengths), jnp.bfloat16)

@@ -22,9 +22,9 @@ LOWEST = -1e30  # first running maximum: finite, so that exp2(old - new) is neve
 # For up to 2, up to 4, up to 31, and more pieces: into how many units a query row is cut, how many
 # units are merged at once, and how many pieces.
 _FEW, _AT_ONCE = (2, 4, 31), ((1, 8, 2), (1, 4, 4), (1, 2, 8), (2, 1, 32))
-# With few query rows there are more warpgroups than rows. One way serves all, as every other would
-# be instructions that come from memory.
-_OF_FEW_ROWS = (4, 1, 16)
+# The same for few query rows, of up to 4, up to 16 and of more pieces. Where these are few, each
+# warpgroup has several rows; where they are many, there are more warpgroups than rows.
+_OF_FEW_ROWS = (4, 16), ((1, 4, 2), (4, 1, 16), (4, 1, 36))
 
 
 def like(operand, shape, dtype):
@@ -128,8 +128,6 @@ def _merge_share(row, part, tile, wg, refs, shape, meet):
 
     # Registers bound the loads in flight; these are loads of the many pieces of one unit, or of
     # the few pieces of several units.
-    if shape.rows <= FEW_ROWS:
-        merge_units(*_OF_FEW_ROWS)
-        return
-    kind = sum((count > most).astype(jnp.int32) for most in _FEW)
-    lax.switch(kind, [functools.partial(merge_units, *at_once) for at_once in _AT_ONCE])
+    few, ways = _OF_FEW_ROWS if shape.rows <= FEW_ROWS else (_FEW, _AT_ONCE)
+    kind = sum((count > most).astype(jnp.int32) for most in few)
+    lax.switch(kind, [functools.partial(merge_units, *at_once) for at_once in ways])
