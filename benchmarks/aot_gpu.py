@@ -147,19 +147,19 @@ def compile_few(target, rows, form, experts=64, width=2048, inner=1408):
     shapes = [(experts, inner, width)] * 2 + [(experts, width, inner)]
     shapes += [(1, wide, width)] * 2 + [(1, width, wide), (1, 3072, width), (1, 576, width)]
 
-    def call(x, owner, rank, *arrays):
+    def call(x, owner, rank, arrivals, *arrays):
         if block is None:
             kernels = arrays
         else:
             kernels = [Weight(*arrays[i : i + 2], block) for i in range(0, len(arrays), 2)]
         gate, up, down, *shared = kernels[:6]
-        chosen = Chosen(owner, rank)
+        chosen = Chosen(owner, rank, arrivals)
         groups, downs = ((gate, up), tuple(shared[:2])), (down, shared[2])
         made = few.gated_mlps((x,), groups, downs, chosen, plan=plan)
         return made, few.linears(x, tuple(kernels[6:]), plan=plan)
 
     arguments = [((rows, width), jnp.bfloat16), ((experts,), jnp.int32),
-                 ((experts + 1,), jnp.int32)]  # fmt: skip
+                 ((experts + 1,), jnp.int32), ((1,), jnp.int32)]  # fmt: skip
     for count, outputs, inputs in shapes:
         if block is None:
             arguments.append(((count, inputs, outputs), jnp.bfloat16))

@@ -91,8 +91,8 @@ def _choose(tile_of, given, count, interpret, *scratch, weighed=False):
 
     def body(given_ref, picked_ref, *refs):
         weights_ref, refs = refs[:weighed], refs[weighed:]
-        *of_table, met = refs[:5]
-        *own, pairs_ref = refs[5:]
+        *of_table, met = refs[:6]
+        *own, pairs_ref = refs[6:]
 
         @pl.when(lax.axis_index("wg") == 0)
         def _():
@@ -107,7 +107,7 @@ def _choose(tile_of, given, count, interpret, *scratch, weighed=False):
         _table(load, tokens * count, groups, warpgroups, (*of_table, met))
 
     kinds = (jnp.int32, jnp.float32)[: 1 + weighed]
-    *chosen, owner, rank = _launch(
+    *chosen, owner, rank, arrivals = _launch(
         body,
         [*(((ROWS, count), kind) for kind in kinds), *_of_table(places, parts)],
         [
@@ -121,7 +121,7 @@ def _choose(tile_of, given, count, interpret, *scratch, weighed=False):
         interpret,
         given,
     )
-    return *(of_rows[:tokens] for of_rows in chosen), Chosen(owner, rank)
+    return *(of_rows[:tokens] for of_rows in chosen), Chosen(owner, rank, arrivals)
 
 
 def _best(scores, count):
@@ -170,7 +170,7 @@ def _cut(pairs, groups):
 
 def _of_table(places, parts):
     """Shapes and dtypes of `Chosen`."""
-    return [((places * ROWS,), jnp.int32), (((parts + 1) * ROWS,), jnp.int32)]
+    return [((count * ROWS,), jnp.int32) for count in (places, parts + 1, 1)]
 
 
 def _scratch(parts, warpgroups):
@@ -199,9 +199,9 @@ def _launch(body, outputs, scratch, warpgroups, name, interpret, operand):
 def _table(load, pairs, groups, warpgroups, refs):
     """Writes `Chosen` of the experts `load(0)` to `load(pairs - 1)`; all warpgroups call it.
 
-    `refs` are owner, rank and what `_scratch` says.
+    `refs` are those of its arrays and what `_scratch` says.
     """
-    owner_ref, rank_ref, named_ref, place_ref, met = refs
+    owner_ref, rank_ref, arrivals_ref, named_ref, place_ref, met = refs
     wg, parts = lax.axis_index("wg"), named_ref.shape[0] // ROWS
     tiles = [turn * warpgroups + wg for turn in range(parts // warpgroups)]
     rows = [_iota() + tile * ROWS for tile in tiles]
@@ -231,6 +231,7 @@ def _table(load, pairs, groups, warpgroups, refs):
     @pl.when(wg == 0)
     def _():
         rank_ref[pl.ds(parts * ROWS, ROWS)] = total
+        arrivals_ref[...] = _filled(0)
 
     _meet(met.at[1])
     for tile, row, at in zip(tiles, rows, mine, strict=True):

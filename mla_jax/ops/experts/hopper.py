@@ -25,7 +25,7 @@ from jax import lax
 
 from mla_jax.ops.experts import stored
 from mla_jax.ops.experts.call import Call
-from mla_jax.ops.experts.tiles import Chosen, Tiles, chosen_experts, make_tiles
+from mla_jax.ops.experts.tiles import Chosen, Tiles, chosen_experts, make_tiles, no_arrivals
 from mla_jax.ops.hopper import multiprocessors, not_hopper
 from mla_jax.ops.weights import Weight, matmul
 from mla_jax.target import Target
@@ -198,7 +198,8 @@ def _of_few(plan, call: Call, target: Target, x, experts, weights, kernels, chos
         place = place + jnp.arange(tokens, dtype=jnp.int32)[:, None]
     else:
         tiles = make_tiles(experts, count, plan.rows, call.partial)
-        chosen = Chosen(tiles.owner, tiles.used)  # kernels read the last number of `rank` alone
+        # Of `rank` kernels read the last number alone.
+        chosen = Chosen(tiles.owner, tiles.used, no_arrivals(tiles.owner))
         x_ = _few().padded(x, both, -(-tokens // plan.rows) * plan.rows)
         xs = (_few().sorted_rows(x_, both, tiles), x_)[: len(groups)]
         place = tiles.place

@@ -383,7 +383,7 @@ def run(phases: Sequence[Phase], name: str) -> list[jax.Array]:
     first, plan, chosen = phases[0], phases[0].plan, phases[0].chosen
     tables = [] if chosen is None else [chosen.owner, chosen.rank]
     two = len(phases) > 1
-    arrivals = [jnp.zeros(1, jnp.int32)] if two else []
+    arrivals = [chosen.arrivals] if chosen is not None and two else []
     stages = first.stages
     parked = plan.interpret and first.stored
 
@@ -412,8 +412,8 @@ def run(phases: Sequence[Phase], name: str) -> list[jax.Array]:
                     phases, xs, own, out_refs, rings, strict=True
                 )
             ]
-            meeting = Meeting(arrived[0], met, plan) if two else None
-            rings[0].share(*works, meeting=meeting)
+            then = (works[1], Meeting(arrived[0], met, plan)) if two else None
+            rings[0].share(works[0], then)
 
         bars = [
             plgpu.Barrier(num_arrivals=phase.chunks + phase.blocks, num_barriers=stages)

@@ -156,10 +156,10 @@ class Ring(NamedTuple):
 
         return take
 
-    def share(self, first: Work, second: Work | None = None, meeting: Meeting | None = None):
+    def share(self, first: Work, then: tuple[Work, Meeting] | None = None):
         """Takes this thread block's share of the output tiles, of one work or of two in turn.
 
-        The second reads what all thread blocks have written of the first, after `meeting`. Its
+        The second reads what all thread blocks have written of the first, after the meeting. Its
         first output tile is for the thread block that comes after the one of the first's last.
         """
         cores, me = self.cores, lax.axis_index("sm")
@@ -167,7 +167,8 @@ class Ring(NamedTuple):
             work.total - start + (cores - 1), jnp.int32(cores)
         )
         count = count_from(me, first)
-        if second is not None:
+        if then is not None:
+            second, meeting = then
             start = lax.rem(me + cores - lax.rem(first.total, jnp.int32(cores)), jnp.int32(cores))
             second_count = count_from(start, second)
 
@@ -195,7 +196,7 @@ class Ring(NamedTuple):
                 return item
 
             filled = lax.fori_loop(0, count, item_of(first, me), jnp.int32(0))
-            if second is not None:
+            if then is not None:
                 steps, copy = second.fetch(start)
                 steps = jnp.where(second_count > 0, steps, 0)
                 early = jnp.minimum(steps, self.stages)
@@ -218,7 +219,7 @@ class Ring(NamedTuple):
             plgpu.set_max_registers(_MULTIPLYING, action="increase")
             item = lambda index, done: first.take(me + index * cores, done)  # noqa: E731
             done = lax.fori_loop(0, count, item, jnp.int32(0))
-            if second is not None:
+            if then is not None:
                 plgpu.wait_smem_to_gmem(0)
                 meeting.arrive()
                 item = lambda index, done: second.take(start + index * cores, done)  # noqa: E731

@@ -102,10 +102,18 @@ class Chosen(NamedTuple):
         owner: the expert of every place; behind the places in use it is any expert.
         rank: the place of every expert that has one; behind these E numbers, once or more often,
             how many places are in use.
+        arrivals: zeros, of which the first counts for a kernel whose thread blocks meet. It is zero
+            again after it, and no constant: programs share these.
     """
 
     owner: Int[Array, "places"]
     rank: Int[Array, "ranks"]
+    arrivals: Int[Array, "zeros"]
+
+
+def no_arrivals(owner: Int[Array, "places"]) -> Int[Array, "1"]:
+    """The `arrivals` of a table of these owners, a zero that no compiler folds."""
+    return jnp.where(owner[:1] < 0, 1, 0).astype(jnp.int32)
 
 
 def chosen_experts(experts: Int[Array, "M K"], groups: int) -> Chosen:
@@ -123,4 +131,4 @@ def chosen_experts(experts: Int[Array, "M K"], groups: int) -> Chosen:
     place = np.arange(min(groups, flat.size), dtype=np.int32)
     here = named[None] & (rank[None, :-1] == place[:, None])
     owner = jnp.where(here, expert[None], 0).sum(1, dtype=jnp.int32)
-    return Chosen(owner, rank)
+    return Chosen(owner, rank, no_arrivals(owner))

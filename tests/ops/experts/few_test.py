@@ -70,7 +70,7 @@ def check_products(kind, rng, rows=8, cores=2, interpret=INTERPRET, inner=128, a
     place has tokens of its own, and the shared expert so many times `rows`. A GPU makes all in one
     kernel as well, which an interpreted thread block does alone and without hidden states to see.
     """
-    chosen = Chosen(jnp.array([0, 2, 1]), jnp.array([0, 1, 1, 2]))
+    chosen = Chosen(jnp.array([0, 2, 1]), jnp.array([0, 1, 1, 2]), jnp.zeros(1, jnp.int32))
     counts = (rows,) if apart == 1 else (3 * rows, apart * rows)
     xs = tuple(jnp.asarray(rng.standard_normal((n, 256)), jnp.bfloat16) for n in counts)
     shapes = {"gate": (256, inner), "up": (256, inner), "down": (inner, 256)}
