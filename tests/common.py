@@ -1,8 +1,10 @@
 """Shapes and float64 loops that several test files share."""
 
+import dataclasses
+import functools
 import math
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -48,8 +50,30 @@ def drawn(make, seed=0):
             value = random.standard_normal(shape) * inputs**-0.5
         else:
             value = np.ones(shape) if name in ("scale", "ssmax_bias") else np.zeros(shape)
-        leaf.set_value(jnp.asarray(value.astype(leaf.dtype)))
+        leaf.set_value(jax.device_put(value.astype(leaf.dtype)))  # jnp.asarray compiles a program
     return module
+
+
+def emptied(make, fill=np.nan):
+    """The cache that `make()` would make, with `fill` in every slot: all are unused.
+
+    Without the programs that make its arrays.
+    """
+    cache = jax.eval_shape(make)
+    put = lambda value, like: jax.device_put(np.full(like.shape, value, like.dtype))  # noqa: E731
+    if cache.pages is not None:
+        count, pages = cache.pages.count, cache.pages
+        free = jax.device_put(np.arange(count, dtype=np.int32)[::-1])
+        pages = dataclasses.replace(
+            pages, table=put(count, pages.table), free=free, available=put(count, pages.available),
+            uses=put(0, pages.uses),
+        )  # fmt: skip
+        cache = cache.replace(pages=pages)
+    return cache.replace(
+        stores=jax.tree.map(functools.partial(put, fill), cache.stores),
+        length=put(0, cache.length),
+        overflowed=put(False, cache.overflowed),
+    )
 
 
 def relative(actual, expected) -> float:

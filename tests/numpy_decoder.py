@@ -1,5 +1,7 @@
 """Decoders of DeepSeek's shape, and their drafts, in float64: nothing cached, nothing batched."""
 
+import types
+
 import jax
 import numpy as np
 from flax import nnx
@@ -13,6 +15,15 @@ class NumpyDecoder:
     def __init__(self, model):
         self.config = model.config
         self.weights = jax.tree.map(np.float64, nnx.to_pure_dict(nnx.state(model)))
+
+    @classmethod
+    def attended(cls, layer, x):
+        """What one attention layer by itself makes of one row [T D]."""
+        exact = cls.__new__(cls)
+        exact.config = types.SimpleNamespace(attention=layer.config)
+        return exact.attention(
+            jax.tree.map(np.float64, nnx.to_pure_dict(nnx.state(layer))), np.float64(x)
+        )
 
     def logits(self, tokens):
         return self.head(self.hidden(tokens), self.weights)

@@ -1,13 +1,14 @@
 """Rows, their lengths and their room: the same on slots of their own and on pages."""
 
 import dataclasses
-import functools
+import itertools
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from common import emptied
 from jax import export
 
 from mla_jax import Cache, Step, target
@@ -25,44 +26,58 @@ class Mixer:
         return Dense({k: jnp.zeros((*shape, w), dtype or jnp.float32) for k, w in WIDTHS.items()})
 
 
-def make(kind, batch=3, slots=SLOTS, layers=2, pages=None, dtype=None):
-    pages = (pages or batch * slots // PAGE) if kind == "paged" else None
+def init(kind, batch=3, slots=SLOTS, layers=2, pages=None, dtype=None):
+    pages = (pages or (8 if batch == 3 else 2)) if kind == "paged" else None
     return Cache.init([Mixer()] * layers, batch, slots, dtype, pages)
 
 
-def append(cache, counts, first=1.0, tokens=None):
-    """The cache with counts[b] more tokens in row b, numbered from `first` on over all rows."""
-    batch = cache.batch_size
-    if tokens is None:
-        counts = np.asarray(counts, np.int32)
-        tokens = max(1, int(counts.max()))
-    number = first + jnp.arange(batch * tokens, dtype=jnp.float32).reshape(batch, tokens, 1)
-    step, stores = Step.begin(cache, tokens, counts), []
+def make(*arguments, **options):
+    return emptied(lambda: init(*arguments, **options), 0)
+
+
+@jax.jit
+def _appended(cache, counts, number):
+    step, stores = Step.begin(cache, number.shape[1], counts), []
     for index, store in enumerate(cache.stores):
-        new = {k: jnp.broadcast_to(number, (batch, tokens, w)) + index for k, w in WIDTHS.items()}
+        new = {k: jnp.broadcast_to(number, (*number.shape[:2], w)) + index
+               for k, w in WIDTHS.items()}  # fmt: skip
         view = step.view(store).write(step.place, **new)
         stores.append(view.pool if isinstance(view, Paged) else view)
     return cache.end(stores, step)
 
 
-def numbers(cache, row, layer=0):
-    """What a row holds, by all of its store's arrays, which agree."""
-    held = jax.device_get(cache.view(cache.stores[layer]).block(0, cache.max_length))
-    length = int(cache.length[row])
-    for name, width in WIDTHS.items():
-        np.testing.assert_array_equal(
-            held[name][row, :length], np.repeat(held["latent"][row, :length, :1], width, 1)
-        )
-    return (np.asarray(held["latent"][row, :length, 0]) - layer).tolist()
+def append(cache, counts, first=1.0, tokens=None):
+    """The cache with counts[b] more tokens in row b, numbered from `first` on over all rows.
+
+    All numbers of tokens are one program: the step has as many as a row has slots.
+    """
+    tokens = tokens or max(1, int(np.max(counts)))
+    number = np.zeros((cache.batch_size, SLOTS, 1), np.float32)
+    given = first + np.arange(cache.batch_size * tokens).reshape(-1, tokens, 1)
+    number[:, :tokens] = given
+    return _appended(cache, np.asarray(counts, np.int32), number)
+
+
+@jax.jit
+def _held(cache):
+    return [cache.view(store).block(0, cache.max_length) for store in cache.stores]
+
+
+_fork, _insert, _reset = (jax.jit(getattr(Cache, name)) for name in ("fork", "insert", "reset"))
+_truncate = jax.jit(Cache.truncate)
 
 
 def rows(cache):
-    first, second = (
-        [numbers(cache, b, layer) for b in range(cache.batch_size)] for layer in (0, 1)
-    )
-    assert first == second
+    """What every row holds, by all arrays of both layers' stores, which agree."""
     check_pages(cache)
-    return first
+    found = []
+    for index, held in enumerate(jax.device_get(_held(cache))):
+        both = np.concatenate([held[name] for name in WIDTHS], -1) - index
+        rows = [row[:length] for row, length in zip(both, cache.length.tolist(), strict=True)]
+        assert all((row == row[:, :1]).all() for row in rows)
+        found.append([row[:, 0].tolist() for row in rows])
+    assert len(found) == 1 or found[0] == found[1]
+    return found[0]
 
 
 def check_pages(cache):
@@ -86,60 +101,69 @@ COUNTS = [4, 0, PAGE]
 
 
 @KINDS
+def test_a_cache_is_empty_at_first(kind):
+    chex.assert_trees_all_equal(make(kind), init(kind))
+
+
+@KINDS
 def test_new_tokens_go_behind_each_row(kind):
     cache = append(append(make(kind), COUNTS), [2, 2, 2], first=1000.0)
     assert cache.length.tolist() == [6, 2, PAGE + 2]
     assert rows(cache)[:2] == [[1, 2, 3, 4, 1000, 1001], [1002, 1003]]
     assert rows(cache)[2] == [*range(1 + 2 * PAGE, 1 + 3 * PAGE), 1004, 1005]
     assert not cache.overflowed.any()
-    assert cache.nbytes == 2 * 3 * SLOTS * (3 + 2) * 4
+    slots = 8 * PAGE if kind == "paged" else 3 * SLOTS
+    assert cache.nbytes == 2 * slots * (3 + 2) * 4
 
 
 @KINDS
 def test_a_full_row_drops_what_does_not_fit_and_says_so(kind):
-    cache = append(make(kind), [SLOTS - 1, 3, 0])
+    cache = append(make(kind, pages=3), [SLOTS - 1, 3, 0])
     with pytest.raises(ValueError, match=rf"rows \[0\] would hold \[{SLOTS + 1}\] tokens.*max_len"):
-        append(cache, [2, 2, 2])
-    after = jax.jit(lambda cache: append(cache, np.array([2, 2, 2]), first=5000.0))(cache)
-    assert after.length.tolist() == [SLOTS, 5, 2]
+        Step.begin(cache, 2, np.array([2, 2, 0], np.int32))
+    after = append(cache, [2, 2, 0], first=5000.0)
+    assert after.length.tolist() == [SLOTS, 5, 0]
     assert after.overflowed.tolist() == [True, False, False]
     assert rows(after)[0] == [*range(1, SLOTS), 5000]
-    assert after.truncate(SLOTS).overflowed.tolist() == [True, False, False]  # lacks one still
-    assert after.truncate(SLOTS - 1).overflowed.tolist() == [False, False, False]
-    assert after.reset().overflowed.tolist() == [False] * 3
+    full = _truncate(after, np.int32([SLOTS] * 3))
+    assert full.overflowed.tolist() == [True, False, False]  # lacks one still
+    assert _truncate(after, np.int32([SLOTS - 1] * 3)).overflowed.tolist() == [False] * 3
+    assert _reset(after).overflowed.tolist() == [False] * 3
 
 
 def test_rows_that_find_no_page_drop_what_does_not_fit_and_say_so():
     cache = append(make("paged", pages=3), [PAGE, 1, 0])
     with pytest.raises(ValueError, match=r"rows \[2\] would hold \[2\] .* 2 more pages"):
-        append(cache, [1, 0, 2])
-    after = jax.jit(lambda cache: append(cache, np.array([1, 0, 2]), first=5000.0))(cache)
+        Step.begin(cache, 2, np.array([1, 0, 2], np.int32))
+    after = append(cache, [1, 0, 2], first=5000.0)
     assert after.length.tolist() == [PAGE + 1, 1, 0]
     assert after.overflowed.tolist() == [False, False, True]
     assert rows(after)[0] == [*range(1, PAGE + 1), 5000]
-    assert rows(append(after.reset(jnp.array([True, False, False])), [0, 0, 2]))[2] != []
+    assert rows(append(_reset(after, np.array([True, False, False])), [0, 0, 2]))[2] != []
 
 
 @KINDS
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
 def test_truncate_forgets_the_last_tokens(kind, jit):
-    cut = jax.jit(Cache.truncate) if jit else Cache.truncate
-    cache = append(make(kind), [PAGE + 2, 3, 0])
-    short = cut(cache, jnp.array([PAGE, 9, 9]))
+    cut = _truncate if jit else Cache.truncate
+    cache = append(make(kind, pages=3), [PAGE + 2, 3, 0])
+    short = cut(cache, np.int32([PAGE, 9, 9]))
     assert rows(short) == [rows(cache)[0][:PAGE], rows(cache)[1], []]
-    assert rows(cut(short, 2)) == [rows(cache)[0][:2], rows(cache)[1][:2], []]
+    two = np.int32([2] * 3) if jit else 2
+    assert rows(cut(short, two)) == [rows(cache)[0][:2], rows(cache)[1][:2], []]
 
 
-@KINDS
-@pytest.mark.parametrize("row_kind", ["dense", "paged"])
-@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize(
+    ("kind", "row_kind", "jit"),
+    [*itertools.product(["dense", "paged"], ["dense", "paged"], [True]), ("paged", "dense", False)],
+)
 def test_insert_puts_a_row_in_the_place_of_another(kind, row_kind, jit):
-    insert = jax.jit(Cache.insert) if jit else Cache.insert
-    cache = append(make(kind), COUNTS)
+    insert = _insert if jit else Cache.insert
+    cache = append(make(kind, pages=3), [0, 3, 4])
     row = append(make(row_kind, batch=1), [PAGE + 1], first=700.0)
-    row = row.replace(overflowed=jnp.array([True]))
+    row = row.replace(overflowed=jax.device_put(np.array([True])))
     new = insert(cache, row, 1)
-    assert rows(new) == [rows(cache)[0], rows(row)[0], rows(cache)[2]]
+    assert rows(new) == [[], rows(row)[0], rows(cache)[2]]
     assert new.overflowed.tolist() == [False, True, False]
     again = insert(new, append(make(row_kind, batch=1), [2], first=9.0), 1)
     assert rows(again)[1] == [9, 10]
@@ -148,19 +172,25 @@ def test_insert_puts_a_row_in_the_place_of_another(kind, row_kind, jit):
 
 @KINDS
 def test_insert_refuses_an_index_that_is_no_row(kind):
-    cache, row = append(make(kind), COUNTS), append(make(kind, batch=1), [2])
+    cache = append(make(kind, pages=3), [4, 0, PAGE])
+    row = append(make(kind, batch=1), [2])
     for wrong in (-1, 3):
-        same = jax.jit(Cache.insert)(cache, row, wrong)
+        same = _insert(cache, row, wrong)
         assert rows(same) == rows(cache)
         with pytest.raises(ValueError, match=f"index={wrong}: this cache has rows 0 to 2"):
             cache.insert(row, wrong)
 
 
-@KINDS
-@pytest.mark.parametrize("length", [None, 0, 1, PAGE - 1, PAGE, PAGE + 1])
+@pytest.mark.parametrize(
+    ("kind", "length"),
+    [
+        ("dense", None),  # of pages below
+        *itertools.product(["dense", "paged"], [0, 1, PAGE - 1, PAGE, PAGE + 1, PAGE + 5]),
+    ],
+)
 def test_fork_gives_rows_a_prefix(kind, length):
-    cache = append(make(kind, pages=9), [PAGE + 5, 3, PAGE + 1])
-    new = jax.jit(Cache.fork)(cache, 0, jnp.array([True, False, True]), length)
+    cache = append(make(kind), [PAGE + 5, 3, PAGE + 1])
+    new = _fork(cache, 0, np.array([True, False, True]), length)
     prefix = rows(cache)[0][:length]
     assert rows(new) == [*rows(cache)[:2], prefix]
     if kind == "paged":  # whole pages are shared
@@ -168,24 +198,25 @@ def test_fork_gives_rows_a_prefix(kind, length):
     grown = append(new, [1, 0, 2], first=8000.0)
     assert rows(grown)[0] == [*rows(cache)[0], 8000.0]
     assert rows(grown)[2] == [*prefix, 8004.0, 8005.0]
-    gone = grown.reset(jnp.array([True, False, False]))
+    gone = _reset(grown, np.array([True, False, False]))
     assert rows(gone) == [[], *rows(grown)[1:]]
 
 
 def test_fork_and_truncate_without_a_page_for_the_copy():
-    cache = append(make("paged", pages=2), [PAGE + 5, 0, 0])
-    both = jnp.array([False, True, True])
-    with pytest.raises(ValueError, match=r"pages run out: rows \[1, 2\] need a copy"):
+    cache = append(make("paged", pages=3), [PAGE + 5, 1, 0])
+    both = jax.device_put(np.array([False, True, True]))
+    with pytest.raises(ValueError, match=r"pages run out: rows \[2\] need a copy"):
         cache.fork(0, both)
-    new = jax.jit(Cache.fork)(cache, 0, both)
-    assert new.length.tolist() == [PAGE + 5, PAGE, PAGE]
-    assert new.overflowed.tolist() == [False, True, True]
-    check_pages(new)
-    with pytest.raises(ValueError, match=r"pages run out: rows \[1\] need a copy"):
-        new.truncate(jnp.array([PAGE + 5, 9, PAGE]))
-    short = jax.jit(Cache.truncate)(new, jnp.array([PAGE + 5, 9, PAGE]))
-    assert short.length.tolist() == [PAGE + 5, 0, PAGE]
-    assert short.overflowed.tolist() == [False, True, True]
+    new = _fork(cache, 0, both)
+    assert new.length.tolist() == [PAGE + 5, PAGE + 5, PAGE]
+    assert new.overflowed.tolist() == [False, False, True]
+    assert rows(new) == [rows(cache)[0], rows(cache)[0], rows(cache)[0][:PAGE]]
+    kept = np.int32([PAGE + 5, PAGE + 5, 9])
+    with pytest.raises(ValueError, match=r"pages run out: rows \[2\] need a copy"):
+        new.truncate(kept)
+    short = _truncate(new, kept)
+    assert short.length.tolist() == [PAGE + 5, PAGE + 5, 0]
+    assert short.overflowed.tolist() == [False, False, True]
     check_pages(short)
 
 
@@ -219,37 +250,35 @@ def test_a_loop_inside_jit_takes_pages_and_gives_them_back(kind):
 
 
 def test_random_operations_keep_the_pages_right(rng):
-    cache, model = make("paged", pages=8), [[], [], []]
-    jitted = {name: jax.jit(getattr(Cache, name)) for name in ("truncate", "fork", "reset")}
-    jitted["append"] = jax.jit(functools.partial(append, tokens=90))
+    cache, model = make("paged"), [[], [], []]
     for turn in range(25):
         operation = rng.choice(["append", "truncate", "fork", "reset"])
         if operation == "append":
             counts = rng.integers(0, 90, 3)
             ends = counts + [len(row) for row in model]
-            pages = int(cache.pages.available) + int(cache.pages.held().sum())
+            pages = int(cache.pages.available) + int((np.asarray(cache.pages.table) < 8).sum())
             if (ends > SLOTS).any() or int((-(-ends // PAGE)).sum()) > pages:
                 continue
-            cache = jitted["append"](cache, np.int32(counts), 1000.0 * turn)
+            cache = append(cache, counts, 1000.0 * turn, tokens=90)
             for b, count in enumerate(counts):
                 model[b] = model[b] + [1000.0 * turn + b * 90 + i for i in range(count)]
         elif operation == "truncate":
             lengths = rng.integers(0, SLOTS, 3)
             if int(cache.pages.available) < 3:
                 continue
-            cache = jitted["truncate"](cache, lengths)
+            cache = _truncate(cache, np.int32(lengths))
             model = [row[:length] for row, length in zip(model, lengths, strict=True)]
         elif operation == "fork":
             source, to = int(rng.integers(3)), rng.random(3) < 0.5
             if int(cache.pages.available) < 3:
                 continue
             length = int(rng.integers(0, len(model[source]) + 1))
-            cache = jitted["fork"](cache, source, to, length)
+            cache = _fork(cache, source, to, length)
             prefix = model[source][:length]
             model = [prefix if to[b] and b != source else model[b] for b in range(3)]
         else:
             to = rng.random(3) < 0.4
-            cache = jitted["reset"](cache, to)
+            cache = _reset(cache, to)
             model = [[] if to[b] else model[b] for b in range(3)]
         assert rows(cache) == model
         assert not cache.overflowed.any()
@@ -262,13 +291,14 @@ def test_trees_vmap_and_export(kind):
     assert shapes.length == (3,)
     assert jax.tree.map(lambda leaf: None, cache).overflowed is None
     chex.assert_trees_all_equal_shapes_and_dtypes(
-        cache, jax.eval_shape(lambda: make(kind)), append(make(kind), COUNTS)
+        cache, jax.eval_shape(lambda: init(kind)), append(make(kind), COUNTS)
     )
-    many = jax.tree.map(lambda x: x[None], cache)
-    cut = jax.vmap(lambda cache: cache.truncate(1))(many)
+    many = jax.tree.map(lambda x: np.asarray(x)[None], cache)
+    cut = jax.jit(jax.vmap(lambda cache: cache.truncate(1)))(many)
     assert cut.length.tolist() == [[1, 0, 1]]
     for held in (cache, cache.replace(fresh=True)):
-        data = export.export(jax.jit(lambda cache: cache.truncate(1)))(held).serialize()
+        cut = jax.jit(lambda cache: cache.replace(length=jnp.minimum(cache.length, 1)))
+        data = export.export(cut)(held).serialize()
         back = export.deserialize(data).call(held)
         assert back.length.tolist() == [1, 0, 1]
         assert back.fresh == held.fresh
@@ -298,10 +328,15 @@ def test_fresh_rows_must_be_empty():
 
 
 def test_pages_go_to_the_first_rows_first():
-    pages, held = Pages.init(batch_size=3, per_row=2, count=4).grow(jnp.array([1, 2, 2]))
+    @jax.jit
+    def grow():
+        pages, held = Pages.init(batch_size=3, per_row=2, count=4).grow(jnp.array([1, 2, 2]))
+        return pages, held, pages.shrink(jnp.array([1, 0, 1]))
+
+    pages, held, shrunk = grow()
     assert held.tolist() == [1, 2, 1]
-    assert sorted(pages.table.ravel().tolist()) == [0, 1, 2, 3, 4, 4]
-    assert pages.shrink(jnp.array([1, 0, 1])).available == 2
+    assert sorted(np.ravel(pages.table).tolist()) == [0, 1, 2, 3, 4, 4]
+    assert int(shrunk.available) == 2
 
 
 BAD = {
@@ -317,7 +352,7 @@ BAD = {
     "insert_rows": (lambda c: c.insert(c, 0), "row has 3 rows"),
     "insert_dtype": (
         lambda c: c.insert(make("dense", batch=1, dtype=jnp.bfloat16), 0),
-        "row.latent is bfloat16",
+        r"row\.\w+ is bfloat16",
     ),
     "insert_layers": (
         lambda c: c.insert(make("dense", batch=1, layers=1), 0),
@@ -350,8 +385,8 @@ def test_bad_input(name):
 
 @KINDS
 def test_a_store_takes_only_what_it_holds(kind):
-    store, at = make(kind).view(make(kind).stores[0]), jnp.zeros((3, 1), jnp.int32)
-    new = {name: jnp.ones((3, 1, width)) for name, width in WIDTHS.items()}
+    store, at = make(kind).view(make(kind).stores[0]), np.zeros((3, 1), np.int32)
+    new = {name: np.ones((3, 1, width), np.float32) for name, width in WIDTHS.items()}
     with pytest.raises(ValueError, match="write was given latent: this store holds "):
         store.write(at, latent=new["latent"])
     with pytest.raises(ValueError, match=r"k_rope has shape \(3, 1, 3\)"):
@@ -363,18 +398,20 @@ def test_a_store_takes_only_what_it_holds(kind):
     assert dataclasses.replace(store).latent.shape[-1] == 3
 
 
-@pytest.mark.parametrize("slot", [0, 5, 7, 8, 11])
-def test_the_only_token_is_written_on_a_gpu_as_elsewhere(slot, monkeypatch, rng):
+def test_the_only_token_is_written_on_a_gpu_as_elsewhere(monkeypatch, rng):
     """Into a slot that there is; of one behind the last nothing is written."""
     names = {"latent": 4, "k_rope": 2}
-    store = Dense({k: jnp.asarray(rng.standard_normal((1, 8, w))) for k, w in names.items()})
-    new = {k: jnp.asarray(rng.standard_normal((1, 1, w))) for k, w in names.items()}
+    draw = lambda *shape: jax.device_put(rng.standard_normal(shape).astype(np.float32))  # noqa: E731
+    store = Dense({k: draw(1, 8, w) for k, w in names.items()})
+    new = {k: draw(1, 1, w) for k, w in names.items()}
     gpu = target.Target("gpu", "NVIDIA H200", 9.0, 132)
     monkeypatch.setattr(target, "current", lambda: gpu)
-    write = lambda store, new: store.write(jnp.array([[slot]]), **new)  # noqa: E731
-    assert str(jax.make_jaxpr(write)(store, new)).count(" concatenate[") == len(names)
-    made = write(store, new)
-    for name, held in store.arrays.items():
-        right = np.array(held)
-        right[:, slot : slot + 1] = new[name][:, : max(0, 8 - slot)]
-        np.testing.assert_array_equal(made.arrays[name], right)
+    write = jax.jit(lambda store, at, new: store.write(at, **new))
+    slots = [np.array([[slot]], np.int32) for slot in (0, 5, 7, 8, 11)]
+    assert str(jax.make_jaxpr(write)(store, slots[0], new)).count(" concatenate[") == len(names)
+    for slot in slots:
+        made = write(store, slot, new)
+        for name, held in store.arrays.items():
+            right = np.array(held)
+            right[:, slot[0, 0] : slot[0, 0] + 1] = new[name][:, : max(0, 8 - slot[0, 0])]
+            np.testing.assert_array_equal(made.arrays[name], right)
