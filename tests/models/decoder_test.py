@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import MICRO, PLAIN, drawn, relative
+from common import MICRO, PLAIN, drawn, emptied, relative
 from flax import nnx
 from numpy_decoder import NumpyDecoder
 
@@ -16,7 +16,7 @@ from mla_jax.models import Decoder, DecoderConfig, decoder_presets, random_decod
 from mla_jax.ops import dense
 
 SIGMOID = DecoderConfig(
-    attention=PLAIN.replace(num_hidden_layers=3), vocab_size=31, intermediate_size=20,
+    attention=PLAIN.replace(num_hidden_layers=2), vocab_size=31, intermediate_size=20,
     moe_intermediate_size=9, n_routed_experts=12, num_experts_per_tok=3, n_shared_experts=2,
     first_k_dense_replace=1, scoring_func="sigmoid", norm_topk_prob=True, n_group=4, topk_group=2,
     routed_scaling_factor=2.5, residual_scale=0.7, embed_scale=3.0, logit_scale=0.5,
@@ -37,12 +37,12 @@ def make(name, **options):
         if isinstance(parameter, nnx.Variable) and (path[-1] in ("scale", "bias")):
             shift = -2.0 if path[-2] == "router" else 1  # negative biases: a masked 0 would win
             noise = 0.2 * random.standard_normal(parameter.shape)
-            parameter.set_value(jnp.asarray(shift + noise, jnp.float32))
+            parameter.set_value(jax.device_put(np.float32(shift + noise)))
     return model
 
 
 _full = jax.jit(lambda module, given: module(given))
-_extend = jax.jit(lambda model, *arguments: model.extend(*arguments))
+_draft_logits = jax.jit(lambda model, states: model.draft_logits(states))
 _draft = jax.jit(lambda model, *arguments: model.draft(*arguments))
 
 
@@ -52,19 +52,19 @@ def test_logits_and_greedy_tokens_are_float64s(name, rng):
     exact = NumpyDecoder(model)
     tokens = rng.integers(0, 31, (2, 9))
     expected = np.stack([exact.logits(row) for row in tokens])
-    assert relative(_full(model, jnp.asarray(tokens)), expected) < 2e-6
+    assert relative(_full(model, np.int32(tokens)), expected) < 2e-6
     logits, cache = prefill_step(
-        model, jnp.asarray(tokens[:, :7]), model.init_cache(2, 16), jnp.array([7, 4])
+        model, np.int32(tokens[:, :7]), emptied(lambda: model.init_cache(2, 16)), np.int32([7, 4])
     )
+    logits = np.asarray(logits)
     assert relative(logits[0], expected[0, :7]) < 2e-6
     assert relative(logits[1, :4], expected[1, :4]) < 2e-6
     rows = [list(tokens[0, :7]), list(tokens[1, :4])]
     for b, t in enumerate((6, 3)):
         rows[b].append(int(logits[b, t].argmax()))
     for _ in range(4):
-        step = jnp.asarray([[row[-1]] for row in rows], jnp.int32)
-        logits, cache = decode_step(model, step, cache)
-        for row, own in zip(rows, logits, strict=True):
+        logits, cache = decode_step(model, np.int32([[row[-1]] for row in rows]), cache)
+        for row, own in zip(rows, np.asarray(logits), strict=True):
             wanted = exact.logits(np.array(row))[-1]
             assert relative(own[0], wanted) < 3e-6
             assert int(own[0].argmax()) == int(wanted.argmax())
@@ -73,7 +73,10 @@ def test_logits_and_greedy_tokens_are_float64s(name, rng):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_drafts_are_float64s(name, rng):
-    """Ragged prompts in two chunks, then two positions at once, then one after its own state."""
+    """Ragged prompts in two chunks, then two positions at once, then one after its own state.
+
+    A chunk has room for four: two positions are the program of the prompts.
+    """
     model = make(name, mtp=True)
     exact = NumpyDecoder(model)
     tokens = rng.integers(0, 31, (2, 10))
@@ -81,38 +84,32 @@ def test_drafts_are_float64s(name, rng):
     expected = np.stack(
         [exact.draft(h[:-1], row[1:]) for h, row in zip(hidden, tokens, strict=True)]
     )
-    states, cache = _extend(model, jnp.asarray(tokens), model.init_cache(2, 16))
-    assert relative(states, hidden) < 2e-6
-    cache = model.init_draft_cache(2, 16)
+    cache = emptied(lambda: model.init_draft_cache(2, 16))
     held = np.zeros(2, int)
-    for lengths in ([4, 3], [3, 0]):
+    for lengths in ([4, 3], [3, 0], [2, 2]):
+        at = np.minimum(held[:, None] + np.arange(4), 8)  # what is behind the end is padding
         part, following = (
-            np.stack([array[b, held[b] + shift : held[b] + shift + 4] for b in range(2)])
-            for array, shift in ((hidden, 0), (tokens, 1))
+            np.take_along_axis(hidden, at[..., None], 1),
+            np.take_along_axis(tokens, at + 1, 1),
         )
         states, cache = _draft(
-            model, jnp.asarray(part, jnp.float32), jnp.asarray(following), cache,
-            jnp.asarray(lengths),
-        )  # fmt: skip
+            model, np.float32(part), np.int32(following), cache, np.int32(lengths)
+        )
+        states = np.asarray(states)
         for b, count in enumerate(lengths):
             own = expected[b, held[b] : held[b] + count]
             assert not count or relative(states[b, :count], own) < 3e-6
         held += lengths
-    place = held[:, None] + np.arange(2)
-    rows = np.arange(2)[:, None]
-    states, cache = _draft(
-        model, jnp.asarray(hidden[rows, place], jnp.float32), jnp.asarray(tokens[rows, place + 1]),
-        cache, None,
-    )  # fmt: skip
-    assert relative(states, expected[rows, place]) < 3e-6
-    assert relative(model.draft_logits(states), exact.draft_logits(expected[rows, place])) < 3e-6
-    following = model.draft_logits(states)[:, -1:].argmax(-1)
-    states, cache = _draft(model, states[:, -1:], following, cache, None)
-    for b, at in enumerate(place[:, 1]):
+    last, rows = held - 1, np.arange(2)
+    logits = np.asarray(_draft_logits(model, states[:, 1:2]))
+    assert relative(logits[:, 0], exact.draft_logits(expected[rows, last])) < 3e-6
+    following = logits.argmax(-1)
+    states, cache = _draft(model, states[:, 1:2], np.int32(following), cache, None)
+    for b, at in enumerate(last):
         own = np.concatenate([hidden[b, : at + 1], expected[b, at : at + 1]])
         text = [*tokens[b, 1 : at + 2], int(following[b, 0])]
-        assert relative(states[b, 0], exact.draft(own, text)[-1]) < 3e-6
-    assert exact.guesses(tokens[0, : place[0, 1] + 2], 1) == [int(following[0, 0])]
+        assert relative(np.asarray(states)[b, 0], exact.draft(own, text)[-1]) < 3e-6
+    assert exact.guesses(tokens[0, : last[0] + 2], 1) == [int(following[0, 0])]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -135,16 +132,17 @@ def test_many_tokens_do_not_multiply_memory():
     assert memory.temp_size_in_bytes < 12 * pairs
 
 
-def test_the_router_is_float32_in_a_bfloat16_model(rng):
+def test_the_router_is_float32_in_a_bfloat16_model():
     types = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
-    model = drawn(lambda: Decoder(SIGMOID, **types, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: Decoder(SIGMOID, **types, rngs=nnx.Rngs(0)))
     mlp = model.blocks[1].mlp
     assert mlp.router.kernel.dtype == jnp.float32
     assert mlp.gate_proj.dtype == jnp.bfloat16
-    x = jnp.asarray(rng.standard_normal((1, 5, 24)), jnp.bfloat16)
-    assert mlp.router(x[0])[1].dtype == jnp.float32
-    assert mlp(x).dtype == jnp.bfloat16
-    assert jax.eval_shape(model, jnp.zeros((1, 3), jnp.int32)).dtype == jnp.float32
+    x = jax.ShapeDtypeStruct((1, 5, 24), jnp.bfloat16)
+    routed, y = jax.eval_shape(lambda mlp, x: (mlp.router(x[0])[1], mlp(x)), mlp, x)
+    assert (routed.dtype, y.dtype) == (jnp.float32, jnp.bfloat16)
+    tokens = jax.ShapeDtypeStruct((1, 3), jnp.int32)
+    assert jax.eval_shape(lambda model, x: model(x), model, tokens).dtype == jnp.float32
 
 
 def shapes(config, **options):
@@ -208,7 +206,8 @@ def test_random_weights_have_the_models_shapes(dense):
 
 def test_random_weights_are_like_the_constructors():
     config = DecoderConfig.from_preset("tiny")
-    config = config.replace(attention=config.attention.replace(num_hidden_layers=2))
+    attention = config.attention.replace(num_hidden_layers=1)
+    config = config.replace(attention=attention, first_k_dense_replace=0)  # experts, and an MLP
     made = random_decoder(config, param_dtype=jnp.bfloat16)
     model = jax.jit(lambda: Decoder(config, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))()
     flat = [nnx.to_flat_state(nnx.state(m)) for m in (made, model)]
@@ -216,19 +215,19 @@ def test_random_weights_are_like_the_constructors():
     for ours, theirs in zip(flat[0].leaves, flat[1].leaves, strict=True):
         assert isinstance(ours[...], jax.Array)
         assert (type(ours), ours.shape, ours.dtype) == (type(theirs), theirs.shape, theirs.dtype)
-        a, b = (float(jnp.std(leaf[...].astype(jnp.float32))) for leaf in (ours, theirs))
+        a, b = (float(np.float32(np.asarray(leaf[...])).std()) for leaf in (ours, theirs))
         assert a == pytest.approx(b, rel=0.15)
 
 
 @pytest.mark.parametrize("token", [-1, -100, 31, 2**31 - 1])
 def test_a_token_that_does_not_exist_never_gives_numbers(token):
     model = make("sigmoid")
-    tokens = jnp.array([[1, token, 2], [3, 4, 5]])
+    tokens = jax.device_put(np.array([[1, token, 2], [3, 4, 5]], np.int32))
     with pytest.raises(ValueError, match=f"tokens has {token}: the model has 31 words"):
         model(tokens)
     with pytest.raises(ValueError, match=f"tokens has {token}"):
-        model.prefill(tokens, model.init_cache(2, 8))
-    logits = _full(model, tokens)
+        model.prefill(tokens, emptied(lambda: model.init_cache(2, 8)))
+    logits = np.asarray(_full(model, tokens))
     assert np.isnan(logits[0, 1:]).all()
     assert np.isfinite(logits[1]).all()  # another row
 
@@ -239,16 +238,19 @@ def test_a_single_row_may_be_carried_as_equal_ones(form, rng, monkeypatch):
     model = make("sigmoid")
     begin = Step.begin
     monkeypatch.setattr(Step, "begin", lambda *given: begin(*given, form=form))
-    _, cache = jax.jit(lambda *given: model.extend(*given))(
-        jnp.asarray(rng.integers(0, 31, (1, 5))), model.init_cache(1, 8)
-    )
-    tokens, one = jnp.asarray(rng.integers(0, 31, (1, 1))), jnp.ones(1, jnp.int32)
-    steps = lambda tokens, cache: [  # noqa: E731
-        model.extend(tokens, cache, count) for count in (None, one, one * 0)
-    ]
-    alone = jax.jit(steps)(tokens, cache)
+    cache = emptied(lambda: model.init_cache(1, 8))
+    draw = lambda held: rng.standard_normal(held.shape).astype(np.float32)  # noqa: E731
+    cache = cache.replace(stores=jax.tree.map(draw, cache.stores), length=np.int32([5]))
+    tokens, one = np.int32(rng.integers(0, 31, (1, 1))), np.ones(1, np.int32)
+
+    def steps():
+        extend = jax.jit(lambda *given: model.extend(*given))
+        first = None if form == "absorbed" else one  # None is another program
+        return [extend(tokens, cache, count) for count in (first, one, one * 0)]
+
+    alone = steps()
     monkeypatch.setattr(dense, "copies", lambda x: 8)
-    carried = jax.jit(lambda *given: steps(*given))(tokens, cache)
+    carried = steps()
     for (x, after), (y, grown) in zip(alone[:2], carried[:2], strict=True):
         assert y.shape == (1, 1, 24)
         assert relative(y, x) < 2e-6
