@@ -35,7 +35,7 @@ def make(seed, batch, tokens, slots, heads, widths, dtype):
     arrays += [draw(batch, slots, heads, nope), draw(batch, slots, rope)]
     arrays += [draw(batch, slots, heads, value)]
     cotangents = draw(batch, tokens, heads, value), draw(batch, tokens, heads)
-    narrow = lambda x: jnp.asarray(x, dtype)  # noqa: E731
+    narrow = lambda x: jnp.asarray(x.astype(jnp.dtype(dtype)))  # noqa: E731
     return [narrow(x) for x in arrays], (narrow(cotangents[0]), jnp.asarray(cotangents[1]))
 
 
@@ -43,8 +43,8 @@ def poison(arrays, cotangents, seen):
     """NaN and infinity in slots past the last that any query sees, NaN in blind queries."""
     past = np.cumsum(seen.any(1)[:, ::-1], axis=1)[:, ::-1] == 0  # [B S]
     blind = ~seen.any(2)  # [B T]
-    bad = lambda x, where: jnp.where(  # noqa: E731
-        where.reshape(*where.shape, *[1] * (x.ndim - 2)), jnp.asarray(np.nan, x.dtype), x
+    bad = lambda x, where: jnp.asarray(  # noqa: E731
+        np.where(where.reshape(*where.shape, *[1] * (x.ndim - 2)), x.dtype.type(np.nan), x)
     )
     queries, keys = [bad(x, blind) for x in arrays[:2]], [bad(x, past) for x in arrays[2:]]
     return [*queries, *keys], (bad(cotangents[0], blind), cotangents[1])
@@ -54,6 +54,7 @@ def visible(batch, tokens, slots, *, lengths=None, query_lengths=None, causal=Tr
             segment_ids=None, limits=None):  # fmt: skip
     """Which slots each query sees, [B T S], under the same options, one query at a time."""
     seen = np.zeros((batch, tokens, slots), bool)
+    lengths, query_lengths, limits = jax.device_get((lengths, query_lengths, limits))
     for b, t in np.ndindex(batch, tokens):
         used = slots if lengths is None else int(lengths[b])
         last = used - (tokens - 1 - t) if causal else used
@@ -147,33 +148,41 @@ def packed(rng, batch, tokens, count):
     """Ids of `count` segments of random lengths in each row, in order."""
     cuts = np.sort(rng.integers(0, tokens, (batch, count - 1)), axis=1)
     ids = (np.arange(tokens)[None, :, None] >= cuts[:, None]).sum(2).astype(np.int32)
-    return jnp.asarray(ids)
+    return ids
 
 
 def options_of(kind, rng, batch, tokens, slots):
     """Named sets of options, drawn for a shape."""
-    draw = lambda high: jnp.asarray(rng.integers(0, high + 1, batch), jnp.int32)  # noqa: E731
+    draw = lambda high, *shape: rng.integers(0, high + 1, shape or batch, np.int32)  # noqa: E731
     packs = lambda count: (packed(rng, batch, slots, count),)  # noqa: E731
     pair = lambda ids: (ids[:, slots - tokens :], ids)  # noqa: E731
-    return {
+    options = {
         "causal": {},
         "lengths": {"lengths": draw(slots)},
         "both": {"lengths": draw(slots), "query_lengths": draw(tokens), "causal": False},
         "full": {"causal": False},
-        "limits": {"limits": jnp.asarray(rng.integers(0, slots + 1, (batch, tokens)), jnp.int32)},
+        "limits": {"limits": draw(slots, batch, tokens)},
         "window": {"window": max(1, tokens // 3)},
         "window1": {"window": 1},
         "segments": {"segment_ids": pair(*packs(4))},
-        "single": {"segment_ids": pair(
-            jnp.asarray(np.tile(np.arange(slots), (batch, 1)), jnp.int32))},
-        "scattered": {"segment_ids": (
-            jnp.asarray(rng.integers(0, 3, (batch, tokens)), jnp.int32),
-            jnp.asarray(rng.integers(0, 3, (batch, slots)), jnp.int32))},
-        "planted": {"lengths": jnp.array([slots - 7]), "window": 150,
-                    "query_lengths": jnp.array([tokens - 5]), "segment_ids": pair(*packs(3))},
+        "single": {"segment_ids": pair(np.tile(np.arange(slots, dtype=np.int32), (batch, 1)))},
+        "scattered": {"segment_ids": (draw(2, batch, tokens), draw(2, batch, slots))},
+        "planted": {"lengths": np.array([slots - 7]), "window": 150,
+                    "query_lengths": np.array([tokens - 5]), "segment_ids": pair(*packs(3))},
         "everything": {"lengths": draw(slots), "window": max(1, tokens // 2),
                        "query_lengths": draw(tokens), "segment_ids": pair(*packs(3))},
     }[kind]  # fmt: skip
+    return {
+        name: value if isinstance(value, int) else jax.tree.map(jnp.asarray, value)
+        for name, value in options.items()
+    }
+
+
+def in_one_program(make, options):
+    """`make(**options)`, where each of its operations would be a program; as it is by now."""
+    arrays = {name: value for name, value in options.items() if not isinstance(value, int)}
+    known = {name: value for name, value in options.items() if name not in arrays}
+    return jax.block_until_ready(jax.jit(lambda arrays: make(**arrays, **known))(arrays))
 
 
 def compare(seed, kind, batch, tokens, slots, heads, widths, dtype, interpret=None, repeat=False):
@@ -304,20 +313,22 @@ def test_planted_bugs_of_the_plan_are_noticed(monkeypatch):
     options = options_of(kind, np.random.default_rng(3), batch, tokens, slots)
     arrays, cotangents = poison(arrays, cotangents, limited(batch, tokens, slots, options))
     want = exact(arrays, cotangents, visible(batch, tokens, slots, **options), SCALE)
-    window, ids = options.pop("window"), options.pop("segment_ids")
     run = jax.jit(
         functools.partial(
-            attention.expanded_attention, scale=SCALE, interpret=INTERPRET, segment_ids=ids
+            attention.expanded_attention, scale=SCALE, interpret=INTERPRET,
+            segment_ids=options["segment_ids"],
         )
-    )
+    )  # fmt: skip
+
+    def planned(window, segment_ids, **options):
+        limits = plan.limits_of(batch, tokens, slots, **options)
+        return attention.plan_for(
+            limits, slots, widths[:2], widths[2], window=window, segment_ids=segment_ids
+        )
 
     def compare():
-        limits = plan.limits_of(batch, tokens, slots, **options)
-        made = attention.plan_for(
-            limits, slots, widths[:2], widths[2], window=window, segment_ids=ids
-        )
-        check((*jax.block_until_ready(run(*arrays, plan=jax.block_until_ready(made))), ()), want,
-              dtype)  # fmt: skip
+        made = in_one_program(planned, options)
+        check((*jax.block_until_ready(run(*arrays, plan=made)), ()), want, dtype)
 
     compare()
     for bug in PLANS:
@@ -349,10 +360,13 @@ def test_the_plan_covers_what_is_seen(seed):
     kind = ("causal", "both", "limits", "window", "segments", "scattered", "everything", "single")
     options = options_of(kind[seed], rng, batch, tokens, slots)
     seen = visible(batch, tokens, slots, **options)
-    window, ids = options.pop("window", None), options.pop("segment_ids", None)
-    limits = plan.limits_of(batch, tokens, slots, **options)
     sizes = plan.Sizes(forward=128, queries=64, keys=128)
-    made = plan.make_plan(limits, slots, sizes, window=window, segment_ids=ids)
+
+    def planned(window=None, segment_ids=None, **options):
+        limits = plan.limits_of(batch, tokens, slots, **options)
+        return plan.make_plan(limits, slots, sizes, window=window, segment_ids=segment_ids)
+
+    made = in_one_program(planned, options)
     for ranges, rows, size, matrix in (
         (made.forward, 128, 128, seen),
         (made.queries, 128, 64, seen),
@@ -371,10 +385,12 @@ def test_the_plan_covers_what_is_seen(seed):
 
 def test_packing_skips_blocks():
     """Segments of 512: no tile visits more than its own segment's blocks, and their neighbours'."""
-    ids = jnp.asarray(np.arange(4096)[None] // 512, jnp.int32)
-    limits = plan.limits_of(1, 4096, 4096)
+    ids = np.arange(4096, dtype=np.int32)[None] // 512
     sizes = plan.Sizes(forward=128, queries=64, keys=128)
-    made = plan.make_plan(limits, 4096, sizes, segment_ids=(ids, ids))
+    make = lambda ids: plan.make_plan(  # noqa: E731
+        plan.limits_of(1, 4096, 4096), 4096, sizes, segment_ids=(ids, ids)
+    )
+    made = in_one_program(make, {"ids": ids})
     first, opened, close, last, _ = np.asarray(made.forward)[0].T
     tile = np.arange(32)
     np.testing.assert_array_equal(first, tile // 4 * 4)
@@ -385,14 +401,16 @@ def test_packing_skips_blocks():
 def test_one_plan_for_many_layers_and_vmap(monkeypatch):
     monkeypatch.setattr("mla_jax.ops.hopper._H200_SMS", 2)
     arrays, cotangents = make(5, 2, 72, 72, 1, (16, 16, 16), "bfloat16")
-    made = attention.plan_for(plan.limits_of(2, 72, 72), 72, (16, 16), 16)
+    made = in_one_program(
+        lambda: attention.plan_for(plan.limits_of(2, 72, 72), 72, (16, 16), 16), {}
+    )
     call = functools.partial(attention.expanded_attention, scale=SCALE, interpret=INTERPRET)
     want = exact(arrays, cotangents, visible(2, 72, 72), SCALE)
     planned = jax.block_until_ready(jax.jit(call)(*arrays, plan=made))
     check((*planned, ()), want, "bfloat16")
     each = jax.jit(jax.vmap(lambda *a: call(*(x[None] for x in a))))(*arrays)
     for one, two in zip(jax.block_until_ready(each), planned, strict=True):
-        np.testing.assert_array_equal(one[:, 0], two)
+        np.testing.assert_array_equal(np.asarray(one)[:, 0], two)
 
 
 def test_as_a_backend(monkeypatch):
@@ -401,14 +419,20 @@ def test_as_a_backend(monkeypatch):
     device = Target("cpu", "cpu", interpret=INTERPRET)
     monkeypatch.setattr(backend.target, "current", lambda: device)
     arrays, _ = make(7, 2, 72, 80, 1, (16, 16, 16), "bfloat16")
-    ids = packed(np.random.default_rng(7), 2, 80, 2)
-    lengths = jnp.array([80, 75])
-    seen = Seen.of(lengths, batch=2, queries=72, slots=80, segment_ids=ids, window=40)
+    ids = jnp.asarray(packed(np.random.default_rng(7), 2, 80, 2))
+    lengths = jnp.asarray(np.array([80, 75]))
+    seen = in_one_program(
+        lambda **of: Seen.of(batch=2, queries=72, slots=80, window=40, **of),
+        {"lengths": lengths, "segment_ids": ids},
+    )
     call = dispatch.Call("expanded_attention", 2, 72, 80, 1, (16, 16), 16, "bfloat16", scale=SCALE)
     store = types.SimpleNamespace(k_nope=arrays[2], k_rope=arrays[3], value=arrays[4])
-    mask = np.asarray(seen.visible(jnp.arange(80)))[:, 0]
+    plans, mask = in_one_program(
+        lambda seen: (backend.plan(seen, call), seen.visible(jnp.arange(80))), {"seen": seen}
+    )
+    mask = np.asarray(mask)[:, 0]
     want = exact(arrays, (np.zeros((2, 72, 1, 16)), np.zeros((2, 72, 1))), mask, SCALE)
-    for planned in (seen, seen.replace(plan=backend.plan(seen, call))):
+    for planned in (seen, seen.replace(plan=plans)):
         got = jax.jit(lambda x, p=planned: backend.expanded_attention(x, store, p, call))(
             arrays[:2]
         )
