@@ -68,7 +68,7 @@ CASES = [  # B, T, S, N, R, P, lengths, multiprocessors
 
 
 @pytest.mark.parametrize(
-    "case", gate(CASES, 1, 3, 5, 7), ids=lambda c: "B{}-T{}-S{}-N{}-R{}-P{}-{}-sms{}".format(*c)
+    "case", gate(CASES, 3, 5, 7), ids=lambda c: "B{}-T{}-S{}-N{}-R{}-P{}-{}-sms{}".format(*c)
 )
 def test_interpreted_is_the_loop(case):
     *shape, lengths, sms = case
@@ -78,9 +78,9 @@ def test_interpreted_is_the_loop(case):
 
 
 def test_many_pieces(monkeypatch):
-    monkeypatch.setattr(merge, "_FEW", (2, 4, 4))  # 32 would take a minute
-    arrays, lengths = make(4, 1, 1, 520, 2, 256, 0, (515,), jnp.bfloat16)
-    check(interpreted(arrays, lengths, 5), loop(arrays, lengths), jnp.bfloat16)
+    monkeypatch.setattr(merge, "_FEW", (1, 2, 2))  # 32 would take a minute
+    arrays, lengths = make(4, 1, 1, 264, 2, 256, 0, (260,), jnp.bfloat16)
+    check(interpreted(arrays, lengths, 3), loop(arrays, lengths), jnp.bfloat16)
 
 
 def _mask_without_causality(self, s, block, slot, length):
@@ -167,7 +167,7 @@ PAGED = [  # as CASES, with lengths around the border of a page
     (5, 1, 384, 3, 128, 16, (127, 128, 129, 0, 257), 3),
     (2, 2, 256, 20, 128, 32, (256, 255), 5),
     (2, 1, 384, 16, 256, 0, (383, 1), 2),
-    (1, 3, 640, 40, 128, 64, (513,), 6),  # several parts share a row, and begin within it
+    (1, 3, 640, 20, 128, 64, (513,), 3),  # several parts share a row, and begin within it
 ]
 
 
@@ -361,9 +361,6 @@ def test_the_plan_is_of_the_rows_ends_and_other_backends_need_none(monkeypatch):
     with plgpu.force_gpu_interpret_mode():
         planned = dispatch.plan(seen, spec(arrays))
         assert planned.plan.lengths.tolist() == [65, 130]
-        store = Dense({"latent": arrays[2], "k_rope": arrays[3]})
-        got = dispatch.attend(tuple(arrays[:2]), store, planned, spec(arrays), "pallas_gpu")
-        check(jax.block_until_ready(got), loop(arrays, lengths), jnp.bfloat16)
 
 
 def test_rows_padded_on_the_right(monkeypatch):
