@@ -436,14 +436,26 @@ def test_logits_of_quantised_models_are_those_of_their_numbers(tmp_path):
         np.testing.assert_array_equal(logits(a, tokens), logits(b, tokens))
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder and the model on one device of a form, made once for all axes."""
+
+    @functools.cache
+    def whole(form):
+        config, tensors, _ = base(f"deepseek_v3{form}")
+        folder = write(tmp_path_factory.mktemp("whole"), config, tensors)
+        return folder, load(folder, mtp=True)
+
+    return whole
+
+
 @pytest.mark.parametrize("axis", [0, 1, -1])
 @pytest.mark.parametrize(
     "form", ["", " fp8", " int8", " int4"], ids=["plain", "fp8", "int8", "int4"]
 )
-def test_any_axis_of_any_weight_can_be_split(form, axis, tmp_path):
+def test_any_axis_of_any_weight_can_be_split(form, axis, whole):
     """Heads' channels, too, which are not next to each other in torch's rows."""
-    config, tensors, _ = base(f"deepseek_v3{form}")
-    folder = write(tmp_path, config, tensors)
+    folder, model = whole(form)
     mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
     split = []
 
@@ -454,10 +466,10 @@ def test_any_axis_of_any_weight_can_be_split(form, axis, tmp_path):
         split.append(path)
         return jax.NamedSharding(mesh, jax.P(*(["x" if i == at else None for i in range(at + 1)])))
 
-    whole, parts = load(folder, mtp=True), load(folder, mtp=True, sharding=place)
+    parts = load(folder, mtp=True, sharding=place)
     assert len(split) > 20
     for (path, a), (_, b) in zip(
-        nnx.to_flat_state(nnx.state(whole)), nnx.to_flat_state(nnx.state(parts)), strict=True
+        nnx.to_flat_state(nnx.state(model)), nnx.to_flat_state(nnx.state(parts)), strict=True
     ):
         np.testing.assert_array_equal(np.asarray(a[...]), np.asarray(b[...]), err_msg=str(path))
 
