@@ -188,17 +188,18 @@ def test_a_symbolic_number_of_tokens():
         struct((count, 24)), struct((count, 2), jnp.int32), struct((count, 2)),
         *(struct(kernel.shape) for kernel in arrays[2:]),
     )  # fmt: skip
-    for tokens in (1, 5, 300):
+    for tokens in (1, 300):
         (x, weights, *kernels), experts = problem(tokens, count=4, chosen=2, widths=(24, 9))
         found = made.call(x, experts, weights, *kernels)
-        assert relative(found, routed_experts(x, experts, weights, *kernels)) < 2e-6
+        assert relative(found, loop(experts, x, weights, *kernels)) < 2e-6
 
 
 @pytest.mark.parametrize("pairs", [(7, 3), (600, 2)])  # ranks compared, ranks by a sort
 def test_tiles_hold_every_pair_once(pairs, rng):
     experts = rng.integers(0, 5, pairs)
     experts[experts == 2] = 3  # an expert without tokens
-    tiles = make_tiles(jnp.asarray(experts), 5, 4)
+    made = jax.jit(make_tiles, static_argnums=(1, 2))(jnp.asarray(experts), 5, 4)
+    tiles = jax.device_get(made)
     sizes = np.bincount(experts.ravel(), minlength=5)
     np.testing.assert_array_equal(tiles.needed, -(-sizes // 4))
     assert int(tiles.used[0]) == sum(-(-sizes // 4))
@@ -209,5 +210,5 @@ def test_tiles_hold_every_pair_once(pairs, rng):
         first, needed = tiles.first[experts[m, k]], tiles.needed[experts[m, k]]
         assert first <= row // 4 < first + needed
     assert int((tiles.token < pairs[0]).sum()) == experts.size
-    rows = tiles.rows_of(jnp.ones((pairs[0], 2)))
-    assert float(rows.sum()) == 2 * experts.size  # all the others are zeros
+    rows = np.asarray(jax.jit(made.rows_of)(np.ones((pairs[0], 2), np.float32)))
+    assert rows.sum() == 2 * experts.size  # all the others are zeros
