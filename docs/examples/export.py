@@ -39,5 +39,5 @@ run = export.deserialize(data).call
 for rows, length in ((1, 32), (3, 128)):
     x = jnp.ones((rows, 1, config.hidden_size))
     y, held = run(leaves, x, layer.init_cache(rows, length))
-    want, _ = layer.decode(x, layer.init_cache(rows, length))
+    want, _ = jax.jit(step)(leaves, x, layer.init_cache(rows, length))
     print(rows, "rows of", length, "slots:", bool(jnp.allclose(y, want, atol=1e-6)))

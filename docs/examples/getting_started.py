@@ -13,7 +13,7 @@ print("output:", y.shape)
 
 lengths = jnp.array([5, 3])  # tokens of each row; the rest of it is padding
 cache = layer.init_cache(batch_size=2, max_length=64)
-y, cache = layer.prefill(x, cache, lengths)  # prompts, right-padded
+y, cache = mla_jax.prefill_step(layer, x, cache, lengths)  # prompts, right-padded
 y = jnp.take_along_axis(y, lengths[:, None, None] - 1, axis=1)  # each row's last token: [2 1 128]
 for _ in range(10):
     y, cache = mla_jax.decode_step(layer, y, cache)  # one new token per row
@@ -21,7 +21,8 @@ print("rows hold:", cache.length)
 print("cache:", cache.nbytes, "bytes for", 2 * cache.max_length, "slots")
 
 # A row gives what it gives alone: neither the other row nor the padding is seen.
-z, alone = layer.prefill(x[1:, :3], layer.init_cache(batch_size=1, max_length=64))
+alone = layer.init_cache(batch_size=1, max_length=64)
+z, alone = mla_jax.prefill_step(layer, x[1:, :3], alone)
 z = z[:, -1:]
 for _ in range(10):
     z, alone = mla_jax.decode_step(layer, z, alone)

@@ -10,7 +10,8 @@ import mla_jax
 config = mla_jax.MLAConfig.from_preset("tiny")
 layer = mla_jax.MultiHeadLatentAttention(config, rngs=nnx.Rngs(0))
 x = jax.random.normal(jax.random.key(1), (2, 6, config.hidden_size))
-before = layer(x)
+run = nnx.jit(lambda layer, x: layer(x))
+before = run(layer, x)
 
 # --8<-- [start:recipe]
 rank, rngs = 4, nnx.Rngs(1)
@@ -34,13 +35,20 @@ def step(layer, optimizer, x, goal):
 
 frozen = nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))
 kernels = jax.tree.map(jnp.copy, nnx.state(layer, frozen))
-print("as before the first step:", bool((layer(x) == before).all()))
+print("as before the first step:", bool((run(layer, x) == before).all()))
 losses = [float(step(layer, optimizer, x, 0.5 * before)) for _ in range(20)]
 print("the loss falls:", losses[-1] < 0.9 * losses[0])
 trained = jax.tree.leaves(nnx.state(layer, nnx.LoRAParam))
 print("trained:", sum(leaf.size for leaf in trained), "numbers")
 same = jax.tree.map(lambda a, b: bool((a == b).all()), kernels, nnx.state(layer, frozen))
 print("kernels stay:", all(jax.tree.leaves(same)))
-y, cache = layer.prefill(x[:, :5], layer.init_cache(2, 8))
-y, cache = layer.decode(x[:, 5:], cache, form="absorbed")
-print("the absorbed form has it:", bool(jnp.allclose(y, layer(x)[:, 5:], atol=1e-5)))
+
+
+@nnx.jit
+def absorbed(layer, x):
+    _, cache = layer.prefill(x[:, :5], layer.init_cache(2, 8))
+    return layer.decode(x[:, 5:], cache, form="absorbed")[0]
+
+
+y = absorbed(layer, x)
+print("the absorbed form has it:", bool(jnp.allclose(y, run(layer, x)[:, 5:], atol=1e-5)))

@@ -32,7 +32,7 @@ class Model(nnx.Module):
 
 # --8<-- [start:use]
 config = mla_jax.MLAConfig.from_preset("tiny")
-model = Model(config, layers=3, words=50, rngs=nnx.Rngs(0))
+model = Model(config, layers=2, words=50, rngs=nnx.Rngs(0))
 result = mla_jax.generation.generate(model, [[3, 1, 4], [9]], max_new_tokens=5, speculate=2)
 print("new tokens:", [len(row) for row in result.tokens], "rows hold:", result.cache.length)
 # --8<-- [end:use]
@@ -49,9 +49,9 @@ print("the same by a loop of one's own:", text == result.tokens[0])
 # --8<-- [end:loop]
 
 tokens = jnp.array([[3, 1, 4, 1, 5], [9, 2, 6, 0, 0]])
-whole, _ = model.extend(tokens, model.init_cache(2, 8))
-hidden, cache = model.extend(tokens[:, :3], model.init_cache(2, 128, pages=2))
-hidden, cache = model.extend(tokens[:, 3:], cache, lengths=jnp.array([2, 0]))
+whole, _ = step.extend(tokens, step.init_cache(2, 128))
+hidden, cache = step.extend(tokens[:, :3], step.init_cache(2, 128, pages=2))
+hidden, cache = step.extend(tokens[:, 3:], cache, lengths=jnp.array([2, 0]))
 print("rows hold:", cache.length)
 print("the same as in one pass:", bool(jnp.allclose(hidden[0], whole[0, 3:], atol=1e-5)))
 
