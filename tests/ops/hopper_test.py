@@ -43,6 +43,15 @@ def _schedules_are_one_program(monkeypatch):
     monkeypatch.setattr(hopper, "make_schedule", make_schedule)
 
 
+@pytest.fixture(autouse=True)
+def _few_pieces_are_merged_at_once(request, monkeypatch):
+    """All loads of a merge are unrolled, and interpreting each is compiled for half a second."""
+    if not any(map(request.node.get_closest_marker, ("slow", "accelerator"))):
+        monkeypatch.setattr(merge, "_AT_ONCE", ((1, 2, 2), (1, 1, 2), (1, 1, 2), (2, 1, 2)))
+        few = (4, 16), ((1, 2, 2), (4, 1, 2), (4, 1, 2))
+        monkeypatch.setattr(merge, "_OF_FEW_ROWS", few)
+
+
 def attend(arrays, lengths, sms, interpret=INTERPRET, table=None):
     tokens, heads = arrays[0].shape[1:3]
     slots = arrays[2].shape[1] if table is None else table.shape[1] * PAGE
@@ -78,7 +87,7 @@ def test_interpreted_is_the_loop(case):
 
 
 def test_many_pieces(monkeypatch):
-    monkeypatch.setattr(merge, "_FEW", (1, 2, 2))  # 32 would take a minute
+    monkeypatch.setattr(merge, "_FEW", (1, 2, 2))  # three are many; 32 would take a minute
     arrays, lengths = make(4, 1, 1, 264, 2, 256, 0, (260,), jnp.bfloat16)
     check(interpreted(arrays, lengths, 3), loop(arrays, lengths), jnp.bfloat16)
 
@@ -308,7 +317,7 @@ def test_gradients_vmap_and_no_lengths(monkeypatch):
     ours = lambda *arrays: attend(arrays, full[: len(arrays[0])], 2)  # noqa: E731
     theirs = functools.partial(mla_jax.latent_attention, lengths=None, scale=SCALE)
     slopes = lambda f: jax.grad(functools.partial(loss, f), (0, 1, 2, 3))  # noqa: E731
-    got = jax.block_until_ready(slopes(ours)(*arrays))  # not jitted: vmap shares its kernel
+    got = jax.block_until_ready(jax.jit(slopes(ours))(*arrays))
     for one, two in zip(got, jax.jit(slopes(theirs))(*arrays), strict=True):
         assert relative(one, two) < 2 * float(jnp.finfo(jnp.bfloat16).eps)
     each = jax.vmap(lambda p, q, c, k: ours(p[None], q[None], c[None], k[None]))(*arrays)
