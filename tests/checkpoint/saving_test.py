@@ -19,6 +19,7 @@ from mla_jax.models import Decoder, DecoderConfig, decoder_presets
 
 DECODERS = pathlib.Path(__file__).parents[1] / "testdata" / "decoders"
 FOLDERS = sorted(DECODERS.iterdir())
+BFLOAT16 = "deepseek_v3", "minicpm3"  # with a router, whose parameters stay float32, and without
 SMALL = DecoderConfig(
     attention=PLAIN.replace(num_hidden_layers=2), vocab_size=31, intermediate_size=20,
     moe_intermediate_size=9, n_routed_experts=6, num_experts_per_tok=2, n_shared_experts=1,
@@ -39,8 +40,8 @@ def random_weights(model, seed=0):
     """Noise in every parameter: what a constructor makes has zeros and ones in it."""
     random = np.random.default_rng(seed)
     for _, parameter in nnx.to_flat_state(nnx.state(model)):
-        noise = jnp.asarray(random.standard_normal(parameter.shape), parameter.dtype)
-        parameter.set_value(noise)
+        noise = random.standard_normal(parameter.shape).astype(parameter.dtype)
+        parameter.set_value(jax.device_put(noise))
     return model
 
 
@@ -48,8 +49,15 @@ def make(config, seed=0, **options):
     return random_weights(drawn(lambda: Decoder(config, rngs=nnx.Rngs(0), **options)), seed)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
-@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+@pytest.mark.parametrize(
+    ("folder", "dtype"),
+    [(folder, jnp.float32) for folder in FOLDERS]
+    + [
+        (folder, jnp.bfloat16) if folder.name in BFLOAT16 else slow(folder, jnp.bfloat16)
+        for folder in FOLDERS
+    ],
+    ids=lambda value: getattr(value, "name", None) or np.dtype(value).name,
+)
 def test_a_families_model_comes_back_bit_for_bit(folder, dtype, tmp_path):
     model = checkpoint.load_decoder(folder, dtype=dtype)
     checkpoint.save_decoder(model, tmp_path, max_shard_bytes=9000)
@@ -69,14 +77,19 @@ def test_a_families_model_comes_back_bit_for_bit(folder, dtype, tmp_path):
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
-@pytest.mark.parametrize("own", [False, True], ids=["copies", "its own embedding and head"])
+@pytest.mark.parametrize(
+    ("own", "dtype"),
+    [(False, jnp.bfloat16), slow(False, jnp.float32), (True, jnp.float32),
+     slow(True, jnp.bfloat16)],
+    ids=["copies-bf16", "copies-f32", "its own embedding and head-f32",
+         "its own embedding and head-bf16"],
+)  # fmt: skip
 def test_a_block_for_drafting_comes_back(own, dtype, tmp_path):
     model = make(SMALL, mtp=True, param_dtype=dtype)
     if own:
-        types = {"param_dtype": dtype, "rngs": nnx.Rngs(5)}
-        model.predictor.embed = nnx.Embed(31, 24, **types)
-        model.predictor.head = nnx.Linear(24, 31, use_bias=False, **types)
+        embed = lambda: nnx.Embed(31, 24, param_dtype=dtype, rngs=nnx.Rngs(0))  # noqa: E731
+        head = lambda: nnx.Linear(24, 31, use_bias=False, param_dtype=dtype, rngs=nnx.Rngs(0))  # noqa: E731
+        model.predictor.embed, model.predictor.head = drawn(embed, 5), drawn(head, 6)
     checkpoint.save_decoder(model, tmp_path)
     again = checkpoint.load_decoder(tmp_path, dtype=dtype, mtp=True)
     assert_same(model, again)
@@ -107,13 +120,12 @@ CONFIGS = {
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_any_decoder_comes_back(name, tmp_path):
-    model = make(CONFIGS[name])
+    model = make(CONFIGS[name], dtype=jnp.float32)
     checkpoint.save_decoder(model, tmp_path)
     again = checkpoint.load_decoder(tmp_path, dtype=jnp.float32)
     assert again.config == CONFIGS[name]
     assert_same(model, again)
-    tokens = jnp.array([[1, 2, 3, 4]])
-    np.testing.assert_array_equal(model(tokens), again(tokens))
+    assert nnx.graphdef(model) == nnx.graphdef(again)  # one program serves both
 
 
 @pytest.mark.parametrize("preset", decoder_presets())
@@ -184,8 +196,8 @@ import numpy as np
 from mla_jax import checkpoint
 from mla_jax.checkpoint import saving
 
-folder, how = pathlib.Path(sys.argv[1]), sys.argv[2]
-BEFORE = {"one file": 1, "no index": 2, "fewer shards": 2, "more shards": 5}[how]
+folder, how = pathlib.Path(sys.argv[1]), None
+BEFORE = {"one file": 1, "no index": 2, "fewer shards": 2, "more shards": 5}
 
 def tensors(generation, count):
     return [saving.Tensor(f"t{i}.weight", np.dtype(np.float32), (50,),
@@ -198,7 +210,7 @@ def save(generation, count):
 
 def prepare():
     shutil.rmtree(folder, ignore_errors=True)
-    save(1, 2 * BEFORE)
+    save(1, 2 * BEFORE[how])
     if how == "one file":  # as many folders of the hub are, without an index
         (folder / "model-00001-of-00001.safetensors").rename(folder / "model.safetensors")
         (folder / "model.safetensors.index.json").unlink()
@@ -227,38 +239,44 @@ def die_at(n):
     for name in ("unlink", "open", "mkdir"):
         counted(getattr(pathlib.Path, name), pathlib.Path, name)
 
-seen = []
-for n in itertools.count(1):
-    prepare()
-    child = os.fork()
-    if child == 0:
-        die_at(n)
-        save(2, 6)
-        os._exit(0)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    seen.append(state())
-    save(3, 4)  # a later save finds its way, and leaves nothing behind
-    assert state() == 3
-    left = {f.name for f in folder.iterdir()}
-    assert left == {"config.json", "model.safetensors.index.json",
-                    *{f.name for f in folder.glob("model*-of-00002.safetensors")}}, left
-    assert len(left) == 4, left
-    if code == 0:
-        break
-assert seen == sorted(seen) and set(seen) == {1, 2}, seen
-print("killed at", len(seen) - 1, "steps:", "".join(map(str, seen)))
+for how in sys.argv[2:]:
+    seen = []
+    for n in itertools.count(1):
+        prepare()
+        child = os.fork()
+        if child == 0:
+            die_at(n)
+            save(2, 6)
+            os._exit(0)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        seen.append(state())
+        save(3, 4)  # a later save finds its way, and leaves nothing behind
+        assert state() == 3
+        left = {f.name for f in folder.iterdir()}
+        assert left == {"config.json", "model.safetensors.index.json",
+                        *{f.name for f in folder.glob("model*-of-00002.safetensors")}}, left
+        assert len(left) == 4, left
+        if code == 0:
+            break
+    assert seen == sorted(seen) and set(seen) == {1, 2}, seen
+    print("killed at", len(seen) - 1, "steps:", "".join(map(str, seen)))
 """
 
 
-@pytest.mark.parametrize("how", ["one file", slow("no index"), "fewer shards", slow("more shards")])
-def test_killed_at_any_step_it_is_the_old_model_or_the_new(how, tmp_path):
+@pytest.mark.parametrize(
+    "ways",
+    [["one file", "fewer shards"], slow(["no index", "more shards"])],
+    ids=" and ".join,
+)
+def test_killed_at_any_step_it_is_the_old_model_or_the_new(ways, tmp_path):
     found = subprocess.run(
-        [sys.executable, "-c", _KILLED, str(tmp_path / "model"), how], capture_output=True,
+        [sys.executable, "-c", _KILLED, str(tmp_path / "model"), *ways], capture_output=True,
         text=True, check=False,
     )  # fmt: skip
     assert found.returncode == 0, found.stderr
-    steps = int(found.stdout.split()[2])
-    assert steps > 15, found.stdout
+    steps = [int(line.split()[2]) for line in found.stdout.splitlines()]
+    assert len(steps) == len(ways)
+    assert min(steps) > 15, found.stdout
 
 
 _FULL = """
