@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from common import MICRO, drawn
+from common import MICRO, drawn, slow
 from flax import nnx
 from hypothesis import strategies as st
 from quantized import E4M3, packed, scaled
@@ -223,23 +223,12 @@ def load(folder, **options):
     return checkpoint.load_decoder(folder, dtype=jnp.float32, **options)
 
 
-@pytest.mark.filterwarnings("ignore:.*is not the embedding.*:UserWarning")
-@pytest.mark.unchecked
-@hypothesis.settings(
-    max_examples=30,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=list(hypothesis.HealthCheck),
-)
-@hypothesis.given(change=changes(), mtp=st.booleans())
-def test_any_change_of_a_tensor_gives_the_right_weights_or_a_named_refusal(
-    change, mtp, tmp_path_factory
-):
+def _right_weights_or_a_named_refusal(change, mtp, folder):
     name, key, kind, value = change
     config, tensors, _ = base(name)
     mtp = mtp and "v3" in name
     changed, must_name = apply(tensors, key, kind, value)
-    folder = write(tmp_path_factory.mktemp("c"), config, changed)
+    write(folder, config, changed)
     try:
         model = load(folder, mtp=mtp)
     except ValueError as error:
@@ -264,6 +253,25 @@ def test_any_change_of_a_tensor_gives_the_right_weights_or_a_named_refusal(
     assert any(stem in message for stem in stems if stem) or (
         "latent attention" in message and "kv_a_proj" in must_name + str(value)
     ), message
+
+
+@pytest.mark.filterwarnings("ignore:.*is not the embedding.*:UserWarning")
+@pytest.mark.unchecked
+@pytest.mark.parametrize("examples", [15, slow(60)])
+def test_any_change_of_a_tensor_gives_the_right_weights_or_a_named_refusal(
+    examples, tmp_path_factory
+):
+    @hypothesis.settings(
+        max_examples=examples,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    @hypothesis.given(change=changes(), mtp=st.booleans())
+    def check(change, mtp):
+        _right_weights_or_a_named_refusal(change, mtp, tmp_path_factory.mktemp("c"))
+
+    check()
 
 
 @functools.cache
