@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from common import gate, relative
-from hopper_common import HOPPER, INTERPRET, SCALE, check
+from hopper_common import HOPPER, INTERPRET, SCALE, check, merge_few_at_once
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import mla_jax
@@ -25,6 +25,11 @@ from mla_jax.ops.seen import Seen
 SPEC = dispatch.Call(
     "latent_attention", 2, 1, 4096, 128, (512, 64), 512, "bfloat16", ("chosen", "lengths")
 )
+
+
+@pytest.fixture(autouse=True)
+def _few_pieces_are_merged_at_once(request, monkeypatch):
+    merge_few_at_once(request, monkeypatch)
 
 
 def make(seed, batch, tokens, slots, heads, rank, rope, count, dtype, first=0):
@@ -46,8 +51,9 @@ def make(seed, batch, tokens, slots, heads, rank, rope, count, dtype, first=0):
         seen[b, visible(chosen[b, t], limits[b, t])] = True
     bad = np.where(np.arange(slots) % 3 == 0, np.inf, np.nan)[None, :, None]
     arrays += [np.where(seen[..., None], draw(batch, slots, w), bad) for w in (rank, rope)]
-    arrays = [jnp.asarray(a, dtype) for a in arrays]
-    return arrays, *(jnp.asarray(x, jnp.int32) for x in (chosen, limits))
+    # jnp.asarray would compile a program for each shape.
+    arrays = [jax.device_put(a.astype(jnp.dtype(dtype))) for a in arrays]
+    return arrays, *(jax.device_put(x.astype(np.int32)) for x in (chosen, limits))
 
 
 def visible(chosen, limit):
@@ -86,7 +92,8 @@ def paginate(arrays, seed=0):
         pools.append(pool)
     used = np.isfinite(np.asarray(held[0], np.float32)).any(2).reshape(batch, per_row, PAGE).any(2)
     table = np.where(used, place, count)
-    return [jnp.asarray(a) for a in (pattern, q_rope, *pools)], jnp.asarray(table, jnp.int32)
+    pages = [jax.device_put(a) for a in (pattern, q_rope, *pools)]
+    return pages, jax.device_put(table.astype(np.int32))
 
 
 def interpreted(arrays, chosen, limits, sms, table=None):

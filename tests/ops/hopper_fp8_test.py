@@ -23,6 +23,7 @@ from hopper_common import (
     loop,
     make,
     make_schedule,
+    merge_few_at_once,
     shuffled_pages,
     two_layers,
 )  # fmt: skip
@@ -39,6 +40,11 @@ pytestmark = MARKS
 FP8 = "float8_e4m3fn"
 _VALUES = np.arange(256, dtype=np.uint8)
 FINITE = _VALUES[(_VALUES & 127) != 127]
+
+
+@pytest.fixture(autouse=True)
+def _few_pieces_are_merged_at_once(request, monkeypatch):
+    merge_few_at_once(request, monkeypatch)
 
 
 def encoded(arrays, lengths, seed=0):

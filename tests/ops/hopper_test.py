@@ -22,6 +22,7 @@ from hopper_common import (
     loop,
     make,
     make_schedule,
+    merge_few_at_once,
     two_layers,
 )  # fmt: skip
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -45,11 +46,7 @@ def _schedules_are_one_program(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _few_pieces_are_merged_at_once(request, monkeypatch):
-    """All loads of a merge are unrolled, and interpreting each is compiled for half a second."""
-    if not any(map(request.node.get_closest_marker, ("slow", "accelerator"))):
-        monkeypatch.setattr(merge, "_AT_ONCE", ((1, 2, 2), (1, 1, 2), (1, 1, 2), (2, 1, 2)))
-        few = (4, 16), ((1, 2, 2), (4, 1, 2), (4, 1, 2))
-        monkeypatch.setattr(merge, "_OF_FEW_ROWS", few)
+    merge_few_at_once(request, monkeypatch)
 
 
 def attend(arrays, lengths, sms, interpret=INTERPRET, table=None):
