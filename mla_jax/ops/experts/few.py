@@ -164,7 +164,7 @@ def gated_mlps(
     if ordered and products.fit(first, second):
         made = products.run([first, second], "few_experts")[len(first.out) :]
         return _summed(made, second.splits)
-    hidden = gate_up(x, kernels, chosen, plan=plan, order=order)
+    hidden = tuple(products.run([first], "few_gate_up"))
     return down(hidden, downs, chosen, plan=plan, ordered=ordered)
 
 
