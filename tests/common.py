@@ -50,8 +50,13 @@ def drawn(make, seed=0):
             value = random.standard_normal(shape) * inputs**-0.5
         else:
             value = np.ones(shape) if name in ("scale", "ssmax_bias") else np.zeros(shape)
-        leaf.set_value(jax.device_put(value.astype(leaf.dtype)))  # jnp.asarray compiles a program
+        leaf.set_value(put(value, leaf.dtype))
     return module
+
+
+def put(value, dtype):
+    """`jnp.asarray`, which compiles a program for every shape, without it."""
+    return jax.device_put(np.asarray(value).astype(dtype))
 
 
 def emptied(make, fill=np.nan):
@@ -60,19 +65,19 @@ def emptied(make, fill=np.nan):
     Without the programs that make its arrays.
     """
     cache = jax.eval_shape(make)
-    put = lambda value, like: jax.device_put(np.full(like.shape, value, like.dtype))  # noqa: E731
+    full = lambda value, like: jax.device_put(np.full(like.shape, value, like.dtype))  # noqa: E731
     if cache.pages is not None:
         count, pages = cache.pages.count, cache.pages
-        free = jax.device_put(np.arange(count, dtype=np.int32)[::-1])
+        free = put(np.arange(count)[::-1], np.int32)
         pages = dataclasses.replace(
-            pages, table=put(count, pages.table), free=free, available=put(count, pages.available),
-            uses=put(0, pages.uses),
+            pages, table=full(count, pages.table), free=free,
+            available=full(count, pages.available), uses=full(0, pages.uses),
         )  # fmt: skip
         cache = cache.replace(pages=pages)
     return cache.replace(
-        stores=jax.tree.map(functools.partial(put, fill), cache.stores),
-        length=put(0, cache.length),
-        overflowed=put(False, cache.overflowed),
+        stores=jax.tree.map(functools.partial(full, fill), cache.stores),
+        length=full(0, cache.length),
+        overflowed=full(False, cache.overflowed),
     )
 
 

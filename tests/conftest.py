@@ -107,6 +107,20 @@ def traced_anew():
 
 
 @pytest.fixture
+def few_merged_at_once(request, monkeypatch):
+    """All loads of a merge are unrolled, and interpreting each is compiled for half a second.
+
+    Slow tests and those on a GPU have as many as the package.
+    """
+    from mla_jax.ops.hopper import merge
+
+    if not any(map(request.node.get_closest_marker, ("slow", "accelerator"))):
+        monkeypatch.setattr(merge, "_AT_ONCE", ((1, 2, 2), (1, 1, 2), (1, 1, 2), (2, 1, 2)))
+        few = (4, 16), ((1, 2, 2), (4, 1, 2), (4, 1, 2))
+        monkeypatch.setattr(merge, "_OF_FEW_ROWS", few)
+
+
+@pytest.fixture
 def card():
     """The Hopper GPU that native tests run on; without one they are skipped."""
     from hopper_common import SPEC

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import relative
+from common import put, relative
 from flax import nnx
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -13,7 +13,6 @@ from mla_jax import target
 from mla_jax.cache import PAGE
 from mla_jax.models.decoder import Decoder, DecoderConfig
 from mla_jax.ops import dispatch, hopper
-from mla_jax.ops.hopper import merge
 
 MARKS = [
     # Infinity in slots that nobody sees meets zero, before the mask.
@@ -28,17 +27,6 @@ HOPPER = target.Target("gpu", "NVIDIA H200", 9.0, 132)
 SPEC = dispatch.Call("latent_attention", 2, 1, 4096, 128, (512, 64), 512, "bfloat16", ("lengths",))
 
 
-def merge_few_at_once(request, monkeypatch):
-    """All loads of a merge are unrolled, and interpreting each is compiled for half a second.
-
-    Slow tests and those on a GPU have as many as the package.
-    """
-    if not any(map(request.node.get_closest_marker, ("slow", "accelerator"))):
-        monkeypatch.setattr(merge, "_AT_ONCE", ((1, 2, 2), (1, 1, 2), (1, 1, 2), (2, 1, 2)))
-        few = (4, 16), ((1, 2, 2), (4, 1, 2), (4, 1, 2))
-        monkeypatch.setattr(merge, "_OF_FEW_ROWS", few)
-
-
 def make(seed, batch, tokens, slots, heads, rank, rope, lengths, dtype):
     """Standard normal operands; NaN and infinity in every slot past a row's length."""
     rng = np.random.default_rng(seed)
@@ -47,9 +35,7 @@ def make(seed, batch, tokens, slots, heads, rank, rope, lengths, dtype):
     bad = np.where(np.arange(slots) % 3 == 0, np.inf, np.nan)[None, :, None]
     arrays = [draw(batch, tokens, heads, rank), draw(batch, tokens, heads, rope)]
     arrays += [np.where(dead, bad, draw(batch, slots, width)) for width in (rank, rope)]
-    # jnp.asarray would compile a program for each shape.
-    arrays = [jax.device_put(a.astype(jnp.dtype(dtype))) for a in arrays]
-    return arrays, jax.device_put(np.asarray(lengths, np.int32))
+    return [put(a, dtype) for a in arrays], put(lengths, np.int32)
 
 
 def loop(arrays, lengths, scale=SCALE):

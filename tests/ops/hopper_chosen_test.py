@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import gate, relative
-from hopper_common import HOPPER, INTERPRET, SCALE, check, merge_few_at_once
+from common import gate, put, relative
+from hopper_common import HOPPER, INTERPRET, SCALE, check
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import mla_jax
@@ -27,9 +27,7 @@ SPEC = dispatch.Call(
 )
 
 
-@pytest.fixture(autouse=True)
-def _few_pieces_are_merged_at_once(request, monkeypatch):
-    merge_few_at_once(request, monkeypatch)
+pytestmark = pytest.mark.usefixtures("few_merged_at_once")
 
 
 def make(seed, batch, tokens, slots, heads, rank, rope, count, dtype, first=0):
@@ -51,9 +49,8 @@ def make(seed, batch, tokens, slots, heads, rank, rope, count, dtype, first=0):
         seen[b, visible(chosen[b, t], limits[b, t])] = True
     bad = np.where(np.arange(slots) % 3 == 0, np.inf, np.nan)[None, :, None]
     arrays += [np.where(seen[..., None], draw(batch, slots, w), bad) for w in (rank, rope)]
-    # jnp.asarray would compile a program for each shape.
-    arrays = [jax.device_put(a.astype(jnp.dtype(dtype))) for a in arrays]
-    return arrays, *(jax.device_put(x.astype(np.int32)) for x in (chosen, limits))
+    arrays = [put(a, dtype) for a in arrays]
+    return arrays, put(chosen, np.int32), put(limits, np.int32)
 
 
 def visible(chosen, limit):
@@ -93,7 +90,7 @@ def paginate(arrays, seed=0):
     used = np.isfinite(np.asarray(held[0], np.float32)).any(2).reshape(batch, per_row, PAGE).any(2)
     table = np.where(used, place, count)
     pages = [jax.device_put(a) for a in (pattern, q_rope, *pools)]
-    return pages, jax.device_put(table.astype(np.int32))
+    return pages, put(table, np.int32)
 
 
 def interpreted(arrays, chosen, limits, sms, table=None):

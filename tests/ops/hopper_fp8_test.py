@@ -23,7 +23,6 @@ from hopper_common import (
     loop,
     make,
     make_schedule,
-    merge_few_at_once,
     shuffled_pages,
     two_layers,
 )  # fmt: skip
@@ -36,15 +35,10 @@ from mla_jax.ops import hopper
 from mla_jax.ops.hopper import scaled
 from mla_jax.ops.seen import Seen
 
-pytestmark = MARKS
+pytestmark = [*MARKS, pytest.mark.usefixtures("few_merged_at_once")]
 FP8 = "float8_e4m3fn"
 _VALUES = np.arange(256, dtype=np.uint8)
 FINITE = _VALUES[(_VALUES & 127) != 127]
-
-
-@pytest.fixture(autouse=True)
-def _few_pieces_are_merged_at_once(request, monkeypatch):
-    merge_few_at_once(request, monkeypatch)
 
 
 def encoded(arrays, lengths, seed=0):

@@ -22,7 +22,6 @@ from hopper_common import (
     loop,
     make,
     make_schedule,
-    merge_few_at_once,
     two_layers,
 )  # fmt: skip
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -35,18 +34,13 @@ from mla_jax.ops.hopper import kernel, merge
 from mla_jax.ops.hopper.schedule import ROW_COST, Column
 from mla_jax.ops.seen import Seen
 
-pytestmark = MARKS
+pytestmark = [*MARKS, pytest.mark.usefixtures("few_merged_at_once")]
 
 
 @pytest.fixture(autouse=True)
 def _schedules_are_one_program(monkeypatch):
     """Also those that the package makes, here outside a jitted function."""
     monkeypatch.setattr(hopper, "make_schedule", make_schedule)
-
-
-@pytest.fixture(autouse=True)
-def _few_pieces_are_merged_at_once(request, monkeypatch):
-    merge_few_at_once(request, monkeypatch)
 
 
 def attend(arrays, lengths, sms, interpret=INTERPRET, table=None):
