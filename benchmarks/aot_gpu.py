@@ -6,7 +6,7 @@ form, it prints registers and spilled bytes a thread, shared memory, matrix inst
 compiler's warnings. It fails where more spills than is known to cost nothing, or where a warning
 says that matrix products were serialised.
 It needs jax's CUDA plugin (no driver) and a CUDA toolkit with `ptxas`; where one is missing, it
-says so and leaves.
+says so and leaves. `--lower` needs neither: it shows whether the jax at hand takes the kernels.
 """
 
 import argparse
@@ -79,7 +79,10 @@ H200 = """gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32
 def compile_shape(
     target, batch, heads, tokens, rank, rope, slots, dtype, paged=False, encoding=None, count=None
 ):
-    """Compiles one call of the decode kernel, over `count` chosen slots; leaves its PTX in DUMP."""
+    """Compiles one call of the decode kernel, over `count` chosen slots; leaves its PTX in DUMP.
+
+    Without a target it is only lowered, here and below.
+    """
     held = (batch * slots // PAGE, PAGE) if paged else (batch, slots)
     queries = [((batch, tokens, heads, width), dtype) for width in (rank, rope)]
     held_in = dtype if encoding is None else jnp.dtype(encoding)
@@ -111,17 +114,18 @@ def lower(target, call, arguments):
     from jax._src.mesh import AbstractDevice  # where jax has it today
     from jax.sharding import AbstractMesh, SingleDeviceSharding
 
-    where = SingleDeviceSharding(target)
+    where = None if target is None else SingleDeviceSharding(target)
     structs = jax.tree.map(
         lambda argument: jax.ShapeDtypeStruct(*argument, sharding=where),
         arguments,
         is_leaf=lambda x: isinstance(x, tuple),
     )
     # Pallas asks which GPU it lowers for: an abstract one answers.
-    device = AbstractDevice(device_kind=target.device_kind, num_cores=132, platform="gpu")
+    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
         lowered = jax.jit(call).trace(*structs).lower(lowering_platforms=("cuda",))
-    lowered.compile()
+    if target is not None:
+        lowered.compile()
 
 
 def compile_attention(target, nope, rope, value, dtype, tokens=4096, heads=16):
@@ -225,6 +229,33 @@ def report(ptx, ptxas):
     return registers, spilled, text.count("wgmma.mma_async"), warnings
 
 
+def lower_all(options):
+    """Lowers every kernel once."""
+    for dump in ("MOSAIC_GPU_DUMP_TO", "MOSAIC_GPU_DUMP_PTX"):
+        del os.environ[dump]
+    dtype = jnp.dtype(options.dtype)
+    decode = lambda *shape, **kinds: compile_shape(  # noqa: E731
+        None, *shape, options.slots, dtype, **kinds
+    )
+    calls = [functools.partial(compile_router, None, *router) for router in ROUTERS[::2]]
+    calls += [functools.partial(compile_few, None, *what) for what in FEW[::2]]
+    calls += [functools.partial(compile_append, None, *shape, options.slots, dtype)
+              for shape in APPENDS]  # fmt: skip
+    calls.append(functools.partial(decode, *SHAPES[-1]))
+    if not options.few:
+        *shape, count = CHOSEN[0]
+        calls += [
+            functools.partial(decode, *SHAPES[0]),
+            *(functools.partial(decode, *SHAPES[i], encoding="float8_e4m3fn") for i in (0, -1)),
+            functools.partial(decode, *shape, paged=True, count=count),
+            functools.partial(compile_choice, None, *CHOICES[0], dtype),
+            functools.partial(compile_attention, None, *ATTENTION[0], dtype),
+        ]
+    for call in calls:
+        call()
+    print(f"jax {jax.__version__} lowers {len(calls)} calls")
+
+
 def main():
     """Compiles and reports every shape."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -233,7 +264,11 @@ def main():
     parser.add_argument("--few", action="store_true", help="the kernels of few tokens only")
     parser.add_argument("--quick", action="store_true", help="the first shape only")
     parser.add_argument("--chosen", action="store_true", help="attention to chosen slots only")
+    parser.add_argument("--lower", action="store_true", help="compile nothing, each kernel once")
     options = parser.parse_args()
+    if options.lower:
+        lower_all(options)
+        return
     ptxas = shutil.which("ptxas") or shutil.which("ptxas", path=str(CUDA / "bin"))
     if ptxas is None:
         sys.exit(f"skipped: no ptxas in PATH nor in {CUDA}/bin (set CUDA_ROOT)")

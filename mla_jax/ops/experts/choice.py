@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Int
 from mla_jax.ops import guard
 from mla_jax.ops.experts.tiles import Chosen
 from mla_jax.ops.hopper.merge import like
+from mla_jax.ops.hopper.mosaic import kernel, store
 
 ROWS = 64  # rows of a tile, hence the most tokens
 MOST_SCORES = 256  # scores of a token: 64 rows of so many fit into registers
@@ -98,9 +99,9 @@ def _choose(tile_of, given, count, interpret, *scratch, weighed=False):
         def _():
             for k, (at, best) in enumerate(_best(tile_of(given_ref, *own), count)):
                 pairs_ref[k] = at
-                picked_ref[:, k] = at
+                store(picked_ref.at[:, k], at)
                 for ref in weights_ref:
-                    ref[:, k] = best
+                    store(ref.at[:, k], best)
 
         _meet(met.at[2])
         load = lambda i: pairs_ref[lax.rem(i, count), lax.div(i, count)]  # noqa: E731
@@ -182,7 +183,7 @@ def _scratch(parts, warpgroups):
 
 
 def _launch(body, outputs, scratch, warpgroups, name, interpret, operand):
-    kernel = plgpu.kernel(
+    made = kernel(
         body,
         out_type=[like(operand, *kind) for kind in outputs],
         scratch_types=scratch,
@@ -191,9 +192,9 @@ def _launch(body, outputs, scratch, warpgroups, name, interpret, operand):
         num_threads=warpgroups,
         thread_name="wg",
         kernel_name=name,
-        **({} if interpret is None else {"interpret": interpret}),
+        interpret=interpret,
     )
-    return guard.unsplit(kernel, name, interpret)(operand)
+    return guard.unsplit(made, name, interpret)(operand)
 
 
 def _table(load, pairs, groups, warpgroups, refs):
@@ -225,13 +226,13 @@ def _table(load, pairs, groups, warpgroups, refs):
             there, index = _columns(named_ref, part)
             before += jnp.where(index < _wide(row), there, 0).sum(1)
             total += there.sum(1)
-        rank_ref[at] = before
+        store(rank_ref.at[at], before)
         place_ref[at] = jnp.where(n > 0, before, -1)
 
     @pl.when(wg == 0)
     def _():
-        rank_ref[pl.ds(parts * ROWS, ROWS)] = total
-        arrivals_ref[...] = _filled(0)
+        store(rank_ref.at[pl.ds(parts * ROWS, ROWS)], total)
+        store(arrivals_ref, _filled(0))
 
     _meet(met.at[1])
     for tile, row, at in zip(tiles, rows, mine, strict=True):
@@ -242,7 +243,7 @@ def _table(load, pairs, groups, warpgroups, refs):
             for part in range(parts):
                 place, index = _columns(place_ref, part)
                 owner += jnp.where(place == _wide(row), index, 0).sum(1)
-            owner_ref[at] = owner
+            store(owner_ref.at[at], owner)
 
 
 def _filled(value):

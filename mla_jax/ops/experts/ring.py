@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mla_jax.ops import guard
-from mla_jax.ops.hopper.mosaic import arrive_global, fence_copies, meet_global
+from mla_jax.ops.hopper.mosaic import arrive_global, fence_copies, kernel, meet_global
 
 EPILOGUE = 64  # rows of an accumulator that are written at a time, and 16-bit columns
 _COPYING, _MULTIPLYING = 40, 232  # registers of a thread of each kind of warpgroup
@@ -280,7 +280,7 @@ def swizzled(shape, dtype, row=128):
 
 
 def launch(body, out_type, plan: Plan, name: str):
-    kernel = plgpu.kernel(
+    made = kernel(
         body,
         out_type=out_type,
         grid=(plan.cores,),
@@ -293,4 +293,4 @@ def launch(body, out_type, plan: Plan, name: str):
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=True
         ),
     )
-    return guard.unsplit(kernel, name, plan.interpret)
+    return guard.unsplit(made, name, plan.interpret)

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 from mla_jax.cache.scaled import GROUP, scale_of
 from mla_jax.ops import guard
 from mla_jax.ops.hopper.merge import like
+from mla_jax.ops.hopper.mosaic import kernel
 
 _MOST = 4  # numbers that a thread loads at once
 
@@ -91,7 +92,7 @@ def append(
 
         plgpu.wait_smem_to_gmem(0)
 
-    kernel = plgpu.kernel(
+    write = kernel(
         body,
         out_type=[like(whole, (batch, count, rope), whole.dtype) for _, count in parts],
         scratch_types=[
@@ -104,12 +105,12 @@ def append(
         grid=(batch,),
         grid_names=("row",),
         kernel_name="append_token",
-        **({} if interpret is None else {"interpret": interpret}),
+        interpret=interpret,
     )
 
     def run(whole, scale, place, *held):
         refs = [jax.new_ref(array) for array in held]
-        queries = kernel(whole, whole.reshape(len(whole), -1), scale, place, *refs)
+        queries = write(whole, whole.reshape(len(whole), -1), scale, place, *refs)
         return *queries, *(jax.freeze(ref) for ref in refs)
 
     run = guard.unsplit(run, "append_token", interpret)

@@ -113,7 +113,7 @@ def launch(part, operands, schedule, table, shape: Shape, batch: int, **options)
     def body(*refs, **scratch):
         part(refs, scratch, shape, table is not None).run()
 
-    return plgpu.kernel(
+    return mosaic.kernel(
         body,
         out_type=[like(operands[0], s, d) for s, d in zip(outputs, dtypes, strict=True)],
         scratch_types=part.scratch(shape),

@@ -15,6 +15,22 @@ SPLAT = plgpu.Layout.WG_SPLAT
 _SPIN_LIMIT = 4_000_000_000  # nanoseconds
 
 
+def kernel(body, *, interpret=None, **options):
+    """`plgpu.kernel`, whose thread blocks are set up while the kernel before still runs.
+
+    Before they do anything else they wait until all that it wrote may be read. Where a GPU cannot
+    begin a kernel early, as in graphs that jax before 0.12 makes, the wait is none.
+    """
+
+    def dependent(*refs, **scratch):
+        plgpu.griddepcontrol_wait()
+        body(*refs, **scratch)
+
+    if interpret is not None:
+        return plgpu.kernel(body, interpret=interpret, **options)
+    return plgpu.kernel(dependent, **options)
+
+
 def named_barrier(op: str, index: int, threads: int = 256) -> None:
     """Issues `bar.sync` or `bar.arrive`.
 
@@ -26,6 +42,14 @@ def named_barrier(op: str, index: int, threads: int = 256) -> None:
         mgpu.utils.inline_ptx(f"bar.{op} {index}, {threads};", has_side_effects=True)
 
     call()
+
+
+def store(ref, value) -> None:
+    """Stores to global memory, whatever part of a sector of 32 bytes a warp writes."""
+    if hasattr(plgpu, "store"):  # since jax 0.12, where `ref[...] = value` asks for whole sectors
+        plgpu.store(ref, value, optimized=False)
+    else:
+        ref[...] = value
 
 
 @plgpu.inline_mgpu()

@@ -345,7 +345,7 @@ def launch(kind, name, shape: Shape, operands: dict[str, Any], outputs, scratch,
         kind(named, smem, shape).run()
 
     tiles = kind.count(shape)
-    kernel = plgpu.kernel(
+    kernel = mosaic.kernel(
         body,
         out_type=list(outputs.values()),
         scratch_types=scratch,

@@ -109,7 +109,7 @@ def launch(kind, operands, limits, table, shape: Shape, stride: int, **options):
         kind(refs, smem, shape, stride, table is not None).run()
 
     total = shape.batch * shape.queries * stride
-    return plgpu.kernel(
+    return hopper_mosaic.kernel(
         body,
         out_type=[like(operands[0], (total,), jnp.float32)],
         scratch_types=kind.scratch(shape),

@@ -105,7 +105,7 @@ def launch(kind, scores, limits, shape: Shape, **options):
 
     if shape.blocks > 1:
         options |= {"cluster": (shape.blocks,), "cluster_names": ("block",)}
-    return plgpu.kernel(
+    return hopper_mosaic.kernel(
         body,
         out_type=[like(scores, s, jnp.int32) for s in kind.outputs(shape)],
         scratch_types=kind.scratch(shape),
