@@ -32,6 +32,7 @@ from decode import alone, ceilings  # beside this file
 from flax import nnx
 
 import mla_jax
+from mla_jax import target
 from mla_jax.generation import Sampling, loop, prefill
 from mla_jax.generation.drafts import PromptLookup
 from mla_jax.layers.quantised import Kept
@@ -241,7 +242,8 @@ def begin(bound, batch, options, result):
     )  # fmt: skip
     del ends, cache
     started = time.perf_counter()
-    step = loop.run_block.lower(bound, writing, stops, least, steps=block, **PLAIN).compile()
+    run_block = loop.block_for(target.current().platform)
+    step = run_block.lower(bound, writing, stops, least, steps=block, **PLAIN).compile()
     compiling = time.perf_counter() - started
     text, memory = step.as_text(), step.memory_analysis()
     copies = [line for line in re.findall(r"= (\S+) copy\(", text) if str(slots) in line]

@@ -25,12 +25,14 @@ Letters: P prompts, B = P n rows, T tokens of a step, S slots of the cache, W wo
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from mla_jax import target as _target
 from mla_jax.cache import Cache
 from mla_jax.cache import stripes as _stripes
 from mla_jax.generation import bound as _bound
@@ -208,30 +210,35 @@ def generate(
     static: dict[str, Any] = {"drafter": drafter, "sampling": request.sampling}
     goal, key = prompt_lengths + request.max_new_tokens, jax.random.key(request.seed)
     given = _whole((text, prompt_lengths, held, goal, seen, stops, key), cache.length)
-    writing, new = clock.call(
+    writing, news = clock.call(
         loop.begin, last, *given, cache, state, logprobs=request.logprobs,
         samples=rows // len(last[0]), **static,
     )  # fmt: skip
     del cache, state
     texts = [text[row, : prompt_lengths[row]] for row in range(rows)]
     collector = _collector.Collector(texts, request, tokenizer, on_tokens, on_text)
-    passes, before, first_seconds = 0, prompt_lengths, None
+    passes, begun, before, first_seconds = 0, 0, prompt_lengths, None
+    run_block = loop.block_for(_target.current().platform)
+    run_block = functools.partial(clock.call, run_block, bound, steps=request.block, **static)
+    following = None  # a block that the device works on while the host reads the one before
     while True:
-        new, length, active, bad = jax.device_get(
-            (new, writing.length, writing.active, writing.bad)
-        )
+        tokens, length, active, bad, rounds = jax.device_get(news)
         steps.check_finite(bad)
         first_seconds = clock.lap() if first_seconds is None else first_seconds
-        collector.add([new[row, : length[row] - before[row]] for row in range(rows)])
-        before, ended = length, collector.ended
+        collector.add([tokens[row, : length[row] - before[row]] for row in range(rows)])
+        passes, before, ended = passes + int(rounds), length, collector.ended
         if not (active & ~ended).any():
             break
         if (active & ended).any():  # by a stop string, which the device knows nothing of
             writing = dataclasses.replace(writing, active=active & ~ended)
-        writing, new, done = clock.call(
-            loop.run_block, bound, writing, stops, prompt_lengths, steps=request.block, **static
-        )
-        passes += int(done)
+        if following is None:
+            writing, following = run_block(writing, stops, prompt_lengths)
+            begun += 1
+        news, following = following, None
+        # A round writes a token of each row or more: behind so many all have ended.
+        if not request.stop_strings and begun * request.block < request.max_new_tokens - 1:
+            writing, following = run_block(writing, stops, prompt_lengths)
+            begun += 1
     texts = collector.finish()
     written = np.array([len(tokens) for tokens in collector.tokens], np.int32)
     cache = writing.cache
