@@ -9,6 +9,8 @@ What a step must read: the cache; all weights but the embedding (a row per token
 experts; of those what B tokens choose of E when choices are uniform, E (1 - (1 - K/E)^B).
 
 Decode steps run in blocks inside one program, as in `generate`: the host hears of them per block.
+A block is one graph of kernels, which XLA makes in its first two runs, before those that are timed.
+The profiler sees no loop within a graph, so that its trace is of a block that is compiled without.
 Beside them stands a loop in Python over `mla_jax.bind(model)`, a program a step.
 A line is printed as soon as it is known, and a batch that fails does not end the run.
 """
@@ -48,6 +50,7 @@ SCOPES = {  # the first that an operation's name contains
     "cache append": ("cache_append",),
     "dense MLP, norms": ("mlp",),
 }
+_FIRST = 3  # blocks before those that are timed
 PLAIN = {"drafter": PromptLookup(0), "sampling": Sampling()}
 
 
@@ -230,7 +233,7 @@ def prefilled(bound, batch, slots, options, result):
 def begin(bound, batch, options, result):
     """A compiled block of steps, and what it is given."""
     prompt, block = options.prompt_tokens, options.block
-    slots = -(-(prompt + 1 + block * (2 * options.blocks + 4)) // 128) * 128
+    slots = -(-(prompt + 1 + block * (2 * options.blocks + _FIRST + 3)) // 128) * 128
     ends, prompts, cache = prefilled(bound, batch, slots, options, result)
     held = cache.nbytes
     text = np.zeros((batch, slots), np.int32)
@@ -242,8 +245,11 @@ def begin(bound, batch, options, result):
     )  # fmt: skip
     del ends, cache
     started = time.perf_counter()
-    run_block = loop.block_for(target.current().platform)
-    step = run_block.lower(bound, writing, stops, least, steps=block, **PLAIN).compile()
+    compiled = lambda run_block: (  # noqa: E731
+        run_block.lower(bound, writing, stops, least, steps=block, **PLAIN).compile()
+    )
+    step = compiled(loop.block_for(target.current().platform))
+    traced = None if options.no_profile else compiled(loop.run_block)
     compiling = time.perf_counter() - started
     text, memory = step.as_text(), step.memory_analysis()
     copies = [line for line in re.findall(r"= (\S+) copy\(", text) if str(slots) in line]
@@ -256,22 +262,23 @@ def begin(bound, batch, options, result):
         f"loop for {block} steps, cache {held / 1e9:.2f} GB of which aliased "
         f"{memory.alias_size_in_bytes / 1e9:.2f} GB, {len(copies)} copies of it, temporaries "
         f"{memory.temp_size_in_bytes / 1e6:.0f} MB")  # fmt: skip
-    return step, writing, stops, least, slots
+    return step, traced, writing, stops, least, slots
 
 
 def measure(bound, batch, options, copy, result, begun):
     """Fills `result` with the figures of one batch, as they come; `begun` is of `begin`."""
     model, prompt, block = bound.model, options.prompt_tokens, options.block
-    step, writing, stops, least, slots = begun
-    text, held = step.as_text(), result["cache_bytes"]
+    step, traced, writing, stops, least, slots = begun
+    held = result["cache_bytes"]
     with alone():  # processes side by side compile meanwhile
-        writing, *_ = jax.block_until_ready(step(bound, writing, stops, least))
+        for _ in range(_FIRST):
+            writing, *_ = jax.block_until_ready(step(bound, writing, stops, least))
         started = time.perf_counter()
         for _ in range(options.blocks):  # the device works through them, the host does not wait
             writing, *_ = step(bound, writing, stops, least)
         jax.block_until_ready(writing)
         taken = (time.perf_counter() - started) / options.blocks / block
-    context = prompt + block * (1 + options.blocks / 2)
+    context = prompt + block * (_FIRST + options.blocks / 2)
     read = weights(model, batch)
     read["cache"] = held * context / slots
     floor = sum(read.values()) / copy
@@ -286,10 +293,11 @@ def measure(bound, batch, options, copy, result, begun):
         state = [writing]
 
         def run():
-            state[0] = jax.block_until_ready(step(bound, state[0], stops, least))[0]
+            state[0] = jax.block_until_ready(traced(bound, state[0], stops, least))[0]
 
+        run()
         with alone():
-            result["profile"] = profile(run, text, block)
+            result["profile"] = profile(run, traced.as_text(), block)
         say(f"batch {batch}: {result['profile']['kernels']:.0f} kernels a step, ms: " + ", ".join(
             f"{scope} {ms:.3f}" for scope, ms in result["profile"]["scopes"].items()))  # fmt: skip
         say(f"batch {batch}: other: {result['profile']['other']}")
@@ -322,7 +330,7 @@ def main():
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--prompt-tokens", type=int, default=4096)
     parser.add_argument("--block", type=int, default=16, help="decode steps in one program")
-    parser.add_argument("--blocks", type=int, default=4, help="that are timed")
+    parser.add_argument("--blocks", type=int, default=8, help="that are timed")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--weights", help="rounded to this form and kept so: float8_e4m3fn, int8")
     parser.add_argument("--cache-dtype", help="of the latents in the cache, such as float8_e4m3fn")
