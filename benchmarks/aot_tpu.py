@@ -215,11 +215,12 @@ def scores(text, heads, tokens, slots):
 
 def step(
     generation, preset, heads, *, implementation=None, batch=64, slots=8192, tokens=None,
-    training=False,
+    training=False, **changes,
 ):  # fmt: skip
     """A layer's decode step, or prefill of `tokens`, donated; what must hold is asserted.
 
-    Training takes the gradients of a layer's parameters and input, without a cache.
+    Training takes the gradients of a layer's parameters and input, without a cache. `changes` are
+    of the preset.
     """
     import jax
     import jax.numpy as jnp
@@ -227,7 +228,7 @@ def step(
 
     import mla_jax
 
-    config = mla_jax.MLAConfig.from_preset(preset).replace(num_attention_heads=heads)
+    config = mla_jax.MLAConfig.from_preset(preset).replace(num_attention_heads=heads, **changes)
     layer = nnx.eval_shape(
         lambda: mla_jax.MultiHeadLatentAttention(
             config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, implementation=implementation,
@@ -328,7 +329,8 @@ def short(options):
         if options.kernels or every:
             found.append(f"{linted(generation)} MiB of VMEM")
         if options.programs or every:
-            step(generation, "deepseek_v2_lite", 16, batch=64)
+            # Narrow and of one block: wider ones take twice as long, to no other end.
+            step(generation, "deepseek_v2_lite", 16, batch=2, slots=1024, hidden_size=256)
             found.append("no copy of the cache")
         if options.sparse or every:
             chosen = sparse(generation)["temporaries"]

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import drawn, relative
+from common import drawn, emptied, relative
 from flax import nnx
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
@@ -109,16 +109,19 @@ def check(args, lengths, pages=None, **plan):
     assert (np.asarray(lse)[~seen] == -np.inf).all()
 
 
-SIZES = [(1, (512, 64), jnp.bfloat16), (128, (128, 16), jnp.float32)]
-MORE_SIZES = [
-    (8, (256, 64), jnp.float32), (8, (256, 32), jnp.bfloat16), (8, (128, 32), jnp.float32),
-    (8, (512, 0), jnp.bfloat16), (20, (128, 16), jnp.float32), (20, (256, 0), jnp.float32),
+SIZES = [
+    (1, (512, 64), jnp.bfloat16), (8, (256, 64), jnp.float32), (8, (256, 32), jnp.bfloat16),
+    (8, (128, 32), jnp.float32), (8, (512, 0), jnp.bfloat16), (20, (128, 16), jnp.float32),
+    (20, (256, 0), jnp.float32),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("heads", "widths", "dtype"),
-    [*SIZES, *(pytest.param(*each, marks=pytest.mark.slow) for each in MORE_SIZES)],
+    [
+        (128, (128, 16), jnp.float32),  # test_new_tokens_are_causal has one head, and bfloat16
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in SIZES),
+    ],
 )
 def test_heads_widths_and_dtypes(heads, widths, dtype, rng):
     check(draw(rng, 2, 1, 256, heads, *widths, dtype), ints(77, 256))
@@ -190,33 +193,9 @@ def loss(*results):
     return sum(jnp.sin(x).sum() for x in results), results
 
 
-def test_tokens_beyond_a_call_come_in_groups(rng):
-    """Queries and limits of 5 tokens, two to a call of the kernel, the last of them alone.
-
-    The gradients are the reference's.
-    """
-    args, lengths = draw(rng, 2, 5, 128, 2), ints(128, 60)
-
-    def both(*arrays):
-        made = []
-        for name in ("pallas_tpu", "reference"):
-            attend = functools.partial(
-                mla_jax.latent_attention, lengths=lengths, scale=SCALE, implementation=name
-            )
-            fn = lambda *arrays, attend=attend: loss(*attend(*arrays))  # noqa: E731
-            made.append(jax.grad(fn, range(4), has_aux=True)(*arrays))
-        return made
-
-    with mock.patch.object(tpu, "_MOST_ROWS", 4):
-        (slopes, got), (wanted, _) = jax.device_get(jax.jit(both)(*args))
-    for one, two in zip(got, exact(args, lengths), strict=True):
-        np.testing.assert_allclose(one, two, atol=2e-5)
-    for one, two in zip(slopes, wanted, strict=True):
-        assert relative(one, two) < 2e-5
-
-
 def test_new_tokens_are_causal(rng):
-    args = draw(rng, 4, 3, 384, 4)
+    """Of one head, whose queries fill no tile, and the widths of a large model."""
+    args = draw(rng, 4, 3, 384, 1, 512, 64, jnp.bfloat16)
     check(args, ints(384, 1, 130, 0), block=256)
     check(args, ints(384, 257, 130, 0), block=256)  # 257: not all see the first block
     check(args, ints(0, 0, 384, 0), block=256)  # one row among empty ones
@@ -315,14 +294,18 @@ def paginate(args, lengths, rng, shared=None, count=None):
     return [*args[:2], *pools], jnp.asarray(table)
 
 
-@pytest.mark.parametrize("plan", [
-    {"block": 512, "piece": 256}, *(pytest.param(plan, marks=pytest.mark.slow) for plan in (
-        {}, {"block": 768, "piece": 256, "ring": 3}))],
+# Rows that end on a page's border, one before and one behind; whole and mixed blocks.
+AROUND_PAGES = 127, 768, 0, 128, 129, 255, 257, 1, 640, 767
+
+
+@pytest.mark.slow  # test_pages_on_two_cores has the same rows
+@pytest.mark.parametrize(
+    "plan",
+    [{"block": 512, "piece": 256}, {}, {"block": 768, "piece": 256, "ring": 3}],
     ids=str,
-)  # fmt: skip
+)
 def test_pages_of_any_order(plan, rng):
-    """Rows that end on a page's border, one before and one behind; whole and mixed blocks."""
-    lengths = ints(127, 768, 0, 128, 129, 255, 257, 1, 640, 767)
+    lengths = ints(*AROUND_PAGES)
     args = draw(rng, len(lengths), 1, 768, 4)
     check(args, lengths, paginate(args, lengths, rng), **plan)
 
@@ -338,14 +321,15 @@ def test_pages_that_one_block_has_not_all_of(rng):
 
 @pytest.mark.parametrize("interpreter", [2], indirect=True)
 def test_pages_on_two_cores(rng):
-    args = draw(rng, 4, 1, 512, 4, rope=0, dtype=jnp.bfloat16)
-    for lengths in itertools.starmap(ints, ON_TWO_CORES):
-        check(args, lengths, paginate(args, lengths, rng, count=9), cores=2, block=256)
+    args = draw(rng, 10, 1, 768, 4, rope=0)
+    for lengths in (AROUND_PAGES, *((*few, *[0] * 6) for few in ON_TWO_CORES)):
+        pages = paginate(args, lengths, rng, count=30)
+        check(args, ints(*lengths), pages, cores=2, block=512, piece=256)
 
 
-def forked(rng):
+def forked(rng, tokens=2):
     """Three rows, of which the last two share two pages: (dense arrays, lengths, pages)."""
-    args, lengths = draw(rng, 3, 2, 384, 4), ints(70, 384, 300)
+    args, lengths = draw(rng, 3, tokens, 384, 4), ints(70, 384, 300)
     held = [np.array(x) for x in args[2:]]
     for x in held:
         x[2, : 2 * PAGE] = x[1, : 2 * PAGE]
@@ -379,12 +363,15 @@ def test_planted_bugs_of_pages_are_noticed(bug, plan, rng):
 
 
 def test_pages_through_the_op_and_their_gradients(rng):
-    """Pages that rows share gather the gradients of all; those that no row has get none."""
-    args, lengths, (pages, table) = forked(rng)
+    """Pages that rows share gather the gradients of all; those that no row has get none.
+
+    Tokens beyond a call come in groups: here two to a call of the kernel, the last alone.
+    """
+    args, lengths, (pages, table) = forked(rng, tokens=3)
 
     def paged(pattern, q_rope, latent, k_rope):
         store = Paged(Dense({"latent": latent, "k_rope": k_rope}), table)
-        seen = Seen.of(lengths, batch=3, queries=2, slots=store.slots)
+        seen = Seen.of(lengths, batch=3, queries=3, slots=store.slots)
         return mla_jax.ops.attend_latents(
             (pattern, q_rope), store, seen, scale=SCALE, implementation="pallas_tpu"
         )
@@ -396,11 +383,14 @@ def test_pages_through_the_op_and_their_gradients(rng):
 
     def slopes(pages, args):
         return [
-            jax.grad(lambda *arrays, attend=attend: loss(*attend(*arrays))[0], range(4))(*arrays)
+            jax.grad(lambda *arrays, fn=attend: loss(*fn(*arrays)), range(4), has_aux=True)(*arrays)
             for attend, arrays in ((paged, pages), (dense, args))
         ]
 
-    got, want = jax.device_get(jax.jit(slopes)(pages, args))
+    with mock.patch.object(tpu, "_MOST_ROWS", 2 * 4):
+        (got, results), (want, _) = jax.device_get(jax.jit(slopes)(pages, args))
+    for one, two in zip(results, exact(args, lengths), strict=True):
+        np.testing.assert_allclose(one, two, atol=2e-5)
     for one, two in zip(got[:2], want[:2], strict=True):
         assert relative(one, two) < 2e-5
     for one, two in zip(got[2:], want[2:], strict=True):
@@ -476,10 +466,15 @@ def test_in_scan_and_shard_map(rng):
 )
 def test_a_layer_decodes_with_it(pages, rng):
     config = MLAConfig.from_preset("tiny").replace(kv_lora_rank=128)
-    layer = drawn(lambda: MultiHeadLatentAttention(config, rngs=nnx.Rngs(0)))
+    layer, plain = (
+        drawn(lambda name=name: MultiHeadLatentAttention(
+            config, implementation=name, rngs=nnx.Rngs(0)
+        ))
+        for name in (None, "xla")
+    )  # fmt: skip
     x = rng.standard_normal((2, 6, config.hidden_size), np.float32)
-    full = jax.jit(lambda layer, x: layer(x, form="expanded"))(layer, x)
-    cache = jax.jit(lambda layer: layer.init_cache(2, 128, pages=pages))(layer)
+    full = jax.jit(lambda layer, x: layer(x, form="expanded"))(plain, x)
+    cache = emptied(lambda: layer.init_cache(2, 128, pages=pages))
     decode = jax.jit(lambda layer, x, cache: layer.decode(x, cache, form="absorbed"))
     lowered = decode.lower(layer, x[:, :3], cache)
     assert "pallas_tpu" in lowered.as_text(debug_info=True)
