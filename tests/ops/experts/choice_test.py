@@ -32,7 +32,7 @@ def check_table(made, experts, groups):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "count", "groups"), [(1, 3, 20), (5, 5, 160), slow(8, 6, 64), slow(64, 8, 512)]
+    ("tokens", "count", "groups"), [(5, 5, 160), slow(1, 3, 20), slow(8, 6, 64), slow(64, 8, 512)]
 )
 def test_the_table_of_a_choice(tokens, count, groups, rng):
     """The last pair, and some others, name no expert: their number is E."""
@@ -54,7 +54,7 @@ def awkward(tokens, groups, rng):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "count", "groups"), [(8, 6, 64), (1, 8, 8), (3, 4, 160), slow(64, 8, 256)]
+    ("tokens", "count", "groups"), [(1, 8, 8), (3, 4, 160), slow(8, 6, 64), slow(64, 8, 256)]
 )
 def test_the_choice_is_top_ks(tokens, count, groups, rng):
     scores = awkward(tokens, groups, rng)
@@ -65,7 +65,7 @@ def test_the_choice_is_top_ks(tokens, count, groups, rng):
 
 
 @pytest.mark.parametrize(
-    ("parts", "tokens", "count", "groups"), [(4, 8, 6, 64), (3, 4, 3, 96), slow(16, 16, 8, 128)]
+    ("parts", "tokens", "count", "groups"), [(3, 4, 3, 96), slow(4, 8, 6, 64), slow(16, 16, 8, 128)]
 )
 def test_the_choice_of_a_softmax_that_comes_in_parts(parts, tokens, count, groups, rng):
     """Tokens with equal logits, with infinity, and with NaN, which comes first."""
