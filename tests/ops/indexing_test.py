@@ -1,5 +1,7 @@
 """An indexer's scores, the choice of slots, and attention to what was chosen."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -97,14 +99,20 @@ def test_attention_to_chosen_slots_is_the_masked_reference(rng, pieces, monkeypa
     seen = Seen(limits=jnp.asarray(LIMITS), chosen=jnp.asarray(chosen, jnp.int32))
     assert "chosen" in seen.options
     mask = members(seen.chosen, S)
-    want = mla_jax.latent_attention(
-        *queries, jnp.asarray(latent), jnp.asarray(k_rope), lengths=jnp.asarray(LIMITS), mask=mask,
-        scale=scale, implementation="reference",
+    reference = functools.partial(
+        mla_jax.latent_attention, lengths=jnp.asarray(LIMITS), scale=scale,
+        implementation="reference",
     )  # fmt: skip
+    want = jax.jit(lambda *arrays: reference(*arrays, mask=mask))(*queries, latent, k_rope)
     arrays = {"latent": latent, "k_rope": k_rope}
+    attend = jax.jit(
+        lambda store: [
+            mla_jax.ops.attend_latents(queries, store, seen, scale=scale, implementation=name)
+            for name in ("xla", "reference")
+        ]
+    )
     for store in stores(arrays, np.random.default_rng(1)).values():
-        for name in ("xla", "reference"):
-            got = mla_jax.ops.attend_latents(queries, store, seen, scale=scale, implementation=name)
+        for got in attend(store):
             chex.assert_trees_all_close(got, want, atol=2e-6)
     assert np.isneginf(want[1][0, 0]).all()
 
@@ -116,7 +124,7 @@ def test_attention_to_chosen_slots_is_the_masked_reference(rng, pieces, monkeypa
         return jnp.sin(out).sum() + jnp.where(jnp.isfinite(lse), lse, 0).sum()
 
     clean = jnp.nan_to_num(jnp.asarray(latent))
-    gradient = jax.grad(loss, argnums=(0, 1))
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
     got = gradient(clean, queries, chosen=jnp.asarray(chosen, jnp.int32))
     chex.assert_trees_all_close(got, gradient(clean, queries, mask=mask), atol=5e-6)
 
