@@ -4,14 +4,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from common import slow
 from flax import nnx
 
 from mla_jax import sharding, target
 from mla_jax.ops import dense
 
 
-@pytest.mark.parametrize("platform", ["cpu", "gpu"])
-@pytest.mark.parametrize("rows", [(), (1,), (1, 1), (2, 1), (1, 3)])
+@pytest.mark.parametrize(
+    ("rows", "platform"),
+    [
+        *(((1,), each) for each in ("cpu", "gpu")),
+        *(((), "gpu"), ((1, 1), "gpu"), ((2, 1), "gpu"), ((1, 3), "gpu")),
+        *(slow(rows, "cpu") for rows in ((), (1, 1), (2, 1), (1, 3))),
+    ],
+)
 def test_it_is_the_product(rows, platform, monkeypatch):
     monkeypatch.setattr(target, "current", lambda: target.Target(platform, "any"))
     layers = [
@@ -20,7 +27,7 @@ def test_it_is_the_product(rows, platform, monkeypatch):
     ]
     x = jax.random.normal(jax.random.key(1), (*rows, 4, 6))
     loss = lambda layer, x: jnp.sin(layer(x)).sum()  # noqa: E731
-    got, want = (nnx.value_and_grad(loss, argnums=(0, 1))(layer, x) for layer in layers)
+    got, want = (jax.jit(nnx.value_and_grad(loss, argnums=(0, 1)))(layer, x) for layer in layers)
     assert layers[0](x).shape == (*rows, 3, 5)
     # float32 sums of 24 in two orders
     for one, two in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
