@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import relative
+from common import gate, relative
 from experts_oracle import gradients, loop, problem
 from jax import export
 
@@ -46,7 +46,7 @@ def results_and_gradients(way):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("routing", ["spread", "one", "few"])
-@pytest.mark.parametrize("tokens", [1, 2, 40])
+@pytest.mark.parametrize("tokens", gate([1, 2, 40], 0, 2))
 def test_every_way_and_its_gradients_are_float64s(way, routing, tokens):
     arrays, experts = problem(tokens, count=12, chosen=3, widths=(24, 9), routing=routing)
     x = arrays[0]
