@@ -158,7 +158,7 @@ def test_layers_attend_to_another_s_cache(rng):
     np.testing.assert_allclose(full[1], plain(alone, X), atol=1e-6)
     for form in ("absorbed", "expanded"):
         parts, held = [], cache
-        for first, last in ((0, 6), (6, 7), (7, 9)):
+        for first, last in ((0, 7), (7, 8), (8, 9)):
             (*_, y), held = extend_all(layers, X[:, first:last], held, form=form)
             held = held.truncate(last)
             parts.append(y)
