@@ -121,7 +121,7 @@ def in_two(xs, groups, down, chosen, plan, ordered, inner):
         ("e4m3", 192, 2, 1),
         ("int8", 192, 2, 2),
         ("plain", 128, 1, 1),
-        ("e4m3", 128, 1, 2),
+        slow("e4m3", 128, 1, 2),
     ],
 )
 def test_the_products_of_chosen_and_shared_experts(kind, inner, cores, apart, rng):
@@ -180,7 +180,7 @@ def test_a_linear_has_as_many_stages_as_a_thread_block_takes_steps(rng, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("kind", "widths"), [("plain", (192,)), ("e4m3", (64, 192)), ("int8", (192,))]
+    ("kind", "widths"), [("plain", (192,)), slow("e4m3", (64, 192)), ("int8", (192,))]
 )
 def test_a_linear_whose_inputs_are_shared_out(kind, widths, rng):
     check_linear(kind, rng, groups=(widths,))
@@ -211,7 +211,7 @@ def test_maps_of_the_same_x_are_one_kernel(monkeypatch, rng):
     assert relative(dx, back) < tolerance(4)
 
 
-@pytest.mark.parametrize("kind", ["plain", "e4m3"])
+@pytest.mark.parametrize("kind", [slow("plain"), "e4m3"])
 def test_a_gated_mlp_and_its_derivatives(kind, rng):
     made = [weight(kind, (1, 128, 128), rng) for _ in range(3)]
     x = jnp.asarray(rng.standard_normal((2, 3, 128)), jnp.bfloat16)
@@ -234,8 +234,8 @@ def test_a_gated_mlp_and_its_derivatives(kind, rng):
     ("tokens", "kind"),
     [
         (1, "plain"),
-        (33, "e4m3"),
         (70, "e4m3"),
+        slow(33, "e4m3"),
         slow(13, "e4m3"),
         slow(64, "plain"),
         slow(33, "int8"),
