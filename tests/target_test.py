@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import relative
+from common import relative, slow
 from flax import nnx
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
@@ -111,10 +111,16 @@ def test_the_default_device_counts():
         assert target.current().platform == "cpu"
 
 
-@pytest.mark.parametrize(("tokens", "padded"), [(1, False), (1, True), (3, False), (8, True)])
-@pytest.mark.parametrize(("kind", "platform", "kernel"), [
-    ("NVIDIA H200", "gpu", "pallas_gpu"), ("TPU v6 lite", "tpu", "pallas_tpu"),
-])  # fmt: skip
+H200, V6E = ("NVIDIA H200", "gpu", "pallas_gpu"), ("TPU v6 lite", "tpu", "pallas_tpu")
+
+
+@pytest.mark.parametrize(
+    ("kind", "platform", "kernel", "tokens", "padded"),
+    [
+        (*H200, 1, True), (*H200, 3, False), (*V6E, 1, False), (*V6E, 8, True),
+        slow(*H200, 1, False), slow(*H200, 8, True), slow(*V6E, 1, True), slow(*V6E, 3, False),
+    ],
+)  # fmt: skip
 def test_stop_tokens_and_padding_keep_the_kernel(
     kind, platform, kernel, tokens, padded, monkeypatch
 ):
@@ -141,6 +147,7 @@ MODES = {
 
 
 @pytest.mark.parametrize("name", MODES)
+@pytest.mark.usefixtures("few_merged_at_once")
 def test_a_kernel_runs_on_the_cpu_in_an_interpret_mode(name, rng, monkeypatch):
     # A wave of as many thread blocks as an H200 has would take the interpreter minutes.
     monkeypatch.setattr("mla_jax.ops.hopper._H200_SMS", 2)
