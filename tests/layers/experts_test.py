@@ -44,7 +44,7 @@ def test_a_bound_router_takes_tokens_in_the_order_that_the_experts_ask_for(rng, 
     """That of kernels for few tokens. For more, and unbound, they come as they are."""
     widths = PLAIN.replace(hidden_size=256)
     config = CONFIG.replace(attention=widths, moe_intermediate_size=128)
-    layer = MixtureOfExperts(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    layer = drawn(lambda: MixtureOfExperts(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
     round_weights(layer, "float8_e4m3fn")
     monkeypatch.setattr(target, "current", lambda: target.Target("gpu", "NVIDIA H200", 9.0, 132))
     bound = mla_jax.bind(layer).model

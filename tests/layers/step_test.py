@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import MICRO, PLAIN
+from common import MICRO, PLAIN, drawn
 from flax import nnx
 
 from mla_jax import Cache, MultiHeadLatentAttention, Step
@@ -14,7 +14,8 @@ from mla_jax.ops.seen import Seen
 
 
 def layers(*configs):
-    return [MultiHeadLatentAttention(c, rngs=nnx.Rngs(i)) for i, c in enumerate(configs)]
+    make = lambda config: lambda: MultiHeadLatentAttention(config, rngs=nnx.Rngs(0))  # noqa: E731
+    return [drawn(make(config), i) for i, config in enumerate(configs)]
 
 
 def test_layers_with_one_rotary_embedding_share_its_rotation():
@@ -59,8 +60,9 @@ def test_what_an_inner_transformation_made_stays_inside():
         return y + z, cache.end([store, other], step)
 
     got, cache_after = run(x, cache)
-    y, _ = first.decode(x, first.init_cache(2, 8))
-    z, _ = second.decode(x + y, second.init_cache(2, 8))
+    decode = jax.jit(lambda layer, x: layer.decode(x, layer.init_cache(2, 8))[0])
+    y = decode(first, x)
+    z = decode(second, x + y)
     np.testing.assert_allclose(got, y + z, atol=2e-6)
     assert cache_after.length.tolist() == [3, 3]
 
@@ -69,9 +71,11 @@ def test_a_step_goes_through_transformations_as_an_argument():
     (layer,) = layers(MICRO)
     cache = layer.init_cache(2, 8)
     x = jax.random.normal(jax.random.key(0), (2, 1, MICRO.hidden_size))
-    step = Step.begin(cache, 1, jnp.array([1, 0]))
+    lengths = jnp.array([1, 0])
+    step = Step.begin(cache, 1, lengths)
     run = jax.jit(lambda x, store, step: layer.extend(x, store, step)[0])
-    np.testing.assert_allclose(
-        run(x, cache.stores[0], step), layer.extend(x, cache.stores[0], step)[0], atol=1e-6
+    began = jax.jit(
+        lambda x, cache: layer.extend(x, cache.stores[0], Step.begin(cache, 1, lengths))[0]
     )
+    np.testing.assert_allclose(run(x, cache.stores[0], step), began(x, cache), atol=1e-6)
     assert isinstance(step.seen, Seen)
