@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import drawn, relative
+from common import drawn, emptied, put, relative
 from flax import nnx
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -27,15 +27,23 @@ EPSILON = 1e-6
 def problem(rng, shape=(4, 3, 128, 16), dtype=jnp.bfloat16, encoding=None, nope=None):
     """Operands of `append_token` but for epsilon; of B, N, R, P. The second token is dropped."""
     batch, heads, rank, rope = shape
-    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)  # noqa: E731
+    draw = lambda *shape: put(rng.standard_normal(shape), dtype)  # noqa: E731
     widths = {"latent": rank, "k_rope": rope}
     if encoding is None:
         store = Dense({name: draw(batch, SLOTS, width) for name, width in widths.items()})
     else:
-        store = Scaled.init(batch, SLOTS, widths, encoding, dtype)
-    # Slots that nobody has written to hold anything, and keep it.
-    store = jax.tree.map(lambda x: x.at[:, 1].set(jnp.asarray(jnp.nan).astype(x.dtype)), store)
-    place = jnp.asarray(rng.permutation(SLOTS)[:batch, None], jnp.int32).at[1].set(SLOTS)
+        store = jax.eval_shape(lambda: Scaled.init(batch, SLOTS, widths, encoding, dtype))
+        store = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), store)
+
+    def marked(x):  # slots that nobody has written to hold anything, and keep it
+        x = np.array(x)
+        x[:, 1] = np.nan if jnp.issubdtype(x.dtype, jnp.inexact) else 0
+        return jax.device_put(x)
+
+    store = jax.tree.map(marked, store)
+    place = rng.permutation(SLOTS)[:batch, None]
+    place[1] = SLOTS
+    place = put(place, np.int32)
     q_nope, q_rope = (draw(batch, 1, heads, width) for width in (nope or 2 * rope, rope))
     latent, k_rope = draw(batch, 1, rank), draw(batch, 1, rope)
     return q_nope, q_rope, 3 * latent, k_rope, draw(rank), store, place
@@ -49,6 +57,7 @@ def same(one, two):
         np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
 
 
+@jax.jit
 def by_hand(q_nope, q_rope, latent, k_rope, scale, store, place):
     norm = RMSNorm(scale.size, epsilon=EPSILON, param_dtype=scale.dtype, rngs=nnx.Rngs(0))
     norm.scale.set_value(scale)
@@ -153,15 +162,18 @@ def test_a_layer_decodes_as_by_xlas_way(encoding, monkeypatch, rng):
         )
     )
     x = jnp.asarray(rng.standard_normal((2, 6, config.hidden_size)), jnp.bfloat16)
-    cache = layer.init_cache(2, 64, encoding)
-    _, cache = layer.prefill(x[:, :5], cache, jnp.array([5, 2]))
-    right = jax.block_until_ready(layer.decode(x[:, 5:], cache))
+    cache = emptied(lambda: layer.init_cache(2, 64, encoding), 0)
+    prefill = jax.jit(lambda layer, *arrays: layer.prefill(*arrays))
+    _, cache = prefill(layer, x[:, :5], cache, jnp.array([5, 2]))
+    decode = lambda layer, x, cache: layer.decode(x, cache)  # noqa: E731
+    right = jax.block_until_ready(jax.jit(decode)(layer, x[:, 5:], cache))
     asked, own = [], maps.append_token
     monkeypatch.setattr(maps, "append_token", lambda *a: asked.append(own(*a)) or asked[-1])
     # Only the append is interpreted: the attention would take half a minute.
     here = target.Target("cpu", "cpu", interpret=plgpu.InterpretGPUParams())
     monkeypatch.setattr(append, "target", types.SimpleNamespace(current=lambda: here))
-    same(jax.block_until_ready(layer.decode(x[:, 5:], cache)), right)
+    again = jax.jit(lambda *arrays: decode(*arrays))  # traced anew
+    same(jax.block_until_ready(again(layer, x[:, 5:], cache)), right)
     assert asked[0] is not None
 
 
