@@ -4,13 +4,14 @@ It reads the family's own keys, and its own tensors as torch stores them. What a
 beyond its config is `traits` here, by the families' own code and not by `mla_jax.families`.
 """
 
+import functools
 import json
 import math
 
 import jax
 import numpy as np
 import pytest
-from common import drawn, emptied
+from common import drawn, emptied, slow
 from flax import nnx
 
 from mla_jax import MLAConfig, MultiHeadLatentAttention, checkpoint
@@ -345,8 +346,27 @@ def same(a, b):
     np.testing.assert_allclose(a, b, atol=2e-5 * max(1, np.abs(b).max()), rtol=0)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_families(name, rng, tmp_path):
+FORMS = "absorbed", "expanded"
+# `contract_test` compares both forms of every option: the gate has them by turns.
+GATE = [(name, FORMS[number % 2]) for number, name in enumerate(CASES)]
+REST = [slow(name, FORMS[1 - number % 2]) for number, name in enumerate(CASES)]
+
+
+@functools.partial(jax.jit, static_argnames="form")  # once for all whose configs say the same
+def run(layer, x, cache, form):
+    """A row at once, or by steps of one token, of which a pool of three has all states."""
+
+    def step(cache, token):
+        out, cache = layer.decode(token[None, None], cache, form="absorbed")
+        return cache, out[0, 0]
+
+    if form == "absorbed":
+        return jax.lax.scan(step, cache, x)[1]
+    return layer(x[None], form=form)[0]
+
+
+@pytest.mark.parametrize(("name", "form"), [*GATE, *REST])
+def test_families(name, form, rng, tmp_path):
     configs, hf, traits = styles(name)
     w = weights(hf, traits, rng)
     w = {key: np.float64(np.float32(value)) for key, value in w.items()}
@@ -358,13 +378,5 @@ def test_families(name, rng, tmp_path):
         assert MLAConfig.from_hf(tmp_path) == config
     layer = drawn(lambda: MultiHeadLatentAttention(config, precision="highest", rngs=nnx.Rngs(0)))
     checkpoint.load_attention(layer, {key: np.float32(value) for key, value in w.items()})
-    y = np.float32(x)[None]
-    put = jax.device_put
-    same(layer(put(y), form="expanded")[0], want)
-    # Absorbed are the decode steps: by one of each state of a pool of three.
-    first, cache = layer.prefill(put(y[:, :10]), emptied(lambda: layer.init_cache(1, 16)))
-    parts = [first]
-    for t in range(10, 13):
-        out, cache = layer.decode(put(y[:, t : t + 1]), cache)
-        parts.append(out)
-    same(np.concatenate(parts, 1)[0], want)
+    cache = emptied(lambda: layer.init_cache(1, 16))
+    same(run(layer, jax.device_put(np.float32(x)), cache, form), want)
