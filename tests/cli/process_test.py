@@ -9,11 +9,32 @@ import subprocess
 import sys
 
 import pytest
+from common import PLAIN, drawn
+from flax import nnx
 
 import mla_jax
+from mla_jax.cli import saved
+from mla_jax.models import Decoder, DecoderConfig
 
 RANDOM = ("generate", "--preset", "tiny", "--random-weights")
-SHORT = (*RANDOM, "--max-new-tokens", "1", "--quiet")
+SHORT = ("--max-new-tokens", "1", "--quiet")
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """A model of one layer, of which every process compiles less than of `tiny`."""
+    config = DecoderConfig(
+        attention=PLAIN.replace(num_hidden_layers=1), vocab_size=256, intermediate_size=20
+    )
+    folder = tmp_path_factory.mktemp("small")
+    saved.save(drawn(lambda: Decoder(config, rngs=nnx.Rngs(0))), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def generate(small):
+    """The command that continues a prompt by it."""
+    return "generate", "--checkpoint", small, "--dtype", "float32"
 
 
 def test_version(process):
@@ -77,10 +98,17 @@ def test_a_closed_standard_output_is_no_error(environment):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_characters_that_an_encoding_lacks_are_replaced(process):
-    done = process(*SHORT, "--prompt", "\u00e9\u4f60", env={"PYTHONIOENCODING": "ascii"})
+def files(folder):
+    return {file.name for file in folder.rglob("*-cache")}
+
+
+def test_characters_that_an_encoding_lacks_are_replaced(process, generate, tmp_path):
+    flags = (*SHORT, "--prompt", "\u00e9\u4f60", "--no-compilation-cache")
+    env = {"PYTHONIOENCODING": "ascii", "XDG_CACHE_HOME": tmp_path}
+    done = process(*generate, *flags, env=env)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("??")
+    assert not files(tmp_path)  # nor are programs kept that are not to be
 
 
 @pytest.mark.parametrize(
@@ -112,16 +140,12 @@ print(jax.config.jax_compilation_cache_dir)
         assert done.stdout == f"{tmp_path / folder}\n"
 
 
-def test_programs_are_kept_for_the_next_run(process, environment, tmp_path):
-    def files(folder):
-        return {file.name for file in folder.rglob("*-cache")}
-
-    process(*SHORT, "--prompt", "a", "--no-compilation-cache", env={"XDG_CACHE_HOME": tmp_path})
-    assert not files(tmp_path)
-    process(*SHORT, "--prompt", "a")
+def test_programs_are_kept_for_the_next_run(process, generate, environment):
+    command = (*generate, *SHORT, "--prompt")
+    process(*command, "a")
     kept = files(pathlib.Path(environment["XDG_CACHE_HOME"]) / "mla_jax" / "compiled")
     assert kept
-    again = process(*SHORT, "--prompt", "b")
+    again = process(*command, "b")
     assert (again.returncode, again.stderr) == (0, "")  # what was kept is read without a word
     assert files(pathlib.Path(environment["XDG_CACHE_HOME"])) == kept
 
@@ -136,22 +160,21 @@ def test_a_narrow_terminal_wraps(terminal):
     assert "\u2026" not in shown
 
 
-def test_a_spinner_turns_while_it_compiles_and_leaves(terminal):
-    started = terminal(*RANDOM, "--prompt", "hello", "--max-new-tokens", 1)
-    started.wait_for("compiling")
+def test_a_spinner_turns_while_it_compiles_and_leaves(terminal, generate):
+    started = terminal(*generate, "--prompt", "hello", "--max-new-tokens", 1)
+    started.wait_for("[\u2800-\u28ff].*compiling")
     code, shown = started.end()
     assert code == 0
-    assert re.search("[\u2800-\u28ff].*making weights", shown)
     last = shown.rsplit("compiling\r\n", 1)[1]  # where the spinner was is the text now
     assert re.match(r"\s*hello", last)
     assert "time to first token" in last
 
 
-def test_interrupted_while_it_compiles(terminal):
-    started = terminal(
-        *RANDOM, "--prompt", "hello", "--max-new-tokens", 1, "--no-compilation-cache"
-    )
-    started.wait_for("compiling")
+@pytest.mark.parametrize("work", ["making weights", "compiling"])
+def test_interrupted_while_it_compiles(terminal, generate, work):
+    command = RANDOM if work == "making weights" else generate
+    started = terminal(*command, "--prompt", "hello", "--no-compilation-cache")
+    started.wait_for(f"[\u2800-\u28ff].*{work}")
     started.send(signal.SIGINT)
     code, shown = started.end()
     assert code == 130
@@ -159,8 +182,8 @@ def test_interrupted_while_it_compiles(terminal):
     assert "Traceback" not in shown
 
 
-def test_interrupted_in_the_middle_of_a_text(terminal):
-    started = terminal(*RANDOM, "--prompt", "hello", "--max-new-tokens", 900, "--block", 1)
+def test_interrupted_in_the_middle_of_a_text(terminal, generate):
+    started = terminal(*generate, "--prompt", "hello", "--max-new-tokens", 4000, "--block", 1)
     started.wait_for("hello")
     started.send(signal.SIGINT)
     code, shown = started.end()
@@ -169,20 +192,21 @@ def test_interrupted_in_the_middle_of_a_text(terminal):
     assert "Traceback" not in shown
 
 
-def test_a_killed_demo_keeps_its_training(terminal, tmp_path):
+def test_a_killed_demo_keeps_its_training(terminal, small, tmp_path):
     folder = tmp_path / "model"
-    started = terminal("demo", "--steps", 500, "--batch", 1, "--save", folder, columns=30)
-    started.wait_for(r"training \d+ of\s+500\s+loss")
+    flags = ("--steps", 90000, "--batch", 1, "--load", small, "--save", folder)
+    started = terminal("demo", *flags, columns=30)
+    started.wait_for(r"training [\d,]+ of\s+90,000\s+loss")
     started.send(signal.SIGINT)
     code, shown = started.end()
     assert code == 130
     noted = json.loads((folder / "training.json").read_text())
-    assert noted["steps"] == 500
-    assert 1 <= noted["done"] < 500
+    assert noted["steps"] == 90000
+    assert 1 <= noted["done"] < 90000
     line = (
-        f"mla-jax: interrupted after {noted['done']} of 500 steps, which {folder} keeps: --load "
+        f"mla-jax: interrupted after {noted['done']} of 90000 steps, which {folder} keeps: --load "
         f"{folder} goes on."
     )
     assert shown.rstrip().endswith(line)
     bars = shown.split("training ")[1:]
-    assert all(re.match(r"[\d,]+ of\s+500\s+loss\s+\d+\.\d\d\s+bits", bar) for bar in bars[1:-1])
+    assert all(re.match(r"[\d,]+ of\s+90,000\s+loss\s+\d+\.\d\d\s+bits", bar) for bar in bars[1:-1])
