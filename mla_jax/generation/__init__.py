@@ -151,10 +151,11 @@ def generate(
         TypeError: an option that there is not.
         FloatingPointError: logits that are not finite; the message names row and step.
 
-    >>> import mla_jax
     >>> from flax import nnx
+    >>> from mla_jax import MLAConfig
     >>> from mla_jax.models import Decoder, DecoderConfig
-    >>> model = Decoder(DecoderConfig.from_preset("tiny"), rngs=nnx.Rngs(0))
+    >>> attention = MLAConfig.from_preset("tiny").replace(num_hidden_layers=1)
+    >>> model = Decoder(DecoderConfig(attention=attention), rngs=nnx.Rngs(0))
     >>> result = generate(model, [[3, 1, 4], [1, 5]], max_new_tokens=4)
     >>> [len(tokens) for tokens in result.tokens], result.cache.length
     ([4, 4], Array([6, 5], dtype=int32))
@@ -281,8 +282,10 @@ def score(
         FloatingPointError: logits that are not finite; the message names row and step.
 
     >>> from flax import nnx
+    >>> from mla_jax import MLAConfig
     >>> from mla_jax.models import Decoder, DecoderConfig
-    >>> model = Decoder(DecoderConfig.from_preset("tiny"), rngs=nnx.Rngs(0))
+    >>> attention = MLAConfig.from_preset("tiny").replace(num_hidden_layers=1)
+    >>> model = Decoder(DecoderConfig(attention=attention), rngs=nnx.Rngs(0))
     >>> [len(row) for row in score(model, [[3, 1, 4], [1, 5]])]
     [2, 1]
     """
@@ -321,13 +324,16 @@ def resume(
         ValueError: other numbers of rows.
 
     >>> from flax import nnx
+    >>> from mla_jax import MLAConfig
     >>> from mla_jax.models import Decoder, DecoderConfig
-    >>> model = Decoder(DecoderConfig.from_preset("tiny"), rngs=nnx.Rngs(0))
-    >>> result = generate(model, [[3, 1, 4]], max_new_tokens=4)
-    >>> text = [3, 1, 4, *result.tokens[0]]
-    >>> cache, rest = resume(result.cache, [text], [[*text[:5], 9, 9]])
+    >>> attention = MLAConfig.from_preset("tiny").replace(num_hidden_layers=1)
+    >>> model = Decoder(DecoderConfig(attention=attention), rngs=nnx.Rngs(0))
+    >>> prompts = [[3, 1, 4], [1, 5]]
+    >>> result = generate(model, prompts, max_new_tokens=4)
+    >>> texts = [[*p, *new] for p, new in zip(prompts, result.tokens)]
+    >>> cache, rest = resume(result.cache, texts, [[*text[:5], 9, 9] for text in texts])
     >>> cache.length, rest
-    (Array([5], dtype=int32), [[9, 9]])
+    (Array([5, 5], dtype=int32), [[9, 9], [9, 9]])
     """
     if not len(held) == len(prompts) == cache.batch_size:
         raise ValueError(

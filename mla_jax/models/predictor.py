@@ -39,15 +39,20 @@ class MultiTokenPredictor(nnx.Module):
         config: the model's.
         precision, implementation, types: as in `Decoder`.
 
-    >>> import jax.numpy as jnp
+    >>> import jax, jax.numpy as jnp
     >>> from flax import nnx
+    >>> from mla_jax import MLAConfig
     >>> from mla_jax.models import DecoderConfig, Decoder
-    >>> config = DecoderConfig.from_preset("tiny")
+    >>> attention = MLAConfig.from_preset("tiny").replace(num_hidden_layers=1)
+    >>> config = DecoderConfig(attention=attention, num_nextn_predict_layers=1)
     >>> model = Decoder(config, mtp=True, rngs=nnx.Rngs(0))
-    >>> tokens = jnp.array([[3, 1, 4, 1]])
-    >>> hidden, _ = model.extend(tokens, model.init_cache(1, 8))
-    >>> state, _ = model.draft(hidden[:, :3], tokens[:, 1:], model.init_draft_cache(1, 8))
-    >>> model.draft_logits(state).shape  # for the three tokens from the third on
+    >>> @jax.jit
+    ... def drafted(model, tokens):
+    ...     hidden, _ = model.extend(tokens, model.init_cache(1, 8))
+    ...     cache = model.init_draft_cache(1, 8)
+    ...     state, _ = model.draft(hidden[:, :3], tokens[:, 1:], cache)
+    ...     return model.draft_logits(state)
+    >>> drafted(model, jnp.array([[3, 1, 4, 1]])).shape  # for the three tokens from the third on
     (1, 3, 256)
     """
 

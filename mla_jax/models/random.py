@@ -42,10 +42,12 @@ def random_decoder(
     Raises:
         ValueError: as `Decoder` and `sharding.Rules.of`.
 
-    >>> import jax.numpy as jnp
+    >>> import jax, jax.numpy as jnp
+    >>> from mla_jax import MLAConfig
     >>> from mla_jax.models import DecoderConfig
-    >>> model = random_decoder(DecoderConfig.from_preset("tiny"), param_dtype=jnp.bfloat16)
-    >>> model(jnp.zeros((2, 5), jnp.int32)).shape
+    >>> attention = MLAConfig.from_preset("tiny").replace(num_hidden_layers=1)
+    >>> model = random_decoder(DecoderConfig(attention=attention), param_dtype=jnp.bfloat16)
+    >>> jax.jit(lambda model, x: model(x))(model, jnp.zeros((2, 5), jnp.int32)).shape
     (2, 5, 256)
     """
     types = {

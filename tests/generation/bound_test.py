@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from common import drawn
 from flax import nnx
 
 import mla_jax
@@ -27,19 +28,29 @@ def on_gpu(monkeypatch):
     return call
 
 
+def model():
+    config = DecoderConfig.from_preset("tiny")
+    config = config.replace(attention=config.attention.replace(num_hidden_layers=2))
+    return drawn(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+
+
+def layer_of(config, **types):
+    return drawn(lambda: mla_jax.MultiHeadLatentAttention(config, **types, rngs=nnx.Rngs(0)))
+
+
 def decoded(bound):
-    """Logits of a token behind a prompt."""
-    _, cache = bound.prefill(jnp.array([[3, 1, 4]]), bound.init_cache(1, 8))
-    return bound.decode(jnp.array([[1]]), cache)[0]
+    """Logits of a token behind another."""
+    _, cache = bound.decode([[3]], bound.init_cache(1, 8))
+    return bound.decode([[1]], cache)[0]
 
 
 def test_on_a_gpu_a_bound_model_has_its_absorbed_weights_apart(on_gpu):
     """They are copies: the model that was given stays as it is, and so does what comes out."""
-    model = Decoder(DecoderConfig.from_preset("tiny"), rngs=nnx.Rngs(0))
-    plain, made = mla_jax.bind(model), on_gpu(mla_jax.bind, model)
-    assert len(made.leaves) == len(plain.leaves) + 2 * len(model.blocks)
-    assert made.structure == on_gpu(mla_jax.bind, model).structure
-    for own, kept in zip(model.blocks, made.model.blocks, strict=True):
+    given = model()
+    plain, made = mla_jax.bind(given), on_gpu(mla_jax.bind, given)
+    assert len(made.leaves) == len(plain.leaves) + 2 * len(given.blocks)
+    assert made.structure == on_gpu(mla_jax.bind, given).structure
+    for own, kept in zip(given.blocks, made.model.blocks, strict=True):
         own, kept = own.attention, kept.attention
         assert not hasattr(own, "kept_uk")
         np.testing.assert_array_equal(kept.kept_uk[...], own.w_uk)
@@ -53,7 +64,7 @@ def test_on_a_gpu_a_bound_model_has_its_absorbed_weights_apart(on_gpu):
 def test_stored_weights_are_kept_apart_in_the_dtype_of_the_computation(on_gpu):
     """Rounded once: what a step gives differs by that alone. Without a dtype none is known."""
     config = mla_jax.MLAConfig.from_preset("tiny")
-    layer = mla_jax.MultiHeadLatentAttention(config, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    layer = layer_of(config, dtype=jnp.float32)
     round_weights(layer, "float8_e4m3fn")
     made = on_gpu(mla_jax.bind, layer).model
     np.testing.assert_array_equal(made.kept_uk[...], layer.w_uk)
@@ -73,7 +84,7 @@ def test_stored_weights_are_kept_apart_in_the_dtype_of_the_computation(on_gpu):
 def test_heads_come_in_the_order_that_the_kernel_of_o_proj_asks_for(on_gpu):
     """By the weights that make them. `w_uv`, and what comes out, is as without an order."""
     config = mla_jax.MLAConfig.from_preset("tiny").replace(v_head_dim=128)
-    layer = mla_jax.MultiHeadLatentAttention(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    layer = layer_of(config, dtype=jnp.bfloat16)
     round_weights(layer, "float8_e4m3fn")
     made = on_gpu(mla_jax.bind, layer).model
     w_uv = layer.w_uv
@@ -85,23 +96,20 @@ def test_heads_come_in_the_order_that_the_kernel_of_o_proj_asks_for(on_gpu):
     # XLA leaves nothing of going there and back.
     both = jax.jit(lambda x: in_order(made._restored(x), 128)).lower(plain).compile().as_text()
     assert "transpose" not in both
-    layer.o_proj = mla_jax.MultiHeadLatentAttention(config, rngs=nnx.Rngs(0)).o_proj
+    layer.o_proj = layer_of(config).o_proj
     assert on_gpu(mla_jax.bind, layer).model.kept_order is None
 
 
 def test_shapes_of_a_model_are_bound_as_its_arrays_are(on_gpu):
     """So a program can be compiled before there are weights."""
-    create = lambda: Decoder(DecoderConfig.from_preset("tiny"), rngs=nnx.Rngs(0))  # noqa: E731
-    shapes = on_gpu(mla_jax.bind, nnx.eval_shape(create))
-    made = on_gpu(mla_jax.bind, create())
+    made = on_gpu(mla_jax.bind, model())
+    shapes = on_gpu(mla_jax.bind, nnx.eval_shape(model))
     assert shapes.structure == made.structure
     assert [(x.shape, x.dtype) for x in shapes.leaves] == [(x.shape, x.dtype) for x in made.leaves]
 
 
 def test_a_mesh_and_other_models_have_nothing_apart(on_gpu):
-    layer = mla_jax.MultiHeadLatentAttention(
-        mla_jax.MLAConfig.from_preset("tiny"), rngs=nnx.Rngs(0)
-    )
+    layer = layer_of(mla_jax.MLAConfig.from_preset("tiny"))
     assert hasattr(on_gpu(mla_jax.bind, layer).model, "kept_uk")
     with jax.set_mesh(jax.make_mesh((2,), ("n",))):
         split = jax.device_put(layer, Rules(N="n").of(layer))
