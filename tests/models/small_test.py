@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import MICRO, PLAIN, drawn, relative
+from common import MICRO, PLAIN, drawn, emptied, relative
 from flax import nnx
 
 from mla_jax.generation.steps import decode_loop, decode_step, prefill_step
@@ -18,16 +18,17 @@ _full = jax.jit(lambda model, tokens, **options: model(tokens, **options))
 
 
 @functools.cache
-def _model(attention=PLAIN, **options):
+def _model(attention=PLAIN, layers=2, **options):
     config = DecoderConfig(
-        attention=attention.replace(num_hidden_layers=2), vocab_size=WORDS, intermediate_size=20
-    )
+        attention=attention.replace(num_hidden_layers=layers), vocab_size=WORDS,
+        intermediate_size=20,
+    )  # fmt: skip
     return drawn(lambda: Decoder(config, rngs=nnx.Rngs(0), **options))
 
 
 @pytest.fixture
 def tokens(rng):
-    return jnp.asarray(rng.integers(0, WORDS, (3, 7)), jnp.int32)
+    return rng.integers(0, WORDS, (3, 7), np.int32)
 
 
 def test_logits_are_float32_and_causal(tokens):
@@ -35,7 +36,9 @@ def test_logits_are_float32_and_causal(tokens):
     logits = _full(model, tokens)
     assert logits.shape == (3, 7, WORDS)
     assert logits.dtype == jnp.float32
-    changed = _full(model, tokens.at[:, 4].set((tokens[:, 4] + 1) % WORDS))
+    other = tokens.copy()
+    other[:, 4] = (tokens[:, 4] + 1) % WORDS
+    logits, changed = np.asarray(logits), np.asarray(_full(model, other))
     np.testing.assert_array_equal(changed[:, :4], logits[:, :4])
     assert (changed[:, 4:] != logits[:, 4:]).any(-1).all()
 
@@ -43,39 +46,40 @@ def test_logits_are_float32_and_causal(tokens):
 @pytest.mark.parametrize("attention", [MICRO, PLAIN], ids=["micro", "plain"])
 def test_ragged_prefill_and_decode_equal_one_pass(attention, tokens):
     model = _model(attention)
-    full, lengths = _full(model, tokens), [5, 1, 3]
-    rows = jnp.arange(3)
-    logits, cache = prefill_step(model, tokens[:, :5], model.init_cache(3, 9), jnp.array(lengths))
+    full, lengths, rows = np.asarray(_full(model, tokens)), np.int32([5, 1, 3]), np.arange(3)
+    cache = emptied(lambda: model.init_cache(3, 9))
+    logits, cache = prefill_step(model, tokens[:, :5], cache, lengths)
     for row, length in enumerate(lengths):
-        assert relative(logits[row, :length], full[row, :length]) < 2e-5
-    for step in range(2):
-        at = jnp.array(lengths) + step
+        assert relative(np.asarray(logits)[row, :length], full[row, :length]) < 2e-5
+    for at in (lengths, lengths + 1):
         logits, cache = decode_step(model, tokens[rows, at][:, None], cache)
-        assert relative(logits[:, 0], full[rows, at]) < 2e-5
-    np.testing.assert_array_equal(cache.length, np.array(lengths) + 2)
+        assert relative(np.asarray(logits)[:, 0], full[rows, at]) < 2e-5
+    np.testing.assert_array_equal(cache.length, lengths + 2)
 
 
 def test_greedy_loop_equals_full_passes(tokens):
     model = _model()
-    _, cache = prefill_step(model, tokens[:, :-1], model.init_cache(3, 12))
-    written, lengths, _ = decode_loop(model, tokens[:, -1], cache, steps=4)
-    full = _full(model, jnp.concatenate([tokens, written], axis=1))
-    np.testing.assert_array_equal(written, full[:, 6:-1].argmax(-1))
+    cache = emptied(lambda: model.init_cache(3, 9))
+    _, cache = prefill_step(model, tokens[:, :2], cache)
+    written, lengths, _ = decode_loop(model, tokens[:, 2], cache, steps=4)
+    full = np.asarray(_full(model, np.concatenate([tokens[:, :3], written], axis=1)))
+    np.testing.assert_array_equal(written, full[:, 2:-1].argmax(-1))
     np.testing.assert_array_equal(lengths, [4, 4, 4])
 
 
 def test_segments_do_not_see_each_other(tokens):
-    model, first, second = _model(), tokens[:, :4], tokens[:, 4:]
-    packed = _full(
-        model, tokens, segment_ids=jnp.array([[0] * 4 + [1] * 3] * 3), positions=jnp.r_[0:4, 0:3]
-    )
-    assert relative(packed[:, :4], _full(model, first)) < 2e-6
-    assert relative(packed[:, 4:], _full(model, second)) < 2e-6
+    model = _model()
+    packed = np.asarray(_full(
+        model, tokens, segment_ids=np.int32([[0] * 4 + [1] * 3] * 3), positions=np.r_[0:4, 0:3],
+    ))  # fmt: skip
+    behind = np.roll(tokens, -4, axis=1)  # what follows a text does not reach it
+    assert relative(packed[:, :4], np.asarray(_full(model, tokens))[:, :4]) < 2e-6
+    assert relative(packed[:, 4:], np.asarray(_full(model, behind))[:, :3]) < 2e-6
 
 
 @pytest.mark.parametrize("jit", [jax.jit, nnx.jit], ids=["jax.jit", "nnx.jit"])
 def test_jit_and_split_merge(jit, tokens):
-    model = _model()
+    model, tokens = _model(layers=1), jax.device_put(tokens)
     expected = model(tokens)
     assert relative(jit(lambda m, t: m(t))(model, tokens), expected) < 2e-6
     assert relative(nnx.merge(*nnx.split(model))(tokens), expected) == 0
@@ -98,16 +102,16 @@ def test_bad_tokens(bad, message):
 
 
 def test_cache_of_another_depth(tokens):
-    model = _model()
-    cache = model.init_cache(3, 9)
+    model, tokens = _model(), jax.device_put(tokens)
+    cache = emptied(lambda: model.init_cache(3, 9))
     with pytest.raises(ValueError, match="cache has 1 stores of 3 rows: the model has 2"):
         model.prefill(tokens, cache.replace(stores=cache.stores[:1]))
 
 
 def test_overflow_is_an_error_outside_jit(tokens):
-    model = _model()
+    model, tokens = _model(), jax.device_put(tokens)
     with pytest.raises(ValueError, match="max_length=6"):
-        model.prefill(tokens, model.init_cache(3, 6))
+        model.prefill(tokens, emptied(lambda: model.init_cache(3, 6)))
 
 
 @pytest.mark.parametrize("key", ["vocab_size", "intermediate_size"])
