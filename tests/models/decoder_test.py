@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import MICRO, PLAIN, drawn, emptied, relative
+from common import MICRO, PLAIN, drawn, emptied, relative, slow
 from flax import nnx
 from numpy_decoder import NumpyDecoder
 
@@ -26,7 +26,12 @@ SOFTMAX = SIGMOID.replace(
     attention=MICRO.replace(num_hidden_layers=2), scoring_func="softmax", norm_topk_prob=False,
     n_shared_experts=0, tie_word_embeddings=True,
 )  # fmt: skip
-CONFIGS = {"sigmoid": SIGMOID, "softmax": SOFTMAX}
+CONFIGS = {
+    "sigmoid": SIGMOID,
+    "softmax": SOFTMAX,
+    "one sparse layer": SIGMOID.replace(attention=PLAIN, first_k_dense_replace=0),
+}
+BOTH = pytest.mark.parametrize("name", ["sigmoid", "softmax"])
 
 
 @functools.cache
@@ -46,7 +51,7 @@ _draft_logits = jax.jit(lambda model, states: model.draft_logits(states))
 _draft = jax.jit(lambda model, *arguments: model.draft(*arguments))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@BOTH
 def test_logits_and_greedy_tokens_are_float64s(name, rng):
     model = make(name)
     exact = NumpyDecoder(model)
@@ -71,7 +76,7 @@ def test_logits_and_greedy_tokens_are_float64s(name, rng):
             row.append(int(own[0].argmax()))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@BOTH
 def test_drafts_are_float64s(name, rng):
     """Ragged prompts in two chunks, then two positions at once, then one after its own state.
 
@@ -112,9 +117,12 @@ def test_drafts_are_float64s(name, rng):
     assert exact.guesses(tokens[0, : last[0] + 2], 1) == [int(following[0, 0])]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("tokens", [1, 2, 40, 300])
-def test_a_mixture_is_float64s(name, tokens, rng):
+@pytest.mark.parametrize(
+    ("tokens", "name"),
+    [(1, "sigmoid"), slow(1, "softmax"), slow(2, "sigmoid"), (2, "softmax"), (40, "sigmoid"),
+     slow(40, "softmax"), slow(300, "sigmoid"), (300, "softmax")],
+)  # fmt: skip
+def test_a_mixture_is_float64s(tokens, name, rng):
     mlp, exact = make(name).blocks[1].mlp, NumpyDecoder(make(name))
     x = rng.standard_normal((1, tokens, 24)).astype(np.float32)
     weights = exact.weights["blocks"][1]["mlp"]
@@ -168,11 +176,12 @@ def test_presets_have_the_parameters_that_their_names_say():
                 "deepseek_v32": 671.9, "glm_5": 744, "glm_5_2": 744}  # fmt: skip
     assert set(decoder_presets()) == set(billions)
     for name, expected in billions.items():
-        model, more = shapes(DecoderConfig.from_preset(name))
+        model, more = shapes(DecoderConfig.from_preset(name), mtp=name == "deepseek_v3")
         count = size(model) + more * size(model.blocks[-1])
+        if model.predictor is not None:
+            assert size(model.predictor) / 1e9 == pytest.approx(11.5, rel=0.01)  # as published
+            count -= size(model.predictor)
         assert count / 1e9 == pytest.approx(expected, rel=0.01, abs=0.002)
-    model, _ = shapes(DecoderConfig.from_preset("deepseek_v3"), mtp=True)
-    assert size(model.predictor) / 1e9 == pytest.approx(11.5, rel=0.01)  # as published
     with pytest.raises(ValueError, match="'axk1' describes the attention only; whole models: deep"):
         DecoderConfig.from_preset("axk1")
 
@@ -191,10 +200,10 @@ def test_bad_input():
             Decoder(config, mtp=True, rngs=nnx.Rngs(0))
 
 
-@pytest.mark.parametrize("dense", [0, 1, 2, 3, 4])
+@pytest.mark.parametrize("dense", [0, 1, 2, 3])
 def test_random_weights_have_the_models_shapes(dense):
     config = DecoderConfig.from_preset("tiny").replace(first_k_dense_replace=dense)
-    config = config.replace(attention=config.attention.replace(num_hidden_layers=3))
+    config = config.replace(attention=config.attention.replace(num_hidden_layers=2))
     # A leaf that no program makes would be no array, which a traced function cannot return.
     made = jax.eval_shape(lambda: random_decoder(config, mtp=True))
     model = nnx.eval_shape(lambda: Decoder(config, mtp=True, rngs=nnx.Rngs(0)))
@@ -209,7 +218,8 @@ def test_random_weights_are_like_the_constructors():
     attention = config.attention.replace(num_hidden_layers=1)
     config = config.replace(attention=attention, first_k_dense_replace=0)  # experts, and an MLP
     made = random_decoder(config, param_dtype=jnp.bfloat16)
-    model = jax.jit(lambda: Decoder(config, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))()
+    key = jax.random.key(0, impl="unsafe_rbg")  # compiles in a fraction of threefry's time
+    model = jax.jit(lambda key: Decoder(config, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(key)))(key)
     flat = [nnx.to_flat_state(nnx.state(m)) for m in (made, model)]
     assert flat[0].paths == flat[1].paths
     for ours, theirs in zip(flat[0].leaves, flat[1].leaves, strict=True):
@@ -235,7 +245,7 @@ def test_a_token_that_does_not_exist_never_gives_numbers(token):
 @pytest.mark.parametrize("form", ["absorbed", "expanded"])
 def test_a_single_row_may_be_carried_as_equal_ones(form, rng, monkeypatch):
     """As on a GPU: the cache and the states are those of one row, the drop of a token included."""
-    model = make("sigmoid")
+    model = make("one sparse layer")
     begin = Step.begin
     monkeypatch.setattr(Step, "begin", lambda *given: begin(*given, form=form))
     cache = emptied(lambda: model.init_cache(1, 8))
