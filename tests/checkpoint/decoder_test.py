@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from common import emptied
+from common import emptied, slow
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
@@ -31,7 +31,8 @@ def test_logits_and_greedy_tokens(folder):
     expected = np.load(folder / "expected.npz")
     model, tokens = load(folder), expected["tokens"].astype(np.int32)
     # float32 rounding through three layers, on logits of a few units
-    np.testing.assert_allclose(_full(model, tokens), expected["logits"], atol=3e-5)
+    if folder.name in ("deepseek_v3", "minicpm3"):  # with a router and without: also at once
+        np.testing.assert_allclose(_full(model, tokens), expected["logits"], atol=3e-5)
     steps = expected["greedy"].shape[1]
     logits, cache = prefill_step(model, tokens, emptied(lambda: model.init_cache(2, 32)))
     np.testing.assert_allclose(logits, expected["logits"], atol=3e-5)
@@ -184,7 +185,7 @@ def test_no_block_for_drafting(copy):
 @pytest.mark.parametrize(
     ("root", "head"),
     [("language_model.model.", "language_model.lm_head."), ("model.language_model.", "lm_head."),
-     ("language_model.model.", "lm_head.")],
+     slow("language_model.model.", "lm_head.")],
 )  # fmt: skip
 def test_the_language_model_of_another(copy, root, head):
     tensors, write = copy
