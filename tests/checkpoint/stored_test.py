@@ -1,5 +1,6 @@
 """Stored forms against their definitions: any index, any grain; what a config must announce."""
 
+import functools
 import json
 import pathlib
 from typing import ClassVar
@@ -105,16 +106,27 @@ def test_packed_integers(bits, group, tmp_path, rng):
 AXIS = st.slices(160) | st.integers(-160, 159)
 
 
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """A checkpoint of a form, and its numbers: made once for all that is read of it."""
+
+    @functools.cache
+    def stored(name):
+        rng = np.random.default_rng(0)
+        dtype, block, suffix, config = FORMS[name]
+        values, scale, exact = scaled(rng.standard_normal((160, 130)), dtype, BLOCKS[block], rng)
+        tensors = {NAME: values, NAME.removesuffix("weight") + suffix: scale}
+        folder = write(tmp_path_factory.mktemp("w"), tensors, config)
+        return checkpoint.Checkpoint(folder), exact
+
+    return stored
+
+
 @hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
 @hypothesis.given(rows=AXIS, columns=st.slices(130) | st.integers(-130, 129), name=st.sampled_from(
     ["fp8 per block", "fp8 per other block", "int8 per row", "fp8 per tensor"]))  # fmt: skip
-def test_an_index_reads_what_it_says(tmp_path_factory, rows, columns, name):
-    rng = np.random.default_rng(0)
-    dtype, block, suffix, config = FORMS[name]
-    values, scale, exact = scaled(rng.standard_normal((160, 130)), dtype, BLOCKS[block], rng)
-    stem = NAME.removesuffix("weight")
-    folder = write(tmp_path_factory.mktemp("w"), {NAME: values, stem + suffix: scale}, config)
-    files = checkpoint.Checkpoint(folder)
+def test_an_index_reads_what_it_says(stored, rows, columns, name):
+    files, exact = stored(name)
     for index in ((rows, columns), (rows,), rows, (..., columns)):
         np.testing.assert_array_equal(files.read(NAME, index), exact[index])
 

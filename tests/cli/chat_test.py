@@ -4,7 +4,7 @@ import io
 import json
 
 import pytest
-from common import MICRO, drawn
+from common import PLAIN, drawn
 from flax import nnx
 
 from mla_jax import generation
@@ -73,9 +73,7 @@ def test_answers_are_on_standard_output(run, said, saved):
 
 
 def test_a_conversation_that_outgrows_the_cache_is_prefilled_anew(saved):
-    config = DecoderConfig(
-        attention=MICRO.replace(num_hidden_layers=1), vocab_size=128, intermediate_size=20
-    )
+    config = DecoderConfig(attention=PLAIN, vocab_size=128, intermediate_size=20)
     model = drawn(lambda: Decoder(config, precision="highest", rngs=nnx.Rngs(0)))
     tokenizer = generation.Tokenizer.from_checkpoint(saved)
     request = generation.Request(max_new_tokens=5)

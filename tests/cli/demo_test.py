@@ -23,7 +23,7 @@ STEPS = ("--steps", "3")  # the number is known when a step is compiled
 @pytest.fixture
 def shallow(monkeypatch):
     """`tiny` with one layer, which compiles sooner."""
-    config = MLAConfig.from_preset("tiny").replace(num_hidden_layers=1)
+    config = MLAConfig.from_preset("tiny").replace(num_hidden_layers=1, q_lora_rank=None)
     monkeypatch.setattr(MLAConfig, "from_preset", lambda name: config)
     return config
 

@@ -20,9 +20,10 @@ RANDOM = ("generate", "--preset", "tiny", "--random-weights", "--dtype", "float3
 
 @pytest.fixture
 def shallow(monkeypatch):
-    """`tiny` with one layer, which compiles sooner."""
+    """`tiny` with one layer and no experts, which compiles sooner."""
     config = DecoderConfig.from_preset("tiny")
-    config = config.replace(attention=config.attention.replace(num_hidden_layers=1))
+    attention = config.attention.replace(num_hidden_layers=1, q_lora_rank=None)
+    config = DecoderConfig(attention=attention, vocab_size=256, num_nextn_predict_layers=1)
     monkeypatch.setattr(DecoderConfig, "from_preset", lambda name: config)
 
 

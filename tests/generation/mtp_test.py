@@ -181,9 +181,10 @@ def test_a_planted_bug_is_noticed(bug):
         run_rounds(drafter)
 
 
-@pytest.mark.parametrize("drafts", [slow(1), 4])
+@pytest.mark.parametrize("drafts", [slow(1), 2, slow(4)])
 def test_good_drafts_are_accepted_and_bad_ones_are_not(drafts, rng):
-    prompts = [rng.integers(0, 40, length).tolist() for length in (9, 1, 23)]
+    lengths = (9, 1, 23, *rng.integers(1, 20, 13))
+    prompts = [rng.integers(0, 40, length).tolist() for length in lengths]
     for knowing, least, most in ((True, 0.8, 1), (False, 0, 0.1)):
         model = prophet(40, knowing)
         options = {"max_new_tokens": 40, "block": 8}
@@ -196,7 +197,7 @@ def test_good_drafts_are_accepted_and_bad_ones_are_not(drafts, rng):
 
 
 def test_stop_tokens_end_rows():
-    plain = generate(model(), PROMPTS, max_new_tokens=16).tokens
+    plain = [greedy(tuple(prompt), 16) for prompt in PROMPTS]
     stop = plain[0][5]
     result = generate(
         model(), PROMPTS, max_new_tokens=16, stop_tokens=(stop,), speculate=3, draft="mtp", block=1
@@ -214,12 +215,13 @@ def test_a_repetition_penalty_is_for_the_drafts_before_too():
     options = {"max_new_tokens": 12, "repetition_penalty": 3.0}
     prompts = [[word, word + 20] for word in range(16)]
     plain = generate(knowing, prompts, **options).tokens
-    assert generate(knowing, prompts, speculate=3, draft="mtp", **options).tokens == plain
+    assert generate(knowing, prompts, speculate=2, draft="mtp", **options).tokens == plain
 
 
 @pytest.mark.parametrize("draft", ["mtp", slow("prompt")])
-def test_sampled_tokens_are_as_likely_as_the_model_says(draft):
+def test_sampled_tokens_are_as_likely_as_the_model_says(draft, monkeypatch):
     """The first three tokens of many rows, by a chi-squared test against float64."""
+    monkeypatch.setattr(prefill, "WIDTHS", (8,))  # no 123 slots of padding in every row
     prompt, rows, options = [1, 4, 0, 1, 4], 4096, {"temperature": 0.7, "top_k": 4}
     result = generate(
         model(), [prompt] * rows, max_new_tokens=3, max_length=16, speculate=2, draft=draft,
