@@ -93,12 +93,18 @@ LIBTPU = pathlib.Path(sys.prefix, "tpu-aot")  # where `./run test` puts it
     not (LIBTPU / "libtpu").exists() and importlib.util.find_spec("libtpu") is None,
     reason="libtpu is not installed: ./run test does it, where there is one",
 )
-@pytest.mark.parametrize("alone", [["helix"], slow(["data", "tensor"])], ids=",".join)
-def test_what_a_tpu_s_program_moves_is_near_the_closed_form(alone):
-    command = [sys.executable, "benchmarks/aot_mesh.py", "--short", "--alone", *alone]
+@pytest.mark.parametrize(
+    ("whole", "alone"), [("wide", "helix"), slow("helix", "data"), slow("wide", "tensor")]
+)
+def test_what_a_tpu_s_program_moves_is_near_the_closed_form(whole, alone):
+    """Of a whole model, and to the number of an attention layer alone."""
+    command = [sys.executable, "benchmarks/aot_mesh.py", "--short", "--what", whole]
     paths = [os.environ.get("PYTHONPATH"), str(LIBTPU)]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    env |= {"JAX_TRACEBACK_IN_LOCATIONS_LIMIT": "0"}
+    done = subprocess.run(
+        [*command, "--alone", alone], env=env, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("| v6e | deepseek_v3, 2 layers, ") == 2, done.stdout
-    assert done.stdout.count("a layer, ") == len(alone), done.stdout
+    assert done.stdout.count(f"| v6e | deepseek_v3, layers: 1, {whole} |") == 1, done.stdout
+    assert done.stdout.count(f"a layer, {alone}: moves") == 1, done.stdout
