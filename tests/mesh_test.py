@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import drawn, emptied
+from common import drawn, emptied, slow
 from flax import nnx
 from sharding_test import BOTH, FAST, LAYOUTS, B, assert_close, laid, mesh, put
 
@@ -67,7 +67,13 @@ def mixture(tokens):
 
 
 @pytest.mark.parametrize(
-    ("layout", "tokens"), [*((name, 1) for name in EXPERTS), ("exchanged", 50), ("gathered", 50)]
+    ("layout", "tokens"),
+    [
+        *((name, 1) for name in EXPERTS if name != "exchanged"),
+        ("exchanged", 50),
+        slow("exchanged", 1),
+        slow("gathered", 50),
+    ],
 )
 def test_experts_on_a_mesh_are_the_experts(layout, tokens):
     place, (layer, x, wanted) = EXPERTS[layout], mixture(tokens)
@@ -107,11 +113,13 @@ def test_kernels_of_experts_that_are_split_otherwise_are_refused():
             layer(x)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_split_vocabulary_has_the_same_gradients(tied):
-    """Tied to the embedding without experts, whose gradients the other has."""
-    config = CONFIG.replace(tie_word_embeddings=tied, first_k_dense_replace=int(tied))
+@pytest.mark.parametrize(("tied", "mlp"), [(False, "dense"), (True, None), slow(False, "experts")])
+def test_a_split_vocabulary_has_the_same_gradients(tied, mlp):
+    """Tied to the embedding with nothing between them, else behind a block."""
+    config = CONFIG.replace(tie_word_embeddings=tied, first_k_dense_replace=int(mlp == "dense"))
     model = drawn(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    if mlp is None:
+        model.blocks = nnx.List()
     tokens = np.random.default_rng(1).integers(0, 64, (B, 3)).astype(np.int32)
     place = Rules(B=BOTH, D="data", N="model", F="model", W="model", E=BOTH)
 
@@ -128,7 +136,7 @@ def test_a_split_vocabulary_has_the_same_gradients(tied):
     wanted = jax.device_get(run(model, tokens))
     with jax.set_mesh(mesh()):
         got = jax.device_get(run(laid(model, place), put(tokens, BOTH)))
-    for tree in (got, wanted) if not tied else ():
+    for tree in (got, wanted) if mlp == "experts" else ():
         tree[0].blocks[0].mlp.router.bias = None
     assert_close(got, wanted)
 
@@ -145,39 +153,41 @@ def test_what_is_no_word_is_none_of_a_split_vocabulary():
     np.testing.assert_array_equal(jax.device_get(got), wanted)
 
 
-STORED = Rules(B=BOTH, D="data", N="model", F="model", W="model", E=BOTH, A="model")
+STORED = Rules(B="data", D="data", N="model", F="model", W="model", E=BOTH, A="model")
 
 
-def rounded_decoder(block):
+def rounded_decoder(block, make=lambda rounded, model: jax.jit(rounded)(model)):
     """The sparse layer of a model with weights as stored, in blocks of so many rows and columns."""
     config = CONFIG.replace(first_k_dense_replace=0)
     model = drawn(lambda: Decoder(config, precision="highest", rngs=nnx.Rngs(0)))
 
-    @jax.jit
     def rounded(model):
         rounding.round_weights(model.blocks, "float8_e4m3fn")
         return model
 
     with mock.patch.dict(rounding.FORMS, {"float8_e4m3fn": (block, 448.0)}):
-        return rounded(model)
+        return make(rounded, model)
 
 
 @functools.partial(jax.jit, compiler_options=FAST)
-def prompt_and_token(model, tokens):
-    """The expanded form, then the absorbed one."""
+def prompt_and_token(model, tokens, x):
+    """The expanded form of the whole model, then the absorbed one of its attention."""
     cache = model.init_cache(B, 128)
-    logits, cache = model.prefill(tokens[:, :3], cache)
-    return logits, model.decode(tokens[:, 3:], cache)[0]
+    logits, cache = model.prefill(tokens, cache)
+    return logits, model.blocks[0].attention.decode(x, cache)[0]
 
 
 def test_weights_as_stored_on_a_mesh_are_those_of_one_device():
     """Blocks of 16 rows straddle devices: of q_b_proj's 48 rows each of four has 12."""
     model = rounded_decoder((16, 2))
-    tokens = np.random.default_rng(1).integers(0, 64, (B, 4)).astype(np.int32)
-    wanted = jax.device_get(prompt_and_token(model, tokens))
+    random = np.random.default_rng(1)
+    tokens = random.integers(0, 64, (B, 3)).astype(np.int32)
+    x = random.normal(size=(B, 1, 24)).astype(np.float32)
+    wanted = jax.device_get(prompt_and_token(model, tokens, x))
     with jax.set_mesh(mesh()):
         placed = laid(model, STORED)
-        got = jax.device_get(prompt_and_token(placed, put(tokens, BOTH)))
+        given = put(tokens, STORED.B), put(x, STORED.B)
+        got = jax.device_get(prompt_and_token(placed, *given))
         attention, mlp = placed.blocks[0].attention, placed.blocks[0].mlp
         for module, place in (
             (attention.q_a_proj, (("data",), ("model",))),
@@ -192,32 +202,36 @@ def test_weights_as_stored_on_a_mesh_are_those_of_one_device():
 
 
 def test_inputs_as_stored_are_split_between_blocks_only():
-    model = rounded_decoder((16, 3))  # o_proj has 32 inputs, 8 on each of four devices
-    with jax.set_mesh(mesh()):
-        placed = laid(model, STORED)
+    shapes = rounded_decoder((16, 3), jax.eval_shape)
+    model = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    tokens, x = np.zeros((B, 3), np.int32), np.zeros((B, 1, 24), np.float32)
+    with jax.set_mesh(mesh()):  # o_proj has 32 inputs, 8 on each of four devices
+        given = laid(model, STORED), put(tokens, STORED.B), put(x, STORED.B)
         with pytest.raises(NotImplementedError, match=r"its 32 inputs into parts of 8\. Load"):
-            jax.eval_shape(prompt_and_token, placed, put(np.zeros((B, 4), np.int32), BOTH))
+            jax.eval_shape(prompt_and_token, *given)
 
 
 PROMPTS = [np.arange(1, n + 1) * 7 % 64 for n in (3, 130, 17, 1, 64, 5, 9, 40)]
 ONE_CHUNK = [prompt[:128] for prompt in PROMPTS]  # a second one is another program
+HELIX = Rules(B="data", S="model", N="model", F="model", E=BOTH, W="model")
+DRAFTS = {"speculate": 2, "logprobs": True}
 TEXTS = {
-    "helix_drafts": (
-        Rules(B="data", S="model", N="model", F="model", E=BOTH, W="model"), PROMPTS,
-        {"speculate": 2, "logprobs": True},
-    ),
+    "helix_drafts": (HELIX, ONE_CHUNK, DRAFTS),
+    "helix_chunks": (HELIX, PROMPTS, DRAFTS),
     "data_multi_token": (
-        Rules(B=BOTH, D="data", E=BOTH, W="model"), ONE_CHUNK,
+        Rules(B=BOTH, D="data", W="model"), ONE_CHUNK,
         {"speculate": 2, "draft": "mtp", "temperature": 1.0, "top_k": 20, "samples": 2},
     ),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", TEXTS)
+@pytest.mark.parametrize("name", [slow(name) if name == "helix_chunks" else name for name in TEXTS])
 def test_texts_are_those_of_one_device(name):
     place, prompts, options = TEXTS[name]
     options |= {"max_new_tokens": 6, "block": 3}  # slots that split are the call's concern
-    model = drawn(lambda: Decoder(CONFIG, mtp=True, rngs=nnx.Rngs(0)))
+    dense = 0 if place.E else 2  # blocks, with that for drafts
+    config = CONFIG.replace(first_k_dense_replace=dense)
+    model = drawn(lambda: Decoder(config, mtp="draft" in options, rngs=nnx.Rngs(0)))
     wanted = generate(model, prompts, **options)
     with jax.set_mesh(mesh()):
         placed = laid(model, place)

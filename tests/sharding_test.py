@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as orbax
 import pytest
-from common import MICRO, drawn, relative, slow
+from common import MICRO, drawn, emptied, relative, slow
 from flax import nnx
 
 from mla_jax import MultiHeadLatentAttention, sharding
@@ -89,22 +89,27 @@ def filled(cache, held, lengths):
     return cache.replace(stores=tuple(stores), length=jnp.asarray(lengths))
 
 
-@functools.partial(jax.jit, compiler_options=FAST)
-def steps(layer, cache, x, more, held):
-    """Every way of calling a layer, and a gradient."""
-    y = {"prefill": layer.prefill(x["prompt"], cache.as_fresh(), COUNTS)[0]}
-    cache = filled(cache, held, HELD)
-    y["prefill_behind"], cache = layer.prefill(x["chunk"], cache, more, form="expanded")
-    y["decode_1"], cache = layer.decode(x["one"], cache)
-    y["decode_3"], cache = layer.decode(x["three"], cache)
-    ids = np.arange(7)[None] // 4 + np.arange(B)[:, None] * 0
+@functools.partial(jax.jit, compiler_options=FAST, static_argnames="ways")
+def steps(layer, cache, x, more, held, ways):
+    """Ways of calling a layer."""
+    y = {}
+    if "prefill" in ways:
+        y["prefill"] = layer.prefill(x["prompt"], cache.as_fresh(), COUNTS)[0]
+    if "cached" in ways:
+        cache = filled(cache, held, HELD)
+        y["prefill_behind"], cache = layer.prefill(x["chunk"], cache, more, form="expanded")
+        y["decode_1"], cache = layer.decode(x["one"], cache)
+        y["decode_3"], cache = layer.decode(x["three"], cache)
+        y["lengths"] = cache.length
+    if "gradient" in ways:
+        ids = np.arange(7)[None] // 4 + np.arange(B)[:, None] * 0
 
-    def loss(layer, chunk):
-        return (jnp.sin(layer(chunk, segment_ids=ids)) ** 2).sum()
+        def loss(layer, chunk):
+            return (jnp.sin(layer(chunk, segment_ids=ids)) ** 2).sum()
 
-    chunk = jnp.where(jnp.isnan(x["chunk"]), 0.5, x["chunk"])
-    y["gradient"] = jax.grad(loss, argnums=(0, 1))(layer, chunk)
-    return y, cache.length
+        chunk = jnp.where(jnp.isnan(x["chunk"]), 0.5, x["chunk"])
+        y["gradient"] = jax.grad(loss, argnums=(0, 1))(layer, chunk)
+    return y
 
 
 def layer_of(mixer):
@@ -114,8 +119,8 @@ def layer_of(mixer):
 @functools.cache
 def on_one_device(mixer, store):
     layer, (x, more, held) = layer_of(mixer), inputs()
-    y, lengths = steps(layer, layer.init_cache(B, S, **STORES[store]), x, more, held)
-    return jax.device_get((y, lengths))
+    cache = emptied(lambda: layer.init_cache(B, S, **STORES[store]), 0)
+    return jax.device_get(steps(layer, cache, x, more, held, ALL))
 
 
 def assert_close(actual, expected):
@@ -126,17 +131,20 @@ def assert_close(actual, expected):
         assert relative(got, want) <= TOLERANCE, jax.tree_util.keystr(path)
 
 
-OF_OTHERS = ("data", "tensor", "fsdp", "context")  # their parts are those of layouts that have more
+ALL = "prefill cached gradient"
+# Parts of other layouts are those of these, and each way is called where its split is its own.
 CASES = [
-    (slow if name in OF_OTHERS else pytest.param)(name, "all_parts", "float32")
-    for name in LAYOUTS
-    if "experts" not in name
+    ("fsdp_tensor", "all_parts", "float32", "prefill gradient"),
+    ("data_core_of_split_heads", "all_parts", "float32", "cached"),
+    ("helix", "all_parts", "float32", "prefill cached"),
+    ("context_of_all", "all_parts", "float32", "cached"),
+    *(slow(name, "all_parts", "float32", ALL) for name in LAYOUTS if "experts" not in name),
+    slow("helix", "window", "float32", ALL),
 ]
-CASES += [slow("helix", "window", "float32")]
 
 
-@pytest.mark.parametrize(("layout", "mixer", "store"), CASES)
-def test_a_layer_on_a_mesh_is_the_layer(layout, mixer, store):
+@pytest.mark.parametrize(("layout", "mixer", "store", "ways"), CASES)
+def test_a_layer_on_a_mesh_is_the_layer(layout, mixer, store, ways):
     place, (x, more, held) = LAYOUTS[layout], inputs()
     with jax.set_mesh(mesh()):
         layer = layer_of(mixer)
@@ -146,12 +154,13 @@ def test_a_layer_on_a_mesh_is_the_layer(layout, mixer, store):
         assert sharding.spec(layer.o_proj.kernel[...]) == (place.N, (), place.D)
         assert sharding.spec(layer.q_a_proj.kernel[...]) == (place.A, place.D)
         x = jax.tree.map(lambda x: put(x, place.B), x)
-        y, lengths = steps(layer, cache, x, more, held)
-    rows = sharding.spec(y["decode_1"])
-    assert rows == (place.B, (), ())
-    wanted, wanted_lengths = on_one_device(mixer, store)
-    assert_close(jax.device_get(y), wanted)
-    np.testing.assert_array_equal(lengths, wanted_lengths)
+        y = steps(layer, cache, x, more, held, ways)
+    if "cached" in ways:
+        assert sharding.spec(y["decode_1"]) == (place.B, (), ())
+    wanted, y = on_one_device(mixer, store), jax.device_get(y)
+    if "cached" in ways:
+        np.testing.assert_array_equal(y.pop("lengths"), wanted["lengths"])
+    assert_close(y, {name: wanted[name] for name in y})
 
 
 @pytest.mark.parametrize(
@@ -200,9 +209,9 @@ def test_parameters_and_their_moments_carry_letters(tmp_path):
     place = Rules(B="data", D="data", N="model")
     specs = nnx.get_partition_spec(nnx.state(layer))
     assert specs.q_b_proj.kernel.get_value() == jax.P("D", "N", None)
-    optimizer = nnx.Optimizer(layer, optax.adam(1e-3), wrt=nnx.Param)
+    begin = lambda layer: nnx.state(nnx.Optimizer(layer, optax.adam(1e-3), wrt=nnx.Param))  # noqa: E731
+    state = jax.device_get(jax.jit(begin)(layer))
     with jax.set_mesh(mesh()):
-        state = nnx.state(optimizer)
         moved = jax.device_put(state, place.of(state))
     moments = [leaf for leaf in jax.tree.leaves(moved) if leaf.shape == (12, 4, 11)]
     wanted = jax.P("data", "model", None)
