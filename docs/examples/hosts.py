@@ -21,8 +21,8 @@ class Block(nn.Module):
 
 
 block = Block()
-variables = block.init(jax.random.key(0), x)
-print("Linen:", block.apply(variables, x).shape, *variables["params"])
+variables = jax.jit(block.init)(jax.random.key(0), x)
+print("Linen:", jax.jit(block.apply)(variables, x).shape, *variables["params"])
 # --8<-- [end:linen]
 
 # --8<-- [start:functions]
@@ -46,7 +46,7 @@ print("rows hold:", cache.length)
 
 # --8<-- [start:optax]
 optimizer = optax.adamw(1e-3)
-moments = optimizer.init(state)
+moments = jax.jit(optimizer.init)(state)
 
 
 @jax.jit
@@ -67,11 +67,8 @@ print("the loss falls:", losses[2] < losses[1] < losses[0])
 
 # --8<-- [start:core]
 # The core alone, for a layer of one's own: 4 heads, latents of 64 and rotary keys of 16 numbers.
-keys = jax.random.split(jax.random.key(2), 4)
-pattern = jax.random.normal(keys[0], (2, 1, 4, 64))
-q_rope = jax.random.normal(keys[1], (2, 1, 4, 16))
-latent = jax.random.normal(keys[2], (2, 32, 64))
-k_rope = jax.random.normal(keys[3], (2, 32, 16))
+pattern, q_rope = jnp.ones((2, 1, 4, 64)), jnp.ones((2, 1, 4, 16))  # of one new token
+latent, k_rope = jnp.ones((2, 32, 64)), jnp.ones((2, 32, 16))
 out_latent, lse = mla_jax.latent_attention(
     pattern, q_rope, latent, k_rope, lengths=jnp.array([32, 7]), scale=48**-0.5
 )

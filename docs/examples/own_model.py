@@ -48,10 +48,11 @@ for _ in range(5):
 print("the same by a loop of one's own:", text == result.tokens[0])
 # --8<-- [end:loop]
 
-tokens = jnp.array([[3, 1, 4, 1, 5], [9, 2, 6, 0, 0]])
+tokens = jnp.array([[3, 1, 4, 1, 5, 9], [9, 2, 6, 0, 0, 0]])
 whole, _ = step.extend(tokens, step.init_cache(2, 128))
-hidden, cache = step.extend(tokens[:, :3], step.init_cache(2, 128, pages=2))
-hidden, cache = step.extend(tokens[:, 3:], cache, lengths=jnp.array([2, 0]))
+cache = step.init_cache(2, 128, pages=2)
+hidden, cache = step.extend(tokens[:, :3], cache, lengths=jnp.array([3, 3]))
+hidden, cache = step.extend(tokens[:, 3:], cache, lengths=jnp.array([3, 0]))
 print("rows hold:", cache.length)
 print("the same as in one pass:", bool(jnp.allclose(hidden[0], whole[0, 3:], atol=1e-5)))
 

@@ -19,7 +19,7 @@ STEPS, MICRO_BATCHES, ROWS, LENGTH = 12, 2, 4, 48
 # --8<-- [start:model]
 config = models.DecoderConfig(
     attention=mla_jax.MLAConfig.from_preset("tiny").replace(num_hidden_layers=1),
-    moe_intermediate_size=64, n_routed_experts=8, num_experts_per_tok=2, n_shared_experts=1,
+    moe_intermediate_size=64, n_routed_experts=8, num_experts_per_tok=2,
     scoring_func="sigmoid", norm_topk_prob=True, num_nextn_predict_layers=1,
 )  # fmt: skip
 
