@@ -1,6 +1,7 @@
 """The arithmetic of attention: the project's figures, and counts made another way."""
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -16,6 +17,12 @@ STEPS = tuple(  # batch, queries, slots: odd sizes on purpose
     for preset in ("deepseek_v2_lite", "minicpm3", "glm_4_7_flash", "tiny")
     for kind in (*costs.KINDS, "gqa2")
     for batch, queries, slots in ((1, 1, 1), (3, 5, 77), (2, 129, 129))
+)
+# Every fifth has, together, each pair of two arguments' values.
+INTERVALS = tuple(
+    itertools.product(
+        ("deepseek_v3", "deepseek_v2_lite", "tiny"), costs.PARTS, (1, 9), (1, 70), ("mha", "gqa")
+    )
 )
 # MLA's einsums, and the same for the other kinds; L = R+P, K = H+P, G heads of keys.
 MLA_QUERY = {"q_proj": ("BTD,DQ->BTQ", "BTQ,QNK->BTNK")}
@@ -271,11 +278,16 @@ class CrossoverTest(parameterized.TestCase):
 
 @pytest.mark.unchecked
 class SlowerTest(parameterized.TestCase):
-    @parameterized.product(
-        preset=("deepseek_v3", "deepseek_v2_lite", "tiny"), batch=(1, 9), queries=(1, 70),
-        part=tuple(costs.PARTS), against=("mha", "gqa"),
-    )  # fmt: skip
-    def test_intervals_hold(self, preset, batch, queries, part, against):
+    @parameterized.parameters(*INTERVALS[::5])
+    def test_intervals_hold(self, *case):
+        self.check_intervals(*case)
+
+    @parameterized.parameters(*(case for i, case in enumerate(INTERVALS) if i % 5))
+    @pytest.mark.slow
+    def test_intervals_hold_of_all_together(self, *case):
+        self.check_intervals(*case)
+
+    def check_intervals(self, preset, part, batch, queries, against):
         config = MLAConfig.from_preset(preset)
         found = costs.slower_contexts(config, H100, batch, queries, part, against)
         edges = {s + i for pair in found for s in pair if s is not None for i in (-1, 0, 1)}
