@@ -20,7 +20,7 @@ for _ in range(10):
 print("rows hold:", cache.length)
 print("cache:", cache.nbytes, "bytes for", 2 * cache.max_length, "slots")
 
-# A row gives what it gives alone: neither the other row nor the padding is seen.
+# A row gives the same beside any other: neither that row nor padding is seen.
 other = jnp.full_like(x, 7.0).at[1, :3].set(x[1, :3])
 z, cache = mla_jax.prefill_step(layer, other, layer.init_cache(2, 64), lengths)
 z = jnp.take_along_axis(z, lengths[:, None, None] - 1, axis=1)
