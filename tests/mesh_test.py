@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import drawn, emptied, slow
+from common import drawn, emptied, gate, slow
 from flax import nnx
 from sharding_test import BOTH, FAST, LAYOUTS, B, assert_close, laid, mesh, put
 
@@ -215,17 +215,16 @@ PROMPTS = [np.arange(1, n + 1) * 7 % 64 for n in (3, 130, 17, 1, 64, 5, 9, 40)]
 ONE_CHUNK = [prompt[:128] for prompt in PROMPTS]  # a second one is another program
 HELIX = Rules(B="data", S="model", N="model", F="model", E=BOTH, W="model")
 DRAFTS = {"speculate": 2, "logprobs": True}
+SAMPLES = {"speculate": 2, "draft": "mtp", "temperature": 1.0, "top_k": 20, "samples": 2}
 TEXTS = {
     "helix_drafts": (HELIX, ONE_CHUNK, DRAFTS),
+    "data_multi_token": (Rules(B=BOTH, D="data", W="model"), ONE_CHUNK, SAMPLES),
     "helix_chunks": (HELIX, PROMPTS, DRAFTS),
-    "data_multi_token": (
-        Rules(B=BOTH, D="data", W="model"), ONE_CHUNK,
-        {"speculate": 2, "draft": "mtp", "temperature": 1.0, "top_k": 20, "samples": 2},
-    ),
-}  # fmt: skip
+    "exchanged_multi_token": (Rules(B=BOTH, D="data", E=BOTH, W="model"), ONE_CHUNK, SAMPLES),
+}
 
 
-@pytest.mark.parametrize("name", [slow(name) if name == "helix_chunks" else name for name in TEXTS])
+@pytest.mark.parametrize("name", gate(list(TEXTS), 0, 1))
 def test_texts_are_those_of_one_device(name):
     place, prompts, options = TEXTS[name]
     options |= {"max_new_tokens": 6, "block": 3}  # slots that split are the call's concern
