@@ -233,7 +233,8 @@ def block_for(platform: str) -> Callable:
     if platform != "gpu" or _GRAPHS in os.environ.get("XLA_FLAGS", ""):
         return run_block
     kinds = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,DYNAMIC_SLICE_FUSION,WHILE"
-    return _jit_block(run_block.__wrapped__, compiler_options={_GRAPHS: kinds})
+    plain = run_block.__wrapped__  # pyrefly: ignore
+    return _jit_block(plain, compiler_options={_GRAPHS: kinds})
 
 
 def _draw(sampling: Sampling, logits, key, seen, draft):

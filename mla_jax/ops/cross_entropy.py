@@ -21,6 +21,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from mla_jax import sharding
+from mla_jax.ops.guard import varying
 from mla_jax.plain import Ready
 
 
@@ -124,7 +125,7 @@ def _by_chunks(hidden, kernel, labels, *, scale, chunk, precision):
         how = {"scale": scale, "chunk": chunk, "precision": precision}
         return _by_chunks(*flat, **how).reshape(labels.shape)
     cut = _cut(labels.shape, chunk)
-    losses = _losses((float(scale), precision), cut(hidden), _varying(kernel, hidden), cut(labels))
+    losses = _losses((float(scale), precision), cut(hidden), varying(kernel, hidden), cut(labels))
     count, _, size = losses.shape
     return jnp.moveaxis(losses, 0, 1).reshape(-1, count * size)[:, :tokens].reshape(labels.shape)
 
@@ -135,7 +136,7 @@ def _total_by_chunks(hidden, kernel, labels, counted, *, scale, chunk, precision
         hidden = hidden.reshape(-1, hidden.shape[-1])
         labels, counted = labels.reshape(-1), counted.reshape(-1)
     cut, static = _cut(labels.shape, chunk), (float(scale), precision)
-    return _total(static, cut(hidden), _varying(kernel, hidden), cut(labels), cut(counted))
+    return _total(static, cut(hidden), varying(kernel, hidden), cut(labels), cut(counted))
 
 
 def _cut(shape, chunk):
@@ -183,7 +184,7 @@ def _backward(static, residuals, slopes):
         return total + of_kernel, of_states.astype(states.dtype)
 
     with jax.named_scope("linear_cross_entropy"):
-        empty = _varying(jnp.zeros(kernel.shape, lse.dtype), hidden)
+        empty = varying(jnp.zeros(kernel.shape, lse.dtype), hidden)
         of_kernel, of_hidden = lax.scan(one, empty, (hidden, labels, lse, slopes))
     return of_hidden, of_kernel.astype(kernel.dtype), None
 
@@ -212,7 +213,7 @@ def _total_forward(static, hidden, kernel, labels, counted):
 
     with jax.named_scope("linear_cross_entropy"):
         empty = (jnp.zeros((), wide), jnp.zeros(kernel.shape, wide))
-        empty = jax.tree.map(lambda x: _varying(x, hidden), empty)
+        empty = jax.tree.map(lambda x: varying(x, hidden), empty)
         (total, of_kernel), of_hidden = lax.scan(one, empty, (hidden, labels, counted))
     # Gradients stay wide until they have their factor, which may lift them out of float16's depths.
     dtypes = jnp.zeros(0, hidden.dtype), jnp.zeros(0, kernel.dtype)
@@ -262,13 +263,6 @@ def _logits(static, states, kernel):
 
 def _is_label(label, logits):
     return label[..., None] == jnp.arange(logits.shape[-1], dtype=label.dtype)[None, None]
-
-
-def _varying(x, operand):
-    """Under shard_map, x as what varies over the mesh axes that the operand varies over."""
-    axes = lambda x: getattr(getattr(jax.typeof(x), "mat", None), "varying", frozenset())  # noqa: E731
-    missing = axes(operand) - axes(x)
-    return lax.pcast(x, tuple(missing), to="varying") if missing else x
 
 
 def _checked(hidden, kernel, labels, chunk, counted=True) -> int:

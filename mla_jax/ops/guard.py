@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax import lax
 from jax.experimental.custom_partitioning import custom_partitioning
 
 from mla_jax.target import PARTITIONED
@@ -43,7 +44,29 @@ def unsplit(kernel: Callable[..., Any], name: str, interpret: Any = None) -> Cal
     guarded.def_partition(
         partition=partition, infer_sharding_from_operands=whole, sharding_rule=_apart
     )
-    return jax.custom_batching.sequential_vmap(guarded)
+    guarded = jax.custom_batching.sequential_vmap(guarded)
+
+    def call(*operands):
+        # Custom partitioning forgets what its results vary over, which gradients go by.
+        return jax.tree.map(lambda x: varying(x, *operands), guarded(*operands))
+
+    return call
+
+
+def alike(*operands: Any) -> tuple[Any, ...]:
+    """Operands, under `jax.shard_map` as ones that vary over all mesh axes that one varies over.
+
+    A way back of one's own leaves gradients apart on every device. What becomes varying before gets
+    their sum.
+    """
+    return tuple(jax.tree.map(lambda x: varying(x, *operands), operands))
+
+
+def varying(x: Any, *operands: Any) -> Any:
+    """`x`, under `jax.shard_map` as one that varies over all mesh axes that operands vary over."""
+    axes = lambda x: getattr(getattr(jax.typeof(x), "mat", None), "varying", frozenset())  # noqa: E731
+    missing = frozenset().union(*map(axes, jax.tree.leaves(operands))) - axes(x)
+    return lax.pcast(x, tuple(missing), to="varying") if missing else x
 
 
 def _is_split(x) -> bool:

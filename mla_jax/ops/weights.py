@@ -25,6 +25,7 @@ from jax import lax
 from jaxtyping import Array, Float, Num
 
 from mla_jax import target
+from mla_jax.ops.guard import alike
 
 _FEW = 16  # tokens up to which a result for every block of K is smaller than the weights
 _TILE = 2**22  # numbers dequantised at once
@@ -109,7 +110,7 @@ def matmuls(
     plans = [_few_rows(flat, weight) for weight in weights]
     if len(kinds) > 1 or None in plans:
         return [matmul(x, weight, precision=precision) for weight in weights]
-    made = _by_kernel(plans[0], precision, flat, tuple(weights))
+    made = _by_kernel(plans[0], precision, *alike(flat, tuple(weights)))
     return [y.reshape(*lead, -1) for y in made]
 
 
@@ -131,7 +132,7 @@ def _matmul(x, weight, precision):
     few = _few_rows(x, weight)
     if few is None:
         return _by_xla(x, weight, precision)
-    return _by_kernel(few, precision, x, (weight,))[0]
+    return _by_kernel(few, precision, *alike(x, (weight,)))[0]
 
 
 def _few_rows(x, weight):

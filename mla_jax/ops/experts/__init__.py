@@ -25,6 +25,7 @@ from mla_jax import target as targets
 from mla_jax.ops.experts import hopper, mesh, ragged, xla
 from mla_jax.ops.experts.call import Call as Call
 from mla_jax.ops.experts.tiles import Chosen
+from mla_jax.ops.guard import alike
 from mla_jax.ops.weights import Weight
 
 BACKENDS: dict[str, types.ModuleType] = {"pallas_gpu": hopper, "ragged": ragged, "xla": xla}
@@ -181,7 +182,8 @@ def gated_mlp(
     if plan is None:
         return None
     with jax.named_scope("gated_mlp.pallas_gpu"):
-        return hopper.gated(plan, x.reshape(tokens, -1), tuple(kernels)).reshape(x.shape)
+        given = alike(x.reshape(tokens, -1), tuple(kernels))
+        return hopper.gated(plan, *given).reshape(x.shape)
 
 
 def _run(*operands, precision, implementation, partial=False, shared=None, chosen=None):

@@ -26,6 +26,7 @@ from jax import lax
 from mla_jax.ops.experts import stored
 from mla_jax.ops.experts.call import Call
 from mla_jax.ops.experts.tiles import Chosen, Tiles, chosen_experts, make_tiles, no_arrivals
+from mla_jax.ops.guard import alike
 from mla_jax.ops.hopper import multiprocessors, not_hopper
 from mla_jax.ops.weights import Weight, matmul
 from mla_jax.target import Target
@@ -170,6 +171,9 @@ def run(
     chosen=None,
 ):
     """See `routed_experts`."""
+    x, experts, weights, gate, up, down, shared, chosen = alike(
+        x, experts, weights, gate, up, down, shared, chosen
+    )
     cores = _cores(target)
     if call.stored or call.tokens <= max(_few().ROWS):
         plan = _few().Plan(_few().tile_rows(call), cores, target.interpret)

@@ -226,7 +226,7 @@ def decode(
     arrays = (pattern, q_rope, latent, k_rope)
     if latent_scale is not None:
         arrays += (latent_scale,)
-    return _attention(scale, interpret, arrays, table, schedule)
+    return _attention(scale, interpret, guard.alike(*arrays), table, schedule)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -63,7 +63,7 @@ def attend(
         sms: multiprocessors to use.
         slack: as in `make_schedule`.
     """
-    arrays = pattern, q_rope, latent, k_rope
+    arrays = guard.alike(pattern, q_rope, latent, k_rope)
     return _attention(scale, interpret, sms, slack, arrays, table, chosen, limits)
 
 

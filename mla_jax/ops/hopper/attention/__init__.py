@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from mla_jax.ops.guard import alike
 from mla_jax.ops.hopper import multiprocessors, not_hopper
 from mla_jax.ops.hopper.attention.plan import Plan, limits_of, make_plan, padded
 from mla_jax.target import current
@@ -128,7 +129,7 @@ def expanded_attention(
     pairs = [pair for pair in ((q_nope, k_nope), (q_rope, k_rope)) if pair[0].shape[-1]]
     for i, (query, key) in enumerate(pairs):
         arrays |= {f"q{i}": _pad(query), f"k{i}": _pad(key)}
-    out, lse = _attention((shape, interpret), arrays, plan)
+    out, lse = _attention((shape, interpret), *alike(arrays, plan))
     return out[:, :tokens, :, :width], lse[:, :tokens]
 
 

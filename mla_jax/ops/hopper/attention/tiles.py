@@ -8,7 +8,6 @@ Letters: B batch, T query tokens, S slots, N heads.
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -359,15 +358,7 @@ def launch(kind, name, shape: Shape, operands: dict[str, Any], outputs, scratch,
             approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
         ),
     )
-    results = guard.unsplit(kernel, name, interpret)(*inputs.values())
-    return [_varying(x, next(iter(inputs.values()))) for x in results]
-
-
-def _varying(x, operand):
-    """Under shard_map, a kernel's results vary over what its operands vary over."""
-    axes = lambda x: getattr(getattr(jax.typeof(x), "mat", None), "varying", frozenset())  # noqa: E731
-    missing = axes(operand) - axes(x)
-    return lax.pcast(x, tuple(missing), to="varying") if missing else x
+    return list(guard.unsplit(kernel, name, interpret)(*inputs.values()))
 
 
 def rows_stored(length: int, native: bool) -> int:
