@@ -8,7 +8,7 @@ config = mla_jax.MLAConfig.from_preset("tiny")
 layer = mla_jax.MultiHeadLatentAttention(config, rngs=nnx.Rngs(0))
 
 x = jax.random.normal(jax.random.key(1), (2, 5, config.hidden_size))
-y = nnx.jit(layer)(x)  # causal; training and scoring
+y = layer(x)  # causal; training and scoring
 print("output:", y.shape)
 
 lengths = jnp.array([5, 3])  # tokens of each row; the rest of it is padding
