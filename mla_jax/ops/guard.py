@@ -46,11 +46,8 @@ def unsplit(kernel: Callable[..., Any], name: str, interpret: Any = None) -> Cal
     )
     guarded = jax.custom_batching.sequential_vmap(guarded)
 
-    def call(*operands):
-        # Custom partitioning forgets what its results vary over, which gradients go by.
-        return jax.tree.map(lambda x: varying(x, *operands), guarded(*operands))
-
-    return call
+    # Custom partitioning forgets what its results vary over, which gradients go by.
+    return lambda *operands: _over(_axes(operands), guarded(*operands))
 
 
 def alike(*operands: Any) -> tuple[Any, ...]:
@@ -59,14 +56,26 @@ def alike(*operands: Any) -> tuple[Any, ...]:
     A way back of one's own leaves gradients apart on every device. What becomes varying before gets
     their sum.
     """
-    return tuple(jax.tree.map(lambda x: varying(x, *operands), operands))
+    return _over(_axes(operands), operands)
 
 
 def varying(x: Any, *operands: Any) -> Any:
     """`x`, under `jax.shard_map` as one that varies over all mesh axes that operands vary over."""
-    axes = lambda x: getattr(getattr(jax.typeof(x), "mat", None), "varying", frozenset())  # noqa: E731
-    missing = frozenset().union(*map(axes, jax.tree.leaves(operands))) - axes(x)
-    return lax.pcast(x, tuple(missing), to="varying") if missing else x
+    return _over(_axes(operands), x)
+
+
+def _axes(tree) -> frozenset[str]:
+    """All mesh axes that some array varies over, none outside of `jax.shard_map`."""
+    of = lambda x: getattr(getattr(jax.typeof(x), "mat", None), "varying", frozenset())  # noqa: E731
+    return frozenset().union(*map(of, jax.tree.leaves(tree)))
+
+
+def _over(axes: frozenset[str], tree):
+    def over(x):
+        missing = axes - _axes(x)
+        return lax.pcast(x, tuple(missing), to="varying") if missing else x
+
+    return jax.tree.map(over, tree)
 
 
 def _is_split(x) -> bool:
