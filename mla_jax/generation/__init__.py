@@ -24,6 +24,7 @@ their cores (`ops`).
 Letters: P prompts, B = P n rows, T tokens of a step, S slots of the cache, W words, K drafts.
 """
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -221,9 +222,10 @@ def generate(
     passes, begun, before, first_seconds = 0, 0, prompt_lengths, None
     run_block = loop.block_for(_target.current().platform)
     run_block = functools.partial(clock.call, run_block, bound, steps=request.block, **static)
-    following = None  # a block that the device works on while the host reads the one before
+    # The device works on a second block while the host reads one, unless the host may end a row.
+    coming, most = collections.deque([news]), 1 if request.stop_strings else 2
     while True:
-        tokens, length, active, bad, rounds = jax.device_get(news)
+        tokens, length, active, bad, rounds = jax.device_get(coming.popleft())
         steps.check_finite(bad)
         first_seconds = clock.lap() if first_seconds is None else first_seconds
         collector.add([tokens[row, : length[row] - before[row]] for row in range(rows)])
@@ -232,13 +234,10 @@ def generate(
             break
         if (active & ended).any():  # by a stop string, which the device knows nothing of
             writing = dataclasses.replace(writing, active=active & ~ended)
-        if following is None:
-            writing, following = run_block(writing, stops, prompt_lengths)
-            begun += 1
-        news, following = following, None
         # A round writes a token of each row or more: behind so many all have ended.
-        if not request.stop_strings and begun * request.block < request.max_new_tokens - 1:
-            writing, following = run_block(writing, stops, prompt_lengths)
+        while len(coming) < most and begun * request.block < request.max_new_tokens - 1:
+            writing, news = run_block(writing, stops, prompt_lengths)
+            coming.append(news)
             begun += 1
     texts = collector.finish()
     written = np.array([len(tokens) for tokens in collector.tokens], np.int32)
