@@ -1,9 +1,11 @@
 """The checker that compares values with the package's annotations while tests run."""
 
+import collections.abc
 import contextlib
 import functools
 import inspect
 import operator
+import threading
 import types
 import typing
 
@@ -28,10 +30,83 @@ def install(*modules: str) -> None:
             return functools.partial(functions_only, **options)
         function = getattr(thing, "__func__", getattr(thing, "fget", thing))  # of a method
         bare = inspect.isclass(thing) or not getattr(function, "__annotations__", True)
-        return thing if bare else jaxtyped(thing, **options)
+        if bare or not isinstance(thing, types.FunctionType) or _by_value(thing):
+            return thing if bare else jaxtyped(thing, **options)
+        return once_a_kind(thing, functools.partial(jaxtyped, **options))
 
     jaxtyping.jaxtyped = functions_only  # which the hook puts before every class and function
     jaxtyping.install_import_hook(modules, "annotations.typechecked")
+
+
+def _by_value(function) -> bool:
+    """Whether more is looked at than the kinds of values: numbers, or a function's signature."""
+    hints = str([*function.__annotations__.values()])
+    return any(word in hints for word in ("{", "Callable", "Literal", "type["))
+
+
+_made = threading.local()
+
+
+def once_a_kind(function, checker):
+    """The function, whose values are compared where they are of kinds that were not seen yet.
+
+    To compare them takes a multiple of the time of most calls, and most are like one before.
+    """
+    whole, known = checker(function), {}
+
+    @functools.cache
+    def returns():
+        return checker(functools.wraps(function)(lambda *args, **kwargs: _made.result))
+
+    @functools.wraps(function)
+    def checked(*args, **kwargs):
+        if jaxtyping.config.jaxtyping_disable:
+            return function(*args, **kwargs)
+        given = kind(args), kind(kwargs)
+        if given not in known:
+            result = whole(*args, **kwargs)
+            known.setdefault(given, set()).add(kind(result))
+            return result
+        result = function(*args, **kwargs)
+        made = kind(result)
+        if made not in known[given]:
+            _made.result = result
+            returns()(*args, **kwargs)
+            known[given].add(made)
+        return result
+
+    return checked
+
+
+def kind(value):
+    """What the checker looks at: a type, an array's shape and dtype, a container's items."""
+    of = type(value)
+    match _part(of):
+        case "nothing":
+            return of
+        case "shape":
+            # Sizes of an export are symbols, which cannot be compared with all others.
+            sizes = value.shape if all(type(size) is int for size in value.shape) else object()
+            return of, sizes, value.dtype
+        case "items":
+            return of, *map(kind, value)
+        case "values":
+            return of, *((name, kind(item)) for name, item in value.items())
+        case _:
+            return value
+
+
+@functools.cache
+def _part(of) -> str:
+    """What else of a value of this type is looked at."""
+    if issubclass(of, dict):
+        return "values"
+    if issubclass(of, type):
+        return "itself"
+    if issubclass(of, (collections.abc.Sequence, collections.abc.Set)):
+        return "nothing" if issubclass(of, (str, bytes)) else "items"
+    own = of.__module__.startswith("mla_jax")  # these are known by their type
+    return "shape" if hasattr(of, "shape") and hasattr(of, "dtype") and not own else "nothing"
 
 
 def typechecked(function):

@@ -1,6 +1,7 @@
 """While tests run, what a function is given and returns is compared with its annotations."""
 
 import functools
+from typing import Any
 
 import annotations
 import jax.numpy as jnp
@@ -59,6 +60,33 @@ def test_an_annotation_that_is_not_true_is_found(function, given, found):
     said = complaint(checked, given)
     assert found in said
     assert bool(said) == bool(found)
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "found"),
+    [
+        ((np.ones((2, 3)), 1), (np.ones((2, 3)), 2), ""),
+        ((np.ones((2, 3)), 1), (np.ones((2, 4)), 1), "the return value of"),
+        ((np.ones((2, 3)), 1), (np.ones((2, 3)), None), "the return value of"),
+        ((np.ones((2, 3)), 1), (np.ones(2), 1), "typechecking parameter 'x'"),
+        ((np.ones((2, 3)), 1), (np.ones((2, 3), int), 1), "typechecking parameter 'x'"),
+        ((np.ones((2, 3)), 1, [1]), (np.ones((2, 3)), 1, ["1"]), "typechecking parameter 'more'"),
+    ],
+    ids=["value", "result's shape", "result's type", "rank", "dtype", "item"],
+)
+def test_what_is_unlike_the_calls_before_is_compared(good, bad, found):
+    def same(
+        x: Float[np.ndarray, "B D"], result: Any, more: list[int] | None = None
+    ) -> tuple[Float[np.ndarray, "B 3"], int]:
+        return x, result
+
+    checked = jaxtyping.jaxtyped(same, typechecker=annotations.typechecked)
+    for _ in range(2):
+        assert complaint(checked, *good) == ""
+    for _ in range(2):  # nor is it taken for a kind that was right
+        assert found in (said := complaint(checked, *bad))
+        assert bool(said) == bool(found)
+    assert complaint(checked, *good) == ""
 
 
 def test_the_package_is_checked():
