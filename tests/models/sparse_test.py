@@ -29,9 +29,9 @@ CONFIGS = {
     "deepseek_v32": MIXTURE,
     "glm_moe_dsa": MIXTURE.replace(
         attention=MIXTURE.attention.replace(
-            num_hidden_layers=3, rope_scaling=None, indexer_rope_interleave=True
+            rope_scaling=None, indexer_rope_interleave=True
         ),
-        indexer_types=("full", "shared", "full"), model_type="glm_moe_dsa",
+        indexer_types=("full", "shared"), model_type="glm_moe_dsa",
     ),
     "longcat_flash": DecoderConfig(
         attention=MICRO.replace(
@@ -71,26 +71,38 @@ def test_logits_and_greedy_text_are_float64s(name, rng):
     expected = [exact.logits(row) for row in tokens]
     assert relative(_full(model, np.int32(tokens)), np.stack(expected)) < 3e-6
     # Ragged chunks, then text of the model's own, on a cache with more slots than are attended to.
+    texts = [tokens[0, :7].tolist(), tokens[1, :4].tolist()]
     cache = emptied(lambda: model.init_cache(2, 128, pages=2))
     logits, cache = _prefill(model, np.int32(tokens), cache, np.int32([7, 4]))
     logits = np.asarray(logits)
     assert relative(logits[1, :4], expected[1][:4]) < 3e-6
-    texts = [tokens[0, :7].tolist(), tokens[1, :4].tolist()]
-    if name == "glm_moe_dsa":  # by the loop, with drafts, which takes more programs
-        result = generation.generate(model, texts, max_new_tokens=4, draft="mtp", speculate=2)
-        written = result.tokens
-    else:
-        written, last = [[], []], logits[[0, 1], [6, 3]]
-        for _ in range(4):
-            for row, token in zip(written, last.argmax(-1).tolist(), strict=True):
-                row.append(token)
-            new = np.int32([row[-1:] for row in written])
-            last, cache = _prefill(model, new, cache, None)
-            last = np.asarray(last)[:, 0]
+    written, last = [[], []], logits[[0, 1], [6, 3]]
+    for _ in range(4):
+        for row, token in zip(written, last.argmax(-1).tolist(), strict=True):
+            row.append(token)
+        if name == "deepseek_v32":
+            new, counts = np.int32([row[-1:] for row in written]), None
+        else:  # by the prompts' program
+            new, counts = np.int32([row[-1:] * 9 for row in written]), np.int32([1, 1])
+        last, cache = _prefill(model, new, cache, counts)
+        last = np.asarray(last)[:, 0]
+    check_greedy(exact, texts, written)
+
+
+def check_greedy(exact, texts, written):
     for text, row in zip(texts, written, strict=True):
         for token in row:
             assert int(exact.logits(np.array(text))[-1].argmax()) == int(token)
             text.append(int(token))
+
+
+@pytest.mark.slow
+def test_text_with_drafts_is_float64s(rng):
+    """By the loop, whose programs are the largest."""
+    model = make("glm_moe_dsa")
+    texts = [rng.integers(0, 31, length).tolist() for length in (7, 4)]
+    result = generation.generate(model, texts, max_new_tokens=4, draft="mtp", speculate=2)
+    check_greedy(NumpyDecoder(model), texts, result.tokens)
 
 
 @pytest.mark.parametrize("name", ["deepseek_v32", "glm_moe_dsa"])
@@ -145,7 +157,7 @@ def test_experts_that_return_their_input_may_have_tensors(tmp_path):
 
 
 def test_a_layer_whose_indexer_is_another_s_has_no_tensors_for_one():
-    full, shared, _ = (block.attention for block in make("glm_moe_dsa").blocks)
+    full, shared = (block.attention for block in make("glm_moe_dsa").blocks)
     tensors = checkpoint.attention_tensors(full)
     assert tensors.keys() - checkpoint.attention_tensors(shared) == {
         f"indexer.{name}" for name in ("wq_b.weight", "wk.weight", "k_norm.weight", "k_norm.bias",
