@@ -178,7 +178,7 @@ def test_time_grows_with_the_number_of_tokens(kind, what):
         tokens = tokens[:5] + 50 * own.encode([" "], special_tokens=False)[0]
     elif what == "special":
         tokens = [own.token("<s>") or 0]
-    tokens = (tokens * (16_000 // len(tokens) + 1))[:16_000]
+    tokens = (tokens * (8000 // len(tokens) + 1))[:8000]
 
     def seconds(tokens):
         stream, begin = own.stream(), time.process_time()
@@ -187,8 +187,8 @@ def test_time_grows_with_the_number_of_tokens(kind, what):
         stream.finish()
         return time.process_time() - begin
 
-    short = min(seconds(tokens[:4000]) for _ in range(3))
-    assert min(seconds(tokens) for _ in range(2)) < 8 * short + 0.05
+    short = min(seconds(tokens[:2000]) for _ in range(2))
+    assert any(seconds(tokens) < 8 * short + 0.05 for _ in range(2))
 
 
 @settings(max_examples=500, deadline=None)
