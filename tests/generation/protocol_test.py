@@ -6,7 +6,7 @@ import pathlib
 import jax
 import numpy as np
 import pytest
-from common import PLAIN, drawn, put
+from common import PLAIN, drawn, put, slow
 from flax import nnx
 
 import mla_jax
@@ -14,6 +14,7 @@ from mla_jax.generation import Tokenizer, generate, score
 
 EXAMPLE = pathlib.Path(__file__).parents[2] / "docs" / "examples" / "own_model.py"
 PROMPTS = [[3, 1, 4, 1, 5, 1, 4], [9], [2, 6, 5, 3, 5, 8, 9, 7, 9]]
+SHARED = {"block": 3, "logprobs": True}  # by one program
 
 
 @functools.cache
@@ -63,8 +64,8 @@ def greedy(prompt, count):
 def test_generate_ragged_and_streamed(options):
     seen = [[], [], []]
     result = generate(
-        model(), PROMPTS, max_new_tokens=8, block=3, logprobs=True,
-        on_tokens=lambda row, tokens: seen[row].extend(tokens), **options,
+        model(), PROMPTS, max_new_tokens=8,
+        on_tokens=lambda row, tokens: seen[row].extend(tokens), **SHARED, **options,
     )  # fmt: skip
     assert result.tokens == [greedy(prompt, 8) for prompt in PROMPTS] == seen
     for prompt, tokens, found in zip(PROMPTS, result.tokens, result.logprobs, strict=True):
@@ -109,7 +110,8 @@ def test_steps_and_loop():
 def test_bound_models_generate_and_are_snapshots():
     own = mla_jax.bind(model())
     assert mla_jax.bind(own) is own
-    assert generate(own, PROMPTS, max_new_tokens=3).tokens == [greedy(p, 3) for p in PROMPTS]
+    result = generate(own, PROMPTS, max_new_tokens=3, **SHARED)
+    assert result.tokens == [greedy(p, 3) for p in PROMPTS]
     made = make(layers=1)
     step = mla_jax.bind(made)
     before, _ = step.decode([[3]], step.init_cache(1, 8))
@@ -126,7 +128,7 @@ def test_what_cannot_be_bound():
 
 def test_stop_strings():
     tokenizer = Tokenizer.bytes()
-    plain = generate(model(), PROMPTS, tokenizer=tokenizer, max_new_tokens=8)
+    plain = generate(model(), PROMPTS, tokenizer=tokenizer, max_new_tokens=8, **SHARED)
     stop = plain.texts[0][3:5]
     shown = ["", "", ""]
 
@@ -134,7 +136,13 @@ def test_stop_strings():
         shown[row] += text
 
     result = generate(
-        model(), PROMPTS, tokenizer=tokenizer, max_new_tokens=8, stop_strings=stop, on_text=show
+        model(),
+        PROMPTS,
+        tokenizer=tokenizer,
+        max_new_tokens=8,
+        stop_strings=stop,
+        on_text=show,
+        **SHARED,
     )
     assert shown == result.texts
     for row, (text, whole) in enumerate(zip(result.texts, plain.texts, strict=True)):
@@ -161,10 +169,8 @@ def test_a_repetition_penalty(speculate):
             text.append(token)
 
 
-def test_x64():
+@pytest.mark.parametrize("speculate", [slow(0), 3])
+def test_x64(speculate):
     with jax.enable_x64(True):
-        made = make(layers=1)
-        plain, drafted = (
-            generate(made, PROMPTS, max_new_tokens=6, speculate=k).tokens for k in (0, 3)
-        )
-    assert plain == drafted
+        result = generate(make(layers=1), PROMPTS, max_new_tokens=6, speculate=speculate)
+    assert result.tokens == [greedy(prompt, 6) for prompt in PROMPTS]
