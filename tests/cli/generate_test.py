@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from mla_jax import generation
-from mla_jax.checkpoint import load_decoder
 from mla_jax.cli.options import Generate
 from mla_jax.models import DecoderConfig
 
@@ -48,6 +47,7 @@ def generated(monkeypatch, weightless):
         return generation.Result(
             [[72, 105]] * rows, first_token_seconds=0.1, decode_seconds=0.5, compile_seconds=2.0,
             new_tokens=2 * rows, steps=1, cache_bytes=4096, texts=["Hi"] * rows,
+            accepted=0.5 if request.speculate else None,
             logprobs=[[-0.5, -1.0]] * rows if request.logprobs else None,
         )  # fmt: skip
 
@@ -73,6 +73,18 @@ def test_one_text_is_streamed(run, shallow):
         assert line in plain.err
     assert plain.out.startswith(text)
     assert plain.out.endswith("\n")
+
+
+@pytest.mark.parametrize(("count", "draft"), [(3, "prompt"), (2, "mtp")])
+def test_accepted_drafts_are_told(run, generated, count, draft):
+    err = run(*RANDOM, "--prompt", "one", "--speculate", count, "--draft", draft).err
+    assert re.search(rf"drafts accepted +50(\.0)?% of {count} a step, by {draft}", err)
+
+
+@pytest.mark.slow
+def test_drafts_change_no_text(run, shallow):
+    text = "abcabcab"
+    plain = run(*RANDOM, "--prompt", text)
     drafted = run(*RANDOM, "--prompt", text, "--speculate", 3, "--block", 2)
     assert re.search(r"drafts accepted +[\d.]+% of 3 a step, by prompt", drafted.err)
     predicted = run(*RANDOM, "--prompt", text, "--speculate", 2, "--draft", "mtp")
@@ -164,8 +176,7 @@ def test_from_a_checkpoint(run, saved):
         "--max-new-tokens",
         4,
     )
-    model = load_decoder(saved, dtype="float32")
-    tokens = generation.generate(model, [list(prompt.encode())], max_new_tokens=4).tokens[0]
+    tokens = expected["greedy"][0, :4].astype(np.uint8)
     assert out == prompt + bytes(tokens).decode() + "\n"
     assert err.startswith(str(saved))
 

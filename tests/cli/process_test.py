@@ -9,10 +9,11 @@ import subprocess
 import sys
 
 import pytest
-from common import PLAIN, drawn
+from common import PLAIN, drawn, slow
 from flax import nnx
 
 import mla_jax
+from mla_jax import cli
 from mla_jax.cli import saved
 from mla_jax.models import Decoder, DecoderConfig
 
@@ -52,15 +53,17 @@ def test_flag_errors_are_one_line(process):
     )
 
 
-def test_where_an_error_came_from_is_shown_on_demand(process):
-    done = process("costs", "tiny", "--batch", 0, env={"MLA_JAX_TRACEBACK": "1"})
-    assert done.returncode == 2
-    assert done.stderr.startswith("Traceback")
-    assert done.stderr.endswith("\nmla-jax: batch=0: batch must be a positive whole number.\n")
+def test_where_an_error_came_from_is_shown_on_demand(capsys, monkeypatch):
+    monkeypatch.setenv("MLA_JAX_TRACEBACK", "1")
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["costs", "tiny", "--batch", "0"])
+    errors = capsys.readouterr().err
+    assert errors.startswith("Traceback")
+    assert errors.endswith("\nmla-jax: batch=0: batch must be a positive whole number.\n")
 
 
 @pytest.mark.parametrize(
-    ("command", "unbuffered"), [("costs deepseek_v3", "1"), ("presets", ""), ("--help", "1")]
+    ("command", "unbuffered"), [("costs deepseek_v3", "1"), ("presets", ""), slow("--help", "1")]
 )
 def test_a_reader_that_leaves_is_no_error(environment, command, unbuffered):
     ours, theirs = os.pipe()
@@ -102,13 +105,20 @@ def files(folder):
     return {file.name for file in folder.rglob("*-cache")}
 
 
-def test_characters_that_an_encoding_lacks_are_replaced(process, generate, tmp_path):
-    flags = (*SHORT, "--prompt", "\u00e9\u4f60", "--no-compilation-cache")
-    env = {"PYTHONIOENCODING": "ascii", "XDG_CACHE_HOME": tmp_path}
-    done = process(*generate, *flags, env=env)
+def test_characters_that_an_encoding_lacks_are_replaced(process, generate):
+    flags = (*SHORT, "--prompt", "\u00e9\u4f60")
+    done = process(*generate, *flags, env={"PYTHONIOENCODING": "ascii"})
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("??")
-    assert not files(tmp_path)  # nor are programs kept that are not to be
+
+
+@pytest.mark.parametrize(("flags", "kept"), [((), 1), (("--no-compilation-cache",), 0)], ids=str)
+def test_programs_are_kept_unless_they_are_not_to_be(flags, kept, monkeypatch):
+    asked = []
+    monkeypatch.setattr("mla_jax.cli.compilation.keep_compiled", lambda: asked.append(1))
+    monkeypatch.setattr("mla_jax.cli.generate.generate", lambda options: None)
+    cli.main([*RANDOM, "--prompt", "a", *flags])
+    assert len(asked) == kept
 
 
 @pytest.mark.parametrize(
@@ -117,14 +127,19 @@ def test_characters_that_an_encoding_lacks_are_replaced(process, generate, tmp_p
         ({}, "mla_jax/compiled"),
         ({"JAX_COMPILATION_CACHE_DIR": "own"}, "own"),
         ({"JAX_ENABLE_COMPILATION_CACHE": "false"}, None),
-        ({"XDG_CACHE_HOME": "/dev/null"}, None),  # a folder that cannot be is no error
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )
 def test_where_programs_are_kept(environment, tmp_path, env, folder):
     program = """
+import os
 import jax
 from mla_jax.cli import compilation
+folder = os.environ["XDG_CACHE_HOME"]
+os.environ["XDG_CACHE_HOME"] = "/dev/null"
+compilation.keep_compiled()  # a folder that cannot be is no error
+print(jax.config.jax_compilation_cache_dir)
+os.environ["XDG_CACHE_HOME"] = folder
 compilation.keep_compiled()
 jax.jit(lambda x: x + 1)(1)
 print(jax.config.jax_compilation_cache_dir)
@@ -137,7 +152,7 @@ print(jax.config.jax_compilation_cache_dir)
     kept = {file.parent for file in tmp_path.rglob("*-cache")}
     assert kept == (set() if folder is None else {tmp_path / folder})
     if not env:
-        assert done.stdout == f"{tmp_path / folder}\n"
+        assert done.stdout == f"None\n{tmp_path / folder}\n"
 
 
 def test_programs_are_kept_for_the_next_run(process, generate, environment):
