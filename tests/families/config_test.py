@@ -265,7 +265,7 @@ KEYS = sorted({key for base in BASES for key in base} | {"layer_types", "kv_sour
         "per_layer_config", "no_rope_layers", "rope_parameters", "llama_4_scaling"})  # fmt: skip
 
 
-@hypothesis.settings(max_examples=300, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=150, deadline=None, derandomize=True)
 @hypothesis.given(
     base=st.sampled_from(BASES),
     changes=st.dictionaries(st.sampled_from(KEYS), JSON, max_size=3),
