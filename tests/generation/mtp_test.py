@@ -95,6 +95,7 @@ def test_nothing_changes_but_the_steps(drafts, chunk, monkeypatch):
     seen = [[], [], []]
     result = generate(
         model(), PROMPTS, max_new_tokens=16, speculate=drafts, draft="mtp", block=1,
+        stop_tokens=(WORDS,),  # which is no word: one that is has the same program
         on_tokens=lambda row, tokens: seen[row].extend(tokens),
     )  # fmt: skip
     assert result.tokens == [greedy(tuple(prompt), 16) for prompt in PROMPTS] == seen
@@ -188,12 +189,14 @@ def test_good_drafts_are_accepted_and_bad_ones_are_not(drafts, rng):
     for knowing, least, most in ((True, 0.8, 1), (False, 0, 0.1)):
         model = prophet(40, knowing)
         options = {"max_new_tokens": 40, "block": 8}
-        plain = generate(model, prompts, **options)
         drafted = generate(model, prompts, speculate=drafts, draft="mtp", **options)
-        assert drafted.tokens == plain.tokens
+        exact = NumpyDecoder(model)
+        for prompt, tokens in zip(prompts, drafted.tokens, strict=True):
+            logits = exact.logits([*prompt, *tokens[:-1]])[len(prompt) - 1 :]
+            assert logits.argmax(-1).tolist() == tokens
         assert least <= drafted.accepted <= most
         if knowing:
-            assert drafted.steps <= plain.steps / (1 + 0.7 * drafts) + options["block"]
+            assert drafted.steps <= 39 / (1 + 0.7 * drafts) + options["block"]
 
 
 def test_stop_tokens_end_rows():
@@ -212,17 +215,25 @@ def test_stop_tokens_end_rows():
 
 def test_a_repetition_penalty_is_for_the_drafts_before_too():
     knowing = prophet(40, knowing=True)
-    options = {"max_new_tokens": 12, "repetition_penalty": 3.0}
-    prompts = [[word, word + 20] for word in range(16)]
-    plain = generate(knowing, prompts, **options).tokens
-    assert generate(knowing, prompts, speculate=2, draft="mtp", **options).tokens == plain
+    exact, texts = NumpyDecoder(knowing), [[word, word + 20] for word in range(16)]
+    result = generate(
+        knowing, texts, speculate=2, draft="mtp", max_new_tokens=12, repetition_penalty=3.0
+    )
+    assert result.accepted > 0
+    for text, written in zip(texts, result.tokens, strict=True):
+        for token in written:
+            logits = exact.logits(text)[-1]
+            seen = np.isin(np.arange(40), text)
+            logits = np.where(seen, np.where(logits < 0, logits * 3, logits / 3), logits)
+            assert token == logits.argmax()
+            text.append(token)
 
 
 @pytest.mark.parametrize("draft", ["mtp", slow("prompt")])
 def test_sampled_tokens_are_as_likely_as_the_model_says(draft, monkeypatch):
     """The first three tokens of many rows, by a chi-squared test against float64."""
     monkeypatch.setattr(prefill, "WIDTHS", (8,))  # no 123 slots of padding in every row
-    prompt, rows, options = [1, 4, 0, 1, 4], 4096, {"temperature": 0.7, "top_k": 4}
+    prompt, rows, options = [1, 4, 0, 1, 4], 2048, {"temperature": 0.7, "top_k": 4}
     result = generate(
         model(), [prompt] * rows, max_new_tokens=3, max_length=16, speculate=2, draft=draft,
         block=3, **options,
@@ -250,9 +261,10 @@ def test_sampled_tokens_are_as_likely_as_the_model_says(draft, monkeypatch):
 
 def test_a_block_is_one_program_that_donates_both_caches():
     writing, given = begun(MultiToken(3), count=12)
-    compiled = loop.run_block.lower(bind(model()), writing, steps=8, **given).compile()
-    least = writing.cache.nbytes + writing.state[0].nbytes
-    assert compiled.memory_analysis().alias_size_in_bytes >= least
+    lowered = loop.run_block.lower(bind(model()), writing, steps=8, **given)
+    caches = jax.tree.leaves((writing.cache, writing.state[0]))
+    assert len(caches) > 4
+    assert lowered.as_text().count("tf.aliasing_output") >= len(caches)
 
 
 @pytest.mark.parametrize(
