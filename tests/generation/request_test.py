@@ -4,7 +4,7 @@ import annotations
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mla_jax.generation import Request, Sampling, Tokenizer
@@ -74,6 +74,7 @@ ANY = st.recursive(
 )  # fmt: skip
 
 
+@settings(max_examples=50)
 @given(ANY)
 def test_anything_is_rows_of_words_or_a_value_error(value):
     try:
@@ -88,6 +89,7 @@ def test_anything_is_rows_of_words_or_a_value_error(value):
 FIELDS = [*Request.__dataclass_fields__, *Sampling.__dataclass_fields__]
 
 
+@settings(max_examples=50)
 @given(st.sampled_from(FIELDS), ANY)
 @example("draft", np.array([1, 2]))
 def test_any_option_is_taken_or_a_value_error_that_names_it(name, value):

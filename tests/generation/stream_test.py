@@ -191,7 +191,7 @@ def test_time_grows_with_the_number_of_tokens(kind, what):
     assert any(seconds(tokens) < 8 * short + 0.05 for _ in range(2))
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(
     text=st.text("ab", max_size=40),
     stops=st.lists(st.text("ab", min_size=1, max_size=5), max_size=4),
