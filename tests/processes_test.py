@@ -53,7 +53,8 @@ def worker(address, index, folder):
 def test_two_processes_are_one(tmp_path):
     from mesh_test import CONFIG  # here, as the workers have no use for what that file imports
 
-    model = drawn(lambda: Decoder(CONFIG.replace(num_nextn_predict_layers=0), rngs=nnx.Rngs(0)))
+    plain = {"num_nextn_predict_layers": 0, "n_shared_experts": 0, "n_group": 1, "topk_group": 1}
+    model = drawn(lambda: Decoder(CONFIG.replace(**plain), rngs=nnx.Rngs(0)))
     save_decoder(model, tmp_path / "one")
     whole = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
     with socket.socket() as free:

@@ -57,7 +57,7 @@ def test_a_conversation_goes_on_as_if_its_whole_text_were_the_prompt(drafts, pag
 
 
 def test_the_dtype_of_the_cache():
-    result = generate(model(), [[3, 1, 4]], max_new_tokens=2, max_length=128, cache_dtype="int8")
+    result = generate(model(), [[3, 1, 4]], max_new_tokens=1, max_length=128, cache_dtype="int8")
     assert [store.latent.dtype for store in result.cache.stores] == ["int8"]
     assert result.cache_bytes == 128 * (16 + 4 + 4 * 4)  # latents, scales, rotary keys
     (drafter,) = drafts.MultiToken(2).init(model(), 1, 128, dtype="int8")
@@ -172,7 +172,7 @@ def test_numbers_that_are_not_finite_name_row_and_step(drafts):
 
 def test_float16_beyond_its_range_is_an_error():
     with pytest.raises(FloatingPointError, match=r"row [01], step 0: .* float16 ends at 65504"):
-        generate(too_large(), TURNS[0], max_new_tokens=3)
+        generate(too_large(), TURNS[0], max_new_tokens=1)
 
 
 def test_drafts_in_bfloat16_are_right_up_to_rounding():
