@@ -10,6 +10,7 @@ from flax import nnx
 from mla_jax import generation
 from mla_jax.checkpoint import load_decoder
 from mla_jax.cli.chat import Conversation
+from mla_jax.generation import prefill
 from mla_jax.models import Decoder, DecoderConfig
 
 FLOAT = ("--dtype", "float32", "--max-new-tokens", "5")
@@ -72,12 +73,13 @@ def test_answers_are_on_standard_output(run, said, saved):
     assert err.count("tokens prefilled") == 2
 
 
-def test_a_conversation_that_outgrows_the_cache_is_prefilled_anew(saved):
+def test_a_conversation_that_outgrows_the_cache_is_prefilled_anew(saved, monkeypatch):
+    monkeypatch.setattr(prefill, "WIDTHS", (128,))  # another would be two more programs
     config = DecoderConfig(attention=PLAIN, vocab_size=128, intermediate_size=20)
     model = drawn(lambda: Decoder(config, precision="highest", rngs=nnx.Rngs(0)))
     tokenizer = generation.Tokenizer.from_checkpoint(saved)
     request = generation.Request(max_new_tokens=5)
-    whole = generation.Request(max_new_tokens=5, max_length=512)  # one program for all turns
+    whole = generation.Request(max_new_tokens=5, max_length=1024)  # as the last turn's
     contents = ("a" * 100, "b" * 100, "c" * 100)
     talk, turns = Conversation(model, tokenizer, request, [], room=1), []
     for content in contents:

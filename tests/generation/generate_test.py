@@ -20,6 +20,7 @@ def model():
     return drawn(lambda: Decoder(config, precision="highest", rngs=nnx.Rngs(0)))
 
 
+NO_WORD = (256,)  # programs are by how many tokens stop a text
 PROMPTS = [list(b"abcabcabcab"), list(b"x"), list(b"one two three one two")]
 _full = jax.jit(lambda model, tokens: model(tokens))
 
@@ -39,7 +40,7 @@ def greedy(prompt: bytes, count: int):
 def test_a_ragged_batch_is_every_prompt_alone(block):
     seen = [[], [], []]
     result = generate(
-        model(), PROMPTS, max_new_tokens=11, block=block,
+        model(), PROMPTS, max_new_tokens=11, block=block, stop_tokens=NO_WORD,
         on_tokens=lambda row, tokens: seen[row].extend(tokens),
     )  # fmt: skip
     assert result.tokens == [greedy(bytes(prompt), 11) for prompt in PROMPTS] == seen
@@ -52,7 +53,8 @@ def test_prompts_in_chunks(monkeypatch):
     whole = [greedy(bytes(prompt), 5) for prompt in PROMPTS]
     monkeypatch.setattr(prefill, "WIDTHS", (4, 8))
     monkeypatch.setattr(prefill, "TOKENS", 16)  # of two rows at a time
-    assert generate(model(), PROMPTS, max_new_tokens=5, block=4).tokens == whole
+    result = generate(model(), PROMPTS, max_new_tokens=5, block=4, stop_tokens=NO_WORD)
+    assert result.tokens == whole
 
 
 @pytest.mark.parametrize("drafts", [slow(1), 4])
@@ -99,7 +101,7 @@ def test_look_up():
 def test_stop_tokens_end_rows():
     plain = [greedy(bytes(prompt), 11) for prompt in PROMPTS]
     stop = plain[0][3]
-    result = generate(model(), PROMPTS, max_new_tokens=11, stop_tokens=(stop,), block=2)
+    result = generate(model(), PROMPTS, max_new_tokens=11, stop_tokens=(stop,), block=4)
     for got, full in zip(result.tokens, plain, strict=True):
         assert got == (full[: full.index(stop) + 1] if stop in full else full)
 
