@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import relative, slow
+from common import put, relative, slow
 from flax import nnx
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
@@ -147,17 +147,27 @@ MODES = {
 }
 
 
+@pytest.fixture
+def attend(name, rng):
+    """Attention of one token to 77 of 128, in the kernel's dtype."""
+    draw = lambda *shape: put(rng.standard_normal(shape), MODES[name][1])  # noqa: E731
+    args = draw(1, 1, 4, 128), draw(1, 1, 4, 16), draw(1, 128, 128), draw(1, 128, 16)
+    lengths = put([77], np.int32)
+    return functools.partial(mla_jax.latent_attention, *args, lengths=lengths, scale=0.1)
+
+
 @pytest.mark.parametrize("name", MODES)
+def test_a_kernel_needs_its_device_outside_an_interpret_mode(name, attend):
+    with pytest.raises(NotImplementedError, match=f"'{name}': needs a"):
+        attend(implementation=name)
+
+
+@pytest.mark.parametrize("name", ["pallas_gpu", slow("pallas_tpu")])
 @pytest.mark.usefixtures("few_merged_at_once")
-def test_a_kernel_runs_on_the_cpu_in_an_interpret_mode(name, rng, monkeypatch):
+def test_a_kernel_runs_on_the_cpu_in_an_interpret_mode(name, attend, monkeypatch):
     # A wave of as many thread blocks as an H200 has would take the interpreter minutes.
     monkeypatch.setattr("mla_jax.ops.hopper._H200_SMS", 2)
     mode, dtype = MODES[name]
-    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)  # noqa: E731
-    args = draw(1, 1, 4, 128), draw(1, 1, 4, 16), draw(1, 128, 128), draw(1, 128, 16)
-    attend = functools.partial(mla_jax.latent_attention, *args, lengths=jnp.array([77]), scale=0.1)
-    with pytest.raises(NotImplementedError, match=f"'{name}': needs a"):
-        attend(implementation=name)
     want, want_lse = attend(implementation="reference")
     with mode():
         out, lse = jax.block_until_ready(attend(implementation=name))
