@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from common import MICRO
+from common import MICRO, drawn
 from flax import nnx
 from hypothesis import strategies as st
 from quantized import E4M3, packed, scaled
@@ -212,19 +212,23 @@ def test_a_form_that_does_not_fit_is_refused_by_name(change, message, tmp_path, 
         checkpoint.Checkpoint(folder).read(NAME)
 
 
+def layer_of(seed, **types):
+    return drawn(lambda: MultiHeadLatentAttention(MICRO, rngs=nnx.Rngs(0), **types), seed)
+
+
 @pytest.mark.parametrize("through", ["files", "mapping"])
 @pytest.mark.parametrize("form", ["int8 per row", "int8 per block", "fp8 per block"])
 def test_a_layer_of_quantised_weights(form, through, tmp_path, rng):
     """The parameters are the exact products, cast once; the scales' names are not left over."""
     dtype, block, suffix, config = FORMS[form]
-    tensors = checkpoint.attention_tensors(MultiHeadLatentAttention(MICRO, rngs=nnx.Rngs(0)))
+    tensors = checkpoint.attention_tensors(layer_of(0))
     stored, exact = {}, {}
     for name, tensor in tensors.items():
         stored[name] = exact[name] = tensor
         if tensor.ndim == 2:
             values, scale, exact[name] = scaled(tensor, dtype, BLOCKS[block], rng)
             stored |= {name: values, name.removesuffix("weight") + suffix: scale}
-    layer = MultiHeadLatentAttention(MICRO, rngs=nnx.Rngs(1), param_dtype=jnp.bfloat16)
+    layer = layer_of(1, param_dtype=jnp.bfloat16)
     if through == "files":
         full = {f"model.layers.0.self_attn.{name}": value for name, value in stored.items()}
         checkpoint.load_attention(

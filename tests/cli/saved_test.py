@@ -1,7 +1,7 @@
 """What `mla-jax demo --save` writes is all of a model's state."""
 
-import jax.numpy as jnp
 import numpy as np
+from common import drawn, put
 from flax import nnx
 
 from mla_jax.cli import saved
@@ -9,9 +9,9 @@ from mla_jax.models import Decoder, DecoderConfig
 
 
 def test_the_routers_bias_is_saved_though_it_is_no_parameter(tmp_path):
-    model = Decoder(DecoderConfig.from_preset("tiny"), rngs=nnx.Rngs(0))
+    model = drawn(lambda: Decoder(DecoderConfig.from_preset("tiny"), rngs=nnx.Rngs(0)))
     bias = model.blocks[1].mlp.router.bias
-    bias.set_value(jnp.arange(bias.shape[0], dtype=jnp.float32))
+    bias.set_value(put(np.arange(bias.shape[0]), np.float32))
     saved.save(model, tmp_path / "model")
     read = nnx.to_flat_state(nnx.state(saved.load(tmp_path / "model")))
     written = nnx.to_flat_state(nnx.state(model))

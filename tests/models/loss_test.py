@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from common import PLAIN, drawn, relative, slow
+from common import PLAIN, drawn, relative
 from flax import nnx
 from jax.flatten_util import ravel_pytree
 from numpy_decoder import NumpyDecoder
@@ -119,10 +119,9 @@ def test_micro_batches_add_up(tokens):
     np.testing.assert_array_equal(loads, B * terms.load)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "other",
-    [{"way": "by_block", "remat": "latents", "chunk": 2048}, slow({"way": "by_pair"})],
-    ids=str,
+    "other", [{"way": "by_block", "remat": "latents", "chunk": 2048}, {"way": "by_pair"}], ids=str
 )
 def test_training_goes_alike_by_every_way(other, tokens, monkeypatch):
     """Ten steps of adam: experts each way, rematerialised or not, logits chunked or not."""
