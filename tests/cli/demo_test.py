@@ -162,11 +162,17 @@ def test_a_thread_cannot_take_signals_and_does_without():
     assert not failed
 
 
+def test_a_model_that_does_not_fit_is_refused(fails, monkeypatch):
+    """As many parameters as DeepSeek-V3's layers have, in fewer of them."""
+    wide = MLAConfig.from_preset("deepseek_v3").replace(num_hidden_layers=8, hidden_size=2**16)
+    monkeypatch.setattr(MLAConfig, "from_preset", lambda name: wide)
+    assert re.search("takes about [0-9,]+ GiB", fails("demo", "--preset", "deepseek_v3"))
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         (("--preset", "nothing"), "unknown preset 'nothing'"),
-        (("--preset", "deepseek_v3"), "takes about [0-9,]+ GiB"),
         (("--implementation", "cuda"), "implementation='cuda' is not known"),
         (("--load", "/nonexistent/model"), "/nonexistent/model holds no model"),
         (("--tokens", "0"), "at least 1"),
