@@ -165,7 +165,8 @@ def bind(model: Any) -> Bound:
     >>> import jax.numpy as jnp, mla_jax
     >>> from flax import nnx
     >>> from mla_jax.models import Decoder, DecoderConfig
-    >>> step = mla_jax.bind(Decoder(DecoderConfig.from_preset("tiny"), rngs=nnx.Rngs(0)))
+    >>> attention = mla_jax.MLAConfig.from_preset("tiny").replace(num_hidden_layers=1)
+    >>> step = mla_jax.bind(Decoder(DecoderConfig(attention=attention), rngs=nnx.Rngs(0)))
     >>> logits, cache = step.prefill(jnp.array([[3, 1, 4]]), step.init_cache(1, 8))
     >>> for _ in range(3):
     ...     logits, cache = step.decode(logits[:, -1:].argmax(-1), cache)
