@@ -344,7 +344,8 @@ def other_place(self, source, operand, slot):
 REAL = products.Ring.copy
 
 
-@pytest.mark.parametrize("bug", ["gate and up change places", "a scale of a neighbour"])
+# Kernels that change places are noticed in grouped_test.
+@pytest.mark.parametrize("bug", [slow("gate and up change places"), "a scale of a neighbour"])
 def test_bugs_planted_in_the_kernels_are_noticed(bug, monkeypatch, rng):
     for kernel in (few.gate_up, few.down):
         kernel.clear_cache()
