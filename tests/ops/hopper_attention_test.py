@@ -543,8 +543,15 @@ def names_in(jaxpr):
             yield from names_in(inner) if hasattr(inner, "eqns") else ()
 
 
-def test_a_policy_that_keeps_heads_and_lse_does_not_attend_again():
+def test_a_policy_that_keeps_heads_and_lse_does_not_attend_again(monkeypatch):
+    """Calls of the forward kernel are counted; tracing that of the backward takes as long."""
     arrays, _ = make(0, 1, 8, 8, 1, (32, 32, 32), jnp.bfloat16)
+
+    def backward(arrays, plan, out, lse, *_):
+        kept = out.sum().astype(jnp.float32) + lse.sum()  # so that it needs them
+        return jax.tree.map(lambda x: x * kept.astype(x.dtype), arrays)
+
+    monkeypatch.setattr(attention, "_run_backward", backward)
 
     def forward_calls(save):
         attend = functools.partial(attention.expanded_attention, scale=SCALE)  # traced, not run

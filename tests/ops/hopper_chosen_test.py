@@ -236,8 +236,9 @@ def test_vmap_and_gradients_of_pages():
     arrays, chosen, limits = make(3, 2, 1, 128, 2, 128, 0, 20, jnp.bfloat16, first=100)
     want = loop(arrays, chosen, limits)
     parts = [paginate([a[i : i + 1] for a in arrays], seed=i) for i in range(2)]
-    pages = [jnp.stack(pair) for pair in zip(*(part[0] for part in parts), strict=True)]
-    table = jnp.stack([part[1] for part in parts])
+    stack = lambda pair: jax.device_put(np.stack(jax.device_get(pair)))  # noqa: E731
+    pages = [stack(pair) for pair in zip(*(part[0] for part in parts), strict=True)]
+    table = stack([part[1] for part in parts])
 
     def attend(*arrays):
         call = lambda p, q, c, k, table, chosen, limits: hopper_chosen.attend(  # noqa: E731
@@ -245,19 +246,28 @@ def test_vmap_and_gradients_of_pages():
         )
         return jax.vmap(call)(*arrays, table, chosen[:, None], limits[:, None])
 
-    got, pull = jax.vjp(attend, *pages)
-    check([x[:, 0] for x in jax.block_until_ready(got)], want, jnp.bfloat16)
-    theirs = lambda *arrays: mla_jax.latent_attention(  # noqa: E731
-        *arrays, lengths=limits, chosen=chosen, scale=SCALE, implementation="xla"
-    )
-    clean = [jnp.nan_to_num(a, posinf=0) for a in arrays]
-    cotangents = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size)).reshape(x.shape), want)
-    cotangents = [jnp.asarray(x, y.dtype) for x, y in zip(cotangents, got, strict=True)]
-    expected = jax.vjp(theirs, *clean)[1](tuple(cotangents))
-    gradients = pull(tuple(x[:, None] for x in cotangents))
+    @jax.jit
+    def ours(pages, cotangents):
+        got, pull = jax.vjp(attend, *pages)
+        return got, pull(cotangents)
+
+    @jax.jit
+    def theirs(arrays, cotangents):
+        by_xla = lambda *arrays: mla_jax.latent_attention(  # noqa: E731
+            *arrays, lengths=limits, chosen=chosen, scale=SCALE, implementation="xla"
+        )
+        return jax.vjp(by_xla, *arrays)[1](cotangents)
+
+    clean = [np.nan_to_num(np.asarray(a), posinf=0) for a in arrays]
+    out, lse = (np.cos(np.arange(x.size)).reshape(x.shape) for x in want)
+    cotangents = out.astype(jnp.bfloat16), lse.astype(np.float32)
+    got, gradients = jax.device_get(ours(pages, tuple(x[:, None] for x in cotangents)))
+    check([x[:, 0] for x in got], want, jnp.bfloat16)
+    expected = jax.device_get(theirs(clean, cotangents))
+    table = np.asarray(table)
     eps = float(jnp.finfo(jnp.bfloat16).eps)
     assert relative(gradients[0][:, 0], expected[0]) < 2 * eps
-    of_rows = jnp.stack([x[t[0]] for x, t in zip(gradients[2], table[:, 0], strict=True)])
+    of_rows = np.stack([x[t[0]] for x, t in zip(gradients[2], table[:, 0], strict=True)])
     assert relative(of_rows, expected[2]) < 2 * eps
 
 

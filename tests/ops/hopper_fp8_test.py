@@ -41,6 +41,11 @@ _VALUES = np.arange(256, dtype=np.uint8)
 FINITE = _VALUES[(_VALUES & 127) != 127]
 
 
+# One program each, where each of their operations would be one.
+_quantise = jax.jit(quantise, static_argnums=1)
+_dequantise = jax.jit(dequantise, static_argnums=2)
+
+
 def encoded(arrays, lengths, seed=0):
     """(queries and cache with latents in fp8, their scales, the arrays that they stand for).
 
@@ -48,17 +53,18 @@ def encoded(arrays, lengths, seed=0):
     """
     rng = np.random.default_rng(seed)
     pattern, q_rope, latent, k_rope = arrays
-    latent = jnp.where(jnp.isfinite(latent), latent, 0)
+    latent = np.where(np.isfinite(np.asarray(latent)), latent, latent.dtype.type(0))
     # Groups differ in size, so that each needs its own scale.
     size = np.exp2(rng.integers(-3, 4, (*latent.shape[:2], latent.shape[2] // 128)))
-    latent = latent * jnp.asarray(np.repeat(size, 128, axis=2), latent.dtype)
-    codes, scale = quantise(latent, FP8)
+    latent = latent * np.repeat(size, 128, axis=2).astype(latent.dtype)
+    codes, scale = map(np.asarray, _quantise(latent, FP8))
     dead = (np.arange(latent.shape[1])[None] >= np.asarray(lengths)[:, None])[..., None]
-    bad = jnp.asarray(rng.integers(0, 256, codes.shape, np.uint8)).view(codes.dtype)
+    bad = rng.integers(0, 256, codes.shape, np.uint8).view(codes.dtype)
     bad_scale = np.where(rng.random(scale.shape) < 0.5, np.nan, np.inf).astype(np.float32)
-    codes, scale = jnp.where(dead, bad, codes), jnp.where(dead, bad_scale, scale)
+    codes = jax.device_put(np.where(dead, bad, codes))
+    scale = jax.device_put(np.where(dead, bad_scale, scale))
     held = [pattern, q_rope, codes, k_rope]
-    return held, scale, [pattern, q_rope, dequantise(codes, scale, pattern.dtype), k_rope]
+    return held, scale, [pattern, q_rope, _dequantise(codes, scale, pattern.dtype), k_rope]
 
 
 LOOPS = {  # seed; B, T, S, N, R, P, lengths; multiprocessors
