@@ -375,15 +375,26 @@ def test_an_implementation_serves_every_op_or_raises():
     names = dispatch.normalized("cudnn")
     assert set(names) == set(dispatch.OPS)
     assert set(dispatch.normalized("pallas_gpu")) == {*dispatch.OPS, *dispatch.CHOICE}
-    layer = mla_jax.MultiHeadLatentAttention(MICRO, implementation="cudnn", rngs=nnx.Rngs(0))
-    x = jnp.ones((1, 1, MICRO.hidden_size))
+    x = jax.ShapeDtypeStruct((1, 1, MICRO.hidden_size), jnp.float32)
+
+    def asked(implementation, call):
+        def made(x):
+            return call(
+                mla_jax.MultiHeadLatentAttention(
+                    MICRO, implementation=implementation, rngs=nnx.Rngs(0)
+                ),
+                x,
+            )
+
+        return jax.eval_shape(made, x)
+
+    decode = lambda layer, x: layer.decode(x, layer.init_cache(1, 8))  # noqa: E731
     with pytest.raises(NotImplementedError, match="'cudnn' does not serve latent_attention: "):
-        layer.decode(x, layer.init_cache(1, 8))
+        asked("cudnn", decode)
     singly = {"expanded_attention": "cudnn"}
-    layer = mla_jax.MultiHeadLatentAttention(MICRO, implementation=singly, rngs=nnx.Rngs(0))
-    layer.decode(x, layer.init_cache(1, 8))  # latent_attention is free to choose
+    asked(singly, decode)  # latent_attention is free to choose
     with pytest.raises(NotImplementedError, match="'cudnn': needs an NVIDIA GPU"):
-        layer(x)
+        asked(singly, lambda layer, x: layer(x))
     for wrong in ({"latent": "xla"}, {"latent_attention": "cuda"}, 3):
         with pytest.raises(ValueError, match=r"implementation=.* is not known"):
             dispatch.normalized(wrong)

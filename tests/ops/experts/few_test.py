@@ -344,21 +344,31 @@ def other_place(self, source, operand, slot):
 REAL = products.Ring.copy
 
 
-# Kernels that change places are noticed in grouped_test.
-@pytest.mark.parametrize("bug", [slow("gate and up change places"), "a scale of a neighbour"])
-def test_bugs_planted_in_the_kernels_are_noticed(bug, monkeypatch, rng):
-    for kernel in (few.gate_up, few.down):
+@pytest.fixture
+def traced_anew():
+    """Neither finds a program traced before nor leaves a broken one behind."""
+    kernels = (few.gate_up, few.down, few.linears)
+    for kernel in kernels:
         kernel.clear_cache()
-    kind = "plain"
-    if bug == "gate and up change places":
-        monkeypatch.setattr(products.Ring, "copy", other_place)
-    else:
-        kind = "e4m3"
-        monkeypatch.setattr(products, "block_of", lambda step, steps, blocks: step * 0)
+    yield
+    for kernel in kernels:
+        kernel.clear_cache()
+
+
+@pytest.mark.slow  # grouped_test notices it, too
+@pytest.mark.usefixtures("traced_anew")
+def test_gate_and_up_that_change_places_are_noticed(monkeypatch, rng):
+    monkeypatch.setattr(products.Ring, "copy", other_place)
     with pytest.raises(AssertionError):
-        check_products(kind, rng)
-    for kernel in (few.gate_up, few.down):
-        kernel.clear_cache()
+        check_products("plain", rng)
+
+
+@pytest.mark.parametrize("check", [slow(check_products), check_linear])
+@pytest.mark.usefixtures("traced_anew")
+def test_a_scale_of_a_neighbour_is_noticed(check, monkeypatch, rng):
+    monkeypatch.setattr(products, "block_of", lambda step, steps, blocks: step * 0)
+    with pytest.raises(AssertionError):
+        check("e4m3", rng)
 
 
 @pytest.mark.accelerator
