@@ -93,6 +93,7 @@ def loop_attention(
 ):
     """float64 attention, one query at a time; keys and value [B S K] or per head [B S N K]."""
     batch, tokens, heads = queries[0].shape[:3]
+    limits = np.asarray(limits)
     out = np.zeros((batch, tokens, heads, value.shape[-1]))
     lse = np.full((batch, tokens, heads), -np.inf)
     pick = lambda array, b, s, n: array[b, s] if array.ndim == 3 else array[b, s, n]  # noqa: E731

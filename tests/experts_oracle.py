@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
+from common import put
 
 
 def problem(tokens, *, count, chosen, widths, routing="spread", dtype=jnp.float32, seed=0):
@@ -16,14 +17,14 @@ def problem(tokens, *, count, chosen, widths, routing="spread", dtype=jnp.float3
     scales = (1, 1, width**-0.5, width**-0.5, inner**-0.5)
     arrays = [scale * random.standard_normal(s) for s, scale in zip(shapes, scales, strict=True)]
     types = (dtype, jnp.float32, dtype, dtype, dtype)
-    arrays = tuple(jnp.asarray(a, t) for a, t in zip(arrays, types, strict=True))
-    return arrays, jnp.asarray(experts, jnp.int32)
+    arrays = tuple(put(a, t) for a, t in zip(arrays, types, strict=True))
+    return arrays, put(experts, np.int32)
 
 
 def loop(experts, x, weights, gate, up, down):
     """The output [M D] in float64, one pair of token and expert at a time."""
     x, weights, gate, up, down = (np.asarray(a, np.float64) for a in (x, weights, gate, up, down))
-    y = np.zeros(x.shape)
+    y, experts = np.zeros(x.shape), np.asarray(experts)
     for m, k in np.ndindex(*experts.shape):
         e = int(experts[m, k])
         a = x[m] @ gate[e]
@@ -35,6 +36,7 @@ def gradients(experts, cotangent, x, weights, gate, up, down):
     """Of sum(y cotangent) with respect to x, weights, gate, up and down, in float64."""
     arrays = [np.asarray(a, np.float64) for a in (x, weights, gate, up, down)]
     x, weights, gate, up, down = arrays
+    experts, cotangent = np.asarray(experts), np.asarray(cotangent, np.float64)
     dx, dweights, dgate, dup, ddown = (np.zeros(a.shape) for a in arrays)
     for m, k in np.ndindex(*experts.shape):
         e = int(experts[m, k])

@@ -41,7 +41,7 @@ def make(seed, batch, tokens, slots, heads, rank, rope, lengths, dtype):
 def loop(arrays, lengths, scale=SCALE):
     """float64, one query token at a time."""
     pattern, q_rope, latent, k_rope = (np.asarray(a, np.float64) for a in arrays)
-    out = np.zeros(pattern.shape)
+    out, lengths = np.zeros(pattern.shape), np.asarray(lengths)
     lse = np.full(pattern.shape[:-1], -np.inf)
     for b, t in np.ndindex(pattern.shape[:2]):
         n = int(lengths[b]) - (pattern.shape[1] - 1 - t)

@@ -51,17 +51,20 @@ def test_products_are_those_of_the_dequantised_numbers(block, tokens, rng):
     weight = make(rng, BLOCKS[block], {1: "int8", 3: "fp8", 17: "int4"}[tokens])
     x = rng.standard_normal((tokens, IN)).astype(np.float32)
     expected = x.astype(np.float64) @ exact(weight).T
-    np.testing.assert_array_equal(
-        weight.dense(jnp.float32), exact(weight).astype(np.float32), strict=False
-    )
+
+    @jax.jit
+    def run(x, weight):
+        with mock.patch.object(ops_weights, "_TILE", 2**14):  # several tiles and a rest
+            here = matmul(x, weight, precision="highest")
+        with as_gpu():
+            return weight.dense(jnp.float32), here, matmul(x, weight, precision="highest")
+
+    dense, *products = run(x, weight)
+    np.testing.assert_array_equal(dense, exact(weight).astype(np.float32))
     # Sums of IN products in float32, each of at most 7 x 0.2 x the largest input.
     atol = IN * 2.0**-24 * 1.4 * np.abs(x).max()
-    with mock.patch.object(ops_weights, "_TILE", 2**14):  # several tiles and a rest
-        found = matmul(jnp.asarray(x), weight, precision="highest")
-    np.testing.assert_allclose(found, expected, atol=atol, rtol=0)
-    with as_gpu():
-        found = matmul(jnp.asarray(x), weight, precision="highest")
-    np.testing.assert_allclose(found, expected, atol=atol, rtol=0)
+    for found in products:
+        np.testing.assert_allclose(found, expected, atol=atol, rtol=0)
 
 
 def test_leading_axes_dtypes_and_derivatives(rng):
@@ -88,14 +91,18 @@ def test_folds_of_the_heads(nope, block, rng):
     keys = np.einsum("BTNH,NHR->BTNR", query, kernel[:, :nope])
     mixed = rng.standard_normal((2, 3, heads, rank)).astype(np.float32)
     values = np.einsum("BTNR,NVR->BTNV", mixed, kernel[:, nope:])
-    with contextlib.ExitStack() as stack:
-        for place in ("as it is", "as on a GPU"):
-            if place == "as on a GPU":
-                stack.enter_context(as_gpu())
-            found = fold_keys(jnp.asarray(query), weight, precision="highest")
-            np.testing.assert_allclose(found, keys, atol=2e-5)
-            found = unfold_values(jnp.asarray(mixed), weight, value, precision="highest")
-            np.testing.assert_allclose(found, values, atol=2e-5)
+
+    @jax.jit
+    def run(query, mixed, weight):
+        found = []
+        for place in (contextlib.nullcontext, as_gpu):
+            with place():
+                found.append(fold_keys(query, weight, precision="highest"))
+                found.append(unfold_values(mixed, weight, value, precision="highest"))
+        return found
+
+    for found, wanted in zip(run(query, mixed, weight), [keys, values] * 2, strict=True):
+        np.testing.assert_allclose(found, wanted, atol=2e-5)
 
 
 @pytest.mark.parametrize("tokens", [3, 40])
