@@ -356,7 +356,7 @@ def main() -> None:
     )
     parser.add_argument("targets", nargs="*", default=list(TARGETS))
     parser.add_argument("--models", nargs="+", default=list(MODELS))
-    parser.add_argument("--what", nargs="+", default=list(LAYOUTS), choices=list(LAYOUTS))
+    parser.add_argument("--what", nargs="*", default=list(LAYOUTS), choices=list(LAYOUTS))
     parser.add_argument("--layers", type=int, help="fewer, the first one dense")
     parser.add_argument("--rows", type=int, help="of a device, in the wide layout")
     parser.add_argument("--weights", help="keep them in this form: float8_e4m3fn, int8 or int4")
