@@ -174,6 +174,7 @@ def fork(arrays, source, row, slots):
 
 
 PAGED = [  # as CASES, with lengths around the border of a page
+    (4, 1, 256, 3, 128, 16, (127, 256, 129, 0), 3),
     (6, 1, 384, 3, 128, 16, (127, 128, 129, 0, 257, 384), 3),
     (2, 2, 256, 20, 128, 32, (256, 255), 5),
     (2, 1, 384, 16, 256, 0, (383, 1), 2),
@@ -187,7 +188,7 @@ PAGED = [  # as CASES, with lengths around the border of a page
 def test_pages_interpreted_are_the_loop(case):
     *shape, lengths, sms = case
     arrays, lengths = make(8, *shape, lengths, jnp.bfloat16)
-    pages, table = paginate(arrays, lengths)
+    pages, table = paginate(arrays, lengths, spare=1)
     check(interpreted(pages, lengths, sms, table), loop(arrays, lengths), jnp.bfloat16)
 
 
@@ -282,20 +283,20 @@ def test_a_second_block_that_is_the_first_is_noticed(monkeypatch):
 @pytest.mark.parametrize("pools", ["one_pool", "a_pool_each"])
 def test_vmap_over_paged_rows(pools, monkeypatch):
     """Their shapes are those of the first case of pages, whose program serves."""
-    (batch, *shape, lengths, sms), half = PAGED[0], 3
+    (batch, *shape, lengths, sms), half = PAGED[0], 2
     monkeypatch.setattr(hopper, "_H200_SMS", sms)
     arrays, lengths = make(8, batch, *shape, lengths, jnp.bfloat16)
     want = loop(arrays, lengths)
     call = lambda p, q, c, k, table, n: attend((p, q, c, k), n, sms, table=table)  # noqa: E731
     halves = lambda x: np.asarray(x).reshape(2, half, *x.shape[1:])  # noqa: E731
     if pools == "one_pool":
-        pages, table = paginate(arrays, lengths)
+        pages, table = paginate(arrays, lengths, spare=1)
         held, axis = pages[2:], None
         tables = halves(table)
     else:
         parts = [
             paginate([a[i : i + half] for a in arrays], lengths[i : i + half], seed=i, spare=spare)
-            for i, spare in ((0, 2), (half, 0))  # as many pages each: of 4 and of 6
+            for i, spare in ((0, 0), (half, 1))  # as many pages each: of 3 and of 2
         ]
         held = [np.stack([np.asarray(part[0][i]) for part in parts]) for i in (2, 3)]
         tables, axis = np.stack([np.asarray(table) for _, table in parts]), 0
