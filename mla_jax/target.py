@@ -1,6 +1,6 @@
-"""The device that a computation is compiled for, real or abstract: only this module asks.
+"""The device that a computation is compiled for, real or abstract.
 
-The command line asks too, to say where it runs.
+No other module of the library asks jax for it. The command line does, to say where it runs.
 
 Under `jax.set_mesh`, and inside `jax.shard_map`, jax knows an abstract device: its kind and number
 of cores, but not what it can do. What it can do then follows from a real device of that kind, or

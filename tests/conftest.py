@@ -15,7 +15,7 @@ os.environ["XLA_FLAGS"] = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
     + os.environ.get("XLA_FLAGS", "")  # what the user has set comes last and wins
 )
-# Threads of numpy's that wait for the next small product spin: that is 3 % of all time.
+# Threads of numpy's spin while they wait for the next product, and products are small.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Programs that are compiled once serve all processes and tests, and the next run.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -94,7 +94,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_finish():
-    """What was imported stays: to look through it, too, for garbage takes 5 % of the time."""
+    """What was imported stays: nobody needs to look through it for garbage again and again."""
     gc.collect()
     gc.freeze()
 

@@ -77,10 +77,10 @@ def load_decoder(
         on_progress: called as parts are read, with how many there are by now and of how many.
 
     Raises:
-        ValueError: weights that are neither, or beside param_dtype; a config that is not of this
-            shape; tensors missing, left over, or of another
-            shape; a scheme of quantisation that is not read; mtp where there is no such block. The
-            message names key and file.
+        ValueError: weights that are neither, or another dtype than param_dtype; a config that is
+            not of this shape; tensors missing, left over, or of another shape; a scheme of
+            quantisation that is not read; mtp where there is no such block. The message names key
+            and file.
         FileNotFoundError: no such folder or file.
 
     Warns:

@@ -1,4 +1,7 @@
-"""The command `mla-jax`: parsing, errors and exit codes. What a command does is in its own module.
+"""The command `mla-jax`: errors and exit codes.
+
+`options` has the flags, and what a command does is in a module of its name; `presets` and `devices`
+are in `costs`.
 
 Text is on standard output, everything else on standard error. Exit codes: 0 done, 1 an error in the
 run, 2 flags that cannot be, 130 interrupted by Ctrl-C (143 by SIGTERM where a training was kept).

@@ -90,7 +90,7 @@ def _placed(options: Costs) -> dict[str, Any] | None:
             raise ValueError("--place says how a mesh splits arrays: give its axes by --mesh too.")
         return None
     # Only this needs JAX.
-    from mla_jax.cli.devices import rules_of
+    from mla_jax.cli.mesh import rules_of
     from mla_jax.models.config import DecoderConfig
     from mla_jax.placing import placement
 

@@ -13,7 +13,7 @@ from flax import nnx
 
 from mla_jax import checkpoint, generation, target
 from mla_jax.checkpoint.decoder import decoder_config
-from mla_jax.cli import devices
+from mla_jax.cli.mesh import join, mesh_of, used
 from mla_jax.cli.options import Chat, Generate, Writing, judging_flags
 from mla_jax.cli.terminal import BYTES, PARAMETERS, Terminal, quantity
 from mla_jax.generation.request import token_rows
@@ -30,9 +30,9 @@ def generate(options: Generate) -> None:
     """
     with judging_flags():
         _check(options)
-        devices.join(options.distributed)
-        mesh, place = devices.mesh_of(options)
-    with devices.used(mesh):
+        join(options.distributed)
+        mesh, place = mesh_of(options)
+    with used(mesh):
         _generate(options, mesh, place)
 
 

@@ -23,7 +23,7 @@ class BadFlags(Exception):
 
 @contextlib.contextmanager
 def judging_flags() -> Generator[None]:
-    """Whatever is refused inside was asked for by flags: no work has begun yet."""
+    """Whatever is refused inside was asked for by flags: nothing has been computed yet."""
     try:
         yield
     except BrokenPipeError:
@@ -79,7 +79,7 @@ def _positional(text: str) -> Any:
 
 @dataclasses.dataclass(kw_only=True)
 class Output:
-    """How any command answers."""
+    """How a command answers that has a result for programs too."""
 
     json: bool = _flag(False, "print one JSON object on standard output, nothing else there")
     quiet: bool = _flag(False, "print nothing on standard error but errors")
@@ -153,7 +153,7 @@ class Writing(Compiling):
         "prompt",
         "by looking the text's end up in it, or by the model's multi-token prediction",
     )
-    block: int = _flag(16, "decode steps in one program, after which text is shown")
+    block: int = _flag(16, "decode steps in one program, after which a single text is shown")
     dtype: str = _flag("bfloat16", "of parameters, computation and cache")
     cache_dtype: Literal["float8_e4m3fn", "int8"] | None = _flag(
         None, "of the cache's latents, which then have scales and take a byte a number"

@@ -18,8 +18,9 @@ and `room` asks whether they fit; `prefill` puts the prompts into the cache in c
 widths; `loop` has `drafts` guess ahead, draws (`sampling`), verifies and writes on the device, in
 blocks of steps that are one compiled program with the cache donated. The host hears of tokens a
 block at a time: `collector` keeps them, and `stream` makes text of them. Prefill and loop both call
-the model's `extend` (`models.Decoder`), which calls its layers (`layers.attention`), and these call
-their cores (`ops`).
+the model's `extend` (`models.Decoder`), which calls its layers (`layers.attention`). A layer writes
+the token's latent into the cache (`ops.append`) and asks `ops` for its attention; `ops.dispatch`
+picks a backend, and on a Hopper GPU `ops.hopper` picks one of four kernels by shape.
 
 Letters: P prompts, B = P n rows, T tokens of a step, S slots of the cache, W words, K drafts.
 """
@@ -234,7 +235,8 @@ def generate(
             break
         if (active & ended).any():  # by a stop string, which the device knows nothing of
             writing = dataclasses.replace(writing, active=active & ~ended)
-        # A round writes a token of each row or more: behind so many all have ended.
+        # Every round writes a token of each active row at least. After max_new_tokens - 1 rounds,
+        # as the first token came with the prompt, all have ended.
         while len(coming) < most and begun * request.block < request.max_new_tokens - 1:
             writing, news = run_block(writing, stops, prompt_lengths)
             coming.append(news)

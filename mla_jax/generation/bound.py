@@ -27,7 +27,10 @@ from mla_jax.sharding import Rules
 
 
 class _Structure:
-    """What a model is beside its arrays. It is hashed once, and mostly compared by identity."""
+    """The structure of a model's tree: a static argument of jit.
+
+    It is hashed once, so that a call does not hash the model, and mostly compared by identity.
+    """
 
     def __init__(self, tree: Any):
         self.tree, self._hash = tree, hash(tree)
@@ -42,7 +45,10 @@ class _Structure:
 
 
 def _ready(model: Any) -> Any:
-    """The model that is bound: on a GPU a copy whose attention layers keep W_UK and W_UV apart."""
+    """The model that is bound: on a GPU a copy that also keeps what its kernels take.
+
+    These are W_UK and W_UV of attention layers, and a router's kernel in the order of its product.
+    """
     if target.current().platform != "gpu" or not isinstance(model, nnx.Module):
         return model
     model = jax.tree.map(lambda leaf: leaf, model)  # modules of its own, the same arrays

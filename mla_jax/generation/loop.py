@@ -24,7 +24,7 @@ from mla_jax.generation.sampling import Sampling, mark_seen
 from mla_jax.generation.steps import finite
 from mla_jax.plain import Ready
 
-_GRAPHS = "xla_gpu_enable_command_buffer"  # kinds of operations, by default all but loops
+_GRAPHS = "xla_gpu_enable_command_buffer"  # kinds of operations, by default no loops
 
 
 @jax.tree_util.register_dataclass

@@ -1,6 +1,6 @@
 """Jitted steps and an on-device loop for a layer or a model.
 
-`generate` does not use these: its own loop, with drafts and stop strings, is in `loop`.
+`generate` takes none of these steps: its loop on the device, with drafts, is in `loop`.
 
 A model is whatever has `init_cache`, `extend` and `logits`, as `models.Decoder` has; `prefill` and
 `decode` are made of these where it has none. A layer has `prefill` and `decode` alone.

@@ -238,6 +238,7 @@ class MultiHeadLatentAttention(LatentMaps):
         queries = q_nope, q_rope
         queries, own, new = self._appended(queries, x, by, latents, view, step, absorbed)
         q_nope, q_rope = queries
+        # At batch 1 on a GPU, x has equal rows, because XLA multiplies several faster than one.
         every, x = x, step.own(x)
         source, relay = self._handed(own, relay)
         self._check_store(source, batch, {name: self._widths(True)[name] for name in _LATENTS})

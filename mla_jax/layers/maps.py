@@ -264,7 +264,8 @@ class LatentMaps(Mixer):
             x, by, made: as in `_raw_latents`.
             view: of the store.
             step: with slots for the tokens.
-            absorbed: the tokens themselves are asked for through the store alone.
+            absorbed: attention reads the new tokens from the store alone, so that one kernel may
+                append them.
 
         Returns:
             the queries; the store; and the new tokens' arrays by name, or {}.

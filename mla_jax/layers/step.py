@@ -155,8 +155,8 @@ class Step:
     def planned(self, seen: Seen, call: dispatch.Call, implementation) -> Seen:
         """`seen` with the plan of the backend that serves the call, for all layers alike.
 
-        It must be the step's own `seen`, but for its window, and without chosen slots: all layers
-        get what the first one that asked was given.
+        Pass the step's own `seen`, of which only the window may differ, and no chosen slots. The
+        plan that the first layer makes is kept, and all layers of the same call and window get it.
         """
         key = ("plan", call, seen.window, tuple(dispatch.normalized(implementation).items()))
         return self._once(key, lambda: dispatch.plan(seen, call, implementation))
@@ -168,11 +168,11 @@ class Step:
         return jnp.where(self.valid[..., None], x, jnp.zeros((), x.dtype))
 
     def own(self, x: Array) -> Array:
-        """X [B T ...] without the copies of its only row."""
+        """X [B T ...], of whose equal rows the first is taken: a single row travels as several."""
         return x if self.copies == 1 else x[:1]
 
     def copied(self, x: Array) -> Array:
-        """X [B T ...] with them."""
+        """X [B T ...], whose single row becomes several equal ones again."""
         return dense.copied(x, self.copies)
 
     def _once(self, key: Hashable, make: Callable[[], Any]) -> Any:

@@ -221,8 +221,8 @@ def _op_of(name: str) -> str:
 
 
 def _why_not(name: str, call: Call, device: target.Target) -> str | None:
-    # Of a kernel's module only what says whether it serves is imported: Pallas takes longer to
-    # import than the rest of this package.
+    # A kernel's module says whether it serves without Pallas, which takes longer to import than the
+    # rest of this package; only on the kernel's own device does it ask whether Pallas is there.
     return _module(_BACKENDS[call.op][name]).why_not(call, device)
 
 

@@ -4,19 +4,26 @@ The expanded form is in `attention/`, and `context.py` takes that one over cache
 sparse attention does before it attends, scores and the choice of slots, is in `indexing/`.
 
 `kernel.py` is the algorithm, `merge.py` its end where parts share a row, `schedule.py` the cut of a
-ragged batch into equal parts, `mosaic.py` what Pallas lacks, and `interpreted.py` what the kernel
-does instead on a CPU. It reads dense caches, and paged ones through their table. Up to 16 query
-rows a batch row, of ranks (512, 64), have a kernel of their own, `few.py` with `columns.py`.
-Latents in fp8 with scales have two: `scaled.py` with `dequantise.py`, and of few query rows
-`few_scaled.py` with `fragments.py` and `queries.py`. So has attention to chosen slots,
-`gathered.py` with `copies.py`, which `chosen.py` calls. All are forward only: derivatives are those
-of the XLA backend.
+ragged batch into equal parts, `places.py` the way from one step of a part to the next, `mosaic.py`
+what Pallas lacks, and `interpreted.py` what the kernel does instead on a CPU. It reads dense
+caches, and paged ones through their table. All are forward only: derivatives are those of XLA.
+Which kernel serves a call follows from its query rows, T N of each batch row, and its latents:
 
-The kernel's thread blocks wait for each other where they share a batch row, so all of them must be
-on the device at once: their number never exceeds the multiprocessors that the device reports, but
-where there are more tiles of queries than these, and no two blocks share a row's tile. Where
-something else keeps multiprocessors from them for seconds (a limit set by MPS, say), the wait ends
-in a device error instead of a hang.
+    latents           T N <= 16, ranks (512, 64)                  all others
+    in 16 bits        `few.py`, `columns.py`                      `kernel.py`
+    in fp8            `few_scaled.py`, `fragments.py`,            `scaled.py`, `dequantise.py`
+                      `queries.py`
+    chosen slots      `gathered.py`, `copies.py`, called by `chosen.py`
+
+So DeepSeek-V2-Lite, of 16 heads, decodes one token a row by `few.py`, and DeepSeek-V3, of 128, by
+`kernel.py`. `append.py` normalises a token's latent and writes it to the cache; `mapped.py` makes
+one call of those that vmap has; `order.py` and `widen.py` serve products with weights in 8 bits.
+
+Thread blocks wait for each other where they share a batch row, so all of them must be on the device
+at once: there are at most as many as multiprocessors. The one exception is a call with more tiles
+of queries than these. It has one part, so that no two blocks share a row's tile, and none waits.
+Where something else keeps multiprocessors from them for seconds (a limit set by MPS, say), the wait
+ends in a device error instead of a hang.
 
 Letters: B batch, T query tokens, S cache slots, N heads, R latent width, P rope width, C groups
 of 128 latent channels; a paged cache has G pages of 128 slots, of which a row may have M.
@@ -142,7 +149,7 @@ def plan(seen, call, slack: int | None = None) -> Schedule | None:
 def tuned(device_kind: str, rows: int) -> dict[str, int]:
     """What `benchmarks/tune.py` found for this kind of device and T N query rows of a batch row.
 
-    A device without a table gets {}: the defaults of `schedule.py`, which are the H200's.
+    A device without a table gets {}: the defaults of `schedule.py`.
     """
     for path in sorted((configs_dir() / "tuning").glob("*.toml")):
         table = tomllib.loads(path.read_text())

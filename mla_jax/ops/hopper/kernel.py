@@ -85,7 +85,7 @@ class Shape(NamedTuple):
 def decode(operands, schedule, table, shape: Shape, batch: int):
     """The kernel on pattern [B*rows, R], q_rope [B*rows, P], latent [B*S, R] and k_rope [B*S, P].
 
-    There are at least 64 query rows, and no rope operands where P = 0. With a table [B M] the cache
+    There are no rope operands where P = 0. With a table [B M] the cache
     is the pool's pages one after the other, [G*128, R]. Returns out [B*rows, R] and lse [B*rows].
     """
     return launch(Part, operands, schedule, table, shape, batch, **launch_options(shape))[:2]
@@ -144,7 +144,7 @@ def _row_vector(ref):
 
 
 class Part:
-    """One thread block: part `part` of the batch for tile `tile` of the query rows."""
+    """The thread block that does part `part` of the batch for tile `tile` of the query rows."""
 
     name = "mla_decode"
     warpgroups = 2
@@ -188,7 +188,7 @@ class Part:
         return smem
 
     def run(self):
-        """Walks the part's steps, then merges its share of the rows that it has with others."""
+        """Walks the part's steps, then merges its share of the last row, if others have it too."""
 
         @pl.when(self.end_step > self.first_step)
         def _():

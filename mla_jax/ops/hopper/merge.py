@@ -1,7 +1,8 @@
-"""The merge of a batch row that several parts of the decode kernel worked on, by these same parts.
+"""The merge of a batch row that several parts of the decode kernel worked on, at the kernel's end.
 
-Each of them has stored a normalised piece [64, R] in float32 and its log-sum-exp. Every warpgroup
-of the parts that end with this row waits for all pieces and then merges some of the query rows.
+Each of them has stored a normalised piece in float32, up to 64 query rows of R, and its
+log-sum-exp. Every warpgroup of the parts that end with this row waits for all pieces and then
+merges some of the query rows. (`ops.merge` joins results of two calls instead, by XLA.)
 
 Letters: R latent width.
 """

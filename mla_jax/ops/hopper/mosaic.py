@@ -18,8 +18,8 @@ _SPIN_LIMIT = 4_000_000_000  # nanoseconds
 def kernel(body, *, interpret=None, **options):
     """`plgpu.kernel`, whose thread blocks are set up while the kernel before still runs.
 
-    Before they do anything else they wait until all that it wrote may be read. Where a GPU cannot
-    begin a kernel early, as in graphs that jax before 0.12 makes, the wait is none.
+    Before they do anything else they wait until all that it wrote may be read. Where a GPU does not
+    begin a kernel early, as in graphs that jax before 0.12 makes, the wait ends at once.
     """
 
     def dependent(*refs, **scratch):

@@ -1,9 +1,9 @@
 """Which part of the GPU does which slots: a ragged batch cut into equal parts, on the device.
 
-A *step* is 128 slots (two softmax blocks) of one batch row; a *part* is what one thread block per
-tile of 64 query rows works on. Steps are numbered through the batch and every part walks a range of
-them, so that one long row among short ones keeps all multiprocessors busy. The cut depends on
-`lengths` alone: all layers of one pass of the model share it.
+A *step* is here 128 slots (two softmax blocks) of one batch row, not a step of decoding. Steps are
+numbered through the batch, and a *part* is a range of them, so that one long row among short ones
+keeps all multiprocessors busy. One thread block works on a part for each tile of 64 query rows. The
+cut depends on `lengths` alone: all layers of one pass of the model share it.
 
 Letters: B batch rows, T query tokens, N heads.
 """
@@ -44,7 +44,8 @@ class Schedule(NamedTuple):
         lengths: slots in use of every row.
         row_step: where each row's steps begin.
         row_parts: the first and the last part that work on a row. If they are one part, it writes
-            the row; if they are not, the parts from the first to the last merge it.
+            the row; if they are not, those that end with the row merge it: all but the last, where
+            that goes on with another row.
         part: one row of `Column` values for every part, which lie side by side so that they come
             from one line of memory.
         arrivals: counters of the merge, zero before and after every call. The kernel counts in
