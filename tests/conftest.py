@@ -105,13 +105,14 @@ def rng():
 
 
 @pytest.fixture
-def traced_anew():
-    """Neither finds a program traced before nor leaves a broken one behind."""
-    from mla_jax.ops import hopper
-
-    hopper._call.clear_cache()
+def traced_anew(request):
+    """The module's TRACED: none finds a program traced before nor leaves a broken one behind."""
+    programs = request.module.TRACED
+    for program in programs:
+        program.clear_cache()
     yield
-    hopper._call.clear_cache()
+    for program in programs:
+        program.clear_cache()
 
 
 @pytest.fixture

@@ -280,13 +280,7 @@ PLANTED = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def traced_anew():
-    """Neither finds a program traced before nor leaves a broken one behind."""
-    clear = lambda: (attention._run_forward.clear_cache(), attention._run_backward.clear_cache())  # noqa: E731
-    clear()
-    yield
-    clear()
+TRACED = attention._run_forward, attention._run_backward
 
 
 CASE = ("planted", 1, 300, 306, 1, (16, 16, 16), "bfloat16")

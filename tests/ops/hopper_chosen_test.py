@@ -164,12 +164,7 @@ PLANTED = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def traced_anew():
-    """Neither finds a program traced before nor leaves a broken one behind."""
-    hopper_chosen._call.clear_cache()
-    yield
-    hopper_chosen._call.clear_cache()
+TRACED = (hopper_chosen._call,)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hopper_common import MARKS, attend, check, loop, make, shuffled_pages
 
+from mla_jax.ops import hopper
 from mla_jax.ops.hopper import few, interpreted, merge
 
 pytestmark = MARKS
@@ -30,6 +31,7 @@ def test_more_pieces_than_are_merged_at_once(monkeypatch):
     check(attend(pages, lengths, 3, table=table), loop(arrays, lengths), jnp.bfloat16)
 
 
+TRACED = (hopper._call,)
 REAL = {name: getattr(few.FewPart, name) for name in ("mask_rows", "fetch_block", "fetch_q")}
 PLANTED = {
     "dead_values_left": ("clear_slots", lambda self, ref, live: None),

@@ -37,6 +37,7 @@ from mla_jax.ops.seen import Seen
 
 pytestmark = [*MARKS, pytest.mark.usefixtures("few_merged_at_once")]
 FP8 = "float8_e4m3fn"
+TRACED = (hopper._call,)
 _VALUES = np.arange(256, dtype=np.uint8)
 FINITE = _VALUES[(_VALUES & 127) != 127]
 

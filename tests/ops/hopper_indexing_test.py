@@ -272,14 +272,7 @@ PLANTED_SCORES = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def traced_anew():
-    """Neither finds a program traced before nor leaves a broken one behind."""
-    for run in (indexing.run_select, indexing.run_scores):
-        run.clear_cache()
-    yield
-    for run in (indexing.run_select, indexing.run_scores):
-        run.clear_cache()
+TRACED = indexing.run_select, indexing.run_scores
 
 
 @pytest.mark.parametrize("bug", gate([*PLANTED], 3))

@@ -55,6 +55,7 @@ def interpreted(arrays, lengths, sms, table=None):
     return jax.block_until_ready(attend(arrays, lengths, sms, table=table))
 
 
+TRACED = (hopper._call,)
 CASES = [  # B, T, S, N, R, P, lengths, multiprocessors
     (3, 1, 136, 16, 128, 32, (135, 0, 65), 2),
     (1, 1, 520, 20, 128, 16, (515,), 5),

@@ -400,12 +400,7 @@ def test_pages_through_the_op_and_their_gradients(rng):
         assert relative(one, pool) < 2e-5
 
 
-@pytest.fixture
-def traced_anew():
-    """Neither finds a program traced before nor leaves a broken one behind."""
-    tpu.decode.clear_cache()
-    yield
-    tpu.decode.clear_cache()
+TRACED = (tpu.decode,)
 
 
 @pytest.mark.slow

@@ -344,15 +344,7 @@ def other_place(self, source, operand, slot):
 REAL = products.Ring.copy
 
 
-@pytest.fixture
-def traced_anew():
-    """Neither finds a program traced before nor leaves a broken one behind."""
-    kernels = (few.gate_up, few.down, few.linears)
-    for kernel in kernels:
-        kernel.clear_cache()
-    yield
-    for kernel in kernels:
-        kernel.clear_cache()
+TRACED = few.gate_up, few.down, few.linears
 
 
 @pytest.mark.slow  # grouped_test notices it, too

@@ -31,15 +31,7 @@ def tolerance(roundings):
     return (roundings / 3) ** 0.5 * 2.0**-8
 
 
-@pytest.fixture
-def traced_anew():
-    """Neither finds a program traced before nor leaves a broken one behind."""
-    kernels = (grouped.gate_up, REAL["product"], grouped.gradient)
-    for kernel in kernels:
-        kernel.clear_cache()
-    yield
-    for kernel in kernels:
-        kernel.clear_cache()
+TRACED = grouped.gate_up, grouped.product, grouped.gradient
 
 
 def normal(rng, *shape):
