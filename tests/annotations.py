@@ -5,7 +5,6 @@ import contextlib
 import functools
 import inspect
 import operator
-import threading
 import types
 import typing
 
@@ -44,19 +43,12 @@ def _by_value(function) -> bool:
     return any(word in hints for word in ("{", "Callable", "Literal", "type["))
 
 
-_made = threading.local()
-
-
 def once_a_kind(function, checker):
     """The function, whose values are compared where they are of kinds that were not seen yet.
 
     To compare them takes a multiple of the time of most calls, and most are like one before.
     """
     whole, known = checker(function), {}
-
-    @functools.cache
-    def returns():
-        return checker(functools.wraps(function)(lambda *args, **kwargs: _made.result))
 
     @functools.wraps(function)
     def checked(*args, **kwargs):
@@ -70,8 +62,7 @@ def once_a_kind(function, checker):
         result = function(*args, **kwargs)
         made = kind(result)
         if made not in known[given]:
-            _made.result = result
-            returns()(*args, **kwargs)
+            checker(functools.wraps(function)(lambda *args, **kwargs: result))(*args, **kwargs)
             known[given].add(made)
         return result
 

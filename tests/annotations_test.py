@@ -89,6 +89,17 @@ def test_what_is_unlike_the_calls_before_is_compared(good, bad, found):
     assert complaint(checked, *good) == ""
 
 
+def test_another_result_of_the_same_values_kinds_is_compared():
+    def named(n: int) -> int:
+        return n if n < 5 else str(n)  # pyrefly: ignore
+
+    checked = jaxtyping.jaxtyped(named, typechecker=annotations.typechecked)
+    assert complaint(checked, 3) == ""
+    for _ in range(2):
+        assert "the return value of" in complaint(checked, 7)
+    assert complaint(checked, 4) == ""
+
+
 def test_the_package_is_checked():
     table, tokens = jnp.ones((5, 3)), jnp.ones((2, 4), int)
     assert complaint(embed, table, tokens) == ""
