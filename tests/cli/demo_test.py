@@ -71,7 +71,6 @@ def test_save_and_load_give_identical_logits(tmp_path, rng):
     assert saved.load_training(tmp_path / "model") == (3, 7)
 
 
-@pytest.mark.slow
 def test_what_was_saved_is_a_checkpoint_that_generate_reads(run, tmp_path, shallow):
     first = run(*QUICK, *STEPS, "--save", tmp_path / "model", "--temperature", 0)
     flags = ("--dtype", "float32", "--max-new-tokens", 6, "--prompt", "def ")

@@ -1,7 +1,6 @@
 """The decoder against a float64 one in numpy, its mixtures of experts, its presets."""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +8,6 @@ import numpy as np
 import pytest
 from common import MICRO, PLAIN, drawn, emptied, relative, slow
 from flax import nnx
-from jax.extend.random import define_prng_impl
 from numpy_decoder import NumpyDecoder
 
 from mla_jax.generation.steps import decode_step, prefill_step
@@ -219,28 +217,7 @@ def test_random_weights_have_the_models_shapes(dense):
         assert ours.shape == theirs.shape
 
 
-def mixed(x):
-    x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
-    return x ^ (x >> 16)
-
-
-def bits(key, width, shape):
-    count = jax.lax.iota(np.uint32, math.prod(shape)).reshape(shape)
-    return mixed(count * np.uint32(0x9E3779B9) + key[0]).astype(f"uint{width}")
-
-
-# Compiles in a third of the time of JAX's own generators.
-HASH = define_prng_impl(
-    key_shape=(1,), seed=lambda seed: mixed(seed.astype(np.uint32).reshape(1) + np.uint32(1)),
-    split=lambda key, shape: bits(key, 32, (*shape, 1)), random_bits=bits,
-    fold_in=lambda key, number: mixed(key ^ mixed(number.astype(np.uint32) + np.uint32(1))),
-)  # fmt: skip
-
-
-def test_random_weights_are_like_the_constructors(monkeypatch):
-    make_key = jax.random.key
-    monkeypatch.setattr(jax.random, "key", lambda seed, impl=None: make_key(seed, impl=HASH))
+def test_random_weights_are_like_the_constructors():
     config = DecoderConfig.from_preset("tiny")
     attention = config.attention.replace(num_hidden_layers=1)
     config = config.replace(attention=attention, first_k_dense_replace=0)  # experts, and an MLP
