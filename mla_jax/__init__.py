@@ -8,8 +8,8 @@ keeps of tokens is a `cache.Cache`; what a call appends to all layers' stores is
 
 A module imports only from those of its own group or before it: check, config, target, sharding;
 rates; plain; rope, costs; cache; ops; layers; models; families; checkpoint; generation; training,
-explain, placing; cli. The exceptions are config and models, whose `from_hf` asks
-families how to read a config.json.
+explain, placing; cli. The exceptions are config and models, whose `from_hf` asks families how to
+read a config.json.
 
 Public names are imported when they are first used, so that what needs no JAX (configs, costs, the
 command line's help) does not wait for it.

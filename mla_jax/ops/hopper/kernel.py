@@ -85,8 +85,8 @@ class Shape(NamedTuple):
 def decode(operands, schedule, table, shape: Shape, batch: int):
     """The kernel on pattern [B*rows, R], q_rope [B*rows, P], latent [B*S, R] and k_rope [B*S, P].
 
-    There are no rope operands where P = 0. With a table [B M] the cache
-    is the pool's pages one after the other, [G*128, R]. Returns out [B*rows, R] and lse [B*rows].
+    There are no rope operands where P = 0. With a table [B M] the cache is the pool's pages one
+    after the other, [G*128, R]. Returns out [B*rows, R] and lse [B*rows].
     """
     return launch(Part, operands, schedule, table, shape, batch, **launch_options(shape))[:2]
 
